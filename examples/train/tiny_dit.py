@@ -1,0 +1,293 @@
+"""Train the tiny Stable Diffusion 3 transformer on cached latents and write the whole pipeline folder.
+
+Flow matching: with sigma in 0..1, x = (1 - sigma) * latents + sigma * noise, the model predicts noise - latents.
+Two stages: first on latents averaged over 2 x 2 (four times fewer tokens; learns what goes where), then on whole
+ones. The pipeline appends zeros to the prompt in place of a third encoder, 256 tokens by default. All of them are
+alike and stay alike, so training carries one and adds log(number) to its attention scores, which is exactly the same;
+the number is drawn anew for each step, so that any `max_sequence_length` works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import Attention
+from scenes import contact_sheet
+from text_encoder import MAX_LENGTH
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+HEADS, HEAD_DIM, LAYERS = 4, 32, 5
+SHIFT = 2.0  # of the noise levels towards noise, in training and in the shipped scheduler
+MOST_ZEROS = 256
+SHEET_PROMPTS = [
+    "a large red circle on the left and a small blue square on the right, striped background",
+    "a small yellow triangle at the top and a large purple ring at the bottom, dotted background",
+    "a large green square in the center, checkered background",
+    "a small cyan ring on the right, smooth background",
+    "a large blue triangle at the bottom, striped background",
+    "a small purple circle on the left, checkered background",
+    "a large cyan triangle on the right and a large yellow circle on the left, smooth background",
+    "a small red square at the bottom and a large green circle at the top, checkered background",
+]
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    """The shipped architecture; modulations and the last layer start at zero, so each block starts as identity."""
+    model = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=128,
+        caption_projection_dim=HEADS * HEAD_DIM,
+        pooled_projection_dim=128,
+        pos_embed_max_size=32,
+        qk_norm="rms_norm",
+    )
+    modulations = [norm.linear for b in model.transformer_blocks for norm in (b.norm1, b.norm1_context)]
+    for layer in (*modulations, model.norm_out.linear, model.proj_out):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    return model
+
+
+def build_pipeline(work: Path, transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
+    """The pipeline round a transformer, with what vae.py and text_encoder.py left in `work`."""
+    encoders = [CLIPTextModelWithProjection.from_pretrained(work / f"text_encoder{s}") for s in ("", "_2")]
+    tokenizers = [CLIPTokenizer.from_pretrained(work / f"tokenizer{s}") for s in ("", "_2")]
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def ship(pipeline: StableDiffusion3Pipeline, target: Path) -> None:
+    """Write the pipeline in float16 beside `target`, keep the card that is there, and swap the folders."""
+    fresh, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    pipeline.to(dtype=torch.float16).save_pretrained(fresh, safe_serialization=True)
+    for file in fresh.rglob("*.safetensors"):
+        file.chmod(0o644)
+    pipeline.to(dtype=torch.float32)
+    for kept in ("README.md", "loss.png"):
+        if (target / kept).exists():
+            shutil.copy(target / kept, fresh / kept)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def embed(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pipeline's own embeddings, with one zero token: (n, MAX_LENGTH + 1, 128) and pooled (n, 128)."""
+    words, pooled = [], []
+    for begin in tqdm(range(0, len(captions), 250), desc="embed"):
+        part = captions[begin : begin + 250]
+        text = pipeline.encode_prompt(part, None, None, do_classifier_free_guidance=False, max_sequence_length=1)
+        words.append(text[0])
+        pooled.append(text[2])
+    return torch.cat(words), torch.cat(pooled)
+
+
+class BiasedJointAttention:
+    """Joint attention of image and text tokens (the processor of SD3 in diffusers) with a bias on each key."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        bias: torch.Tensor,
+        attention_mask: None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image (n, pixels, d), text (n, words, d), bias (pixels + words,); returns the two, attended."""
+
+        def joined(norms: tuple, *layers: torch.nn.Linear) -> torch.Tensor:
+            parts = zip(norms, layers, (hidden_states, encoder_hidden_states), strict=True)
+            heads = [(norm, layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)) for norm, layer, x in parts]
+            return torch.cat([norm(x).to(x.dtype) if norm else x for norm, x in heads], dim=2)
+
+        query = joined((attn.norm_q, attn.norm_added_q), attn.to_q, attn.add_q_proj)
+        key = joined((attn.norm_k, attn.norm_added_k), attn.to_k, attn.add_k_proj)
+        value = joined((None, None), attn.to_v, attn.add_v_proj)
+        mask = bias.to(query.dtype).expand(1, 1, len(bias), -1)
+        output = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        sizes = [hidden_states.shape[1], encoder_hidden_states.shape[1]]
+        image, text = output.transpose(1, 2).flatten(2).split(sizes, dim=1)
+        return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+# ---- stages --------------------------------------------------------------------------------------------------------
+
+
+def coarse_latents(latents: torch.Tensor) -> torch.Tensor:
+    """(n, 4, 32, 32) averaged to (n, 4, 16, 16), of unit deviation again."""
+    pooled = functional.avg_pool2d(latents.float(), 2)
+    return (pooled / pooled.std()).to(latents.dtype)
+
+
+def coarse_positions(positions: torch.Tensor) -> torch.Tensor:
+    """Position table (1, 32 * 32, d) whose middle 8 x 8 hold the means over 2 x 2 of the middle 16 x 16."""
+    grid = positions.view(32, 32, -1)
+    table = torch.zeros_like(grid)
+    table[12:20, 12:20] = grid[8:24, 8:24].unflatten(0, (8, 2)).unflatten(2, (8, 2)).mean((1, 3))
+    return table.view_as(positions)
+
+
+def noise_levels(batch: int) -> torch.Tensor:
+    """Shifted logit-normal sigmas (batch,), one from each of `batch` equally likely strata."""
+    normal = torch.special.ndtri((torch.arange(batch) + torch.rand(batch)).clamp(0.01) / batch)
+    level = torch.sigmoid(normal)
+    return SHIFT * level / (1 + (SHIFT - 1) * level)
+
+
+class Trainer:
+    """Model, averaged weights, Muon for the blocks' matrices and AdamW for the rest, and the loss so far."""
+
+    def __init__(self, data: dict[str, torch.Tensor], model: SD3Transformer2DModel, args: argparse.Namespace) -> None:
+        self.data, self.model, self.args = data, model, args
+        self.model.set_attn_processor(BiasedJointAttention())
+        self.average = [p.detach().clone() for p in model.parameters()]
+        matrices = [p for name, p in model.transformer_blocks.named_parameters() if p.ndim == 2 and "norm" not in name]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in model.parameters() if id(p) not in chosen]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.losses: list[float] = []
+        self.forward = torch.compile(self.loss, dynamic=False) if args.compile else self.loss
+
+    def batch(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Latents, words, pooled (a tenth of them of the empty prompt), sigmas, and the keys' bias."""
+        rows = torch.randint(len(latents), (self.args.batch,))
+        texts = torch.where(torch.rand(len(rows)) < 0.1, len(self.data["pooled"]) - 1, rows)  # the last one is empty
+        bias = torch.zeros(latents.shape[-1] ** 2 // 4 + MAX_LENGTH + 1)
+        bias[-1] = math.log(MOST_ZEROS) * (1 if torch.rand(()) < 0.5 else torch.rand(()).item())
+        words, pooled = self.data["words"][texts].float(), self.data["pooled"][texts].float()
+        return latents[rows].float(), words, pooled, noise_levels(len(rows)), bias
+
+    def loss(
+        self, latents: torch.Tensor, words: torch.Tensor, pooled: torch.Tensor, sigma: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        noise, level = torch.randn_like(latents), sigma[:, None, None, None]
+        with torch.autocast("cpu", torch.bfloat16):
+            noisy = (1 - level) * latents + level * noise
+            output = self.model(noisy, words, pooled, sigma * 1000, joint_attention_kwargs={"bias": bias}).sample
+        return functional.mse_loss(output.float(), noise - latents)
+
+    def step(self, latents: torch.Tensor, rate: float) -> float:
+        """One step at `rate` times the learning rate."""
+        loss = self.forward(*self.batch(latents))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = self.args.lr * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        self.losses.append(loss.item())
+        decay = min(self.args.ema, len(self.losses) / (10 + len(self.losses)))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - decay)
+        return self.losses[-1]
+
+    def run(self, latents: torch.Tensor, minutes: float, span: tuple[float, float], name: str) -> None:
+        """Train by the clock, compilation aside; `span` says which part of the whole schedule this stage is."""
+        self.step(latents, 0.0)
+        start, bar, saved = time.time(), tqdm(desc=name), 0.0
+        while (elapsed := (time.time() - start) / 60) < minutes:
+            done = span[0] + (span[1] - span[0]) * elapsed / minutes
+            rate = min(1.0, len(self.losses) / 100, (1 - done) / self.args.decay)
+            bar.set_postfix(loss=f"{self.step(latents, rate):.3f}", done=f"{done:.0%}", refresh=False)
+            bar.update()
+            if elapsed - saved > self.args.save_every:
+                saved = elapsed
+                self.save(f"{name}-{bar.n}")
+        bar.close()
+
+    def averaged(self) -> SD3Transformer2DModel:
+        model = build_transformer()
+        for parameter, value in zip(model.parameters(), self.average, strict=True):
+            parameter.data.copy_(value)
+        return model
+
+    def save(self, name: str) -> StableDiffusion3Pipeline:
+        """State, losses, and a contact sheet, in the working folder."""
+        work = self.args.work
+        pipeline = build_pipeline(work, self.averaged())
+        states = [o.state_dict() for o in self.optimizers]
+        torch.save({"model": self.model.state_dict(), "average": self.average, "optimizers": states}, work / "state.pt")
+        (work / "losses.json").write_text(json.dumps([round(loss, 4) for loss in self.losses]))
+        pipeline.set_progress_bar_config(disable=True)
+        draw = torch.Generator().manual_seed(0)
+        images = pipeline(SHEET_PROMPTS, num_inference_steps=15, guidance_scale=4.0, generator=draw, output_type="np")
+        contact_sheet((images.images * 255).round().astype(np.uint8), SHEET_PROMPTS).save(work / f"sheet-{name}.png")
+        return pipeline
+
+    def resume(self) -> None:
+        state = torch.load(self.args.work / "state.pt")
+        self.model.load_state_dict(state["model"])
+        self.average = state["average"]
+        self.losses = json.loads((self.args.work / "losses.json").read_text())
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny"), help="with latents.pt, vae/, text_encoder/ ...")
+    parser.add_argument("--out", type=Path, required=True, help="pipeline folder to write, say /tmp/tiny/tiny-dit")
+    parser.add_argument("--coarse", type=float, default=6.0, help="minutes on averaged latents")
+    parser.add_argument("--fine", type=float, default=12.0, help="minutes on whole latents")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the schedule over which the rate falls to 0")
+    parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
+    parser.add_argument("--save-every", type=float, default=4.0, help="minutes between contact sheets")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--resume", action="store_true", help="go on from the state in the working folder")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    model, saved = build_transformer(), torch.load(args.work / "latents.pt")
+    words, pooled = embed(build_pipeline(args.work, model), [*saved["captions"], ""])
+    trainer = Trainer({"words": words.half(), "pooled": pooled.half()}, model, args)
+    if args.resume:
+        trainer.resume()
+    split = args.coarse / max(args.coarse + args.fine, 1e-9)
+    if args.coarse:
+        positions = model.pos_embed.pos_embed.clone()
+        model.pos_embed.pos_embed.copy_(coarse_positions(positions))
+        trainer.run(coarse_latents(saved["latents"]), args.coarse, (0.0, split), "coarse")
+        model.pos_embed.pos_embed.copy_(positions)
+    if args.fine:
+        trainer.run(saved["latents"], args.fine, (split, 1.0), "fine")
+    ship(trainer.save("last"), args.out)
+    print(f"{len(trainer.losses)} steps, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    main()

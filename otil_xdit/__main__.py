@@ -1,0 +1,8 @@
+"""``python -m otil_xdit``: the launcher."""
+
+import sys
+
+from otil_xdit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The Python call: `parallelize` a diffusers pipeline in a torchrun script."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from otil_xdit.config import OtilConfig
+from otil_xdit.registry import get_strategy
+from otil_xdit.xdit.flags import ParallelChoice, resolve_patch_degree
+from otil_xdit.xdit.hooks import carry, register
+
+
+def parallelize(
+    pipe: Any, how: OtilConfig | str = "otil", *, ulysses_degree: int = 1, use_cfg_parallel: bool = False
+) -> Any:
+    """Run every image of `pipe` on all ranks of this torchrun.
+
+    Args:
+        pipe: a diffusers pipeline that xDiT has a wrapper for, on this rank's device. It is changed in place: use only
+            what is returned.
+        how: settings of the exchange, or the name of a strategy (`otil_xdit.strategies`) with its defaults.
+        ulysses_degree: ranks that share the attention heads of a patch.
+        use_cfg_parallel: compute the passes with and without the prompt on different halves of the ranks.
+
+    Returns:
+        A pipeline that is called like `pipe`, on every rank with the same arguments. As everywhere in xDiT, the last
+        rank gets the images and the others None. On one rank `pipe` itself.
+
+    Raises:
+        ValueError: for an unknown strategy, degrees that do not fill the world, or a pipeline that xDiT cannot wrap.
+    """
+    register()
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import init_distributed_environment
+    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+    strategy = get_strategy(how if isinstance(how, str) else "otil")
+    config = strategy.make_config({}) if isinstance(how, str) else how
+    wrapper = xFuserPipelineWrapperRegister.get_class(pipe)
+    if not dist.is_initialized():
+        init_distributed_environment()
+    degrees = {"ulysses_degree": ulysses_degree, "use_cfg_parallel": use_cfg_parallel}
+    patch_degree = resolve_patch_degree(degrees, dist.get_world_size())
+    if dist.get_world_size() == 1:
+        return pipe
+    args = xFuserArgs(model=type(pipe).__name__, ring_degree=patch_degree, **degrees)
+    carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree))
+    engine_config, _ = args.create_config()
+    engine_config.runtime_config.dtype = getattr(pipe, "dtype", torch.float32)
+    return wrapper(pipe, engine_config)

@@ -1,0 +1,242 @@
+"""`xfuser`: the launcher. It takes every flag of `xdit`, and those of the "Otil options".
+
+All flags are checked here, before any rank is started: a wrong one costs one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from otil_xdit import __version__
+from otil_xdit.xdit.cpu import enable_cpu_ranks, has_accelerator
+from otil_xdit.xdit.flags import OTHER_DEGREES, FlagError, choose, degree, given_patch_degree
+from otil_xdit.xdit.hooks import register
+from otil_xdit.xdit.launch import free_port, run_to_end
+
+RUNNER = "otil_xdit.runner"
+REGISTRY = "xfuser.model_executor.models.runner_models.base_model"
+
+TORCHRUN_FLAGS = {
+    "nproc_per_node": (None, "Processes on this machine. Default: the product of the degrees."),
+    "nnodes": ("1", "Machines."),
+    "node_rank": ("0", "This machine's number, from 0."),
+    "master_addr": ("localhost", "Address of machine 0."),
+    "master_port": ("29500", "Port there. Default with --parallel on one machine: a free one; otherwise 29500."),
+}
+"""Flags that torchrun gets instead of the runner: xdit's defaults and a line for ``--help``."""
+
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # glibc would give large tensors back to the system and fetch them again at every step.
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""What ranks without an accelerator run best with, unless the user says otherwise."""
+
+PATCHES_ON_CPU = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A torchrun to start.
+
+    Attributes:
+        command: the program and its arguments.
+        environment: all of its environment.
+        note: a line for the user, or None.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    note: str | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Launch the ranks; the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(format="xfuser: %(message)s", level=logging.WARNING)
+    if "--version" in arguments:
+        others = ", ".join(f"{package} {version(package)}" for package in ("xfuser", "diffusers", "torch"))
+        print(f"otil-xdit {__version__} ({others})")
+        return 0
+    try:
+        launch = plan(arguments, os.environ)
+    except FlagError as error:
+        print(f"xfuser: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if launch.note is not None:
+        print(f"xfuser: {launch.note}", file=sys.stderr)
+    return run_to_end(launch.command, launch.environment)
+
+
+def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
+    """Check all flags and find out what to start.
+
+    Raises:
+        FlagError: for a command line that cannot be run.
+    """
+    torchrun, runner_arguments = split_torchrun_flags(arguments)
+    values = parse(runner_arguments)
+    _check_model(values)
+    note = None
+    if values.get("parallel") is None:
+        choose(values, None)
+        torchrun.setdefault("nproc_per_node", _processes_of_xdit(runner_arguments))
+    else:
+        torchrun["nproc_per_node"], note = _processes(values, torchrun)
+        if torchrun.get("nnodes", "1") == "1":
+            torchrun.setdefault("master_port", str(free_port()))
+    command = (
+        sys.executable,
+        *("-m", "torch.distributed.run"),
+        *(f"--{name}={torchrun.get(name, default)}" for name, (default, _) in TORCHRUN_FLAGS.items()),
+        *("-m", RUNNER),
+        *runner_arguments,
+    )
+    return Launch(command, {**({} if has_accelerator() else CPU_ENVIRONMENT), **environment}, note)
+
+
+def split_torchrun_flags(arguments: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """torchrun's flags by name, and all other arguments as they are.
+
+    Raises:
+        FlagError: for one without a value.
+    """
+    torchrun: dict[str, str] = {}
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, has_value, value = argument.partition("=")
+        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        if name not in TORCHRUN_FLAGS:
+            others.append(argument)
+            continue
+        if not has_value:
+            value = next(rest, "")
+        if not value:
+            raise FlagError(f"{flag} needs a value")
+        torchrun[name] = value
+    return torchrun, others
+
+
+def parse(runner_arguments: Sequence[str]) -> dict[str, Any]:
+    """The runner's flags by name, parsed by xfuser's own parser; ``--help`` ends the process.
+
+    Raises:
+        FlagError: for what the parser does not understand.
+    """
+    enable_cpu_ranks()
+    with _quiet():
+        config = importlib.import_module("xfuser.config")
+        importlib.import_module(REGISTRY)
+    register()
+
+    class Parser(config.FlexibleArgumentParser):  # type: ignore[name-defined]
+        def error(self, message: str) -> NoReturn:
+            raise FlagError(message)
+
+    parser = Parser(prog="xfuser", description="xDiT on several devices, with one image cut into patches.")
+    config.xFuserArgs.add_runner_args(parser)
+    _add_launch_help(parser)
+    return vars(parser.parse_args(list(runner_arguments)))
+
+
+def unknown_model(name: str, known: Iterable[str]) -> str:
+    """What to say about a model that is not in xfuser's registry."""
+    spelled = {model.lower(): model for model in known}
+    nearest = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(spelled[model] for model in nearest)}?" if nearest else ""
+    return f"--model {name}: no such model{hint} (`otil-xdit models` lists all)"
+
+
+def visible_devices() -> int:
+    """Accelerators that this machine offers; 0 for none."""
+    torch = importlib.import_module("torch")
+    devices = (getattr(torch, name, None) for name in ("cuda", "musa", "npu"))
+    return next((int(device.device_count()) for device in devices if device is not None and device.is_available()), 0)
+
+
+def _add_launch_help(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Launch options")
+    for name, (default, text) in TORCHRUN_FLAGS.items():
+        group.add_argument(f"--{name}", metavar=name.rsplit("_")[-1].upper(), help=text, default=default)
+    group.add_argument("--version", action="store_true", help="Print versions and exit.")
+
+
+def _check_model(values: Mapping[str, Any]) -> None:
+    registry = importlib.import_module(REGISTRY).MODEL_REGISTRY
+    name = values["model"]
+    if name not in registry:
+        raise FlagError(unknown_model(name, registry))
+    can = registry[name].capabilities
+    if values.get("parallel") is not None and not can.ring_degree:
+        raise FlagError(f"--model {name} is not supported together with --parallel: xDiT cuts it by Ulysses only")
+    for flag in OTHER_DEGREES:
+        if degree(values, flag) > 1 and not getattr(can, flag):
+            raise FlagError(f"--model {name} is not supported together with --{flag}")
+
+
+def _processes_of_xdit(runner_arguments: Sequence[str]) -> str:
+    try:
+        return str(importlib.import_module("xfuser.cli").get_nproc_from_args(list(runner_arguments)))
+    except ValueError as error:
+        raise FlagError(f"a degree is not a whole number: {error}") from error
+
+
+def _processes(values: Mapping[str, Any], torchrun: Mapping[str, str]) -> tuple[str, str | None]:
+    """Processes on this machine under ``--parallel``, as torchrun takes them, and a note on how they were found."""
+    nodes = _whole("nnodes", torchrun.get("nnodes", "1"))
+    devices = visible_devices()
+    others = math.prod(degree(values, flag) for flag in OTHER_DEGREES)
+    given, note = torchrun.get("nproc_per_node"), None
+    patch_degree = given_patch_degree(values)
+    if given is not None:
+        world_size = nodes * (devices or 1 if given in ("auto", "gpu") else _whole("nproc_per_node", given))
+    elif patch_degree is not None:
+        world_size = patch_degree * others
+    else:
+        world_size = nodes * devices if devices else PATCHES_ON_CPU * others
+        note = f"no --patch_degree and no --nproc_per_node: {world_size} processes, " + (
+            "one for each visible device" if devices else f"{PATCHES_ON_CPU} patches, as there is no accelerator"
+        )
+    choose(values, world_size)
+    here, rest = divmod(world_size, nodes)
+    if rest:
+        raise FlagError(f"--nnodes {nodes} does not divide the {world_size} processes that the degrees ask for")
+    if devices and here > devices:
+        raise FlagError(f"{here} processes on this machine need as many devices, and {devices} are visible")
+    return str(here), note
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise FlagError(f"--{name} is {text!r}; give a whole number from 1 up")
+    return int(text)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines or warnings: importing xfuser writes many, and the ranks will write them again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,1 @@
+"""DiT models: the attention seam, and telling which layer calls it."""

@@ -1,0 +1,120 @@
+"""Geometry only: how rows become patches, and how a rank's tokens become sub-blocks.
+
+Shapes: S tokens of one rank, K sub-blocks, T tokens of one sub-block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+TextPosition = Literal["front", "rear", "none"]
+
+
+def split_rows(rows: int, parts: int) -> tuple[int, ...]:
+    """`rows` cut into `parts` patches whose heights differ by at most one, the taller ones first.
+
+    Raises:
+        ValueError: when a patch would be empty.
+    """
+    if parts < 1 or rows < parts:
+        raise ValueError(f"{rows} rows cannot be cut into {parts} patches; give at least one row a patch")
+    height, taller = divmod(rows, parts)
+    return tuple(height + (index < taller) for index in range(parts))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of consecutive tokens of one rank: a `rows` x `cols` image in row order, or text (one row)."""
+
+    rows: int
+    cols: int
+    is_image: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.cols
+
+
+def block_table(segments: Sequence[Segment], side: int) -> torch.Tensor:
+    """Positions of every sub-block's tokens in a rank's sequence.
+
+    Image segments are cut into `side` x `side` tokens; text, and images narrower than a sub-block, into runs of
+    `side`**2 tokens. Where the size does not divide, the last sub-block moves back and overlaps its neighbour: every
+    sub-block has the same T tokens (fixed shapes), and every token is covered.
+
+    Returns:
+        int64 [K, T]; T is `side`**2, or the shortest segment's length where that is smaller.
+
+    Raises:
+        ValueError: for an empty segment or a side below 1.
+    """
+    if side < 1 or not segments or any(segment.tokens < 1 for segment in segments):
+        raise ValueError(f"sub-blocks of side {side} do not fit segments {list(segments)}")
+    run = min(side * side, *(segment.tokens for segment in segments))
+    tables, start = [], 0
+    for segment in segments:
+        square = segment.is_image and run == side * side and min(segment.rows, segment.cols) >= side
+        table = _squares(segment.rows, segment.cols, side) if square else _runs(segment.tokens, run)
+        tables.append(table + start)
+        start += segment.tokens
+    return torch.cat(tables)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What one rank's attention sequence is made of.
+
+    Attributes:
+        rows, cols: image tokens of one chunk; ``rows=0`` where the model's order is not known, and then the sequence is
+            cut into runs of tokens instead of squares.
+        pixels: side of one token in latent pixels.
+        text: where a chunk's share of the text tokens stands, if they are part of the sequence at all.
+        chunks: consecutive chunks in the sequence; the Ulysses degree, whose all-to-all joins that many.
+    """
+
+    rows: int = 0
+    cols: int = 0
+    pixels: int = 1
+    text: TextPosition = "none"
+    chunks: int = 1
+
+    @property
+    def image_tokens(self) -> int:
+        return self.rows * self.cols
+
+    def segments(self, tokens: int) -> list[Segment]:
+        """The sequence of `tokens` tokens as segments, in order."""
+        chunk, rest = divmod(tokens, self.chunks)
+        text_tokens = chunk - self.image_tokens
+        fits = rest == 0 and (text_tokens == 0 or (text_tokens > 0 and self.text != "none"))
+        if self.rows == 0 or not fits:
+            return [Segment(1, tokens, is_image=False)]
+        image = Segment(self.rows, self.cols)
+        text = [Segment(1, text_tokens, is_image=False)] if text_tokens else []
+        return (text + [image] if self.text == "front" else [image] + text) * self.chunks
+
+
+def image_positions(segments: Sequence[Segment]) -> torch.Tensor:
+    """For every token of a rank its number among the image tokens, or -1 for text; int64 [S]."""
+    is_image = torch.cat([torch.full((segment.tokens,), segment.is_image) for segment in segments])
+    return torch.where(is_image, is_image.cumsum(0) - 1, -1)
+
+
+def _starts(length: int, size: int) -> torch.Tensor:
+    """Starts of the windows of `size` that cover range(length); the last one is moved back to fit."""
+    return torch.arange(0, length, size).clamp_(max=length - size)
+
+
+def _runs(tokens: int, run: int) -> torch.Tensor:
+    return _starts(tokens, run)[:, None] + torch.arange(run)
+
+
+def _squares(rows: int, cols: int, side: int) -> torch.Tensor:
+    top, left = torch.meshgrid(_starts(rows, side), _starts(cols, side), indexing="ij")
+    corner = (top * cols + left).reshape(-1, 1)
+    inside = (torch.arange(side)[:, None] * cols + torch.arange(side)).reshape(1, -1)
+    return corner + inside

@@ -1,0 +1,137 @@
+"""The registry of parallel strategies: what ``--parallel NAME`` may name.
+
+Another package brings its own by an entry point in the group ``xfuser.parallel_strategies`` whose name is the
+strategy's and whose object is a `Strategy` (or a function that returns one); `register_strategy` does the same at run
+time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol
+
+import torch
+
+from otil_xdit.config import OtilConfig
+from otil_xdit.exchange import PatchGroup
+from otil_xdit.grid import TokenLayout
+from otil_xdit.run import OtilRun, Report
+from otil_xdit.schedule import Clock
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "xfuser.parallel_strategies"
+
+
+class Communicator(Protocol):
+    """What a strategy puts between the patches; `otil_xdit.run.OtilRun` documents each method."""
+
+    clock: Clock
+
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
+    def free(self) -> None: ...
+    def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None: ...
+    def gather(self, name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def report(self) -> Report: ...
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to run one image on several ranks.
+
+    Attributes:
+        name: what ``--parallel`` takes.
+        summary: one line for ``--help``.
+        make_config: builds the strategy's settings from those that the user gave (names as in `OtilConfig`, only the
+            given ones). Raises `ValueError` for what it cannot do; called before any process group exists.
+        connect: builds the communicator of one pipeline from the settings and the ranks that hold its patches.
+    """
+
+    name: str
+    summary: str
+    make_config: Callable[[Mapping[str, Any]], Any]
+    connect: Callable[[Any, PatchGroup], Communicator] = OtilRun
+
+    def install(self) -> None:
+        """Hook the plugin into xfuser; what a loader of the entry-point group calls before it parses flags."""
+        from otil_xdit import register
+
+        register()
+
+
+def _preset(name: str, summary: str, ignores: tuple[str, ...] = (), **settings: Any) -> Strategy:
+    """A named point of `OtilConfig`; settings in `ignores` change nothing under it, so giving one is warned about."""
+
+    def make_config(given: Mapping[str, Any]) -> OtilConfig:
+        for setting in sorted(set(given) & set(ignores)):
+            logger.warning("--otil_%s has no effect with --parallel %s", setting, name)
+        return OtilConfig(**{**{key: value for key, value in given.items() if key not in ignores}, **settings})
+
+    return Strategy(name, summary, make_config)
+
+
+_CHOICE = ("ratio", "block", "select", "polling", "seed")
+
+OTIL = _preset("otil", "displaced patches; each step sends only the sub-blocks that changed most")
+DISTRIFUSION = _preset("distrifusion", "displaced patches; each step sends all keys and values", _CHOICE, ratio=1.0)
+SYNC = _preset("sync", "every step waits for everybody: exact", (*_CHOICE, "warmup_steps", "refresh"), freshness="sync")
+NAIVE = _preset("naive", "nothing is exchanged after warm-up: a lower bound", (*_CHOICE, "refresh"), freshness="frozen")
+
+_STRATEGIES = {strategy.name: strategy for strategy in (OTIL, DISTRIFUSION, SYNC, NAIVE)}
+
+
+def register_strategy(strategy: Strategy, replace: bool = False) -> Strategy:
+    """Make ``--parallel strategy.name`` known.
+
+    Raises:
+        ValueError: when another strategy has the name and `replace` is not given.
+    """
+    known = _STRATEGIES.get(strategy.name)
+    if known is not None and known != strategy and not replace:
+        raise ValueError(f"a parallel strategy named {strategy.name!r} is registered already")
+    _STRATEGIES[strategy.name] = strategy
+    return strategy
+
+
+def strategies() -> dict[str, Strategy]:
+    """Every known strategy by name: registered ones first, then those of entry points.
+
+    An entry point that cannot be loaded is named in a warning and left out.
+    """
+    found = dict(_STRATEGIES)
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        strategy = None if entry.name in found else _loaded(entry)
+        if strategy is not None:
+            found[entry.name] = strategy
+    return found
+
+
+@cache
+def _loaded(entry: EntryPoint) -> Strategy | None:
+    """What the entry point names, or None; tried, and complained about, once."""
+    try:
+        loaded = entry.load()
+        strategy = loaded if isinstance(loaded, Strategy) else loaded()
+        if not isinstance(strategy, Strategy) or strategy.name != entry.name:
+            raise TypeError(f"it gives {strategy!r} instead of a Strategy of that name")
+    except Exception as error:
+        logger.warning("parallel strategy %r of %s cannot be loaded: %s", entry.name, entry.value, error)
+        return None
+    return strategy
+
+
+def get_strategy(name: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    found = strategies()
+    if name not in found:
+        raise ValueError(f"--parallel {name}: no such strategy; choose from {', '.join(found)}")
+    return found[name]

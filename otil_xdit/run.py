@@ -1,0 +1,211 @@
+"""`OtilRun`: everything that a generation needs to remember about the exchange between patches.
+
+One object owns it all (buffers, step counter, polling, counters). It is handed to whoever needs it; no module of
+this package keeps state of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from otil_xdit.config import OtilConfig
+from otil_xdit.exchange import Exchange, PatchGroup
+from otil_xdit.grid import TokenLayout, block_table, image_positions
+from otil_xdit.kv import KVLayer
+from otil_xdit.schedule import Clock, Mode, Schedule
+from otil_xdit.selection import CHANGE_SCORES, Selector
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank sent in one generation; bytes as handed to the collectives.
+
+    `kv_bytes_per_step` is the mean over the steps after warm-up, the figure that strategies are compared by.
+    """
+
+    steps: int
+    warmup_steps: int
+    kv_bytes_per_step: float
+    sent_bytes: dict[str, int]
+    messages: dict[str, int]
+    waited_seconds: float
+    buffer_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class _Geometry:
+    """Sub-blocks of one kind of sequence, and their picks where all its layers share them."""
+
+    table: torch.Tensor
+    image_token: torch.Tensor
+    image_tokens: int
+    picked: torch.Tensor | None = None
+    picked_at: int = -1
+
+
+class OtilRun:
+    """The exchange of one pipeline's patches, over any number of generations.
+
+    Args:
+        config: the settings.
+        group: the ranks that hold the patches.
+    """
+
+    def __init__(self, config: OtilConfig, group: PatchGroup) -> None:
+        self.config, self.group = config, group
+        self.exchange = Exchange(group, config.timeout)
+        self.clock = Clock()
+        self.layout = TokenLayout(chunks=group.ulysses_degree)
+        self._schedule = Schedule.from_config(config)
+        self._layers: dict[str, KVLayer] = {}
+        self._geometries: dict[tuple[TokenLayout, int], _Geometry] = {}
+        self._selectors: dict[object, Selector] = {}
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._latent: torch.Tensor | None = None
+        self._previous_latent: torch.Tensor | None = None
+        self._latent_at = -1
+        self._generator = torch.Generator()
+
+    def begin(self) -> None:
+        """Start a generation: nothing of the last one may show in it."""
+        self.end()
+        self.clock.reset()
+        self.exchange.traffic.clear()
+        self._latent = self._previous_latent = None
+        self._latent_at = -1
+        self._generator.manual_seed(self.config.seed + self.group.rank)
+        for layer in self._layers.values():
+            layer.visits = 0
+        for selector in self._selectors.values():
+            selector.reset()
+        for geometry in self._geometries.values():
+            geometry.picked, geometry.picked_at = None, -1
+
+    def end(self) -> None:
+        """Finish what is still under way; also after an exception, before buffers are used again."""
+        for layer in self._layers.values():
+            layer.drain()
+
+    def free(self) -> None:
+        """Give the buffers back."""
+        self.end()
+        self._layers.clear()
+        self._geometries.clear()
+        self._selectors.clear()
+        self._workspace = self._workspace.new_empty(0)
+
+    def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None:
+        """Take note of what the network is called with.
+
+        Args:
+            latent: this rank's part of the latent as tokens, [..., S_image, D], or None where it is not known;
+                the second call within a step (a separate pass without the prompt) changes nothing.
+            layout: what this rank's attention sequences are made of.
+        """
+        self.layout = layout
+        if latent is not None and self._latent_at != self.clock.step:
+            self._previous_latent, self._latent = self._latent, latent.detach().clone()
+            self._latent_at = self.clock.step
+
+    def gather(self, name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everybody's keys and values for one attention call.
+
+        Args:
+            name: tells the layer from every other one; equal on all ranks and from step to step.
+            key, value: this rank's, [B, H, S, D].
+
+        Returns:
+            Two [B, H, N * S, D], to be read before the layer's next call; this rank's part is fresh.
+        """
+        layer = self._layer(name, key)
+        fresh = torch.stack([key, value])
+        mode = self._schedule.mode(self.clock.step, layer.visits)
+        picked = None
+        if mode == "displaced" and not layer.sends_all:
+            picked = self._pick(name, layer, fresh)
+        warming_up = min(self.clock.step, layer.visits) < self.config.warmup_steps
+        kind = "kv-warmup" if warming_up else "kv"
+        full = layer.gather(fresh, mode, picked, self._sync_workspace(fresh, mode), self.clock.step, kind)
+        return full[0], full[1]
+
+    def report(self) -> Report:
+        """Counters of the last (or current) generation, for this rank."""
+        traffic = self.exchange.traffic
+        steps = self.clock.step
+        after_warmup = max(steps - self.config.warmup_steps, 0)
+        return Report(
+            steps=steps,
+            warmup_steps=min(self.config.warmup_steps, steps),
+            kv_bytes_per_step=traffic.sent["kv"] / after_warmup if after_warmup else 0.0,
+            sent_bytes=dict(traffic.sent),
+            messages=dict(traffic.messages),
+            waited_seconds=sum(traffic.waited.values()),
+            buffer_bytes=sum(layer.nbytes for layer in self._layers.values()) + self._workspace.nbytes,
+        )
+
+    def _layer(self, name: str, key: torch.Tensor) -> KVLayer:
+        layer = self._layers.get(name)
+        if layer is None or layer.shape != key.shape or layer.dtype != key.dtype:
+            if layer is not None:
+                layer.drain()
+            table = self._geometry(key.shape[2], key.device).table
+            layer = self._layers[name] = KVLayer(self.exchange, name, key, table, self.config.ratio)
+            self._selectors.pop(name, None)
+        return layer
+
+    def _geometry(self, tokens: int, device: torch.device) -> _Geometry:
+        found = self._geometries.get((self.layout, tokens))
+        if found is None:
+            segments = self.layout.segments(tokens)
+            table = block_table(segments, max(1, self.config.block // self.layout.pixels))
+            image_token = image_positions(segments)
+            found = _Geometry(table.to(device), image_token.to(device), int(image_token.max()) + 1)
+            self._geometries[self.layout, tokens] = found
+        return found
+
+    def _sync_workspace(self, fresh: torch.Tensor, mode: Mode) -> torch.Tensor:
+        """Room for everybody's `fresh`, shared by all layers: a synchronous gather is over before the next begins."""
+        shape = (self.group.world_size if mode == "sync" else 0, *fresh.shape)
+        size = self.group.world_size * fresh.nbytes if mode == "sync" else 0
+        if self._workspace.nbytes < size or self._workspace.device != fresh.device:
+            self._workspace = torch.empty(size, dtype=torch.uint8, device=fresh.device)
+        return self._workspace[:size].view(fresh.dtype).view(shape)
+
+    def _pick(self, name: str, layer: KVLayer, fresh: torch.Tensor) -> torch.Tensor:
+        """The sub-blocks that this rank sends of a layer now; int64 [k]."""
+        source, _, criterion = self.config.select.partition("-")
+        if source == "kv":
+            scores = CHANGE_SCORES[criterion](fresh, layer.previous, layer.table)
+            return self._selector(name, layer).pick(scores)
+        geometry = self._geometry(fresh.shape[3], fresh.device)
+        if geometry.picked is None or geometry.picked_at != self.clock.step:
+            scores = self._random_scores(geometry) if source == "random" else self._latent_scores(geometry, criterion)
+            geometry.picked = self._selector((self.layout, fresh.shape[3]), layer).pick(scores)
+            geometry.picked_at = self.clock.step
+        return geometry.picked
+
+    def _selector(self, key: object, layer: KVLayer) -> Selector:
+        if key not in self._selectors:
+            self._selectors[key] = Selector(layer.table.shape[0], self.config.ratio, self.config.polling)
+        return self._selectors[key]
+
+    def _random_scores(self, geometry: _Geometry) -> torch.Tensor:
+        return torch.rand(geometry.table.shape[0], generator=self._generator).to(geometry.table.device)
+
+    def _latent_scores(self, geometry: _Geometry, criterion: str) -> torch.Tensor:
+        """Change of the latent under each sub-block; text has no latent and is sent by polling alone."""
+        positions = geometry.image_token[geometry.table]
+        latent, previous = self._latent, self._previous_latent
+        if latent is None or previous is None or latent.shape[-2] != geometry.image_tokens:
+            raise ValueError(
+                f"otil_select {self.config.select} needs a latent whose sub-blocks can be told apart, which this model "
+                "or this Ulysses degree does not give; choose kv-cosine or kv-l2"
+            )
+        scores = CHANGE_SCORES[criterion](latent, previous, positions.clamp_min(0))
+        return scores.masked_fill(positions[:, 0] < 0, torch.finfo(scores.dtype).min)

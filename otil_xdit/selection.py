@@ -1,0 +1,84 @@
+"""Which sub-blocks a rank sends: change scores, top-k, polling. Tensors in, indices out.
+
+Shapes: S tokens of one rank, K sub-blocks of T tokens, k sub-blocks sent a step, D features; ``...`` any leading
+dimensions (keys and values, batch, heads).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+ChangeScore = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def cosine_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """1 - cosine similarity of each sub-block with itself a step earlier (Otil's criterion).
+
+    Args:
+        fresh, previous: [..., S, D], any float type; summed in float32.
+        table: int64 [K, T], the tokens of each sub-block (`grid.block_table`).
+
+    Returns:
+        float32 [K] in [0, 2]; larger means more change.
+    """
+    fresh, previous = fresh.float(), previous.float()
+    dot = _block_sums(fresh * previous, table)
+    norms = _block_sums(fresh.square(), table) * _block_sums(previous.square(), table)
+    return 1 - dot / norms.sqrt().clamp_min(1e-12)
+
+
+def l2_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean distance of each sub-block from itself a step earlier; arguments as in `cosine_change`."""
+    return _block_sums((fresh.float() - previous.float()).square(), table)
+
+
+def _block_sums(features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Sum of [..., S, D] over everything but the sub-block: tokens first, so that no sub-block is copied out."""
+    per_token = features.sum(dim=-1).reshape(-1, features.shape[-2]).sum(dim=0)
+    return per_token[table].sum(dim=1)
+
+
+CHANGE_SCORES: dict[str, ChangeScore] = {"cosine": cosine_change, "l2": l2_change}
+"""Criteria by the name that follows ``latent-`` or ``kv-`` in `OtilConfig.select`; a new one is one function here."""
+
+
+def blocks_to_send(total: int, ratio: float) -> int:
+    """k of `total` sub-blocks at `ratio`: never more than the ratio allows, but at least one."""
+    return max(1, math.floor(total * ratio + 1e-9))
+
+
+class Selector:
+    """Picks k of K sub-blocks each step: some in turn (polling), the rest by score.
+
+    Polling walks round the K sub-blocks, `polled` a step, so any ceil(K / polled) consecutive picks visit every
+    sub-block at least once, whatever the scores are: the positions visited in them are at least K consecutive ones
+    modulo K.
+    """
+
+    def __init__(self, total: int, ratio: float, polling: float) -> None:
+        self.total = total
+        self.count = blocks_to_send(total, ratio)
+        self.polled = min(self.count, math.ceil(self.count * polling - 1e-9))
+        self._cursor = 0
+
+    def reset(self) -> None:
+        """Start polling from the first sub-block again, so that every generation picks alike."""
+        self._cursor = 0
+
+    def pick(self, scores: torch.Tensor) -> torch.Tensor:
+        """Indices of the sub-blocks to send now.
+
+        Args:
+            scores: [K]; the sub-blocks with the largest scores are taken, after the polled ones.
+
+        Returns:
+            int64 [k] on the scores' device, without duplicates; fixed k, no host synchronisation.
+        """
+        assert scores.shape == (self.total,), f"scores {tuple(scores.shape)} for {self.total} sub-blocks"
+        turn = (torch.arange(self.polled, device=scores.device) + self._cursor) % self.total
+        self._cursor = (self._cursor + self.polled) % self.total
+        best = scores.index_fill(0, turn, -math.inf).topk(self.count - self.polled).indices
+        return torch.cat([turn, best])

@@ -1,0 +1,297 @@
+"""The command line's "Otil options": what they are, and what they mean together with xDiT's own flags.
+
+`add_otil_args` tells a parser about them; `choose` turns parsed values into a `ParallelChoice`, before any process
+group exists and before weights load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from otil_xdit.config import OtilConfig, Selector, parse_ratio
+from otil_xdit.registry import Strategy, get_strategy, strategies
+from otil_xdit.xdit.geometry import check_geometry
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+OTHER_DEGREES = ("data_parallel_degree", "use_cfg_parallel", "ulysses_degree")
+"""xDiT's flags that multiply with the patch degree to the number of processes."""
+
+_REFUSED = {
+    "pipefusion_parallel_degree": "PipeFusion cuts the image into patches itself",
+    "tensor_parallel_degree": "untested",
+    "cache_method": "a cached step would skip the exchange",
+    "use_teacache": "a cached step would skip the exchange",
+    "use_fbcache": "a cached step would skip the exchange",
+    "use_fp8_comms": "it rewrites what the ring slot sends",
+    "use_fast_attn": "it skips attention layers, and their exchange with them",
+    "use_torch_compile": "untested",
+    "use_ray": "untested",
+    "vae_parallel_size": "it takes ranks away from the patches",
+}
+"""xDiT's flags that no strategy works with, and why. A degree counts as set from 2 on, others when they are true."""
+
+
+class FlagError(ValueError):
+    """A command line that cannot be run; the message is one line that names flag, value and what is accepted."""
+
+
+class UngivenDegree(int):
+    """A parser's default for a degree: an ordinary int that can be told from the same number given by the user."""
+
+
+@dataclass(frozen=True)
+class ParallelChoice:
+    """What the command line asks for.
+
+    Attributes:
+        strategy: the strategy that ``--parallel`` names.
+        config: its settings, as its `make_config` built them.
+        patch_degree: number of patches; the size of xDiT's ring dimension.
+        ulysses_degree: ranks that share a patch's attention heads.
+        report: file for rank 0's report of bytes and waiting time, or None.
+    """
+
+    strategy: Strategy
+    config: Any
+    patch_degree: int
+    ulysses_degree: int
+    report: str | None = None
+
+
+def _typed(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """`parse` for argparse, which shows the message of this kind of error only."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a whole number") from error
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A flag of ours, and the setting in `OtilConfig` that it gives a value to, if it does."""
+
+    flag: str
+    metavar: str
+    help: str
+    parse: Callable[[str], Any] = str
+    setting: str | None = None
+
+
+OPTIONS = (
+    _Option("parallel", "NAME", "How the patches work together: {names}. Default: as xdit does."),
+    _Option(
+        "patch_degree",
+        "N",
+        "Number of patches; --ring_degree means the same here. Default: the processes that the other degrees leave.",
+        _whole_number,
+    ),
+    _Option(
+        "otil_ratio",
+        "R",
+        f"Share of its sub-blocks that a rank sends each step, 1/8 or 0.125 (default {OtilConfig.ratio:g}).",
+        parse_ratio,
+        "ratio",
+    ),
+    _Option(
+        "otil_block",
+        "B",
+        f"Side of a sub-block, in latent pixels (default {OtilConfig.block}).",
+        _whole_number,
+        "block",
+    ),
+    _Option(
+        "otil_select",
+        "HOW",
+        f"What tells the sub-blocks that changed most: {', '.join(get_args(Selector))} (default {OtilConfig.select}).",
+        setting="select",
+    ),
+    _Option(
+        "otil_polling",
+        "P",
+        f"Share of the sent sub-blocks that is taken in turn instead of by change (default {OtilConfig.polling:g}).",
+        float,
+        "polling",
+    ),
+    _Option(
+        "otil_warmup",
+        "N",
+        f"Synchronous steps before the first stale one (default {OtilConfig.warmup_steps}).",
+        _whole_number,
+        "warmup_steps",
+    ),
+    _Option(
+        "otil_refresh",
+        "N",
+        f"After warm-up make every N-th step synchronous; 0 for never (default {OtilConfig.refresh}).",
+        _whole_number,
+        "refresh",
+    ),
+    _Option(
+        "otil_timeout",
+        "SECONDS",
+        f"How long a rank waits for the others before it gives up (default {OtilConfig.timeout:g}).",
+        float,
+        "timeout",
+    ),
+    _Option("otil_report", "FILE", "Write rank 0's sent bytes and waiting time there, as JSON."),
+)
+
+SETTINGS = {option.flag: option.setting for option in OPTIONS if option.setting is not None}
+"""Flags that are settings of the strategy, and each one's name in `OtilConfig`."""
+
+
+def add_otil_args(parser: argparse.ArgumentParser) -> None:
+    """Add the group "Otil options" to xfuser's parser (or any other); None means that a flag is not given."""
+    known = strategies()
+    summaries = "; ".join(f"{name} ({strategy.summary})" for name, strategy in known.items())
+    group = parser.add_argument_group(
+        "Otil options", f"One image on several devices, cut by rows into patches that work together by: {summaries}."
+    )
+    names = ", ".join(known).replace("%", "%%")
+    for option in OPTIONS:
+        text = option.help.replace("{names}", names)
+        group.add_argument(f"--{option.flag}", metavar=option.metavar, type=_typed(option.parse), help=text)
+    ring_degree = parser.get_default("ring_degree")
+    if ring_degree is not None:
+        parser.set_defaults(ring_degree=UngivenDegree(ring_degree))
+
+
+def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice | None:
+    """What the flags ask for, or None without ``--parallel``.
+
+    Args:
+        values: parsed flags by name, as ``vars(parser.parse_args())`` gives them; missing ones count as not given.
+        world_size: number of processes, or None where it shall follow from the degrees.
+
+    Raises:
+        FlagError: for flags that contradict each other, the world or the image's size.
+    """
+    name = values.get("parallel")
+    if name is None:
+        _refuse_without_parallel(values)
+        return None
+    strategy = _flag_errors(lambda: get_strategy(name))
+    _refuse_unsupported(values)
+    patch_degree = resolve_patch_degree(values, world_size)
+    given = {setting: values[flag] for flag, setting in SETTINGS.items() if values.get(flag) is not None}
+    config = _flag_errors(lambda: strategy.make_config(given))
+    ulysses_degree = degree(values, "ulysses_degree")
+    _check_selector(config, ulysses_degree)
+    _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block")))
+    _check_report(values.get("otil_report"))
+    if patch_degree == 1:
+        logger.warning("--parallel %s has no effect with one patch", name)
+    return ParallelChoice(strategy, config, patch_degree, ulysses_degree, values.get("otil_report"))
+
+
+def degree(values: Mapping[str, Any], flag: str) -> int:
+    """How many processes a flag of xDiT multiplies the world by."""
+    value = values.get(flag)
+    return 2 if value is True else int(value or 1)
+
+
+def given_patch_degree(values: Mapping[str, Any]) -> int | None:
+    """The patch degree that the flags name, or None.
+
+    Raises:
+        FlagError: when ``--patch_degree`` and ``--ring_degree`` contradict each other, or are below 1.
+    """
+    ring = values.get("ring_degree")
+    degrees = {"--patch_degree": values.get("patch_degree"), "--ring_degree": ring}
+    if isinstance(ring, UngivenDegree):
+        del degrees["--ring_degree"]
+    given = {flag: value for flag, value in degrees.items() if value is not None}
+    for flag, value in given.items():
+        if value < 1:
+            raise FlagError(f"{flag} is {value}; give a whole number from 1 up")
+    if len(set(given.values())) > 1:
+        both = " and ".join(f"{flag} {value}" for flag, value in given.items())
+        raise FlagError(f"{both} contradict each other: with --parallel both name the number of patches; give one")
+    return next(iter(given.values()), None)
+
+
+def resolve_patch_degree(values: Mapping[str, Any], world_size: int | None) -> int:
+    """The number of patches, which together with the other degrees fills the world.
+
+    Raises:
+        FlagError: when it does not, with the arithmetic.
+    """
+    given = given_patch_degree(values)
+    others = math.prod(degree(values, flag) for flag in OTHER_DEGREES)
+    if given is None:
+        if world_size is None:
+            raise FlagError("the number of patches is not known; give --patch_degree N")
+        if world_size % others:
+            raise FlagError(f"{world_size} processes cannot be shared out: {_product(values)} does not divide them")
+        return world_size // others
+    if world_size is not None and given * others != world_size:
+        factors = " x ".join(filter(None, (f"{given} patches", _product(values))))
+        raise FlagError(f"--patch_degree {given} does not fit {world_size} processes: {factors} = {given * others}")
+    return given
+
+
+def _product(values: Mapping[str, Any]) -> str:
+    """The other degrees as arithmetic: ``2 (--use_cfg_parallel) x 2 (--ulysses_degree)``."""
+    degrees = {flag: degree(values, flag) for flag in OTHER_DEGREES}
+    return " x ".join(f"{size} (--{flag})" for flag, size in degrees.items() if size > 1)
+
+
+def _refuse_without_parallel(values: Mapping[str, Any]) -> None:
+    given = [f"--{option.flag}" for option in OPTIONS if values.get(option.flag) is not None]
+    if given:
+        raise FlagError(f"{', '.join(given)} given without --parallel; add --parallel {'|'.join(strategies())}")
+
+
+def _refuse_unsupported(values: Mapping[str, Any]) -> None:
+    for flag, reason in _REFUSED.items():
+        value = values.get(flag)
+        if not value or (flag.endswith("_degree") and value == 1):
+            continue
+        shown = f"--{flag}" if value is True else f"--{flag} {value}"
+        raise FlagError(f"--parallel {values['parallel']} and {shown} are not supported together ({reason})")
+
+
+def _check_selector(config: Any, ulysses_degree: int) -> None:
+    select = getattr(config, "select", "")
+    if ulysses_degree > 1 and str(select).startswith("latent"):
+        raise FlagError(
+            f"--otil_select {select} is not supported together with --ulysses_degree {ulysses_degree}: a rank has the "
+            "latent of its own rows only; choose kv-cosine or kv-l2"
+        )
+
+
+def _check_report(report: str | None) -> None:
+    if report is not None and not Path(report).absolute().parent.is_dir():
+        raise FlagError(f"--otil_report {report}: no such directory")
+
+
+def _flag_errors(call: Callable[[], T]) -> T:
+    """The call's result; its `ValueError` as a `FlagError` that names the flag instead of the setting."""
+    try:
+        return call()
+    except ValueError as error:
+        message = str(error)
+        for flag, setting in SETTINGS.items():
+            if message.startswith(f"{setting} is "):
+                message = f"--{flag}{message[len(setting) :]}"
+        raise FlagError(message) from error

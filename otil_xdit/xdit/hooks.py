@@ -1,0 +1,235 @@
+"""`register()`: hooks the plugin into xfuser, once.
+
+| what in xfuser 0.7.0 | what it does besides |
+|---|---|
+| `xFuserArgs.add_runner_args`, `.add_cli_args` (config/args.py) | know the "Otil options" |
+| `xFuserArgs.from_runner_args`, `.from_cli_args` (config/args.py) | validate them, and give the ring slot the patch degree |
+| `xFuserArgs.create_config` (config/args.py) | the choice travels with the parallel config |
+| `runtime_state.initialize_runtime_state` (core/distributed/runtime_state.py) | connects the strategy to the pipeline |
+| `RuntimeState._check_if_backend_compatible_with_current_configuration` (same file) | no ring limits |
+| `xFuserPipelineBaseWrapper.__init__` (model_executor/pipelines/base_pipeline.py) | the wrapper's calls are generations |
+| `usp.ring_attn` (model_executor/layers/usp.py) | gathers over the patches while a generation runs |
+
+Without ``--parallel`` none of them changes anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from otil_xdit.dit.attention import over_patches
+from otil_xdit.exchange import PatchGroup
+from otil_xdit.session import PatchSession
+from otil_xdit.xdit.cpu import enable_cpu_ranks
+from otil_xdit.xdit.flags import ParallelChoice, add_otil_args, choose
+from otil_xdit.xdit.versions import warn_if_untested
+
+logger = logging.getLogger("otil_xdit")
+
+_CHOICE = "otil_choice"
+_SESSION = "otil_session"
+_MARK = "_otil_xdit_registered"
+
+
+def register() -> None:
+    """Teach xfuser the parallel strategies; calling it again changes nothing.
+
+    Where there is no accelerator, xfuser is made to run on gloo first (`otil_xdit.xdit.cpu`).
+    """
+    enable_cpu_ranks()
+    import xfuser
+
+    if getattr(xfuser, _MARK, False):
+        return
+    warn_if_untested()
+    _hook_args(xfuser.xFuserArgs)
+    _hook_runtime_state()
+    _hook_pipelines()
+    _hook_attention()
+    from otil_xdit.xdit.models import register_models
+
+    register_models()
+    setattr(xfuser, _MARK, True)
+
+
+def session_of(pipe: Any) -> PatchSession | None:
+    """The session that a pipeline (or xDiT wrapper of one) was attached to."""
+    return vars(pipe).get("_otil_session")
+
+
+def connect(choice: ParallelChoice) -> PatchSession:
+    """A session over this process's ring group; the process groups must exist."""
+    from yunchang.globals import PROCESS_GROUP
+
+    ring = PROCESS_GROUP.RING_PG
+    group = PatchGroup(ring, dist.get_rank(ring), dist.get_world_size(ring), choice.ulysses_degree)
+    return PatchSession(choice.strategy.connect(choice.config, group), group, _reporter(choice))
+
+
+def _reporter(choice: ParallelChoice) -> Callable[[PatchSession], None]:
+    """What is said and written after each generation, on rank 0 only."""
+
+    def finished(session: PatchSession) -> None:
+        if dist.get_rank() != 0:
+            return
+        report = session.communicator.report()
+        logger.info(
+            "%s: %d steps (%d warm-up), %.1f kB of keys and values sent per step and rank after warm-up, "
+            "waited %.2f s, buffers %.1f MB",
+            choice.strategy.name,
+            report.steps,
+            report.warmup_steps,
+            report.kv_bytes_per_step / 1e3,
+            report.waited_seconds,
+            report.buffer_bytes / 1e6,
+        )
+        if choice.report is not None:
+            Path(choice.report).write_text(
+                json.dumps({"strategy": choice.strategy.name, **report.to_dict()}, indent=2) + "\n"
+            )
+
+    return finished
+
+
+def _session_for(engine_config: Any) -> PatchSession | None:
+    """The one session of an engine config: xDiT initializes its state for a wrapper and for what it wraps."""
+    parallel = getattr(engine_config, "parallel_config", None)
+    choice = getattr(parallel, _CHOICE, None)
+    if choice is None or choice.patch_degree == 1:
+        return None
+    if getattr(parallel, _SESSION, None) is None:
+        setattr(parallel, _SESSION, connect(choice))
+    return getattr(parallel, _SESSION)
+
+
+def _attach(session: PatchSession, pipe: Any) -> None:
+    session.attach(pipe)
+    if dist.get_rank() != 0 and hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(**{**getattr(pipe, "_progress_bar_config", {}), "disable": True})
+
+
+def _hook_args(args_class: Any) -> None:
+    for name in ("add_runner_args", "add_cli_args"):
+        setattr(args_class, name, staticmethod(_with_flags(getattr(args_class, name))))
+    from_runner_args, from_cli_args = args_class.from_runner_args.__func__, args_class.from_cli_args.__func__
+
+    @wraps(from_runner_args)
+    def from_runner(cls: Any, args: dict[str, Any]) -> Any:
+        choice, values = _resolved(args)
+        return carry(from_runner_args(cls, values), choice)
+
+    @wraps(from_cli_args)
+    def from_cli(cls: Any, args: argparse.Namespace) -> Any:
+        choice, values = _resolved(vars(args))
+        return carry(from_cli_args(cls, argparse.Namespace(**values)), choice)
+
+    create_config = args_class.create_config
+
+    @wraps(create_config)
+    def create(self: Any) -> Any:
+        engine_config, input_config = create_config(self)
+        choice = getattr(self, _CHOICE, None)
+        if choice is not None:
+            # EngineConfig is frozen; its parallel config is not, and reaches everything that RuntimeState does.
+            setattr(engine_config.parallel_config, _CHOICE, choice)
+        return engine_config, input_config
+
+    args_class.from_runner_args = classmethod(from_runner)
+    args_class.from_cli_args = classmethod(from_cli)
+    args_class.create_config = create
+
+
+def _with_flags(add_args: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @wraps(add_args)
+    def add(parser: Any) -> Any:
+        parser = add_args(parser)
+        add_otil_args(parser)
+        return parser
+
+    return add
+
+
+def _resolved(values: dict[str, Any]) -> tuple[ParallelChoice | None, dict[str, Any]]:
+    """The choice that flags stand for, and the flags with the patch degree in the ring slot."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    choice = choose(values, world_size)
+    ring = choice.patch_degree if choice is not None else values.get("ring_degree") or 1
+    return choice, {**values, "ring_degree": ring}
+
+
+def carry(args: Any, choice: ParallelChoice | None) -> Any:
+    """Let an `xFuserArgs` take `choice` along to the configs that it creates."""
+    setattr(args, _CHOICE, choice)
+    return args
+
+
+def _hook_runtime_state() -> None:
+    from xfuser.core import distributed
+    from xfuser.core.distributed import runtime_state
+
+    initialize = runtime_state.initialize_runtime_state
+
+    @wraps(initialize)
+    def initialize_runtime_state(pipeline: Any = None, engine_config: Any = None) -> None:
+        initialize(pipeline, engine_config)
+        session = _session_for(engine_config)
+        if session is not None and pipeline is not None:
+            _attach(session, pipeline)
+
+    _replace_everywhere(initialize, initialize_runtime_state)
+    assert distributed.initialize_runtime_state is initialize_runtime_state
+
+    check = runtime_state.RuntimeState._check_if_backend_compatible_with_current_configuration
+
+    @wraps(check)
+    def check_backend(self: Any, attention_backend: Any) -> None:
+        if getattr(self.parallel_config, _CHOICE, None) is None:
+            return check(self, attention_backend)
+        # Nothing is merged by log-sum-exp under a strategy, so the limits of ring_degree > 1 do not hold.
+        without_ring = copy.copy(self)
+        without_ring.parallel_config = copy.copy(self.parallel_config)
+        without_ring.parallel_config.ring_degree = 1
+        return check(without_ring, attention_backend)
+
+    runtime_state.RuntimeState._check_if_backend_compatible_with_current_configuration = check_backend
+
+
+def _hook_pipelines() -> None:
+    from xfuser.model_executor.pipelines.base_pipeline import xFuserPipelineBaseWrapper
+
+    init = xFuserPipelineBaseWrapper.__init__
+
+    @wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        session = _session_for(self.engine_config)
+        if session is not None:
+            _attach(session, self)
+
+    xFuserPipelineBaseWrapper.__init__ = __init__
+
+
+def _hook_attention() -> None:
+    from xfuser.model_executor.layers import usp
+
+    usp.ring_attn = over_patches(usp.ring_attn)
+
+
+def _replace_everywhere(old: object, new: object) -> None:
+    """xfuser's modules import names from each other, so a function is replaced wherever it is bound."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("xfuser") and module is not None:
+            for attribute, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, attribute, new)

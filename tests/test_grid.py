@@ -1,0 +1,63 @@
+"""Geometry: every row and every token exactly where it belongs, for any size."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from otil_xdit.grid import Segment, TokenLayout, block_table, image_positions, split_rows
+
+sizes = st.integers(1, 40)
+
+
+@given(rows=st.integers(1, 300), parts=st.integers(1, 16))
+def test_patches_cover_every_row_once(rows: int, parts: int) -> None:
+    if rows < parts:
+        with pytest.raises(ValueError, match=f"{rows} rows"):
+            split_rows(rows, parts)
+        return
+    heights = split_rows(rows, parts)
+    assert sum(heights) == rows and len(heights) == parts
+    assert max(heights) - min(heights) <= 1 and min(heights) >= 1
+
+
+@settings(deadline=None)
+@given(rows=sizes, cols=sizes, text=st.integers(0, 50), side=st.integers(1, 9))
+def test_sub_blocks_cover_every_token_with_fixed_shape(rows: int, cols: int, text: int, side: int) -> None:
+    segments = [Segment(rows, cols)] + ([Segment(1, text, is_image=False)] if text else [])
+    table = block_table(segments, side)
+    tokens = rows * cols + text
+    assert set(table.flatten().tolist()) == set(range(tokens))
+    assert all(len(set(block)) == len(block) for block in table.tolist()), "a sub-block holds a token twice"
+    of_text = table >= rows * cols
+    assert (of_text.all(dim=1) | (~of_text).all(dim=1)).all(), "a sub-block mixes image and text"
+
+
+def test_squares_are_squares_of_the_image() -> None:
+    table = block_table([Segment(4, 6)], 2)
+    assert table.shape == (6, 4)
+    assert table[0].tolist() == [0, 1, 6, 7] and table[-1].tolist() == [16, 17, 22, 23]
+
+
+def test_last_sub_block_moves_back_where_the_size_does_not_divide() -> None:
+    assert block_table([Segment(3, 3)], 2)[:, 0].tolist() == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("segments, side", [([], 2), ([Segment(0, 4)], 2), ([Segment(4, 4)], 0)])
+def test_impossible_blocks_are_refused(segments: list[Segment], side: int) -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        block_table(segments, side)
+
+
+def test_layout_puts_text_where_the_model_does_in_every_ulysses_chunk() -> None:
+    rear = TokenLayout(rows=2, cols=3, text="rear", chunks=2).segments(20)
+    assert [(segment.tokens, segment.is_image) for segment in rear] == [(6, True), (4, False)] * 2
+    front = TokenLayout(rows=2, cols=3, text="front").segments(7)
+    assert [segment.is_image for segment in front] == [False, True]
+    assert image_positions(rear).tolist() == [*range(6), *[-1] * 4, *range(6, 12), *[-1] * 4]
+
+
+def test_unknown_order_becomes_one_run() -> None:
+    assert TokenLayout(chunks=2).segments(20) == [Segment(1, 20, is_image=False)]
+    assert TokenLayout(rows=2, cols=3, text="none").segments(7) == [Segment(1, 7, is_image=False)]
+    assert torch.equal(image_positions([Segment(1, 3, is_image=False)]), torch.full((3,), -1))

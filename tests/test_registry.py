@@ -1,0 +1,108 @@
+"""The registry of strategies, and packages that bring their own."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from otil_xdit import registry
+from otil_xdit.config import OtilConfig
+from otil_xdit.registry import Strategy, get_strategy, register_strategy, strategies
+from otil_xdit.xdit.cpu import enable_cpu_ranks
+from otil_xdit.xdit.flags import choose
+
+BUILT_IN = ["otil", "distrifusion", "sync", "naive"]
+
+PLUGIN = """
+from otil_xdit.config import OtilConfig
+from otil_xdit.registry import Strategy
+
+def strategy():
+    return Strategy("lazy", "refreshes every third step", lambda given: OtilConfig(**{**given, "refresh": 3}))
+
+WRONG_NAME = Strategy("other", "is not what its entry point says", OtilConfig)
+"""
+
+ENTRY_POINTS = """
+[xfuser.parallel_strategies]
+lazy = lazy_plugin:strategy
+broken = lazy_plugin:no_such_name
+missing = no_such_module:strategy
+misnamed = lazy_plugin:WRONG_NAME
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A folder that holds another package as pip would install it."""
+    (tmp_path / "lazy_plugin.py").write_text(PLUGIN)
+    info = tmp_path / "lazy_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lazy-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    return tmp_path
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(registry, "_STRATEGIES", dict(registry._STRATEGIES))
+
+
+def test_another_package_brings_a_strategy(
+    plugin: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(plugin)
+    assert list(strategies()) == [*BUILT_IN, "lazy"]
+    choice = choose({"parallel": "lazy", "otil_ratio": 0.25}, 2)
+    assert choice is not None and choice.config == OtilConfig(ratio=0.25, refresh=3)
+    with pytest.raises(ValueError, match="choose from otil, distrifusion, sync, naive, lazy"):
+        get_strategy("broken")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3, "each broken one is named once"
+    for name in ("broken", "missing", "misnamed"):
+        assert any(f"parallel strategy {name!r} of " in message for message in said)
+
+
+@pytest.mark.slow
+def test_the_launcher_knows_another_packages_strategy(plugin: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(plugin)])}
+    shown = subprocess.run(
+        [sys.executable, "-m", "otil_xdit", "--help"], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert shown.returncode == 0
+    assert "lazy (refreshes every third step)" in " ".join(shown.stdout.split())
+    assert "parallel strategy 'broken' of lazy_plugin:no_such_name cannot be loaded" in shown.stderr
+
+
+def test_register_strategy(own_registry: None) -> None:
+    mine = Strategy("mine", "a test", lambda given: OtilConfig(**given))
+    assert register_strategy(mine) is register_strategy(mine) is get_strategy("mine")
+    other = Strategy("mine", "another test", mine.make_config)
+    with pytest.raises(ValueError, match="'mine' is registered already"):
+        register_strategy(other)
+    assert get_strategy("mine") is mine
+    register_strategy(other, replace=True)
+    assert get_strategy("mine") is other
+
+
+def test_built_in_strategies_are_what_pyproject_points_at() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for name in BUILT_IN:
+        assert f'{name} = "otil_xdit.registry:{name.upper()}"' in pyproject
+        assert getattr(registry, name.upper()) is get_strategy(name)
+
+
+def test_register_twice_changes_nothing() -> None:
+    enable_cpu_ranks()
+    otil_xdit = importlib.import_module("otil_xdit")
+    otil_xdit.register()
+    usp = importlib.import_module("xfuser.model_executor.layers.usp")
+    arguments = importlib.import_module("xfuser.config").xFuserArgs
+    before = (usp.ring_attn, arguments.add_runner_args, arguments.create_config)
+    otil_xdit.register()
+    get_strategy("otil").install()
+    assert (usp.ring_attn, arguments.add_runner_args, arguments.create_config) == before

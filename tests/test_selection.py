@@ -1,0 +1,77 @@
+"""Selection: the sub-blocks that changed most, and none forgotten."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from otil_xdit.grid import Segment, block_table
+from otil_xdit.selection import CHANGE_SCORES, Selector, blocks_to_send
+
+
+@given(total=st.integers(1, 2000), ratio=st.sampled_from([1, 1 / 2, 1 / 3, 1 / 4, 1 / 8, 0.1]))
+def test_count_never_exceeds_the_ratio(total: int, ratio: float) -> None:
+    count = blocks_to_send(total, ratio)
+    assert 1 <= count <= max(1, total * ratio + 1e-6)
+    assert count == 1 or count > total * ratio - 1
+
+
+@settings(deadline=None)
+@given(
+    total=st.integers(1, 60),
+    ratio=st.floats(0.01, 1.0),
+    polling=st.floats(0.01, 1.0),
+    seed=st.integers(0, 99),
+    skipped=st.integers(0, 50),
+)
+def test_polling_sends_every_sub_block_within_its_bound(total, ratio, polling, seed, skipped) -> None:
+    selector = Selector(total, ratio, polling)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(skipped):
+        selector.pick(torch.rand(total, generator=generator))
+    sent: set[int] = set()
+    for _ in range(math.ceil(total / selector.polled)):
+        picked = selector.pick(torch.rand(total, generator=generator)).tolist()
+        assert len(picked) == len(set(picked)) == selector.count
+        sent.update(picked)
+    assert sent == set(range(total))
+
+
+def test_without_polling_the_best_scores_win() -> None:
+    scores = torch.tensor([0.1, 5.0, 0.2, 3.0, 0.0, 0.0, 0.0, 4.0])
+    assert sorted(Selector(8, 3 / 8, 0.0).pick(scores).tolist()) == [1, 3, 7]
+
+
+def test_a_sub_block_without_change_can_starve_without_polling_but_not_with_it() -> None:
+    scores = torch.arange(16.0)
+    starving, polled = Selector(16, 1 / 4, 0.0), Selector(16, 1 / 4, 0.5)
+    assert all(0 not in starving.pick(scores).tolist() for _ in range(20))
+    assert any(0 in polled.pick(scores).tolist() for _ in range(8))
+
+
+def test_reset_makes_generations_alike() -> None:
+    selector = Selector(10, 0.3, 1.0)
+    first = [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]
+    selector.reset()
+    assert first == [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]
+
+
+@pytest.mark.parametrize("name", CHANGE_SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_find_the_changed_block_and_agree_with_the_definition(name: str, dtype: torch.dtype) -> None:
+    table = block_table([Segment(4, 8)], 2)
+    previous = torch.randn(2, 3, 2, 32, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    fresh = previous.clone()
+    fresh[..., table[5], :] += 1
+    scores = CHANGE_SCORES[name](fresh, previous, table)
+    assert scores.shape == (8,) and scores.dtype == torch.float32 and scores.argmax() == 5
+    a, b = fresh[..., table[5], :].float().flatten(), previous[..., table[5], :].float().flatten()
+    expected = {"cosine": 1 - torch.cosine_similarity(a, b, dim=0), "l2": (a - b).square().sum()}[name]
+    torch.testing.assert_close(scores[5], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cosine_of_zero_blocks_is_finite() -> None:
+    zeros = torch.zeros(4, 2)
+    assert CHANGE_SCORES["cosine"](zeros, zeros, torch.arange(4)[:, None]).isfinite().all()
