@@ -25,7 +25,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    pipe = StableDiffusion3Pipeline.from_pretrained(arguments.model, torch_dtype=torch.float32).to(device)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        arguments.model, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+    ).to(device)
     pipe = otil_xdit.parallelize(pipe, otil_xdit.OtilConfig(ratio=1 / 4))
 
     generator = torch.Generator(device).manual_seed(0)

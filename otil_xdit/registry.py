@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -56,6 +56,9 @@ class Strategy:
     summary: str
     make_config: Callable[[Mapping[str, Any]], Any]
     connect: Callable[[Any, PatchGroup], Communicator] = OtilRun
+
+    degree_args: ClassVar[tuple[str, ...]] = ("--patch_degree",)
+    """Flags that multiply the number of processes, for a launcher that knows only xDiT's own (see ``patches/``)."""
 
     def install(self) -> None:
         """Hook the plugin into xfuser; what a loader of the entry-point group calls before it parses flags."""

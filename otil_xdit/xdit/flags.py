@@ -170,7 +170,11 @@ def add_otil_args(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(known).replace("%", "%%")
     for option in OPTIONS:
         text = option.help.replace("{names}", names)
-        group.add_argument(f"--{option.flag}", metavar=option.metavar, type=_typed(option.parse), help=text)
+        try:
+            group.add_argument(f"--{option.flag}", metavar=option.metavar, type=_typed(option.parse), help=text)
+        except argparse.ArgumentError:
+            if option.flag != "parallel":  # which an xfuser with this project's patches has by itself
+                raise
     ring_degree = parser.get_default("ring_degree")
     if ring_degree is not None:
         parser.set_defaults(ring_degree=UngivenDegree(ring_degree))

@@ -52,6 +52,9 @@ def register_models() -> None:
                 pretrained_model_name_or_path=self.settings.model_name,
                 engine_config=self.engine_config,
                 torch_dtype=torch.float32,
+                # The tiny model has no T5; diffusers wants to be told.
+                text_encoder_3=None,
+                tokenizer_3=None,
             )
 
         def _validate_args(self, input_args: dict[str, Any]) -> None:
