@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from otil_xdit.config import OtilConfig
 from otil_xdit.registry import get_strategy
-from otil_xdit.xdit.flags import ParallelChoice, resolve_patch_degree
+from otil_xdit.xdit.degrees import resolve_patch_degree
+from otil_xdit.xdit.flags import ParallelChoice
 from otil_xdit.xdit.hooks import carry, register
 
 

@@ -21,9 +21,11 @@ from typing import Any, NoReturn
 
 from otil_xdit import __version__
 from otil_xdit.xdit.cpu import enable_cpu_ranks, has_accelerator
-from otil_xdit.xdit.flags import OTHER_DEGREES, FlagError, choose, degree, given_patch_degree
+from otil_xdit.xdit.degrees import OTHER_DEGREES, FlagError, degree, given_patch_degree
+from otil_xdit.xdit.flags import choose
 from otil_xdit.xdit.hooks import register
 from otil_xdit.xdit.launch import free_port, run_to_end
+from otil_xdit.xdit.support import ULYSSES_ONLY
 
 RUNNER = "otil_xdit.runner"
 REGISTRY = "xfuser.model_executor.models.runner_models.base_model"
@@ -185,7 +187,7 @@ def _check_model(values: Mapping[str, Any]) -> None:
         raise FlagError(unknown_model(name, registry))
     can = registry[name].capabilities
     if values.get("parallel") is not None and not can.ring_degree:
-        raise FlagError(f"--model {name} is not supported together with --parallel: xDiT cuts it by Ulysses only")
+        raise FlagError(f"--model {name} is not supported together with --parallel: {ULYSSES_ONLY}")
     for flag in OTHER_DEGREES:
         if degree(values, flag) > 1 and not getattr(can, flag):
             raise FlagError(f"--model {name} is not supported together with --{flag}")

@@ -109,7 +109,7 @@ class OtilRun:
             layout: what this rank's attention sequences are made of.
         """
         self.layout = layout
-        if latent is not None and self._latent_at != self.clock.step:
+        if latent is not None and self.config.select.startswith("latent") and self._latent_at != self.clock.step:
             self._previous_latent, self._latent = self._latent, latent.detach().clone()
             self._latent_at = self.clock.step
 

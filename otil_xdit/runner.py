@@ -13,7 +13,7 @@ import os
 import sys
 from types import ModuleType
 
-from otil_xdit.xdit.flags import FlagError
+from otil_xdit.xdit.degrees import FlagError
 from otil_xdit.xdit.hooks import register
 from otil_xdit.xdit.launch import LAUNCH_MARK
 

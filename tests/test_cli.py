@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from otil_xdit import cli
-from otil_xdit.xdit.flags import FlagError
+from otil_xdit.xdit.degrees import FlagError
 from otil_xdit.xdit.launch import run_to_end
 
 PATIENCE = 240.0  # seconds; importing xfuser takes 5 on an idle machine and a minute on a crowded one
@@ -41,7 +41,10 @@ WRONG = {
     "no such flag": ("--otil_ration 1/8", "unrecognized arguments: --otil_ration"),
     "no value": ("--parallel otil --nproc_per_node", "--nproc_per_node needs a value"),
     "nodes": ("--parallel otil --nnodes x", "--nnodes is 'x'; give a whole number"),
-    "nodes and world": ("--parallel otil --nnodes 2 --patch_degree 3 --height 192", "--nnodes 2 does not divide the 3 processes"),
+    "nodes and world": (
+        "--parallel otil --nnodes 2 --patch_degree 3 --height 192",
+        "--nnodes 2 does not divide the 3 processes",
+    ),
 }
 
 
@@ -201,8 +204,9 @@ def test_orphans_of_a_dying_command_are_ended(tmp_path: Path) -> None:
     assert not psutil.pid_exists(pid)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_torchrun_and_all_ranks(number: signal.Signals, code: int, tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
     (tmp_path / "stubborn_rank.py").write_text(STUBBORN)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from otil_xdit.xdit.cpu import enable_cpu_ranks
-from otil_xdit.xdit.flags import FlagError, ParallelChoice, add_otil_args, choose, resolve_patch_degree
+from otil_xdit.xdit.degrees import FlagError, resolve_patch_degree
+from otil_xdit.xdit.flags import ParallelChoice, add_otil_args, choose
 from otil_xdit.xdit.geometry import GEOMETRIES, geometry_of
 
 

@@ -62,7 +62,6 @@ def run(command: list[str], folder: Path, *paths: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-@pytest.mark.slow
 def test_stock_xdit_runs_a_strategy(patched: Path, tmp_path: Path) -> None:
     info = patched / "otil_xdit-0.dist-info"  # as pip would write it, also where this package is not installed
     info.mkdir()
@@ -79,7 +78,6 @@ def test_stock_xdit_runs_a_strategy(patched: Path, tmp_path: Path) -> None:
     assert stock.read_bytes() == (ours / stock.name).read_bytes()
 
 
-@pytest.mark.slow
 def test_gloo_needs_no_plugin(patched: Path, tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK_WITHOUT_PLUGIN)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]

@@ -67,7 +67,6 @@ def test_another_package_brings_a_strategy(
         assert any(f"parallel strategy {name!r} of " in message for message in said)
 
 
-@pytest.mark.slow
 def test_the_launcher_knows_another_packages_strategy(plugin: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(plugin)])}
     shown = subprocess.run(

@@ -166,19 +166,13 @@ def noise_levels(batch: int) -> torch.Tensor:
 
 
 class Trainer:
-    """Model, averaged weights, Muon for the blocks' matrices and AdamW for the rest, and the loss so far."""
+    """Model, averaged weights, optimizer, and the loss so far."""
 
     def __init__(self, data: dict[str, torch.Tensor], model: SD3Transformer2DModel, args: argparse.Namespace) -> None:
         self.data, self.model, self.args = data, model, args
         self.model.set_attn_processor(BiasedJointAttention())
         self.average = [p.detach().clone() for p in model.parameters()]
-        matrices = [p for name, p in model.transformer_blocks.named_parameters() if p.ndim == 2 and "norm" not in name]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        self.optimizers = [
-            torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
+        self.optimizers = [torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
         self.losses: list[float] = []
         self.forward = torch.compile(self.loss, dynamic=False) if args.compile else self.loss
 

@@ -98,10 +98,13 @@ def _check_even(facts: Architecture, network: nn.Module, latent: torch.Tensor, t
     for kind in facts.even:
         count = _image_tokens(network, latent) if kind == "image" else getattr(text, "shape", [0, 0])[1]
         if count % ranks:
-            remedy = "--height and --width" if kind == "image" else "--max_sequence_length"
+            remedy = {
+                "image": "change --height or --width",
+                "text": "change --max_sequence_length, or the prompt where the model does not pad it,",
+            }[kind]
             raise ValueError(
-                f"{count} {kind} tokens cannot be shared evenly by {ranks} ranks, and xDiT would pad them with tokens that "
-                f"are attended to; change {remedy} so that their number is a multiple of {ranks}"
+                f"{count} {kind} tokens cannot be shared evenly by {ranks} ranks, and xDiT would compute something else; "
+                f"{remedy} so that their number is a multiple of {ranks}"
             )
 
 

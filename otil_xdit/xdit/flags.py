@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import Any, TypeVar, get_args
 
 from otil_xdit.config import OtilConfig, Selector, parse_ratio
 from otil_xdit.registry import Strategy, get_strategy, strategies
+from otil_xdit.xdit.degrees import FlagError, UngivenDegree, degree, resolve_patch_degree
 from otil_xdit.xdit.geometry import check_geometry
+from otil_xdit.xdit.support import refusal
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-OTHER_DEGREES = ("data_parallel_degree", "use_cfg_parallel", "ulysses_degree")
-"""xDiT's flags that multiply with the patch degree to the number of processes."""
 
 _REFUSED = {
     "pipefusion_parallel_degree": "PipeFusion cuts the image into patches itself",
@@ -38,14 +36,6 @@ _REFUSED = {
     "vae_parallel_size": "it takes ranks away from the patches",
 }
 """xDiT's flags that no strategy works with, and why. A degree counts as set from 2 on, others when they are true."""
-
-
-class FlagError(ValueError):
-    """A command line that cannot be run; the message is one line that names flag, value and what is accepted."""
-
-
-class UngivenDegree(int):
-    """A parser's default for a degree: an ordinary int that can be told from the same number given by the user."""
 
 
 @dataclass(frozen=True)
@@ -208,58 +198,6 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     return ParallelChoice(strategy, config, patch_degree, ulysses_degree, values.get("otil_report"))
 
 
-def degree(values: Mapping[str, Any], flag: str) -> int:
-    """How many processes a flag of xDiT multiplies the world by."""
-    value = values.get(flag)
-    return 2 if value is True else int(value or 1)
-
-
-def given_patch_degree(values: Mapping[str, Any]) -> int | None:
-    """The patch degree that the flags name, or None.
-
-    Raises:
-        FlagError: when ``--patch_degree`` and ``--ring_degree`` contradict each other, or are below 1.
-    """
-    ring = values.get("ring_degree")
-    degrees = {"--patch_degree": values.get("patch_degree"), "--ring_degree": ring}
-    if isinstance(ring, UngivenDegree):
-        del degrees["--ring_degree"]
-    given = {flag: value for flag, value in degrees.items() if value is not None}
-    for flag, value in given.items():
-        if value < 1:
-            raise FlagError(f"{flag} is {value}; give a whole number from 1 up")
-    if len(set(given.values())) > 1:
-        both = " and ".join(f"{flag} {value}" for flag, value in given.items())
-        raise FlagError(f"{both} contradict each other: with --parallel both name the number of patches; give one")
-    return next(iter(given.values()), None)
-
-
-def resolve_patch_degree(values: Mapping[str, Any], world_size: int | None) -> int:
-    """The number of patches, which together with the other degrees fills the world.
-
-    Raises:
-        FlagError: when it does not, with the arithmetic.
-    """
-    given = given_patch_degree(values)
-    others = math.prod(degree(values, flag) for flag in OTHER_DEGREES)
-    if given is None:
-        if world_size is None:
-            raise FlagError("the number of patches is not known; give --patch_degree N")
-        if world_size % others:
-            raise FlagError(f"{world_size} processes cannot be shared out: {_product(values)} does not divide them")
-        return world_size // others
-    if world_size is not None and given * others != world_size:
-        factors = " x ".join(filter(None, (f"{given} patches", _product(values))))
-        raise FlagError(f"--patch_degree {given} does not fit {world_size} processes: {factors} = {given * others}")
-    return given
-
-
-def _product(values: Mapping[str, Any]) -> str:
-    """The other degrees as arithmetic: ``2 (--use_cfg_parallel) x 2 (--ulysses_degree)``."""
-    degrees = {flag: degree(values, flag) for flag in OTHER_DEGREES}
-    return " x ".join(f"{size} (--{flag})" for flag, size in degrees.items() if size > 1)
-
-
 def _refuse_without_parallel(values: Mapping[str, Any]) -> None:
     given = [f"--{option.flag}" for option in OPTIONS if values.get(option.flag) is not None]
     if given:
@@ -267,6 +205,10 @@ def _refuse_without_parallel(values: Mapping[str, Any]) -> None:
 
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
+    model = values.get("model") or ""
+    reason_against_model = refusal(model)
+    if reason_against_model is not None:
+        raise FlagError(f"--model {model} is not supported together with --parallel: {reason_against_model}")
     for flag, reason in _REFUSED.items():
         value = values.get(flag)
         if not value or (flag.endswith("_degree") and value == 1):

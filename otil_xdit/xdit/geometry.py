@@ -40,7 +40,6 @@ GEOMETRIES = (
     Geometry(("flux.2-klein-4b", "flux.2-klein-9b"), vae=8, patch=2, cut="tokens", height=2048, width=2048),
     Geometry(("qwen-image", "qwen-image-2512"), vae=8, patch=2, cut="padded", height=928, width=1664),
     Geometry(("z-image", "z-image-turbo"), vae=8, patch=2, cut="padded", height=1024, width=1024),
-    Geometry(("krea-2-raw", "krea-2-turbo"), vae=8, patch=2, cut="padded", height=2048, width=2048),
     Geometry(
         ("wan2.1-t2v", "wan2.1-t2v-14b-diffusers", "wan2.2-t2v", "wan2.2-t2v-a14b-diffusers"),
         vae=8,

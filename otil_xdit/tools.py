@@ -1,0 +1,88 @@
+"""`otil-xdit`: tools around the plugin. Now: ``otil-xdit models``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from otil_xdit import __version__
+from otil_xdit.xdit.cpu import enable_cpu_ranks
+from otil_xdit.xdit.hooks import register
+from otil_xdit.xdit.support import PIPELINES, ULYSSES_ONLY, support_of
+from otil_xdit.xdit.versions import TESTED_XFUSER
+
+REGISTRY = "xfuser.model_executor.models.runner_models.base_model"
+
+HEADER = f"""\
+otil-xdit {__version__}, tested with xfuser {TESTED_XFUSER}.
+exact     a tiny network of the architecture gave diffusers' latents under --parallel sync; see docs/models.md
+untested  should work where xDiT allows ring_degree > 1, but nobody has compared it
+refused   ends with an error that says why
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a tool; the exit code."""
+    parser = argparse.ArgumentParser(prog="otil-xdit", description="Tools around `xfuser --parallel`.")
+    parser.add_argument("--version", action="version", version=f"otil-xdit {__version__}")
+    tools = parser.add_subparsers(metavar="TOOL", required=True)
+    models = tools.add_parser("models", help="list the models: what runs under --parallel, how, and what is refused")
+    models.set_defaults(run=lambda given: print_models())
+    given = parser.parse_args(arguments)
+    given.run(given)
+    return 0
+
+
+def print_models() -> None:
+    """Print two tables: what `xfuser --model` takes, and the pipelines that need a script."""
+    print(HEADER)
+    print_table(("xfuser --model", "--parallel", "--use_cfg_parallel", "note"), runner_rows(registry()))
+    print()
+    rows = [(name, known.state, "", known.note) for known in PIPELINES for name in known.models]
+    print_table(("pipeline, in a script", "--parallel", "", "note"), rows)
+
+
+def runner_rows(models: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row for each model class of xfuser's registry, under the shortest of its names; what runs comes first."""
+    names: dict[type, list[str]] = {}
+    for name, model in models.items():
+        names.setdefault(model, []).append(name)
+    rows = [model_row(min(known, key=len), model) for model, known in names.items()]
+    return sorted(rows, key=lambda row: (("exact", "untested", "refused").index(row[1]), row[0].lower()))
+
+
+def model_row(name: str, model: Any) -> tuple[str, str, str, str]:
+    """Name, state, CFG parallelism, note."""
+    known = support_of(name)
+    if known.state == "untested" and not model.capabilities.ring_degree:
+        return name, "refused", "", ULYSSES_ONLY
+    cfg_parallel = "yes" if model.capabilities.use_cfg_parallel else "no"
+    return name, known.state, "" if known.state == "refused" else cfg_parallel, known.note
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as they need to be."""
+    lines = [titles, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def registry() -> dict[str, Any]:
+    """xfuser's models by name, with ours among them."""
+    logging.disable(logging.WARNING)
+    try:
+        enable_cpu_ranks()
+        models: dict[str, Any] = importlib.import_module(REGISTRY).MODEL_REGISTRY
+        register()
+    finally:
+        logging.disable(logging.NOTSET)
+    return models
+
+
+if __name__ == "__main__":
+    sys.exit(main())

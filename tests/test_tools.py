@@ -1,0 +1,50 @@
+"""`otil-xdit models`, the table behind it, and the version check."""
+
+import importlib
+
+import pytest
+
+from otil_xdit import tools
+from otil_xdit.xdit import support, versions
+from otil_xdit.xdit.flags import choose
+
+
+def test_every_model_of_xfuser_is_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tools.main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1] for line in lines if line and not line.startswith(("exact", "untested"))}
+    classes = {model for model in tools.registry().values()}
+    assert sum(row in tools.registry() for row in rows) == len(classes)
+    assert rows["tiny-dit"] == rows["SD3.5"] == rows["xFuserPixArtAlphaPipeline"] == "exact"
+    assert rows["Lumina2"] == rows["CausalWan"] == rows["xFuserSanaPipeline"] == "refused"
+    assert rows["LTX-2"] == "untested"
+
+
+def test_the_table_names_what_xfuser_has() -> None:
+    known = {name.rsplit("/", 1)[-1].lower() for name in tools.registry()}
+    assert {name for entry in support.RUNNERS for name in entry.models} <= known
+    xfuser = importlib.import_module("xfuser.model_executor.pipelines")
+    assert all(hasattr(xfuser, name) for entry in support.PIPELINES for name in entry.models)
+
+
+def test_a_refusal_may_depend_on_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"parallel": "sync", "model": "Tongyi-MAI/Z-Image"}
+    monkeypatch.setattr(support, "version", lambda package: "0.42.1")
+    with pytest.raises(
+        ValueError, match="--model Tongyi-MAI/Z-Image is not supported together with --parallel: xfuser"
+    ):
+        choose(flags, 2)
+    monkeypatch.setattr(support, "version", lambda package: "0.41.0")
+    assert choose(flags, 2) is not None
+
+
+@pytest.mark.parametrize(("installed", "warned"), [("0.7.0", False), ("0.7.0+local", False), ("0.7.1", True)])
+def test_an_untested_xfuser_is_warned_about(
+    installed: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(versions, "version", lambda package: installed)
+    versions.warn_if_untested()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == (
+        ["otil-xdit was tested with xfuser 0.7.0; its hooks may not fit 0.7.1, which is installed"] * warned
+    )
