@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(1)
     is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     if is_last:
-        print(f"| strategy | steps | kB per step and rank | PSNR (min) | SSIM |\n|---|---|---|---|---|")
+        print("| strategy | steps | kB per step and rank | PSNR (min) | SSIM |\n|---|---|---|---|---|")
     for steps in arguments.steps:
         references = list(pictures(load(), arguments.seeds, steps)) if is_last else []
         for name, config in variants(arguments).items():

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 examples/parallelize.py --output circle.png
 
-On a machine without GPUs the ranks run on the CPU. Any pipeline that xDiT has a wrapper for will do in place of tiny-dit.
+On a machine without GPUs the ranks run on the CPU. Any pipeline that xDiT can wrap will do instead of tiny-dit.
 """
 
 from __future__ import annotations

@@ -50,5 +50,6 @@ class Schedule:
 
     def is_refresh(self, step: int) -> bool:
         """Whether `step` is a synchronous step after warm-up; frozen runs have none."""
-        past_warmup = step - self.warmup_steps + 1
-        return self.freshness == "displaced" and self.refresh > 0 and past_warmup > 0 and past_warmup % self.refresh == 0
+        if self.freshness != "displaced" or self.refresh == 0 or self.is_warmup(step):
+            return False
+        return (step - self.warmup_steps + 1) % self.refresh == 0

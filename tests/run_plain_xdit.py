@@ -1,4 +1,4 @@
-"""xfuser's own runner without any of the plugin's hooks, but on CPU ranks and with the shipped model in its registry."""
+"""xfuser's own runner without the plugin's hooks, but on CPU ranks and with the shipped model in its registry."""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ def everybody(step: int, layer: str, own_step: int | None = None, image: int = 0
     """All patches' values of `step`, this rank's own of `own_step`."""
     ranks = range(dist.get_world_size())
     steps = [own_step if rank == dist.get_rank() and own_step is not None else step for rank in ranks]
-    return torch.cat([torch.stack(values(rank, at, layer, image)) for rank, at in zip(ranks, steps, strict=True)], dim=3)
+    return torch.cat(
+        [torch.stack(values(rank, at, layer, image)) for rank, at in zip(ranks, steps, strict=True)], dim=3
+    )
 
 
 def check_sync() -> None:

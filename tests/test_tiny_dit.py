@@ -1,4 +1,4 @@
-"""The main job on the shipped model: exact when synchronous, close when not, the promised bytes, the same every time."""
+"""The main job on the shipped model: exact when synchronous, close when not, the promised bytes, always the same."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def on_two() -> dict[str, Any]:
 
 def test_synchronous_is_one_process(on_two: dict[str, Any]) -> None:
     assert on_two["sync"]["max_error"] <= EXACT
-    assert on_two["naive"]["max_error"] > 100 * EXACT, "the exchange makes no difference, so the test above shows nothing"
+    assert on_two["naive"]["max_error"] > 100 * EXACT, "the exchange makes no difference: the line above shows nothing"
 
 
 def test_cfg_times_patch_is_one_process() -> None:

@@ -172,7 +172,9 @@ class Trainer:
         self.data, self.model, self.args = data, model, args
         self.model.set_attn_processor(BiasedJointAttention())
         self.average = [p.detach().clone() for p in model.parameters()]
-        self.optimizers = [torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+        self.optimizers = [
+            torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        ]
         self.losses: list[float] = []
         self.forward = torch.compile(self.loss, dynamic=False) if args.compile else self.loss
 

@@ -42,8 +42,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         refused="xDiT lets its temporal blocks attend to the tokens of another place than their own"
     ),
     "SanaTransformer2DModel": Architecture(
-        refused="its self-attention is linear and sends no keys and values, and its cross-attention would gather the text "
-        "once from every rank"
+        refused="its self-attention is linear and sends no keys and values, and its cross-attention would gather the "
+        "text once from every rank"
     ),
 }
 """By the class that diffusers gives them; unknown ones are taken for packed tokens."""
@@ -52,7 +52,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 def architecture_of(network: nn.Module) -> Architecture:
     """The facts for a diffusers network, or for xDiT's wrapper of one."""
     kind = getattr(network, "module_type", type(network))
-    return next((ARCHITECTURES[base.__name__] for base in kind.__mro__ if base.__name__ in ARCHITECTURES), Architecture())
+    return next(
+        (ARCHITECTURES[base.__name__] for base in kind.__mro__ if base.__name__ in ARCHITECTURES), Architecture()
+    )
 
 
 def refuse_unsupported(name: str, network: nn.Module) -> None:
@@ -103,7 +105,7 @@ def _check_even(facts: Architecture, network: nn.Module, latent: torch.Tensor, t
                 "text": "change --max_sequence_length, or the prompt where the model does not pad it,",
             }[kind]
             raise ValueError(
-                f"{count} {kind} tokens cannot be shared evenly by {ranks} ranks, and xDiT would compute something else; "
+                f"{count} {kind} tokens cannot be shared evenly by {ranks} ranks, and xDiT would go wrong; "
                 f"{remedy} so that their number is a multiple of {ranks}"
             )
 
