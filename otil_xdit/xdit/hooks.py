@@ -6,7 +6,7 @@
 | `xFuserArgs.from_runner_args`, `.from_cli_args` (config/args.py) | validate them; ring_degree is the patch degree |
 | `xFuserArgs.create_config` (config/args.py) | the choice travels with the parallel config |
 | `runtime_state.initialize_runtime_state` (core/distributed/runtime_state.py) | connects the strategy to the pipeline |
-| `RuntimeState._check_if_backend_compatible_with_current_configuration` | no ring limits |
+| `RuntimeState`'s check of attention backends (same file) | no ring limits |
 | `xFuserPipelineBaseWrapper.__init__` (model_executor/pipelines/base_pipeline.py) | the wrapper's calls are generations |
 | `usp.ring_attn` (model_executor/layers/usp.py) | gathers over the patches while a generation runs |
 
