@@ -25,7 +25,7 @@ from otil_xdit.xdit.degrees import OTHER_DEGREES, FlagError, degree, given_patch
 from otil_xdit.xdit.flags import choose
 from otil_xdit.xdit.hooks import register
 from otil_xdit.xdit.launch import free_port, run_to_end
-from otil_xdit.xdit.support import ULYSSES_ONLY
+from otil_xdit.xdit.support import ULYSSES_ONLY, refusal
 
 RUNNER = "otil_xdit.runner"
 REGISTRY = "xfuser.model_executor.models.runner_models.base_model"
@@ -186,8 +186,9 @@ def _check_model(values: Mapping[str, Any]) -> None:
     if name not in registry:
         raise FlagError(unknown_model(name, registry))
     can = registry[name].capabilities
-    if values.get("parallel") is not None and not can.ring_degree:
-        raise FlagError(f"--model {name} is not supported together with --parallel: {ULYSSES_ONLY}")
+    why_not = refusal(name) if can.ring_degree else ULYSSES_ONLY
+    if values.get("parallel") is not None and why_not is not None:
+        raise FlagError(f"--model {name} is not supported together with --parallel: {why_not}")
     for flag in OTHER_DEGREES:
         if degree(values, flag) > 1 and not getattr(can, flag):
             raise FlagError(f"--model {name} is not supported together with --{flag}")

@@ -7,7 +7,7 @@ from the tensor that is handed to it.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -44,7 +44,7 @@ class Traffic:
 
     sent: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
-    waited: Counter[str] = field(default_factory=Counter)
+    waited: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def clear(self) -> None:
         for counter in (self.sent, self.messages, self.waited):

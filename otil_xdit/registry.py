@@ -72,7 +72,7 @@ def _preset(name: str, summary: str, ignores: tuple[str, ...] = (), **settings: 
 
     def make_config(given: Mapping[str, Any]) -> OtilConfig:
         for setting in sorted(set(given) & set(ignores)):
-            logger.warning("--otil_%s has no effect with --parallel %s", setting, name)
+            logger.warning("--otil_%s has no effect with --parallel %s", setting.removesuffix("_steps"), name)
         return OtilConfig(**{**{key: value for key, value in given.items() if key not in ignores}, **settings})
 
     return Strategy(name, summary, make_config)

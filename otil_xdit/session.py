@@ -153,7 +153,7 @@ def _bracketed(kind: type) -> type:
 
 
 @cache
-def _ticked(kind: type) -> type:
+def _ticked(kind: Any) -> type:
     @wraps(kind.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = kind.step(self, *args, **kwargs)

@@ -4,9 +4,8 @@ import importlib
 
 import pytest
 
-from otil_xdit import tools
+from otil_xdit import cli, tools
 from otil_xdit.xdit import support, versions
-from otil_xdit.xdit.flags import choose
 
 
 def test_every_model_of_xfuser_is_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,14 +27,15 @@ def test_the_table_names_what_xfuser_has() -> None:
 
 
 def test_a_refusal_may_depend_on_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = {"parallel": "sync", "model": "Tongyi-MAI/Z-Image"}
+    run = ["--model", "Tongyi-MAI/Z-Image", "--parallel", "sync", "--patch_degree", "2"]
+    monkeypatch.setattr(cli, "visible_devices", lambda: 0)
     monkeypatch.setattr(support, "version", lambda package: "0.42.1")
     with pytest.raises(
         ValueError, match="--model Tongyi-MAI/Z-Image is not supported together with --parallel: xfuser"
     ):
-        choose(flags, 2)
+        cli.plan(run, {})
     monkeypatch.setattr(support, "version", lambda package: "0.41.0")
-    assert choose(flags, 2) is not None
+    assert cli.plan(run, {}).command
 
 
 @pytest.mark.parametrize(("installed", "warned"), [("0.7.0", False), ("0.7.0+local", False), ("0.7.1", True)])

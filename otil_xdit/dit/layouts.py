@@ -66,7 +66,7 @@ def refuse_unsupported(name: str, network: nn.Module) -> None:
 
 
 def read_call(
-    network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], chunks: int, ranks: int
+    network: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chunks: int, ranks: int
 ) -> tuple[torch.Tensor | None, TokenLayout]:
     """This rank's latent and the layout of its attention sequences, from a network call's arguments.
 
@@ -96,7 +96,7 @@ def read_call(
     return tokens, TokenLayout(rows, cols, pixels, facts.text, chunks)
 
 
-def _check_even(facts: Architecture, network: nn.Module, latent: torch.Tensor, text: Any, ranks: int) -> None:
+def _check_even(facts: Architecture, network: Any, latent: torch.Tensor, text: Any, ranks: int) -> None:
     for kind in facts.even:
         count = _image_tokens(network, latent) if kind == "image" else getattr(text, "shape", [0, 0])[1]
         if count % ranks:
@@ -110,7 +110,7 @@ def _check_even(facts: Architecture, network: nn.Module, latent: torch.Tensor, t
             )
 
 
-def _image_tokens(network: nn.Module, latent: torch.Tensor) -> int:
+def _image_tokens(network: Any, latent: torch.Tensor) -> int:
     """Tokens of packed latents, [B, S, C], or of a video, [B, C, frames, rows, cols]."""
     if latent.ndim == 3:
         return latent.shape[1]

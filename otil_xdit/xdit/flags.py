@@ -17,7 +17,6 @@ from otil_xdit.config import OtilConfig, Selector, parse_ratio
 from otil_xdit.registry import Strategy, get_strategy, strategies
 from otil_xdit.xdit.degrees import FlagError, UngivenDegree, degree, resolve_patch_degree
 from otil_xdit.xdit.geometry import check_geometry
-from otil_xdit.xdit.support import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -205,10 +204,6 @@ def _refuse_without_parallel(values: Mapping[str, Any]) -> None:
 
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    model = values.get("model") or ""
-    reason_against_model = refusal(model)
-    if reason_against_model is not None:
-        raise FlagError(f"--model {model} is not supported together with --parallel: {reason_against_model}")
     for flag, reason in _REFUSED.items():
         value = values.get(flag)
         if not value or (flag.endswith("_degree") and value == 1):

@@ -7,7 +7,7 @@
 | `xFuserArgs.create_config` (config/args.py) | the choice travels with the parallel config |
 | `runtime_state.initialize_runtime_state` (core/distributed/runtime_state.py) | connects the strategy to the pipeline |
 | `RuntimeState`'s check of attention backends (same file) | no ring limits |
-| `xFuserPipelineBaseWrapper.__init__` (model_executor/pipelines/base_pipeline.py) | the wrapper's calls are generations |
+| `xFuserPipelineBaseWrapper.__init__` (model_executor/pipelines/base_pipeline.py) | its calls are generations |
 | `usp.ring_attn` (model_executor/layers/usp.py) | gathers over the patches while a generation runs |
 
 Without ``--parallel`` none of them changes anything.
