@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from otil_xdit.api import parallelize
     from otil_xdit.config import OtilConfig
     from otil_xdit.registry import Strategy, get_strategy, register_strategy, strategies
+    from otil_xdit.xdit.api import parallelize
     from otil_xdit.xdit.hooks import register
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ _HOMES = {
     "OtilConfig": "otil_xdit.config",
     "Strategy": "otil_xdit.registry",
     "get_strategy": "otil_xdit.registry",
-    "parallelize": "otil_xdit.api",
+    "parallelize": "otil_xdit.xdit.api",
     "register": "otil_xdit.xdit.hooks",
     "register_strategy": "otil_xdit.registry",
     "strategies": "otil_xdit.registry",

@@ -12,23 +12,20 @@ import logging
 import math
 import os
 import sys
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NoReturn
 
 from otil_xdit import __version__
-from otil_xdit.xdit.cpu import enable_cpu_ranks, has_accelerator
+from otil_xdit.xdit.catalogue import model_registry
+from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.degrees import OTHER_DEGREES, FlagError, degree, given_patch_degree
 from otil_xdit.xdit.flags import choose
-from otil_xdit.xdit.hooks import register
 from otil_xdit.xdit.launch import free_port, run_to_end
 from otil_xdit.xdit.support import ULYSSES_ONLY, refusal
 
 RUNNER = "otil_xdit.runner"
-REGISTRY = "xfuser.model_executor.models.runner_models.base_model"
 
 TORCHRUN_FLAGS = {
     "nproc_per_node": (None, "Processes on this machine. Default: the product of the degrees."),
@@ -142,11 +139,8 @@ def parse(runner_arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         FlagError: for what the parser does not understand.
     """
-    enable_cpu_ranks()
-    with _quiet():
-        config = importlib.import_module("xfuser.config")
-        importlib.import_module(REGISTRY)
-    register()
+    model_registry()  # imports xfuser, quietly
+    config = importlib.import_module("xfuser.config")
 
     class Parser(config.FlexibleArgumentParser):  # type: ignore[name-defined]
         def error(self, message: str) -> NoReturn:
@@ -181,7 +175,7 @@ def _add_launch_help(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_model(values: Mapping[str, Any]) -> None:
-    registry = importlib.import_module(REGISTRY).MODEL_REGISTRY
+    registry = model_registry()
     name = values["model"]
     if name not in registry:
         raise FlagError(unknown_model(name, registry))
@@ -230,16 +224,3 @@ def _whole(name: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise FlagError(f"--{name} is {text!r}; give a whole number from 1 up")
     return int(text)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines or warnings: importing xfuser writes many, and the ranks will write them again."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import logging
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from otil_xdit import __version__
-from otil_xdit.xdit.cpu import enable_cpu_ranks
-from otil_xdit.xdit.hooks import register
+from otil_xdit.xdit.catalogue import model_registry
 from otil_xdit.xdit.support import PIPELINES, ULYSSES_ONLY, support_of
 from otil_xdit.xdit.versions import TESTED_XFUSER
-
-REGISTRY = "xfuser.model_executor.models.runner_models.base_model"
 
 HEADER = f"""\
 otil-xdit {__version__}, tested with xfuser {TESTED_XFUSER}.
@@ -40,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def print_models() -> None:
     """Print two tables: what `xfuser --model` takes, and the pipelines that need a script."""
     print(HEADER)
-    print_table(("xfuser --model", "--parallel", "--use_cfg_parallel", "note"), runner_rows(registry()))
+    print_table(("xfuser --model", "--parallel", "--use_cfg_parallel", "note"), runner_rows(model_registry()))
     print()
     rows = [(name, known.state, "", known.note) for known in PIPELINES for name in known.models]
     print_table(("pipeline, in a script", "--parallel", "", "note"), rows)
@@ -70,18 +65,6 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-
-
-def registry() -> dict[str, Any]:
-    """xfuser's models by name, with ours among them."""
-    logging.disable(logging.WARNING)
-    try:
-        enable_cpu_ranks()
-        models: dict[str, Any] = importlib.import_module(REGISTRY).MODEL_REGISTRY
-        register()
-    finally:
-        logging.disable(logging.NOTSET)
-    return models
 
 
 if __name__ == "__main__":

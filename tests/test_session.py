@@ -116,7 +116,7 @@ def recorder() -> Recorder:
 
 def attached(recorder: Recorder, **settings: Any) -> tuple[PatchSession, ToyPipeline]:
     pipe = ToyPipeline(**settings)
-    session = PatchSession(recorder, PatchGroup(None, 0, 2))  # type: ignore[arg-type]
+    session = PatchSession(recorder, PatchGroup(None, 0, 2))
     session.attach(pipe)
     return session, pipe
 
@@ -198,7 +198,7 @@ def test_attaching_twice_counts_once_and_two_sessions_are_refused(recorder: Reco
     pipe(steps=1)
     assert recorder.begun == 1
     with pytest.raises(ValueError, match="already"):
-        PatchSession(Recorder(), PatchGroup(None, 0, 2)).attach(pipe)  # type: ignore[arg-type]
+        PatchSession(Recorder(), PatchGroup(None, 0, 2)).attach(pipe)
 
 
 def test_attention_from_nowhere_is_refused(recorder: Recorder) -> None:

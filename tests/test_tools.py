@@ -6,21 +6,22 @@ import pytest
 
 from otil_xdit import cli, tools
 from otil_xdit.xdit import support, versions
+from otil_xdit.xdit.catalogue import model_registry
 
 
 def test_every_model_of_xfuser_is_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert tools.main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1] for line in lines if line and not line.startswith(("exact", "untested"))}
-    classes = {model for model in tools.registry().values()}
-    assert sum(row in tools.registry() for row in rows) == len(classes)
+    classes = {model for model in model_registry().values()}
+    assert sum(row in model_registry() for row in rows) == len(classes)
     assert rows["tiny-dit"] == rows["SD3.5"] == rows["xFuserPixArtAlphaPipeline"] == "exact"
     assert rows["Lumina2"] == rows["CausalWan"] == rows["xFuserSanaPipeline"] == "refused"
     assert rows["LTX-2"] == "untested"
 
 
 def test_the_table_names_what_xfuser_has() -> None:
-    known = {name.rsplit("/", 1)[-1].lower() for name in tools.registry()}
+    known = {name.rsplit("/", 1)[-1].lower() for name in model_registry()}
     assert {name for entry in support.RUNNERS for name in entry.models} <= known
     xfuser = importlib.import_module("xfuser.model_executor.pipelines")
     assert all(hasattr(xfuser, name) for entry in support.PIPELINES for name in entry.models)

@@ -64,7 +64,7 @@ class Scene:
 
 
 def _one_of(words: object) -> str:
-    return "(" + "|".join(words) + ")"  # type: ignore[call-overload]
+    return "(" + "|".join(words) + ")"
 
 
 THING_PATTERN = re.compile(f"a {_one_of(SIZES)} {_one_of(COLOURS)} {_one_of(SHAPES)} {_one_of(PLACES)}")

@@ -57,7 +57,7 @@ def crop(pictures: np.ndarray, batch: int, side: int, rng: np.random.Generator) 
 
 def gradient_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L1 between the finite differences of two (n, c, h, w) batches: keeps edges sharp."""
-    return sum(functional.l1_loss(output.diff(dim=dim), target.diff(dim=dim)) for dim in (2, 3))  # type: ignore
+    return sum(functional.l1_loss(output.diff(dim=dim), target.diff(dim=dim)) for dim in (2, 3))
 
 
 def step_loss(vae: AutoencoderKL, batch: torch.Tensor, kl_weight: float) -> torch.Tensor:

@@ -80,11 +80,11 @@ class LayerNames:
             finally:
                 self._context = outer
 
-        module.cache_context = cache_context  # type: ignore[assignment]
+        vars(module)["cache_context"] = cache_context
         try:
             yield
         finally:
-            del module.cache_context
+            del vars(module)["cache_context"]
 
     def _watch_one(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         def enter(*_: object) -> None:
