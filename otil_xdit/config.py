@@ -13,6 +13,9 @@ Freshness = Literal["sync", "displaced", "frozen"]
 Selector = Literal["latent-cosine", "latent-l2", "kv-cosine", "kv-l2", "random"]
 """What is compared between consecutive steps to find the sub-blocks that changed most."""
 
+SmallFreshness = Literal["fresh", "displaced"]
+"""Whether a U-Net's halo rows and moments are those of this step or, like keys and values, of the one before."""
+
 MAX_BLOCK = 64
 
 
@@ -31,6 +34,9 @@ class OtilConfig:
             sub-blocks a step, none stays unsent for more than ceil(K / p) displaced steps.
         warmup_steps: number of initial synchronous steps, at least 1.
         refresh: after warm-up every `refresh`-th step is synchronous too; 0 for never.
+        halo: ``fresh`` lets a convolution wait for its neighbours' rows of this step; ``displaced`` takes those of the
+            step before (DistriFusion). Read where `freshness` is ``displaced``; U-Nets only.
+        moments: the same for the moments of a GroupNorm.
         timeout: seconds that a rank waits for the others in one collective.
         seed: seeds the ``random`` selector.
 
@@ -45,12 +51,16 @@ class OtilConfig:
     polling: float = 0.5
     warmup_steps: int = 2
     refresh: int = 0
+    halo: SmallFreshness = "fresh"
+    moments: SmallFreshness = "fresh"
     timeout: float = 300.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_choice("freshness", self.freshness, get_args(Freshness))
         _check_choice("select", self.select, get_args(Selector))
+        _check_choice("halo", self.halo, get_args(SmallFreshness))
+        _check_choice("moments", self.moments, get_args(SmallFreshness))
         _check_number("ratio", self.ratio, above=0.0, up_to=1.0)
         _check_number("polling", self.polling, above=None, up_to=1.0)
         _check_integer("block", self.block, low=1, high=MAX_BLOCK)

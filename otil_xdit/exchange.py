@@ -10,9 +10,15 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+
+Neighbours = tuple[torch.Tensor, torch.Tensor]
+"""What the rank before and the rank after this one send."""
 
 # torch 2.13 renamed the collective and warns under the old name; older versions know only that.
 _all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -27,12 +33,16 @@ class PatchGroup:
         rank: this process's place in the group, which is its patch.
         world_size: number of patches.
         ulysses_degree: ranks that share a patch's heads; a patch's sequence is that many rows' chunks in turn.
+        rows: the ranks that hold rows (patch x Ulysses), in the order of the rows; None where nobody needs them.
+        replica: all ranks that work on the image (rows x CFG); None where nobody needs them.
     """
 
     process_group: dist.ProcessGroup
     rank: int
     world_size: int
     ulysses_degree: int = 1
+    rows: PatchGroup | None = None
+    replica: PatchGroup | None = None
 
 
 @dataclass
@@ -55,22 +65,23 @@ class ExchangeTimeout(RuntimeError):
     """The other ranks did not answer in time, or the connection to them broke."""
 
 
-class Pending:
-    """A collective under way; `wait` gives its output."""
+class Pending(Generic[T]):
+    """Messages under way; `wait` gives what they bring."""
 
-    def __init__(self, exchange: Exchange, work: dist.Work, output: torch.Tensor, kind: str, where: str) -> None:
-        self._exchange, self._work, self._output = exchange, work, output
+    def __init__(self, exchange: Exchange, works: list[dist.Work], output: T, kind: str, where: str) -> None:
+        self._exchange, self._works, self._output = exchange, works, output
         self._kind, self._where = kind, where
 
-    def wait(self) -> torch.Tensor:
-        """The gathered tensor, [N, ...]; on CUDA the current stream waits, on the CPU this thread does.
+    def wait(self) -> T:
+        """What was received; on CUDA the current stream waits, on the CPU this thread does.
 
         Raises:
             ExchangeTimeout: naming the rank, the layer and the step.
         """
         started = time.perf_counter()
         try:
-            self._exchange.wait_for(self._work)
+            for work in self._works:
+                self._exchange.wait_for(work)
         except RuntimeError as error:
             raise ExchangeTimeout(self._exchange.failure(self._where, error)) from error
         self._exchange.traffic.waited[self._kind] += time.perf_counter() - started
@@ -78,22 +89,23 @@ class Pending:
 
 
 class Exchange:
-    """All-gathers over one patch group, with counters and timeouts.
+    """Collectives over one group of ranks, with counters and timeouts.
 
     Args:
-        group: the patches' ranks.
+        group: the ranks.
         timeout: seconds that one wait may take.
+        traffic: counters to share with another exchange; None for its own.
     """
 
-    def __init__(self, group: PatchGroup, timeout: float) -> None:
+    def __init__(self, group: PatchGroup, timeout: float, traffic: Traffic | None = None) -> None:
         self.group = group
-        self.traffic = Traffic()
+        self.traffic = Traffic() if traffic is None else traffic
         self._timeout = timeout
         # gloo waits on the host and takes a deadline per wait. NCCL's wait only queues a dependency on the stream;
         # given a deadline it would block the host in every layer, so there the process group's own timeout rules.
         self._host_waits = dist.get_backend(group.process_group) == "gloo"
 
-    def all_gather(self, payload: torch.Tensor, output: torch.Tensor, kind: str, where: str) -> Pending:
+    def all_gather(self, payload: torch.Tensor, output: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
         """Start sending `payload` to every rank of the group.
 
         Args:
@@ -113,7 +125,35 @@ class Exchange:
             work = _all_gather_flat(flat, payload.view(-1), group=self.group.process_group, async_op=True)
         except RuntimeError as error:
             raise ExchangeTimeout(self.failure(where, error)) from error
-        return Pending(self, work, output, kind, where)
+        return Pending(self, [work], output, kind, where)
+
+    def neighbours(
+        self, to_previous: torch.Tensor, to_next: torch.Tensor, output: Neighbours, kind: str, where: str
+    ) -> Pending[Neighbours]:
+        """Start sending to the ranks before and after this one in the group; the ends have one neighbour.
+
+        Args:
+            to_previous, to_next: contiguous; unchanged until the wait. Empty ones are not sent; whoever sends an empty
+                one must be expected to: the sizes follow from the layer, alike on every rank.
+            output: what the two send, filled by the wait.
+            kind, where: as in `all_gather`.
+        """
+        rank, ranks = self.group.rank, self.group.world_size
+        operations = []
+        for peer, sent, received in ((rank - 1, to_previous, output[0]), (rank + 1, to_next, output[1])):
+            if not 0 <= peer < ranks:
+                continue
+            if sent.numel():
+                operations.append(dist.P2POp(dist.isend, sent, group=self.group.process_group, group_peer=peer))
+                self.traffic.sent[kind] += sent.nbytes
+                self.traffic.messages[kind] += 1
+            if received.numel():
+                operations.append(dist.P2POp(dist.irecv, received, group=self.group.process_group, group_peer=peer))
+        try:
+            works = dist.batch_isend_irecv(operations) if operations else []
+        except RuntimeError as error:
+            raise ExchangeTimeout(self.failure(where, error)) from error
+        return Pending(self, works, output, kind, where)
 
     def wait_for(self, work: dist.Work) -> None:
         if self._host_waits:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -24,6 +25,75 @@ def split_rows(rows: int, parts: int) -> tuple[int, ...]:
         raise ValueError(f"{rows} rows cannot be cut into {parts} patches; give at least one row a patch")
     height, taller = divmod(rows, parts)
     return tuple(height + (index < taller) for index in range(parts))
+
+
+@dataclass(frozen=True)
+class LevelGrid:
+    """The maps of a U-Net, cut by rows, at each resolution.
+
+    The cut is made where the map is smallest and doubled upwards. So a row's owner is the same at every level, a
+    sub-block of the latent is the same place at every level, and a down-sampling convolution needs no more than the row
+    above. The price is that patches may differ by as many latent pixels as one row of the smallest map covers.
+
+    Attributes:
+        heights, widths: of each level's map, finest first.
+        rows: rows of every rank, by level.
+    """
+
+    heights: tuple[int, ...]
+    widths: tuple[int, ...]
+    rows: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def build(cls, height: int, width: int, levels: int, ranks: int) -> LevelGrid:
+        """Cut a `height` x `width` map that shrinks by two, rounded up, at each of `levels` levels but the first.
+
+        Raises:
+            ValueError: when the smallest map has fewer rows than there are ranks.
+        """
+        heights, widths = [height], [width]
+        for _ in range(levels - 1):
+            heights.append(-(-heights[-1] // 2))
+            widths.append(-(-widths[-1] // 2))
+        if heights[-1] < ranks:
+            least = 1 + 2 ** (levels - 1) * (ranks - 1)
+            raise ValueError(
+                f"{height} rows of the latent are {heights[-1]} at the U-Net's lowest resolution, which {ranks} ranks "
+                f"cannot share; give at least {least} rows of the latent, or fewer ranks"
+            )
+        starts = [0]
+        for rows in split_rows(heights[-1], ranks)[:-1]:
+            starts.append(starts[-1] + rows)
+        cuts = []
+        for level, rows in enumerate(heights):
+            edges = [start << (levels - 1 - level) for start in starts] + [rows]
+            cuts.append(tuple(end - start for start, end in pairwise(edges)))
+        return cls(tuple(heights), tuple(widths), tuple(cuts))
+
+    def slice_of(self, level: int, rank: int) -> slice:
+        """The rows of `rank` in the whole map of `level`."""
+        start = sum(self.rows[level][:rank])
+        return slice(start, start + self.rows[level][rank])
+
+    def level_of(self, height: int, width: int) -> int:
+        """The level whose map has this size.
+
+        Raises:
+            ValueError: when none has.
+        """
+        sizes = list(zip(self.heights, self.widths, strict=True))
+        if (height, width) not in sizes:
+            known = ", ".join(f"{rows} x {cols}" for rows, cols in sizes)
+            raise ValueError(f"a map of {height} x {width} belongs to no level of the U-Net; its maps are {known}")
+        return sizes.index((height, width))
+
+    def is_even(self, level: int) -> bool:
+        return len(set(self.rows[level])) == 1
+
+
+def kept_tokens(counts: Sequence[int], chunk: int) -> torch.Tensor:
+    """Positions of the real tokens where chunks of `counts` tokens were padded to `chunk` each; int64 [sum(counts)]."""
+    return torch.cat([torch.arange(count) + chunk * index for index, count in enumerate(counts)])
 
 
 @dataclass(frozen=True)

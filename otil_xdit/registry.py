@@ -37,6 +37,11 @@ class Communicator(Protocol):
     def free(self) -> None: ...
     def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None: ...
     def gather(self, name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def halo(self, name: str, x: torch.Tensor, above: int, below: int) -> torch.Tensor: ...
+    def moments(
+        self, name: str, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor: ...
     def report(self) -> Report: ...
 
 
@@ -81,9 +86,26 @@ def _preset(name: str, summary: str, ignores: tuple[str, ...] = (), **settings: 
 _CHOICE = ("ratio", "block", "select", "polling", "seed")
 
 OTIL = _preset("otil", "displaced patches; each step sends only the sub-blocks that changed most")
-DISTRIFUSION = _preset("distrifusion", "displaced patches; each step sends all keys and values", _CHOICE, ratio=1.0)
-SYNC = _preset("sync", "every step waits for everybody: exact", (*_CHOICE, "warmup_steps", "refresh"), freshness="sync")
-NAIVE = _preset("naive", "nothing is exchanged after warm-up: a lower bound", (*_CHOICE, "refresh"), freshness="frozen")
+DISTRIFUSION = _preset(
+    "distrifusion",
+    "displaced patches; each step sends everything, a step late",
+    (*_CHOICE, "halo", "moments"),
+    ratio=1.0,
+    halo="displaced",
+    moments="displaced",
+)
+SYNC = _preset(
+    "sync",
+    "every step waits for everybody: exact",
+    (*_CHOICE, "halo", "moments", "warmup_steps", "refresh"),
+    freshness="sync",
+)
+NAIVE = _preset(
+    "naive",
+    "nothing is exchanged after warm-up: a lower bound",
+    (*_CHOICE, "halo", "moments", "refresh"),
+    freshness="frozen",
+)
 
 _STRATEGIES = {strategy.name: strategy for strategy in (OTIL, DISTRIFUSION, SYNC, NAIVE)}
 

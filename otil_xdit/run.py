@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from otil_xdit.config import OtilConfig
+from otil_xdit.borders import HaloLayer, MomentsLayer, halo_key, moments_key
+from otil_xdit.config import OtilConfig, SmallFreshness
 from otil_xdit.exchange import Exchange, PatchGroup
 from otil_xdit.grid import TokenLayout, block_table, image_positions
 from otil_xdit.kv import KVLayer
@@ -23,12 +25,16 @@ from otil_xdit.selection import CHANGE_SCORES, Selector
 class Report:
     """What one rank sent in one generation; bytes as handed to the collectives.
 
-    `kv_bytes_per_step` is the mean over the steps after warm-up, the figure that strategies are compared by.
+    The figures per step are means over the steps after warm-up: `kv_bytes_per_step` of keys and values, the figure that
+    strategies are compared by; `small_bytes_per_step` of a U-Net's halo rows and moments; `output_bytes_per_step` of
+    its noise prediction, which is the same whatever the strategy.
     """
 
     steps: int
     warmup_steps: int
     kv_bytes_per_step: float
+    small_bytes_per_step: float
+    output_bytes_per_step: float
     sent_bytes: dict[str, int]
     messages: dict[str, int]
     waited_seconds: float
@@ -60,10 +66,14 @@ class OtilRun:
     def __init__(self, config: OtilConfig, group: PatchGroup) -> None:
         self.config, self.group = config, group
         self.exchange = Exchange(group, config.timeout)
+        self._rows = Exchange(group.rows or group, config.timeout, self.exchange.traffic)
+        self._replica = Exchange(group.replica or group, config.timeout, self.exchange.traffic)
         self.clock = Clock()
         self.layout = TokenLayout(chunks=group.ulysses_degree)
         self._schedule = Schedule.from_config(config)
         self._layers: dict[str, KVLayer] = {}
+        self._halos: dict[str, HaloLayer] = {}
+        self._moments: dict[str, MomentsLayer] = {}
         self._geometries: dict[tuple[TokenLayout, int], _Geometry] = {}
         self._selectors: dict[object, Selector] = {}
         self._workspace = torch.empty(0, dtype=torch.uint8)
@@ -80,7 +90,7 @@ class OtilRun:
         self._latent = self._previous_latent = None
         self._latent_at = -1
         self._generator.manual_seed(self.config.seed + self.group.rank)
-        for layer in self._layers.values():
+        for layer in self._all_layers():
             layer.visits = 0
         for selector in self._selectors.values():
             selector.reset()
@@ -89,13 +99,15 @@ class OtilRun:
 
     def end(self) -> None:
         """Finish what is still under way; also after an exception, before buffers are used again."""
-        for layer in self._layers.values():
+        for layer in self._all_layers():
             layer.drain()
 
     def free(self) -> None:
         """Give the buffers back."""
         self.end()
         self._layers.clear()
+        self._halos.clear()
+        self._moments.clear()
         self._geometries.clear()
         self._selectors.clear()
         self._workspace = self._workspace.new_empty(0)
@@ -104,9 +116,9 @@ class OtilRun:
         """Take note of what the network is called with.
 
         Args:
-            latent: this rank's part of the latent as tokens, [..., S_image, D], or None where it is not known;
-                the second call within a step (a separate pass without the prompt) changes nothing.
-            layout: what this rank's attention sequences are made of.
+            latent: this rank's rows of the latent, [B, C, rows, cols], or None where they are not known; the second
+                call within a step (a separate pass without the prompt) changes nothing.
+            layout: what this rank's attention sequences are made of, until the next call.
         """
         self.layout = layout
         if latent is not None and self.config.select.startswith("latent") and self._latent_at != self.clock.step:
@@ -129,10 +141,50 @@ class OtilRun:
         picked = None
         if mode == "displaced" and not layer.sends_all:
             picked = self._pick(name, layer, fresh)
-        warming_up = min(self.clock.step, layer.visits) < self.config.warmup_steps
-        kind = "kv-warmup" if warming_up else "kv"
+        kind = self._kind("kv", layer.visits)
         full = layer.gather(fresh, mode, picked, self._sync_workspace(fresh, mode), self.clock.step, kind)
         return full[0], full[1]
+
+    def halo(self, name: str, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+        """`x`, [B, C, rows, W], between `above` rows of the rank before and `below` of the one after.
+
+        Zeros stand beyond the edges of the image. `name` as in `gather`.
+        """
+        layer = self._halos.get(name)
+        if layer is None or layer.key != halo_key(x, above, below):
+            self._discard(layer)
+            layer = self._halos[name] = HaloLayer(self._rows, name, x, above, below)
+        mode = self._small_mode(self.config.halo, layer.visits)
+        return layer.widen(x, mode, self.clock.step, self._kind("halo", layer.visits))
+
+    def moments(
+        self, name: str, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole maps' mean and biased variance from this rank's, as far as the settings let it know them.
+
+        Args:
+            name: as in `gather`.
+            mean, var: float32 [B, G].
+            share: [R], every rank's share of the rows.
+        """
+        layer = self._moments.get(name)
+        if layer is None or layer.key != moments_key(mean):
+            self._discard(layer)
+            layer = self._moments[name] = MomentsLayer(self._rows, name, mean)
+        mode = self._small_mode(self.config.moments, layer.visits)
+        return layer.combine(mean, var, share, mode, self.clock.step, self._kind("moments", layer.visits))
+
+    def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor:
+        """A tensor of the same shape on every rank that works on the image, from all of them: [N, *part.shape].
+
+        Args:
+            part: this rank's, contiguous.
+            kind: the counter that the bytes go to, and its name in error messages.
+        """
+        step = self.clock.step
+        gathered = part.new_empty(self._replica.group.world_size, *part.shape)
+        counter = f"{kind}-warmup" if step < self.config.warmup_steps else kind
+        return self._replica.all_gather(part, gathered, counter, f"the {kind} at step {step}").wait()
 
     def report(self) -> Report:
         """Counters of the last (or current) generation, for this rank."""
@@ -142,18 +194,36 @@ class OtilRun:
         return Report(
             steps=steps,
             warmup_steps=min(self.config.warmup_steps, steps),
-            kv_bytes_per_step=traffic.sent["kv"] / after_warmup if after_warmup else 0.0,
+            kv_bytes_per_step=traffic.sent["kv"] / max(after_warmup, 1),
+            small_bytes_per_step=(traffic.sent["halo"] + traffic.sent["moments"]) / max(after_warmup, 1),
+            output_bytes_per_step=traffic.sent["output"] / max(after_warmup, 1),
             sent_bytes=dict(traffic.sent),
             messages=dict(traffic.messages),
             waited_seconds=sum(traffic.waited.values()),
-            buffer_bytes=sum(layer.nbytes for layer in self._layers.values()) + self._workspace.nbytes,
+            buffer_bytes=sum(layer.nbytes for layer in self._all_layers()) + self._workspace.nbytes,
         )
+
+    def _all_layers(self) -> list[KVLayer | HaloLayer | MomentsLayer]:
+        return [*self._layers.values(), *self._halos.values(), *self._moments.values()]
+
+    def _kind(self, what: str, visits: int) -> str:
+        """The counter that a layer's bytes go to: those of warm-up steps are kept apart."""
+        return f"{what}-warmup" if min(self.clock.step, visits) < self.config.warmup_steps else what
+
+    def _small_mode(self, freshness: SmallFreshness, visits: int) -> Mode:
+        mode = self._schedule.mode(self.clock.step, visits)
+        return "sync" if mode == "displaced" and freshness == "fresh" else mode
+
+    @staticmethod
+    def _discard(layer: KVLayer | HaloLayer | MomentsLayer | None) -> None:
+        """Wait for what a layer has under way before its buffers go."""
+        if layer is not None:
+            layer.drain()
 
     def _layer(self, name: str, key: torch.Tensor) -> KVLayer:
         layer = self._layers.get(name)
         if layer is None or layer.shape != key.shape or layer.dtype != key.dtype:
-            if layer is not None:
-                layer.drain()
+            self._discard(layer)
             table = self._geometry(key.shape[2], key.device).table
             layer = self._layers[name] = KVLayer(self.exchange, name, key, table, self.config.ratio)
             self._selectors.pop(name, None)
@@ -201,7 +271,7 @@ class OtilRun:
     def _latent_scores(self, geometry: _Geometry, criterion: str) -> torch.Tensor:
         """Change of the latent under each sub-block; text has no latent and is sent by polling alone."""
         positions = geometry.image_token[geometry.table]
-        latent, previous = self._latent, self._previous_latent
+        latent, previous = (self._as_tokens(seen) for seen in (self._latent, self._previous_latent))
         if latent is None or previous is None or latent.shape[-2] != geometry.image_tokens:
             raise ValueError(
                 f"otil_select {self.config.select} needs a latent whose sub-blocks can be told apart, which this model "
@@ -209,3 +279,12 @@ class OtilRun:
             )
         scores = CHANGE_SCORES[criterion](latent, previous, positions.clamp_min(0))
         return scores.masked_fill(positions[:, 0] < 0, torch.finfo(scores.dtype).min)
+
+    def _as_tokens(self, latent: torch.Tensor | None) -> torch.Tensor | None:
+        """The latent pixels under each image token of the layout: [B, S_image, C * pixels**2], zeros where padded."""
+        if latent is None or self.layout.rows == 0:
+            return None
+        side = self.layout.pixels
+        rows, cols = self.layout.rows * side - latent.shape[2], self.layout.cols * side - latent.shape[3]
+        padded = functional.pad(latent, (0, max(cols, 0), 0, max(rows, 0)))
+        return functional.pixel_unshuffle(padded, side).flatten(2).transpose(1, 2)

@@ -22,12 +22,13 @@ def cosine_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tens
         table: int64 [K, T], the tokens of each sub-block (`grid.block_table`).
 
     Returns:
-        float32 [K] in [0, 2]; larger means more change.
+        float32 [K] in [0, 2]; larger means more change. A sub-block of zeros (padding) that stays so has not changed.
     """
     fresh, previous = fresh.float(), previous.float()
     dot = _block_sums(fresh * previous, table)
-    norms = _block_sums(fresh.square(), table) * _block_sums(previous.square(), table)
-    return 1 - dot / norms.sqrt().clamp_min(1e-12)
+    fresh_norm, previous_norm = _block_sums(fresh.square(), table), _block_sums(previous.square(), table)
+    change = 1 - dot / (fresh_norm * previous_norm).sqrt().clamp_min(1e-12)
+    return change.masked_fill((fresh_norm == 0) & (previous_norm == 0), 0.0)
 
 
 def l2_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """`PatchSession`: ties a communicator to a pipeline: where a generation begins, what a step is, which layer calls.
 
 Nothing of diffusers or xDiT is edited: the pipeline object gets a subclass of its class that brackets ``__call__``, its
-networks get forward hooks, and during a generation its scheduler gets a subclass whose ``step`` ticks the clock.
-`detach` undoes it all.
+networks get forward hooks (a U-Net gets patched layers, `otil_xdit.unet`), and during a generation its scheduler gets a
+subclass whose ``step`` ticks the clock. `detach` undoes it all.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from otil_xdit.dit.layers import LayerNames
 from otil_xdit.dit.layouts import read_call, refuse_unsupported
 from otil_xdit.exchange import PatchGroup
+from otil_xdit.grid import TokenLayout
 from otil_xdit.registry import Communicator
 from otil_xdit.schedule import Clock
+from otil_xdit.subclass import restore_class, subclass_of, swap_class
+from otil_xdit.unet.patches import Attend, UnetGroups, UnetPatches
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +43,22 @@ class PatchSession:
         communicator: made by a strategy's ``connect``.
         group: the ranks that hold the patches.
         finished: called after every generation, with this session.
+        unets: who shares a U-Net, and the attention across them; None where no pipeline may hold one.
     """
 
     def __init__(
-        self, communicator: Communicator, group: PatchGroup, finished: Callable[[PatchSession], None] | None = None
+        self,
+        communicator: Communicator,
+        group: PatchGroup,
+        finished: Callable[[PatchSession], None] | None = None,
+        unets: tuple[UnetGroups, Attend] | None = None,
     ) -> None:
         self.communicator, self.group = communicator, group
+        self.kept_keys: torch.Tensor | None = None
+        self._layer = ""
         self._finished = finished
+        self._unets = unets
+        self._unet_patches: dict[int, UnetPatches] = {}
         self._names = LayerNames()
         self._watched: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
         self._attached: list[Any] = []
@@ -54,6 +67,11 @@ class PatchSession:
     def active() -> PatchSession | None:
         """The session whose generation is under way in this context."""
         return _ACTIVE.get()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a generation of this session is under way in this context."""
+        return _ACTIVE.get() is self
 
     def attach(self, pipe: Any) -> None:
         """Bracket `pipe`'s calls; attaching a pipeline twice, or a wrapper besides what it wraps, is fine.
@@ -66,33 +84,55 @@ class PatchSession:
             return
         if holder is not None:
             raise ValueError(f"this {type(pipe).__name__} runs with a parallel strategy already")
-        _swap_class(pipe, _bracketed)
+        swap_class(pipe, _bracketed)
         vars(pipe)["_otil_session"] = self
         self._attached.append(pipe)
 
     def detach(self) -> None:
         """Give every attached pipeline its own class back, remove the hooks, free the buffers."""
         for pipe in self._attached:
-            _restore_class(pipe)
+            restore_class(pipe)
             del vars(pipe)["_otil_session"]
         self._attached.clear()
         for _, handles in self._watched.values():
             for handle in handles:
                 handle.remove()
         self._watched.clear()
+        for patches in self._unet_patches.values():
+            patches.release()
+        self._unet_patches.clear()
         self.communicator.free()
 
     def gather(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Every patch's keys and values for the attention call under way; see `OtilRun.gather`."""
-        return self.communicator.gather(self._names.current(self.communicator.clock.step), key, value)
+        name = self._layer or self._names.current(self.communicator.clock.step)
+        return self.communicator.gather(name, key, value)
+
+    @contextmanager
+    def attention(self, name: str, layout: TokenLayout, kept_keys: torch.Tensor | None) -> Iterator[None]:
+        """One attention call of a layer that knows its name and its tokens.
+
+        Args:
+            name: tells the layer from every other one.
+            layout: what this rank's sequence is made of.
+            kept_keys: int64, positions of the real ones among all ranks' keys where some are padding; None for all.
+        """
+        self.communicator.observe(None, layout)
+        self._layer, self.kept_keys = name, kept_keys
+        try:
+            yield
+        finally:
+            self._layer, self.kept_keys = "", None
 
     @contextmanager
     def generation(self, pipe: Any) -> Iterator[None]:
         """One call of a pipeline; calls inside it (a wrapper calls what it wraps) belong to it."""
-        if _ACTIVE.get() is self:
+        if self.is_active:
             yield
             return
         networks = {name: net for name in NETWORKS if isinstance(net := getattr(pipe, name, None), nn.Module)}
+        # torch.compile(network) is a module round the network, whose layers are the ones that count.
+        networks = {name: getattr(net, "_orig_mod", net) for name, net in networks.items()}
         token = _ACTIVE.set(self)
         try:
             with ExitStack() as stack:
@@ -103,6 +143,8 @@ class PatchSession:
                 self._names.begin()
                 self.communicator.begin()
                 stack.callback(self.communicator.end)
+                if self._unet_patches:
+                    self._share_random_state()
                 yield
         finally:
             _ACTIVE.reset(token)
@@ -112,13 +154,34 @@ class PatchSession:
     def _watch(self, networks: dict[str, nn.Module]) -> None:
         """Hook the networks that are not hooked yet; a pipeline may have been given a new one since."""
         for name, net in networks.items():
-            if id(net) not in self._watched:
+            if isinstance(net, UNet2DConditionModel):
+                self._patches_of(net).prepare()
+            elif id(net) not in self._watched:
                 refuse_unsupported(name, net)
                 observe = net.register_forward_pre_hook(self._observe, with_kwargs=True)
                 self._watched[id(net)] = (net, [observe, *self._names.watch(name, net)])
 
+    def _patches_of(self, unet: UNet2DConditionModel) -> UnetPatches:
+        found = self._unet_patches.get(id(unet))
+        if found is None:
+            if self._unets is None:
+                raise ValueError("this session was not made for a pipeline with a U-Net")
+            found = self._unet_patches[id(unet)] = UnetPatches(self, unet, *self._unets)
+        return found
+
+    def _share_random_state(self) -> None:
+        """Let every rank draw as the first one does where a call gives no generator: one image, one noise."""
+        states = [torch.get_rng_state()]
+        device = next(iter(self._unet_patches.values())).network.device
+        if device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(device))
+        first = [self.communicator.collect(state.to(device), "random-state")[0].cpu() for state in states]
+        torch.set_rng_state(first[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(first[1], device)
+
     def _observe(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _ACTIVE.get() is self:
+        if self.is_active:
             chunks = self.group.ulysses_degree
             self.communicator.observe(*read_call(network, args, kwargs, chunks, chunks * self.group.world_size))
 
@@ -133,12 +196,12 @@ def _ticking(scheduler: Any, clock: Clock) -> Iterator[None]:
     if scheduler is None:
         yield
         return
-    _swap_class(scheduler, _ticked)
+    swap_class(scheduler, _ticked)
     vars(scheduler)["_otil_clock"] = clock
     try:
         yield
     finally:
-        _restore_class(scheduler)
+        restore_class(scheduler)
         del vars(scheduler)["_otil_clock"]
 
 
@@ -149,7 +212,7 @@ def _bracketed(kind: type) -> type:
         with self._otil_session.generation(self):
             return kind.__call__(self, *args, **kwargs)
 
-    return _same_name(kind, {"__call__": __call__})
+    return subclass_of(kind, {"__call__": __call__})
 
 
 @cache
@@ -160,23 +223,4 @@ def _ticked(kind: Any) -> type:
         self._otil_clock.tick()
         return out
 
-    return _same_name(kind, {"step": step})
-
-
-def _same_name(kind: type, members: dict[str, Any]) -> type:
-    """A subclass that code which asks for names (diffusers' save_pretrained, xDiT's checks) takes for `kind`."""
-    members = {**members, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "_otil_base": kind}
-    return type(kind)(kind.__name__, (kind,), members)
-
-
-def _swap_class(thing: Any, derive: Callable[[type], type]) -> None:
-    _set_class(thing, derive(type(thing)))
-
-
-def _restore_class(thing: Any) -> None:
-    _set_class(thing, type(thing)._otil_base)
-
-
-def _set_class(thing: Any, kind: type) -> None:
-    # Not by assignment: xDiT's scheduler wrappers pass assignments, of __class__ too, on to what they wrap.
-    object.__setattr__(thing, "__class__", kind)
+    return subclass_of(kind, {"step": step})

@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from otil_xdit.config import OtilConfig, Selector
 from otil_xdit.exchange import ExchangeTimeout, PatchGroup
@@ -41,13 +42,18 @@ def generate(run: OtilRun, steps: int, image: int = 0, layers: tuple[str, ...] =
     run.begin()
     seen = []
     for step in range(steps):
-        latent = values(run.group.rank, step, "latent", image)[0][:1, :, : ROWS * COLS].mean(1)
-        run.observe(latent, LAYOUT)
+        run.observe(latent_map(run.group.rank, step, image), LAYOUT)
         for layer in layers:
             seen.append(torch.stack(run.gather(layer, *values(run.group.rank, step, layer, image))).clone())
         run.clock.tick()
     run.end()
     return seen
+
+
+def latent_map(rank: int, step: int, image: int) -> torch.Tensor:
+    """The latent of which LAYOUT's image tokens are made, [1, 1, 2 * ROWS, 2 * COLS]."""
+    tokens = values(rank, step, "latent", image)[0][:1, :, : ROWS * COLS].mean(1)
+    return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (ROWS, COLS)), 2)
 
 
 def everybody(step: int, layer: str, own_step: int | None = None, image: int = 0) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otil_xdit.grid import Segment, TokenLayout, block_table, image_positions, split_rows
+from otil_xdit.grid import LevelGrid, Segment, TokenLayout, block_table, image_positions, kept_tokens, split_rows
 
 sizes = st.integers(1, 40)
 
@@ -19,6 +19,43 @@ def test_patches_cover_every_row_once(rows: int, parts: int) -> None:
     heights = split_rows(rows, parts)
     assert sum(heights) == rows and len(heights) == parts
     assert max(heights) - min(heights) <= 1 and min(heights) >= 1
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 40), levels=st.integers(1, 5), ranks=st.integers(1, 8))
+def test_levels_are_cut_in_the_same_places(height: int, width: int, levels: int, ranks: int) -> None:
+    lowest = height
+    for _ in range(levels - 1):
+        lowest = (lowest + 1) // 2
+    if lowest < ranks:
+        with pytest.raises(ValueError, match=f"{height} rows of the latent are {lowest}") as refused:
+            LevelGrid.build(height, width, levels, ranks)
+        least = int(str(refused.value).split("at least ")[1].split()[0])
+        assert LevelGrid.build(least, width, levels, ranks) and least > height
+        return
+    grid = LevelGrid.build(height, width, levels, ranks)
+    for level, rows in enumerate(grid.rows):
+        assert sum(rows) == grid.heights[level] and len(rows) == ranks and min(rows) >= 1
+        assert max(rows) - min(rows) <= 2 ** (levels - level), "more unequal than a row of the smallest map"
+        covered = [row for rank in range(ranks) for row in range(height)[: sum(rows)][grid.slice_of(level, rank)]]
+        assert covered == list(range(grid.heights[level]))
+    for finer, coarser in zip(range(levels - 1), range(1, levels), strict=True):
+        for rank in range(1, ranks):
+            assert grid.slice_of(finer, rank).start == 2 * grid.slice_of(coarser, rank).start
+
+
+def test_a_map_is_found_by_its_size() -> None:
+    grid = LevelGrid.build(33, 20, 3, 2)
+    assert [grid.level_of(*size) for size in ((33, 20), (17, 10), (9, 5))] == [0, 1, 2]
+    with pytest.raises(ValueError, match="16 x 10 belongs to no level"):
+        grid.level_of(16, 10)
+
+
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_padding_is_left_out(counts: list[int]) -> None:
+    chunk = max(counts)
+    padded = [(index, token) if token < count else None for index, count in enumerate(counts) for token in range(chunk)]
+    kept = [padded[position] for position in kept_tokens(counts, chunk).tolist()]
+    assert kept == [entry for entry in padded if entry is not None]
 
 
 @settings(deadline=None)

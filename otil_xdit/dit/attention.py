@@ -59,6 +59,30 @@ def over_patches(ring_attn: Callable[..., torch.Tensor]) -> Callable[..., torch.
     return patch_attn
 
 
+def without_padding(get_attention_function: Callable[..., Any]) -> Callable[..., Any]:
+    """`_get_attention_function` of xfuser's usp module: the backend it finds, called without keys that are padding.
+
+    Only a U-Net whose ranks have different numbers of rows pads (`PatchSession.kept_keys`). Ring attention is not in
+    the way with Ulysses alone, so this cannot be left to `over_patches`.
+    """
+
+    @wraps(get_attention_function)
+    def get(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        attention_function = get_attention_function(*args, **kwargs)
+        session = PatchSession.active()
+        kept = None if session is None else session.kept_keys
+        if kept is None:
+            return attention_function
+
+        @wraps(attention_function)
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+            return attention_function(query, key.index_select(2, kept), value.index_select(2, kept), **options)
+
+        return attend
+
+    return get
+
+
 def _refuse(is_causal: bool, attention_kwargs: dict[str, Any] | None) -> None:
     if is_causal:
         raise ValueError("causal attention is not supported with --parallel: a patch has no place in the causal order")

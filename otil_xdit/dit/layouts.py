@@ -77,7 +77,7 @@ def read_call(
         ranks: patches times Ulysses degree: how many ranks share the tokens.
 
     Returns:
-        The latent as tokens, [B, S_image, C * p * p], and the layout; None and a layout of unknown order for
+        The latent, [B, C, rows, cols], and the layout; None and a layout of unknown order for
         architectures that are not called with rows.
 
     Raises:
@@ -92,8 +92,7 @@ def read_call(
         return None, TokenLayout(chunks=chunks)
     pixels = network.config.patch_size
     rows, cols = latent.shape[2] // pixels, latent.shape[3] // pixels
-    tokens = nn.functional.pixel_unshuffle(latent, pixels).flatten(2).transpose(1, 2)
-    return tokens, TokenLayout(rows, cols, pixels, facts.text, chunks)
+    return latent, TokenLayout(rows, cols, pixels, facts.text, chunks)
 
 
 def _check_even(facts: Architecture, network: Any, latent: torch.Tensor, text: Any, ranks: int) -> None:

@@ -9,6 +9,7 @@
 | `RuntimeState`'s check of attention backends (same file) | no ring limits |
 | `xFuserPipelineBaseWrapper.__init__` (model_executor/pipelines/base_pipeline.py) | its calls are generations |
 | `usp.ring_attn` (model_executor/layers/usp.py) | gathers over the patches while a generation runs |
+| `usp._get_attention_function` (same file) | its backends leave out keys that are padding |
 
 Without ``--parallel`` none of them changes anything.
 """
@@ -26,11 +27,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from otil_xdit.dit.attention import over_patches
+from otil_xdit.dit.attention import over_patches, without_padding
 from otil_xdit.exchange import PatchGroup
+from otil_xdit.registry import SYNC
 from otil_xdit.session import PatchSession
+from otil_xdit.unet.patches import UnetGroups
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.flags import ParallelChoice, add_otil_args, choose
 from otil_xdit.xdit.versions import warn_if_untested
@@ -69,12 +73,38 @@ def session_of(pipe: Any) -> PatchSession | None:
 
 
 def connect(choice: ParallelChoice) -> PatchSession:
-    """A session over this process's ring group; the process groups must exist."""
+    """A session over the patches that this process works on one image with; the process groups must exist."""
+    from xfuser.core.distributed import parallel_state
     from yunchang.globals import PROCESS_GROUP
 
-    ring = PROCESS_GROUP.RING_PG
-    group = PatchGroup(ring, dist.get_rank(ring), dist.get_world_size(ring), choice.ulysses_degree)
-    return PatchSession(choice.strategy.connect(choice.config, group), group, _reporter(choice))
+    ring, sequence = PROCESS_GROUP.RING_PG, parallel_state.get_sp_group()
+    rows = PatchGroup(sequence.device_group, sequence.rank_in_group, sequence.world_size)
+    place = dist.get_rank(ring) * choice.ulysses_degree + sequence.ulysses_rank
+    assert rows.rank == place, "xDiT's sequence ranks are expected in the order ring x Ulysses"
+    replica = parallel_state.get_model_replica_group()
+    group = PatchGroup(
+        ring,
+        dist.get_rank(ring),
+        dist.get_world_size(ring),
+        choice.ulysses_degree,
+        rows,
+        PatchGroup(replica.device_group, replica.rank_in_group, replica.world_size),
+    )
+    half = parallel_state.get_classifier_free_guidance_rank()
+    halves = parallel_state.get_classifier_free_guidance_world_size()
+    places: list[Any] = [None] * replica.world_size
+    dist.all_gather_object(places, (half, place), group=replica.cpu_group)
+    unets = UnetGroups(rows, choice.ulysses_degree, halves, half, tuple(places))
+    communicator = choice.strategy.connect(choice.config, group)
+    return PatchSession(communicator, group, _reporter(choice), (unets, _attend))
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A U-Net's self-attention as xDiT's DiTs have theirs; [B, heads, S, d]."""
+    from xfuser.model_executor.layers import usp
+
+    out: torch.Tensor = usp.USP(query, key, value)
+    return out
 
 
 def _reporter(choice: ParallelChoice) -> Callable[[PatchSession], None]:
@@ -85,12 +115,14 @@ def _reporter(choice: ParallelChoice) -> Callable[[PatchSession], None]:
             return
         report = session.communicator.report()
         logger.info(
-            "%s: %d steps (%d warm-up), %.1f kB of keys and values sent per step and rank after warm-up, "
-            "waited %.2f s, buffers %.1f MB",
+            "%s: %d steps (%d warm-up), sent per step and rank after warm-up: %.1f kB of keys and values, %.1f kB of "
+            "halo rows and moments, %.1f kB of output; waited %.2f s, buffers %.1f MB",
             choice.strategy.name,
             report.steps,
             report.warmup_steps,
             report.kv_bytes_per_step / 1e3,
+            report.small_bytes_per_step / 1e3,
+            report.output_bytes_per_step / 1e3,
             report.waited_seconds,
             report.buffer_bytes / 1e6,
         )
@@ -102,11 +134,21 @@ def _reporter(choice: ParallelChoice) -> Callable[[PatchSession], None]:
     return finished
 
 
-def _session_for(engine_config: Any) -> PatchSession | None:
-    """The one session of an engine config: xDiT initializes its state for a wrapper and for what it wraps."""
+def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
+    """The one session of an engine config: xDiT initializes its state for a wrapper and for what it wraps.
+
+    A U-Net has nothing in xDiT that would share it out, so it has a session with any degree, and without a strategy
+    one that is as exact as xDiT's own for DiTs.
+    """
     parallel = getattr(engine_config, "parallel_config", None)
+    if parallel is None:
+        return None
     choice = getattr(parallel, _CHOICE, None)
-    if choice is None or choice.patch_degree == 1:
+    if getattr(pipeline, "unet", None) is not None:
+        if parallel.sp_degree * parallel.cfg_degree == 1:
+            return None
+        choice = choice or ParallelChoice(SYNC, SYNC.make_config({}), parallel.ring_degree, parallel.ulysses_degree)
+    elif choice is None or choice.patch_degree == 1:
         return None
     if getattr(parallel, _SESSION, None) is None:
         setattr(parallel, _SESSION, connect(choice))
@@ -183,7 +225,7 @@ def _hook_runtime_state() -> None:
     @wraps(initialize)
     def initialize_runtime_state(pipeline: Any = None, engine_config: Any = None) -> None:
         initialize(pipeline, engine_config)
-        session = _session_for(engine_config)
+        session = _session_for(engine_config, pipeline)
         if session is not None and pipeline is not None:
             _attach(session, pipeline)
 
@@ -213,7 +255,7 @@ def _hook_pipelines() -> None:
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        session = _session_for(self.engine_config)
+        session = _session_for(self.engine_config, self)
         if session is not None:
             _attach(session, self)
 
@@ -224,6 +266,7 @@ def _hook_attention() -> None:
     from xfuser.model_executor.layers import usp
 
     usp.ring_attn = over_patches(usp.ring_attn)
+    usp._get_attention_function = without_padding(usp._get_attention_function)
 
 
 def _replace_everywhere(old: object, new: object) -> None:

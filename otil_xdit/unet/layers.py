@@ -1,0 +1,242 @@
+"""The layers of a U-Net that look beyond a patch: convolutions, group norms, attention.
+
+Each is the layer itself with another `forward` (`otil_xdit.subclass`), so parameters, their names, hooks and
+`isinstance` stay. Outside a patched pass they do what they always did.
+
+Shapes: B batch, C channels, h rows of this rank, W columns, S tokens of this rank, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+from torch.nn import functional
+
+from otil_xdit.subclass import is_swapped, restore_class, subclass_of, swap_class
+
+if TYPE_CHECKING:
+    from otil_xdit.unet.patches import UnetPatches
+
+_SEAT = "_otil_seat"
+
+PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
+"""Attention processors of diffusers that compute plain attention, whatever they compute it with."""
+
+TEXT_PROCESSORS = (
+    *PLAIN_PROCESSORS,
+    "IPAdapterAttnProcessor",
+    "IPAdapterAttnProcessor2_0",
+    "IPAdapterXFormersAttnProcessor",
+)
+"""Processors that may attend to text: every query by itself, so patches change nothing."""
+
+
+@dataclass
+class Seat:
+    """A layer's place: whom it asks for the other ranks' part, its name in the U-Net, its level."""
+
+    patches: UnetPatches
+    name: str
+    level: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
+        # A copied network may be wrapped anew; process groups cannot be copied.
+        return self
+
+
+def is_spatial(module: nn.Module) -> bool:
+    """Whether a patch of the module's input is not enough for the same patch of its output."""
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size[0] > 1
+    return isinstance(module, (nn.GroupNorm, Attention))
+
+
+def wrap_layer(module: nn.Module, patches: UnetPatches, name: str, level: int) -> None:
+    """Let a spatial layer work on patches; wrapping it again gives it another seat.
+
+    Raises:
+        ValueError: naming the layer and what of it patches cannot serve.
+    """
+    if not is_swapped(module):
+        if isinstance(module, nn.Conv2d):
+            _check_conv(module, name)
+            swap_class(module, _patched_conv)
+        elif isinstance(module, nn.GroupNorm):
+            _check_forward(module, nn.GroupNorm, name)
+            swap_class(module, _patched_norm)
+        else:
+            swap_class(module, _patched_attention)
+    if isinstance(module, Attention):
+        _check_processor(module, name)
+    vars(module)[_SEAT] = Seat(patches, name, level)
+
+
+def unwrap_layer(module: nn.Module) -> None:
+    """Undo `wrap_layer`; nothing for a layer that is not wrapped."""
+    if vars(module).pop(_SEAT, None) is not None:
+        restore_class(module)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    return _SEAT in vars(module)
+
+
+# ---- convolution ---------------------------------------------------------------------------------------------------
+
+
+def halo_rows(conv: nn.Conv2d) -> tuple[int, int]:
+    """Rows that a convolution needs above and below a patch which begins and ends at multiples of its stride.
+
+    Output row j reads the input rows j * stride - padding + dilation * (0 .. kernel - 1).
+    """
+    (kernel, _), (stride, _), (dilation, _) = conv.kernel_size, conv.stride, conv.dilation
+    padding = conv.padding[0]
+    assert isinstance(padding, int), "string paddings are refused by _check_conv"
+    return padding, max(dilation * (kernel - 1) + 1 - stride - padding, 0)
+
+
+def _check_conv(conv: nn.Conv2d, name: str) -> None:
+    _check_forward(conv, nn.Conv2d, name)
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise ValueError(
+            f"--parallel does not support the padding of the layer {name} ({conv.padding!r}, {conv.padding_mode}); "
+            "it knows zeros, by number"
+        )
+    if conv.stride[0] not in (1, 2):
+        raise ValueError(f"--parallel does not support the stride {conv.stride} of the layer {name}; it knows 1 and 2")
+
+
+@cache
+def _patched_conv(kind: type) -> type:
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        seat: Seat = self._otil_seat
+        if not seat.patches.running:
+            return kind.forward(self, input)  # type: ignore[attr-defined]  # nn.Conv2d or a subclass, see _check_conv
+        above, below = halo_rows(self)
+        widened = seat.patches.halo(seat, input, above, below)
+        if seat.patches.is_last and self.padding[0] > below:
+            # The image's lower edge: zeros for as many rows as one device pads, not only as many as a patch reads.
+            widened = functional.pad(widened, (0, 0, 0, self.padding[0] - below))
+        columns = (0, self.padding[1])
+        return functional.conv2d(widened, self.weight, self.bias, self.stride, columns, self.dilation, self.groups)
+
+    return subclass_of(kind, {"forward": forward})
+
+
+# ---- group normalisation -------------------------------------------------------------------------------------------
+
+
+@cache
+def _patched_norm(kind: type) -> type:
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        seat: Seat = self._otil_seat
+        if not seat.patches.running:
+            return kind.forward(self, input)  # type: ignore[attr-defined]  # nn.GroupNorm, see _check_forward
+        return _normalise(self, seat, input)
+
+    return subclass_of(kind, {"forward": forward})
+
+
+def _normalise(norm: nn.GroupNorm, seat: Seat, x: torch.Tensor) -> torch.Tensor:
+    """Group normalisation of [B, C, h, W] by the moments of the whole map, taken in float32."""
+    groups = x.unflatten(1, (norm.num_groups, -1)).float()
+    var, mean = torch.var_mean(groups, dim=tuple(range(2, groups.ndim)), correction=0)
+    mean, var = seat.patches.moments(seat, mean, var)
+    scale = torch.rsqrt(var + norm.eps).repeat_interleave(norm.num_channels // norm.num_groups, dim=1)
+    mean = mean.repeat_interleave(norm.num_channels // norm.num_groups, dim=1)
+    if norm.weight is not None:
+        scale = scale * norm.weight.float()
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.float()
+    shape = (*scale.shape, *(1,) * (x.ndim - 2))
+    return torch.addcmul(shift.view(shape), x.float(), scale.view(shape)).to(x.dtype)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def _check_processor(attention: Attention, name: str) -> None:
+    processor = type(attention.processor).__name__
+    known = TEXT_PROCESSORS if attention.is_cross_attention else PLAIN_PROCESSORS
+    if processor not in known:
+        raise ValueError(
+            f"--parallel does not support the attention processor {processor} of the layer {name}; it knows "
+            f"{', '.join(known)}"
+        )
+
+
+@cache
+def _patched_attention(kind: type) -> type:
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        seat: Seat = self._otil_seat
+        if seat.patches.running:
+            if encoder_hidden_states is None:
+                return _attend_to_image(self, seat, hidden_states)
+            if type(self.processor).__name__ in PLAIN_PROCESSORS:
+                return _attend_to_text(self, seat, hidden_states, encoder_hidden_states, attention_mask)
+        return kind.forward(  # type: ignore[attr-defined]  # diffusers' Attention or a subclass
+            self, hidden_states, encoder_hidden_states, attention_mask, **kwargs
+        )
+
+    return subclass_of(kind, {"forward": forward})
+
+
+def _attend_to_image(attention: Any, seat: Seat, x: torch.Tensor) -> torch.Tensor:
+    """Self-attention of this rank's tokens, [B, S, D], to everybody's."""
+    query, key, value = (_heads(attention, layer(x)) for layer in (attention.to_q, attention.to_k, attention.to_v))
+    return _finish(attention, seat.patches.attend(seat, *_normed(attention, query, key), value), x)
+
+
+def _attend_to_text(
+    attention: Any, seat: Seat, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Cross-attention of this rank's tokens to the text, whose keys and values are kept from step to step."""
+
+    def project() -> tuple[torch.Tensor, torch.Tensor]:
+        states = attention.norm_encoder_hidden_states(text) if attention.norm_cross else text
+        return _heads(attention, attention.to_k(states)), _heads(attention, attention.to_v(states))
+
+    key, value = seat.patches.text.get(seat.name, text, (attention.to_k, attention.to_v), project)
+    query, key = _normed(attention, _heads(attention, attention.to_q(x)), key)
+    if mask is not None:
+        mask = attention.prepare_attention_mask(mask, text.shape[1], x.shape[0])
+        mask = mask.view(x.shape[0], attention.heads, -1, mask.shape[-1])
+    return _finish(attention, functional.scaled_dot_product_attention(query, key, value, attn_mask=mask), x)
+
+
+def _heads(attention: Any, x: torch.Tensor) -> torch.Tensor:
+    """[B, S, heads * d] as [B, heads, S, d]."""
+    return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+
+def _normed(attention: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    query = query if attention.norm_q is None else attention.norm_q(query)
+    return query, key if attention.norm_k is None else attention.norm_k(key)
+
+
+def _finish(attention: Any, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Heads [B, heads, S, d] back to [B, S, D], and what follows attention in diffusers."""
+    out = attention.to_out[1](attention.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype)))
+    return ((out + x) if attention.residual_connection else out) / attention.rescale_output_factor
+
+
+def _check_forward(module: nn.Module, base: type, name: str) -> None:
+    forward: Callable[..., Any] = type(module).forward
+    if forward is not base.forward:  # type: ignore[attr-defined]  # base is a class of modules
+        raise ValueError(
+            f"--parallel does not support the layer {name}: {type(module).__name__} computes something else than "
+            f"{base.__name__}"
+        )

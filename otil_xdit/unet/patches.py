@@ -1,0 +1,312 @@
+"""`UnetPatches`: a whole `UNet2DConditionModel` on patches.
+
+The pipeline calls the U-Net with the whole latent on every rank and gets the whole noise prediction on every rank. In
+between each rank runs the network on its rows, and on its half of the batch where CFG parallelism is on.
+
+Shapes: B batch, C channels, H x W the latent, h rows of this rank, S tokens of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch.nn import functional
+
+from otil_xdit.exchange import PatchGroup
+from otil_xdit.grid import LevelGrid, TokenLayout, kept_tokens
+from otil_xdit.subclass import is_swapped, restore_class, subclass_of, swap_class
+from otil_xdit.unet.layers import Seat, is_spatial, is_wrapped, unwrap_layer, wrap_layer
+from otil_xdit.unet.structure import Levels, check_supported
+from otil_xdit.unet.text import TextCache
+
+if TYPE_CHECKING:
+    from otil_xdit.session import PatchSession
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Attention over the Ulysses group and the patches: queries, keys and values [B, heads, S, d] to [B, heads, S, d]."""
+
+_PASSED_KWARGS = ("scale",)
+"""Entries of `cross_attention_kwargs` that mean the same on a patch: the weight of LoRA."""
+
+
+@dataclass(frozen=True)
+class UnetGroups:
+    """The ranks that share a U-Net.
+
+    Attributes:
+        rows: patch x Ulysses, in the order of the rows.
+        ulysses_degree: consecutive ranks of `rows` that share attention heads.
+        halves, half: number of CFG groups, and this rank's.
+        places: of each rank of the replica, in its order: CFG group, and place in `rows`.
+    """
+
+    rows: PatchGroup
+    ulysses_degree: int
+    halves: int
+    half: int
+    places: tuple[tuple[int, int], ...]
+
+
+class UnetPatches:
+    """One U-Net's layers and their way to the other ranks.
+
+    Args:
+        session: the pipeline's.
+        network: a diffusers `UNet2DConditionModel`; its layers are wrapped by `prepare`.
+        groups: who shares it.
+        attend: attention across the ranks.
+
+    Raises:
+        ValueError: naming what of the network patches cannot serve.
+    """
+
+    def __init__(self, session: PatchSession, network: Any, groups: UnetGroups, attend: Attend) -> None:
+        check_supported(network)
+        self.session, self.network, self.groups = session, network, groups
+        self.running = False
+        self.text = TextCache()
+        self._attend = attend
+        self._levels = Levels(network)
+        self._grid: LevelGrid | None = None
+        self._step, self._calls = -1, 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank holds the image's lowest rows."""
+        return self.groups.rows.rank == self.groups.rows.world_size - 1
+
+    def prepare(self) -> None:
+        """Wrap the network and its layers, those too that are new since the last time (LoRA); forget the text.
+
+        Raises:
+            ValueError: naming the layer that patches cannot serve.
+        """
+        if not is_swapped(self.network):
+            swap_class(self.network, _patched_unet)
+        vars(self.network)["_otil_seat"] = Seat(self, "", 0)
+        _refuse_freeu(self.network)
+        for path, module in self.network.named_modules():
+            if is_spatial(module):
+                wrap_layer(module, self, path, self._levels.of(path))
+                self._check_heads(path, module)
+        self.text.clear()
+        self._step = -1
+
+    def release(self) -> None:
+        """Give the network its own layers back."""
+        for module in self.network.modules():
+            if is_wrapped(module) and module is not self.network:
+                unwrap_layer(module)
+        if is_swapped(self.network):
+            del vars(self.network)["_otil_seat"]
+            restore_class(self.network)
+        self.text.clear()
+
+    def _check_heads(self, path: str, module: Any) -> None:
+        degree = self.groups.ulysses_degree
+        heads = getattr(module, "heads", degree)
+        if heads % degree and not module.is_cross_attention:
+            raise ValueError(
+                f"--ulysses_degree {degree} cannot share out the {heads} attention heads of the U-Net's layer {path}; "
+                "give a degree that divides them, or more patches instead"
+            )
+
+    # ---- what layers ask for -------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def halo(self, seat: Seat, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+        """`x`, [B, C, h, W], with the neighbours' rows above and below it.
+
+        Raises:
+            ValueError: on every rank, when a rank has fewer rows than another needs of it.
+        """
+        least = min(self._current_grid().rows[seat.level])
+        if max(above, below) > least:
+            raise ValueError(
+                f"the layer {seat.name} needs {max(above, below)} rows of its neighbours, and a rank has {least} "
+                "there; give a larger height or fewer ranks"
+            )
+        return self.session.communicator.halo(self._name(seat), x, above, below)
+
+    @torch.compiler.disable
+    def moments(self, seat: Seat, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Moments, float32 [B, groups], of whole maps from those of this rank's rows."""
+        rows = self._current_grid().rows[seat.level]
+        share = torch.tensor(rows, dtype=torch.float32, device=mean.device) / sum(rows)
+        return self.session.communicator.moments(self._name(seat), mean, var, share)
+
+    @torch.compiler.disable
+    def attend(self, seat: Seat, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of this rank's tokens to everybody's; all [B, heads, S, d].
+
+        Ranks with fewer rows than others pad theirs, as collectives want equal sizes; the padding is taken out again
+        before keys are attended to.
+        """
+        grid, level = self._current_grid(), seat.level
+        rows, cols = grid.rows[level], grid.widths[level]
+        tokens, most = query.shape[2], max(rows) * cols
+        layout = TokenLayout(max(rows), cols, 2**level, chunks=self.groups.ulysses_degree)
+        kept = None if grid.is_even(level) else _kept(tuple(count * cols for count in rows), most, query.device)
+        padding = (0, 0, 0, most - tokens)
+        if most > tokens:
+            query, key, value = (functional.pad(part, padding) for part in (query, key, value))
+        with self.session.attention(self._name(seat), layout, kept):
+            return self._attend(query, key, value)[:, :, :tokens]
+
+    # ---- the whole pass ------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether the pipeline that this belongs to is generating."""
+        return self.session.is_active
+
+    def forward(self, plain: Callable[..., Any], sample: torch.Tensor, **kwargs: Any) -> Any:
+        """What the network's own `forward` gives for the whole latent, [B, C, H, W], computed by all ranks.
+
+        Args:
+            plain: the network's own `forward`.
+            sample, kwargs: what the network is called with.
+
+        Raises:
+            ValueError: for arguments that patches cannot serve, and sizes that the ranks cannot share.
+        """
+        _refuse_arguments(kwargs)
+        return_dict = kwargs.pop("return_dict", True)
+        cut = self._cut(sample)
+        self._count_call()
+        latent = cut.rows(cut.batch(sample))
+        layout = TokenLayout(max(cut.grid.rows[0]), cut.grid.widths[0], chunks=self.groups.ulysses_degree)
+        self.session.communicator.observe(latent, layout)
+        # CFG parallelism alone cuts no rows: the layers have everything they need.
+        self._grid, self.running = cut.grid, self.groups.rows.world_size > 1
+        try:
+            (part,) = plain(latent, **{name: cut.argument(name, value) for name, value in kwargs.items()})
+        finally:
+            self._grid, self.running = None, False
+        whole = self._whole(part, sample, cut)
+        return UNet2DConditionOutput(sample=whole) if return_dict else (whole,)
+
+    def _cut(self, sample: torch.Tensor) -> _Cut:
+        batch, _, height, width = sample.shape
+        grid = _grid(height, width, self._levels.count, self.groups.rows.world_size)
+        # Images of a batch do not see each other, so any halving is right, not only that into the two CFG passes. An
+        # odd batch (one image without guidance) is computed by all CFG groups alike.
+        size = batch // self.groups.halves if batch % self.groups.halves == 0 else batch
+        start = self.groups.half * size if size < batch else 0
+        return _Cut(grid, self.groups.rows.rank, batch, slice(start, start + size))
+
+    def _whole(self, part: torch.Tensor, sample: torch.Tensor, cut: _Cut) -> torch.Tensor:
+        """The whole prediction, [B, C, H, W], from every rank's [b, C, h, W]: one collective."""
+        rows = cut.grid.rows[0]
+        padded = functional.pad(part, (0, 0, 0, max(rows) - part.shape[2])).contiguous()
+        gathered = self.session.communicator.collect(padded)
+        whole = part.new_empty(sample.shape[0], *part.shape[1:2], *sample.shape[2:])
+        size = part.shape[0]
+        for (half, place), theirs in zip(self.groups.places, gathered, strict=True):
+            if size == sample.shape[0] and half > 0:
+                continue
+            images = slice(half * size, (half + 1) * size)
+            whole[images, :, cut.grid.slice_of(0, place)] = theirs[:, :, : rows[place]]
+        return whole
+
+    def _count_call(self) -> None:
+        """A second call within a step has buffers of its own."""
+        step = self.session.communicator.clock.step
+        self._calls = self._calls + 1 if step == self._step else 0
+        self._step = step
+
+    def _name(self, seat: Seat) -> str:
+        return f"unet/{seat.name}#{self._calls}"
+
+    def _current_grid(self) -> LevelGrid:
+        assert self._grid is not None, "layers ask for other ranks' part during a patched pass only"
+        return self._grid
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """This rank's part of one call: which images, which rows."""
+
+    grid: LevelGrid
+    rank: int
+    whole_batch: int
+    images: slice
+
+    def batch(self, value: torch.Tensor) -> torch.Tensor:
+        """This rank's images of a tensor that has one entry for each; others stay whole."""
+        return value[self.images] if value.ndim > 0 and value.shape[0] == self.whole_batch else value
+
+    def rows(self, value: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a map of any level, [B, C, rows, cols]."""
+        level = self.grid.level_of(*value.shape[-2:])
+        return value[..., self.grid.slice_of(level, self.rank), :].contiguous()
+
+    def argument(self, name: str, value: Any) -> Any:
+        """This rank's part of a named argument of the U-Net."""
+        if name in ("down_block_additional_residuals", "down_intrablock_additional_residuals"):
+            # A new list: the network takes its entries out one by one.
+            return None if value is None else [self.rows(self.batch(one)) for one in value]
+        if name == "mid_block_additional_residual":
+            return None if value is None else self.rows(self.batch(value))
+        return self._images_of(value)
+
+    def _images_of(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.batch(value)
+        if isinstance(value, dict):
+            return {key: self._images_of(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._images_of(one) for one in value)
+        return value
+
+
+@cache
+def _grid(height: int, width: int, levels: int, ranks: int) -> LevelGrid:
+    return LevelGrid.build(height, width, levels, ranks)
+
+
+@cache
+def _kept(counts: tuple[int, ...], chunk: int, device: torch.device) -> torch.Tensor:
+    return kept_tokens(counts, chunk).to(device)
+
+
+@cache
+def _patched_unet(kind: Any) -> type:
+    call = signature(kind.forward)
+
+    @wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patches: UnetPatches = self._otil_seat.patches
+        if not patches.active:
+            return kind.forward(self, *args, **kwargs)
+
+        def plain(latent: torch.Tensor, **arguments: Any) -> Any:
+            return kind.forward(self, latent, **arguments, return_dict=False)
+
+        arguments = call.bind(self, *args, **kwargs).arguments
+        del arguments[next(iter(call.parameters))]
+        return patches.forward(plain, **arguments)
+
+    return subclass_of(kind, {"forward": forward})
+
+
+def _refuse_arguments(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("attention_mask") is not None:
+        raise ValueError("--parallel does not support attention_mask of a U-Net: it describes whole maps")
+    unknown = set(kwargs.get("cross_attention_kwargs") or {}) - set(_PASSED_KWARGS)
+    if unknown:
+        raise ValueError(
+            f"--parallel does not support {', '.join(sorted(unknown))} in cross_attention_kwargs; it knows "
+            f"{', '.join(_PASSED_KWARGS)}"
+        )
+
+
+def _refuse_freeu(network: Any) -> None:
+    if any(getattr(block, name, None) is not None for block in network.up_blocks for name in ("s1", "s2", "b1", "b2")):
+        raise ValueError("--parallel does not support FreeU, which filters whole maps; call disable_freeu()")

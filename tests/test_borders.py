@@ -1,0 +1,143 @@
+"""Halo rows and moments on real gloo ranks, against the whole map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from otil_xdit.config import OtilConfig
+from otil_xdit.exchange import PatchGroup
+from otil_xdit.run import OtilRun
+from tests.ranks import run_ranks
+
+ROWS = (3, 2, 4)
+"""Rows of each rank, more and fewer than its neighbours'."""
+
+
+def whole_map(step: int) -> torch.Tensor:
+    """[2, 8, rows of everybody, 5]; changes by a tenth of itself at each step."""
+    rows = sum(ROWS[: dist.get_world_size()])
+    draw = torch.Generator().manual_seed(1)
+    base, drift = torch.randn(2, 2, 8, rows, 5, generator=draw)
+    return base + 0.1 * step * drift
+
+
+def own_rows(x: torch.Tensor) -> slice:
+    start = sum(ROWS[: dist.get_rank()])
+    return slice(start, start + ROWS[dist.get_rank()])
+
+
+def make_run(**settings: object) -> OtilRun:
+    group = PatchGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    return OtilRun(OtilConfig(**{"timeout": 20.0, **settings}), group)
+
+
+def widened(own: torch.Tensor, remote: torch.Tensor, above: int, below: int) -> torch.Tensor:
+    """Own rows of one map between the neighbours' rows of another, zeros beyond the edges."""
+    padded = torch.nn.functional.pad(remote, (0, 0, above, below))
+    rows = own_rows(own)
+    top, bottom = padded[:, :, rows.start : rows.start + above], padded[:, :, rows.stop + above :][:, :, :below]
+    return torch.cat([top, own[:, :, rows], bottom], dim=2)
+
+
+def halos(run: OtilRun, above: int, below: int, steps: int = 5) -> list[torch.Tensor]:
+    run.begin()
+    seen = []
+    for step in range(steps):
+        x = whole_map(step)
+        seen.append(run.halo("conv", x[:, :, own_rows(x)], above, below))
+        run.clock.tick()
+    run.end()
+    return seen
+
+
+def check_halos() -> None:
+    for above, below in ((1, 1), (1, 0), (0, 2), (2, 1)):
+        for settings in ({"freshness": "sync"}, {"halo": "fresh"}):
+            for step, seen in enumerate(halos(make_run(**settings), above, below)):
+                assert torch.equal(seen, widened(whole_map(step), whole_map(step), above, below)), (settings, step)
+        run = make_run(halo="displaced", warmup_steps=2)
+        for _ in range(2):  # the second image must not see the first
+            for step, seen in enumerate(halos(run, above, below)):
+                remote = whole_map(step if step < 2 else step - 1)
+                assert torch.equal(seen, widened(whole_map(step), remote, above, below)), step
+        frozen = halos(make_run(freshness="frozen", warmup_steps=2), above, below)
+        assert torch.equal(frozen[-1], widened(whole_map(4), whole_map(1), above, below))
+
+
+def check_bytes() -> tuple[int, int]:
+    run = make_run(warmup_steps=1)
+    halos(run, 2, 1, steps=3)
+    moments(run, steps=3)
+    return run.exchange.traffic.sent["halo"], run.exchange.traffic.sent["moments"]
+
+
+def moments(run: OtilRun, steps: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    run.begin() if run.clock.step == 0 else run.clock.reset()
+    share = torch.tensor(ROWS[: dist.get_world_size()]) / sum(ROWS[: dist.get_world_size()])
+    seen = []
+    for step in range(steps):
+        x = whole_map(step)
+        var, mean = groups(x[:, :, own_rows(x)])
+        seen.append(run.moments("norm", mean, var, share))
+        run.clock.tick()
+    run.end()
+    return seen
+
+
+def groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Biased variance and mean of 4 groups, [2, 4] each."""
+    return torch.var_mean(x.unflatten(1, (4, 2)), dim=(2, 3, 4), correction=0)
+
+
+def check_moments() -> None:
+    for settings in ({"freshness": "sync"}, {"moments": "fresh"}):
+        for step, (mean, var) in enumerate(moments(make_run(**settings))):
+            exact_var, exact_mean = groups(whole_map(step))
+            assert torch.allclose(mean, exact_mean, atol=1e-6) and torch.allclose(var, exact_var, atol=1e-6)
+    displaced = moments(make_run(moments="displaced", warmup_steps=2))
+    for step in (2, 3, 4):
+        stale, fresh = whole_map(step - 1), whole_map(step)
+        _, all_mean = groups(stale)
+        _, own_stale = groups(stale[:, :, own_rows(stale)])
+        own_var, own_fresh = groups(fresh[:, :, own_rows(fresh)])
+        mean, var = displaced[step]
+        assert torch.allclose(mean, all_mean + own_fresh - own_stale, atol=1e-6)
+        assert (var >= 0).all() and not torch.allclose(var, own_var)
+
+
+def check_negative_variance() -> None:
+    """Where the correction gives a negative variance, the rank's own stands in."""
+    run = make_run(moments="displaced", warmup_steps=1)
+    run.begin()
+    share, one, rank = torch.tensor([0.5, 0.5]), torch.ones(1, 1), dist.get_rank()
+    for mean in (0.0, 4.0 * rank, (0.5, 2.0)[rank]):
+        whole, var = run.moments("norm", one * mean, one * 0.5, share)
+        run.clock.tick()
+    run.end()
+    # Stale means 0 and 4, stale mean squares 0.5 and 16.5; fresh own mean squares 0.75 and 4.5.
+    square = 8.5 + (0.75 - 0.5, 4.5 - 16.5)[rank]
+    assert whole.item() == (2.5, 0.0)[rank]
+    assert var.item() == (square - 2.5**2, 0.5)[rank]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_halos(ranks: int) -> None:
+    run_ranks(ranks, check_halos)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_moments(ranks: int) -> None:
+    run_ranks(ranks, check_moments)
+
+
+def test_negative_variance_falls_back_to_own() -> None:
+    run_ranks(2, check_negative_variance)
+
+
+def test_halo_and_moments_are_counted_where_they_are_sent() -> None:
+    row = 2 * 8 * 5 * 4  # [2, 8, 1, 5] float32
+    halo = [halo for halo, _ in run_ranks(3, check_bytes)]
+    # Two steps after warm-up: `above` = 2 rows to the next rank, `below` = 1 to the previous.
+    assert halo == [2 * 2 * row, 2 * 3 * row, 2 * 1 * row]
