@@ -17,16 +17,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-SHEET_PROMPTS = [
-    "a large red circle on the left and a small blue square on the right, striped background",
-    "a small yellow triangle at the top and a large purple ring at the bottom, dotted background",
-    "a large green square in the center, checkered background",
-    "a small cyan ring on the right, smooth background",
-    "a large blue triangle at the bottom, striped background",
-    "a small purple circle on the left, checkered background",
-    "a large cyan triangle on the right and a large yellow circle on the left, smooth background",
-    "a small red square at the bottom and a large green circle at the top, checkered background",
-]
+SHEET_PROMPTS = (Path(__file__).resolve().parents[1] / "prompts.txt").read_text().splitlines()
 
 
 def coarse_latents(latents: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from otil_xdit.unet.patches import UnetPatches
 
 _SEAT = "_otil_seat"
+"""Where a wrapped layer keeps its `Seat`. The subclasses have None there: peft makes the layers of an adapter of the
+class of the layer that it adapts, without telling anybody."""
 
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 """Attention processors of diffusers that compute plain attention, whatever they compute it with."""
@@ -79,7 +81,8 @@ def wrap_layer(module: nn.Module, patches: UnetPatches, name: str, level: int) -
 
 def unwrap_layer(module: nn.Module) -> None:
     """Undo `wrap_layer`; nothing for a layer that is not wrapped."""
-    if vars(module).pop(_SEAT, None) is not None:
+    vars(module).pop(_SEAT, None)
+    if is_swapped(module):
         restore_class(module)
 
 
@@ -115,8 +118,8 @@ def _check_conv(conv: nn.Conv2d, name: str) -> None:
 @cache
 def _patched_conv(kind: type) -> type:
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-        seat: Seat = self._otil_seat
-        if not seat.patches.running:
+        seat: Seat | None = self._otil_seat
+        if seat is None or not seat.patches.running:
             return kind.forward(self, input)  # type: ignore[attr-defined]  # nn.Conv2d or a subclass, see _check_conv
         above, below = halo_rows(self)
         widened = seat.patches.halo(seat, input, above, below)
@@ -126,7 +129,7 @@ def _patched_conv(kind: type) -> type:
         columns = (0, self.padding[1])
         return functional.conv2d(widened, self.weight, self.bias, self.stride, columns, self.dilation, self.groups)
 
-    return subclass_of(kind, {"forward": forward})
+    return subclass_of(kind, {"forward": forward, _SEAT: None})
 
 
 # ---- group normalisation -------------------------------------------------------------------------------------------
@@ -135,12 +138,12 @@ def _patched_conv(kind: type) -> type:
 @cache
 def _patched_norm(kind: type) -> type:
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-        seat: Seat = self._otil_seat
-        if not seat.patches.running:
+        seat: Seat | None = self._otil_seat
+        if seat is None or not seat.patches.running:
             return kind.forward(self, input)  # type: ignore[attr-defined]  # nn.GroupNorm, see _check_forward
         return _normalise(self, seat, input)
 
-    return subclass_of(kind, {"forward": forward})
+    return subclass_of(kind, {"forward": forward, _SEAT: None})
 
 
 def _normalise(norm: nn.GroupNorm, seat: Seat, x: torch.Tensor) -> torch.Tensor:
@@ -181,8 +184,8 @@ def _patched_attention(kind: type) -> type:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        seat: Seat = self._otil_seat
-        if seat.patches.running:
+        seat: Seat | None = self._otil_seat
+        if seat is not None and seat.patches.running:
             if encoder_hidden_states is None:
                 return _attend_to_image(self, seat, hidden_states)
             if type(self.processor).__name__ in PLAIN_PROCESSORS:
@@ -191,7 +194,7 @@ def _patched_attention(kind: type) -> type:
             self, hidden_states, encoder_hidden_states, attention_mask, **kwargs
         )
 
-    return subclass_of(kind, {"forward": forward})
+    return subclass_of(kind, {"forward": forward, _SEAT: None})
 
 
 def _attend_to_image(attention: Any, seat: Seat, x: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import LevelGrid, TokenLayout, kept_tokens
-from otil_xdit.subclass import is_swapped, restore_class, subclass_of, swap_class
-from otil_xdit.unet.layers import Seat, is_spatial, is_wrapped, unwrap_layer, wrap_layer
+from otil_xdit.subclass import is_swapped, subclass_of, swap_class
+from otil_xdit.unet.layers import Seat, is_spatial, unwrap_layer, wrap_layer
 from otil_xdit.unet.structure import Levels, check_supported
 from otil_xdit.unet.text import TextCache
 
@@ -101,11 +101,7 @@ class UnetPatches:
     def release(self) -> None:
         """Give the network its own layers back."""
         for module in self.network.modules():
-            if is_wrapped(module) and module is not self.network:
-                unwrap_layer(module)
-        if is_swapped(self.network):
-            del vars(self.network)["_otil_seat"]
-            restore_class(self.network)
+            unwrap_layer(module)
         self.text.clear()
 
     def _check_heads(self, path: str, module: Any) -> None:

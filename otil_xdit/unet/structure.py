@@ -14,7 +14,7 @@ UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 
 _SETTINGS: dict[str, tuple[Any, ...]] = {
     "downsample_padding": (1,),
-    "resnet_time_scale_shift": ("default",),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
     "addition_embed_type": (None, "text", "text_time"),
     "encoder_hid_dim_type": (None, "text_proj", "ip_image_proj"),
     "dual_cross_attention": (False, None),

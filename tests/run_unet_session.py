@@ -1,0 +1,172 @@
+"""What a pipeline with a U-Net does on the ranks of a torchrun, besides being exact; rank 0 prints one JSON object.
+
+torchrun --standalone --nproc_per_node 2 tests/run_unet_session.py [--compile]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import otil_xdit  # noqa: E402
+from otil_xdit import OtilConfig  # noqa: E402
+from otil_xdit.unet.wrap import unwrapped  # noqa: E402
+from otil_xdit.xdit.hooks import session_of  # noqa: E402
+from tests.unets.configs import build_unet  # noqa: E402
+from tests.unets.pipelines import pipeline_around  # noqa: E402
+
+PIXELS = 8
+DISPLACED = OtilConfig(ratio=0.5, halo="displaced", moments="displaced", warmup_steps=2)
+
+
+def main() -> None:
+    otil_xdit.register()
+    torch.set_num_threads(1)
+    checks = (compiled,) if "--compile" in sys.argv else (repeats, noise, interrupted, shared_network, undone, counted)
+    found = {check.__name__: check() for check in checks}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    if dist.get_rank() == 0:
+        print(json.dumps({name: [rank[name] for rank in ranks] for name in found}), flush=True)
+    dist.destroy_process_group()
+
+
+def pipeline(unet: nn.Module | None = None) -> Any:
+    pipe = pipeline_around(build_unet("sd1.5") if unet is None else unet)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image(pipe: Any, rows: int = 24, cols: int = 16, steps: int = 5, **more: Any) -> torch.Tensor:
+    """Latents, [1, 4, rows, cols]."""
+    draw = torch.Generator().manual_seed(7)
+    words = torch.randn(2, 1, 7, pipe.unet.config.cross_attention_dim, generator=draw)
+    call = {"prompt_embeds": words[0], "negative_prompt_embeds": words[1], "generator": draw, **more}
+    size = {"height": rows * PIXELS, "width": cols * PIXELS}
+    return pipe(**call, **size, num_inference_steps=steps, guidance_scale=4.0, output_type="latent").images
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+def repeats() -> list[str]:
+    """An image, others of another size, number of steps and batch, and the first again."""
+    pipe = otil_xdit.parallelize(pipeline(), DISPLACED)
+    sizes = ({}, {"rows": 32, "cols": 24}, {"steps": 3}, {"num_images_per_prompt": 2, "generator": None}, {})
+    made = [digest(image(pipe, **size)) for size in sizes]
+    session_of(pipe).detach()
+    return [made[0], made[-1], *made[1:-1]]
+
+
+def noise() -> list[str]:
+    """Without a generator ranks draw alike, though their generators have been seeded apart, and anew each time."""
+    pipe = otil_xdit.parallelize(pipeline(), OtilConfig(freshness="sync"))
+    torch.manual_seed(dist.get_rank())
+    made = [digest(image(pipe, generator=None, steps=2)) for _ in range(2)]
+    session_of(pipe).detach()
+    return made
+
+
+def interrupted() -> bool:
+    """After an exception in a callback the next image is as if nothing had happened."""
+    pipe = otil_xdit.parallelize(pipeline(), DISPLACED)
+    before = image(pipe)
+
+    def stop(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            raise InterruptedError
+        return given
+
+    try:
+        image(pipe, rows=32, callback_on_step_end=stop)
+    except InterruptedError:
+        return torch.equal(image(pipe), before)
+    return False
+
+
+def shared_network() -> dict[str, bool]:
+    """Two pipelines round one U-Net, in turns, each with its own settings; errors in units of the latents' deviation."""
+    first, second = pipeline(), None
+    exact = image(first)
+    second = otil_xdit.parallelize(pipeline(first.unet), OtilConfig(freshness="frozen"))
+    first = otil_xdit.parallelize(first, OtilConfig(freshness="sync"))
+    made = [image(pipe) for pipe in (first, second, first, second)]
+    errors = [((latents - exact).abs().max() / exact.std()).item() for latents in made]
+    session_of(first).detach()
+    session_of(second).detach()
+    return {
+        "same again": torch.equal(made[0], made[2]) and torch.equal(made[1], made[3]),
+        "sync exact": errors[0] <= 1e-4,
+        "frozen not": errors[1] > 1e-2,
+        "undone": torch.equal(image(first), exact),
+    }
+
+
+def undone() -> dict[str, bool]:
+    """`detach` gives back the network and the pipeline as they were."""
+    pipe = pipeline()
+    before, names, classes = image(pipe), list(pipe.unet.state_dict()), [type(m) for m in pipe.unet.modules()]
+    kind = type(pipe)
+    otil_xdit.parallelize(pipe, DISPLACED)
+    image(pipe)
+    wrapped = not unwrapped(pipe.unet) and list(pipe.unet.state_dict()) == names
+    session_of(pipe).detach()
+    restored = [type(m) for m in pipe.unet.modules()] == classes and type(pipe) is kind
+    return {"wrapped": wrapped, "restored": restored, "same": torch.equal(image(pipe), before)}
+
+
+def counted() -> dict[str, float]:
+    """Bytes of halo rows and moments as counted, and as they follow from the shapes that layers are given."""
+    pipe, steps = pipeline(), 4
+    expected = small_bytes(pipe)
+    otil_xdit.parallelize(pipe, OtilConfig(ratio=0.5, warmup_steps=1))
+    image(pipe, steps=steps)
+    report = session_of(pipe).communicator.report()
+    session_of(pipe).detach()
+    return {"counted": report.small_bytes_per_step, "expected": expected}
+
+
+def small_bytes(pipe: Any) -> int:
+    """For this rank of two: one row of its map to each neighbour that a 3x3 convolution reads, 2 float32 a group."""
+    rank, total = dist.get_rank(), []
+
+    def seen(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        batch, channels, _, width = inputs[0].shape
+        if isinstance(module, nn.GroupNorm):
+            total.append(batch * module.num_groups * 2 * 4)
+        elif rank == 0 or module.stride[0] == 1:  # the lower rank needs a row of the upper one at any stride
+            total.append(batch * channels * width * 4)
+
+    spatial = [m for m in pipe.unet.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "kernel_size", 0) == (3, 3)]
+    handles = [module.register_forward_pre_hook(seen) for module in spatial]
+    image(pipe, steps=1)
+    for handle in handles:
+        handle.remove()
+    return sum(total)
+
+
+def compiled() -> list[float]:
+    """Errors of a compiled U-Net on patches, wrapped by torch.compile and compiled in place, over the deviation."""
+    pipe = pipeline()
+    network, exact = pipe.unet, image(pipe, steps=2)
+    otil_xdit.parallelize(pipe, OtilConfig(freshness="sync"))
+    pipe.unet = torch.compile(network, backend="eager")
+    made = [image(pipe, steps=2)]
+    pipe.unet = network
+    network.compile(backend="eager")
+    made.append(image(pipe, steps=2))
+    return [((latents - exact).abs().max() / exact.std()).item() for latents in made]
+
+
+if __name__ == "__main__":
+    main()
