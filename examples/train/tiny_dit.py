@@ -10,35 +10,21 @@ the number is drawn anew for each step, so that any `max_sequence_length` works.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shutil
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
-from scenes import contact_sheet
 from text_encoder import MAX_LENGTH
 from torch.nn import functional
 from tqdm import tqdm
+from training import Trainer, add_training_args, coarse_latents, copy_weights, ship
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 HEADS, HEAD_DIM, LAYERS = 4, 32, 5
 SHIFT = 2.0  # of the noise levels towards noise, in training and in the shipped scheduler
 MOST_ZEROS = 256
-SHEET_PROMPTS = [
-    "a large red circle on the left and a small blue square on the right, striped background",
-    "a small yellow triangle at the top and a large purple ring at the bottom, dotted background",
-    "a large green square in the center, checkered background",
-    "a small cyan ring on the right, smooth background",
-    "a large blue triangle at the bottom, striped background",
-    "a small purple circle on the left, checkered background",
-    "a large cyan triangle on the right and a large yellow circle on the left, smooth background",
-    "a small red square at the bottom and a large green circle at the top, checkered background",
-]
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
@@ -84,23 +70,6 @@ def build_pipeline(work: Path, transformer: SD3Transformer2DModel) -> StableDiff
     )
 
 
-def ship(pipeline: StableDiffusion3Pipeline, target: Path) -> None:
-    """Write the pipeline in float16 beside `target`, keep the card that is there, and swap the folders."""
-    fresh, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    pipeline.to(dtype=torch.float16).save_pretrained(fresh, safe_serialization=True)
-    for file in fresh.rglob("*.safetensors"):
-        file.chmod(0o644)
-    pipeline.to(dtype=torch.float32)
-    for kept in ("README.md", "loss.png"):
-        if (target / kept).exists():
-            shutil.copy(target / kept, fresh / kept)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @torch.no_grad()
 def embed(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """The pipeline's own embeddings, with one zero token: (n, MAX_LENGTH + 1, 128) and pooled (n, 128)."""
@@ -144,12 +113,6 @@ class BiasedJointAttention:
 # ---- stages --------------------------------------------------------------------------------------------------------
 
 
-def coarse_latents(latents: torch.Tensor) -> torch.Tensor:
-    """(n, 4, 32, 32) averaged to (n, 4, 16, 16), of unit deviation again."""
-    pooled = functional.avg_pool2d(latents.float(), 2)
-    return (pooled / pooled.std()).to(latents.dtype)
-
-
 def coarse_positions(positions: torch.Tensor) -> torch.Tensor:
     """Position table (1, 32 * 32, d) whose middle 8 x 8 hold the means over 2 x 2 of the middle 16 x 16."""
     grid = positions.view(32, 32, -1)
@@ -165,18 +128,13 @@ def noise_levels(batch: int) -> torch.Tensor:
     return SHIFT * level / (1 + (SHIFT - 1) * level)
 
 
-class Trainer:
-    """Model, averaged weights, optimizer, and the loss so far."""
+class DitTrainer(Trainer):
+    """Flow matching; a tenth of the batch has the empty prompt."""
 
     def __init__(self, data: dict[str, torch.Tensor], model: SD3Transformer2DModel, args: argparse.Namespace) -> None:
-        self.data, self.model, self.args = data, model, args
-        self.model.set_attn_processor(BiasedJointAttention())
-        self.average = [p.detach().clone() for p in model.parameters()]
-        self.optimizers = [
-            torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-        ]
-        self.losses: list[float] = []
-        self.forward = torch.compile(self.loss, dynamic=False) if args.compile else self.loss
+        super().__init__(model, args)
+        model.set_attn_processor(BiasedJointAttention())
+        self.data = data
 
     def batch(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Latents, words, pooled (a tenth of them of the empty prompt), sigmas, and the keys' bias."""
@@ -187,90 +145,28 @@ class Trainer:
         words, pooled = self.data["words"][texts].float(), self.data["pooled"][texts].float()
         return latents[rows].float(), words, pooled, noise_levels(len(rows)), bias
 
-    def loss(
-        self, latents: torch.Tensor, words: torch.Tensor, pooled: torch.Tensor, sigma: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        noise, level = torch.randn_like(latents), sigma[:, None, None, None]
+    def loss(self, latents: torch.Tensor) -> torch.Tensor:
+        clean, words, pooled, sigma, bias = self.batch(latents)
+        noise, level = torch.randn_like(clean), sigma[:, None, None, None]
         with torch.autocast("cpu", torch.bfloat16):
-            noisy = (1 - level) * latents + level * noise
+            noisy = (1 - level) * clean + level * noise
             output = self.model(noisy, words, pooled, sigma * 1000, joint_attention_kwargs={"bias": bias}).sample
-        return functional.mse_loss(output.float(), noise - latents)
+        return functional.mse_loss(output.float(), noise - clean)
 
-    def step(self, latents: torch.Tensor, rate: float) -> float:
-        """One step at `rate` times the learning rate."""
-        loss = self.forward(*self.batch(latents))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = self.args.lr * rate
-            optimizer.step()
-            optimizer.zero_grad()
-        self.losses.append(loss.item())
-        decay = min(self.args.ema, len(self.losses) / (10 + len(self.losses)))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - decay)
-        return self.losses[-1]
-
-    def run(self, latents: torch.Tensor, minutes: float, span: tuple[float, float], name: str) -> None:
-        """Train by the clock, compilation aside; `span` says which part of the whole schedule this stage is."""
-        self.step(latents, 0.0)
-        start, bar, saved = time.time(), tqdm(desc=name), 0.0
-        while (elapsed := (time.time() - start) / 60) < minutes:
-            done = span[0] + (span[1] - span[0]) * elapsed / minutes
-            rate = min(1.0, len(self.losses) / 100, (1 - done) / self.args.decay)
-            bar.set_postfix(loss=f"{self.step(latents, rate):.3f}", done=f"{done:.0%}", refresh=False)
-            bar.update()
-            if elapsed - saved > self.args.save_every:
-                saved = elapsed
-                self.save(f"{name}-{bar.n}")
-        bar.close()
-
-    def averaged(self) -> SD3Transformer2DModel:
+    def pipeline(self, average: list[torch.Tensor]) -> StableDiffusion3Pipeline:
         model = build_transformer()
-        for parameter, value in zip(model.parameters(), self.average, strict=True):
-            parameter.data.copy_(value)
-        return model
-
-    def save(self, name: str) -> StableDiffusion3Pipeline:
-        """State, losses, and a contact sheet, in the working folder."""
-        work = self.args.work
-        pipeline = build_pipeline(work, self.averaged())
-        states = [o.state_dict() for o in self.optimizers]
-        torch.save({"model": self.model.state_dict(), "average": self.average, "optimizers": states}, work / "state.pt")
-        (work / "losses.json").write_text(json.dumps([round(loss, 4) for loss in self.losses]))
-        pipeline.set_progress_bar_config(disable=True)
-        draw = torch.Generator().manual_seed(0)
-        images = pipeline(SHEET_PROMPTS, num_inference_steps=15, guidance_scale=4.0, generator=draw, output_type="np")
-        contact_sheet((images.images * 255).round().astype(np.uint8), SHEET_PROMPTS).save(work / f"sheet-{name}.png")
-        return pipeline
-
-    def resume(self) -> None:
-        state = torch.load(self.args.work / "state.pt")
-        self.model.load_state_dict(state["model"])
-        self.average = state["average"]
-        self.losses = json.loads((self.args.work / "losses.json").read_text())
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        copy_weights(average, model)
+        return build_pipeline(self.args.work, model)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny"), help="with latents.pt, vae/, text_encoder/ ...")
-    parser.add_argument("--out", type=Path, required=True, help="pipeline folder to write, say /tmp/tiny/tiny-dit")
-    parser.add_argument("--coarse", type=float, default=8.0, help="minutes on averaged latents")
-    parser.add_argument("--fine", type=float, default=11.0, help="minutes on whole latents")
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--decay", type=float, default=0.4, help="share of the schedule over which the rate falls to 0")
-    parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
-    parser.add_argument("--save-every", type=float, default=4.0, help="minutes between contact sheets")
-    parser.add_argument("--compile", action="store_true", help="compile the loss; not compared with eager training")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in the working folder")
-    parser.add_argument("--seed", type=int, default=0)
+    add_training_args(parser, coarse=8.0, fine=11.0, batch=48, lr=1.5e-3)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model, saved = build_transformer(), torch.load(args.work / "latents.pt")
     words, pooled = embed(build_pipeline(args.work, model), [*saved["captions"], ""])
-    trainer = Trainer({"words": words.half(), "pooled": pooled.half()}, model, args)
+    trainer = DitTrainer({"words": words.half(), "pooled": pooled.half()}, model, args)
     if args.resume:
         trainer.resume()
     split = args.coarse / max(args.coarse + args.fine, 1e-9)

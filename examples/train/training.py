@@ -33,6 +33,9 @@ def ship(pipeline: DiffusionPipeline, target: Path) -> None:
     pipeline.to(dtype=torch.float16).save_pretrained(fresh, safe_serialization=True)
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)
+    for file in fresh.rglob("config.json"):  # where a part was trained is nobody's business
+        settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+        file.write_text(json.dumps(settings, indent=2) + "\n")
     pipeline.to(dtype=torch.float32)
     for kept in ("README.md", "loss.png"):
         if (target / kept).exists():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,7 @@ class UnetPatches:
             swap_class(self.network, _patched_unet)
         vars(self.network)["_otil_seat"] = Seat(self, "", 0)
         _refuse_freeu(self.network)
+        _refuse_shadowed(self.network)
         for path, module in self.network.named_modules():
             if is_spatial(module):
                 wrap_layer(module, self, path, self._levels.of(path))
@@ -262,12 +263,12 @@ class _Cut:
         return value
 
 
-@cache
+@lru_cache(maxsize=64)
 def _grid(height: int, width: int, levels: int, ranks: int) -> LevelGrid:
     return LevelGrid.build(height, width, levels, ranks)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _kept(counts: tuple[int, ...], chunk: int, device: torch.device) -> torch.Tensor:
     return kept_tokens(counts, chunk).to(device)
 
@@ -300,6 +301,16 @@ def _refuse_arguments(kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"--parallel does not support {', '.join(sorted(unknown))} in cross_attention_kwargs; it knows "
             f"{', '.join(_PASSED_KWARGS)}"
+        )
+
+
+def _refuse_shadowed(network: Any) -> None:
+    """CPU offload (accelerate) gives modules a `forward` of their own, which would hide the patched one."""
+    shadowed = next((path or "the U-Net" for path, one in network.named_modules() if "forward" in vars(one)), None)
+    if shadowed is not None:
+        raise ValueError(
+            f"--parallel does not support a U-Net whose forward has been replaced ({shadowed}), as CPU offload does; "
+            "keep the U-Net on the device"
         )
 
 
