@@ -1,8 +1,8 @@
 """The demo: one prompt on one process, and on two with each strategy, through the same command that users type.
 
-Prints the bytes that each strategy sends, how close its picture is to one process's, and the time; writes the pictures
-side by side. Every run is a fresh `xfuser --model tiny-dit ...`; its time is that of the whole generation after one
-warm-up call, as xDiT's runner measures it.
+For a U-Net (tiny-sd) and a DiT (tiny-dit) it prints the bytes that each strategy sends, how close its picture is to one
+process's, and the time, and writes the pictures side by side, a row for each model. Every run is a fresh
+`xfuser --model ...`; its time is that of the whole generation after one warm-up call, as xDiT's runner measures it.
 
     python examples/demo.py
 """
@@ -29,6 +29,12 @@ RUNS = {
     "otil 1/4": ["--parallel", "otil", "--otil_ratio", "1/4"],
     "otil 1/8": ["--parallel", "otil", "--otil_ratio", "1/8"],
 }
+MODELS = {
+    "tiny-sd": ["--scheduler", "dpm-solver", "--num_inference_steps", "20"],
+    "tiny-dit": ["--num_inference_steps", "28"],
+}
+"""What is run, and how it samples."""
+
 DEADLINE = 300
 """Seconds that one run may take."""
 
@@ -42,35 +48,44 @@ class Result:
     seconds: float
     report: dict[str, float] | None
 
+    def kilobytes(self, kind: str) -> float:
+        """Sent per step and rank after warm-up."""
+        return self.report[f"{kind}_bytes_per_step"] / 1e3 if self.report else 0.0
+
 
 def main() -> None:
     arguments = parse_arguments()
-    results = []
-    for name, flags in RUNS.items():
-        ranks = [] if name == "one process" else ["--patch_degree", str(arguments.ranks)]
-        results.append(run(name, [*flags, *ranks], arguments))
-        print(f"{name:>14}: {results[-1].seconds:.2f} s", flush=True)
-    print()
-    print(table(results, arguments))
-    sheet(results).save(arguments.output)
-    print(f"\npictures, in this order: {arguments.output}")
+    rows = []
+    for model in arguments.models:
+        results = []
+        for name, flags in RUNS.items():
+            ranks = [] if name == "one process" else ["--patch_degree", str(arguments.ranks)]
+            results.append(run(model, name, [*flags, *ranks], arguments))
+            print(f"{model:>10} {name:>14}: {results[-1].seconds:.2f} s", flush=True)
+        rows.append((model, results))
+    print(f'\n"{arguments.prompt}", seed {arguments.seed}')
+    for model, results in rows:
+        print(f"\n{table(model, results, arguments)}")
+    print("\nBytes: handed to collectives, mean over the steps after warm-up; a U-Net's output is left out.")
+    sheet(rows).save(arguments.output)
+    print(f"Pictures, in this order: {arguments.output}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2, help="patches, for every strategy")
     parser.add_argument("--output", type=Path, default=Path("demo.png"))
     return parser.parse_args()
 
 
-def run(name: str, flags: list[str], arguments: argparse.Namespace) -> Result:
+def run(model: str, name: str, flags: list[str], arguments: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "otil_xdit", "--model", "tiny-dit", "--prompt", arguments.prompt]
-        command += ["--num_inference_steps", str(arguments.steps), "--seed", str(arguments.seed)]
+        command = [sys.executable, "-m", "otil_xdit", "--model", model, "--prompt", arguments.prompt]
+        command += [*MODELS[model], "--seed", str(arguments.seed)]
         command += ["--output_directory", folder, "--warmup_calls", "1", *flags]
         command += ["--otil_report", str(report)] if flags else []
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
@@ -88,33 +103,35 @@ def psnr(image: Image.Image, reference: Image.Image) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def table(results: list[Result], arguments: argparse.Namespace) -> str:
-    alone = results[0]
+def table(model: str, results: list[Result], arguments: argparse.Namespace) -> str:
     lines = [
-        f'"{arguments.prompt}", {arguments.steps} steps, seed {arguments.seed}',
-        f"{'':>14} | ranks | kB sent per step and rank | PSNR to one process | seconds",
-        f"{'-' * 15}|-------|---------------------------|---------------------|--------",
+        f"{model}: {' '.join(MODELS[model])}",
+        f"{'':>14} |       | kB sent per step and rank    |                     |",
+        f"{'':>14} | ranks | keys, values | halo, moments | PSNR to one process | seconds",
+        f"{'-' * 15}|-------|--------------|---------------|---------------------|--------",
     ]
     for result in results:
         ranks = arguments.ranks if result.report else 1
-        sent = result.report["kv_bytes_per_step"] / 1e3 if result.report else 0.0
-        close = psnr(result.image, alone.image)
+        sent = f"{result.kilobytes('kv'):>12.1f} | {result.kilobytes('small'):>13.1f}"
+        close = psnr(result.image, results[0].image)
         shown = "identical" if math.isinf(close) else f"{close:.1f} dB"
-        lines.append(f"{result.name:>14} | {ranks:>5} | {sent:>25.1f} | {shown:>19} | {result.seconds:>7.2f}")
-    lines.append("Bytes: keys, values and indices handed to collectives, mean over the steps after warm-up.")
+        lines.append(f"{result.name:>14} | {ranks:>5} | {sent} | {shown:>19} | {result.seconds:>7.2f}")
     return "\n".join(lines)
 
 
-def sheet(results: list[Result], scale: int = 2) -> Image.Image:
-    """All pictures side by side, enlarged, with their names above."""
-    width, height = (side * scale for side in results[0].image.size)
+def sheet(rows: list[tuple[str, list[Result]]], scale: int = 2) -> Image.Image:
+    """A row of pictures for each model, enlarged, with their names above."""
+    width, height = (side * scale for side in rows[0][1][0].image.size)
     margin, caption = 8, 24
-    page = Image.new("RGB", (len(results) * (width + margin) + margin, height + caption + margin), "white")
+    size = (len(rows[0][1]) * (width + margin) + margin, len(rows) * (height + caption) + margin)
+    page = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(16)
-    for index, result in enumerate(results):
-        left = margin + index * (width + margin)
-        draw.text((left, 3), result.name, "black", font)
-        page.paste(result.image.resize((width, height), Image.Resampling.LANCZOS), (left, caption))
+    for row, (model, results) in enumerate(rows):
+        top = row * (height + caption)
+        for column, result in enumerate(results):
+            left = margin + column * (width + margin)
+            draw.text((left, top + 3), f"{model}, {result.name}", "black", font)
+            page.paste(result.image.resize((width, height), Image.Resampling.LANCZOS), (left, top + caption))
     return page
 
 

@@ -1,8 +1,9 @@
 """A diffusers pipeline and a torchrun script: one call makes it run on all ranks.
 
     torchrun --nproc_per_node 2 examples/parallelize.py --output circle.png
+    torchrun --nproc_per_node 4 examples/parallelize.py --model /path/to/my-sdxl --cfg
 
-On a machine without GPUs the ranks run on the CPU. Any pipeline that xDiT can wrap will do instead of tiny-dit.
+On a machine without GPUs the ranks run on the CPU. Any pipeline round a U-Net will do, or one that xDiT can wrap.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import os
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 
 import otil_xdit
 from otil_xdit.xdit.models import model_folder
@@ -19,20 +20,20 @@ from otil_xdit.xdit.models import model_folder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=model_folder("tiny-dit"), help="pipeline folder of SD3's kind")
+    parser.add_argument("--model", default=model_folder("tiny-sd"), help="pipeline folder or name on the hub")
     parser.add_argument("--prompt", default="a large red circle on the left, striped background")
+    parser.add_argument("--cfg", action="store_true", help="passes with and without the prompt on different ranks")
     parser.add_argument("--output", default="picture.png")
     arguments = parser.parse_args()
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        arguments.model, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
-    ).to(device)
-    pipe = otil_xdit.parallelize(pipe, otil_xdit.OtilConfig(ratio=1 / 4))
+    pipe = DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32).to(device)
+    pipe = otil_xdit.parallelize(pipe, otil_xdit.OtilConfig(ratio=1 / 4), use_cfg_parallel=arguments.cfg)
 
-    generator = torch.Generator(device).manual_seed(0)
-    output = pipe(arguments.prompt, height=128, width=128, guidance_scale=4.0, generator=generator)
-    if output is not None:  # the last rank has the picture, as everywhere in xDiT
+    generator = torch.Generator(device).manual_seed(0)  # the same on every rank
+    output = pipe(arguments.prompt, guidance_scale=4.0, generator=generator)
+    if output is not None and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        # A U-Net's pipeline has the picture on every rank, a DiT's, as everywhere in xDiT, on the last.
         output.images[0].save(arguments.output)
 
 

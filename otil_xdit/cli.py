@@ -24,6 +24,7 @@ from otil_xdit.xdit.degrees import OTHER_DEGREES, FlagError, degree, given_patch
 from otil_xdit.xdit.flags import choose
 from otil_xdit.xdit.launch import free_port, run_to_end
 from otil_xdit.xdit.support import ULYSSES_ONLY, refusal
+from otil_xdit.xdit.unet_models import check_source, register_folder
 
 RUNNER = "otil_xdit.runner"
 
@@ -92,6 +93,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
     torchrun, runner_arguments = split_torchrun_flags(arguments)
     values = parse(runner_arguments)
     _check_model(values)
+    _check_prompts(values)
     note = None
     if values.get("parallel") is None:
         choose(values, None)
@@ -100,6 +102,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
         torchrun["nproc_per_node"], note = _processes(values, torchrun)
         if torchrun.get("nnodes", "1") == "1":
             torchrun.setdefault("master_port", str(free_port()))
+    check_source(values["model"])
     command = (
         sys.executable,
         *("-m", "torch.distributed.run"),
@@ -157,7 +160,8 @@ def unknown_model(name: str, known: Iterable[str]) -> str:
     spelled = {model.lower(): model for model in known}
     nearest = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(spelled[model] for model in nearest)}?" if nearest else ""
-    return f"--model {name}: no such model{hint} (`otil-xdit models` lists all)"
+    what = "model or folder" if "/" in name else "model"
+    return f"--model {name}: no such {what}{hint} (`otil-xdit models` lists all)"
 
 
 def visible_devices() -> int:
@@ -177,6 +181,7 @@ def _add_launch_help(parser: argparse.ArgumentParser) -> None:
 def _check_model(values: Mapping[str, Any]) -> None:
     registry = model_registry()
     name = values["model"]
+    register_folder(name)
     if name not in registry:
         raise FlagError(unknown_model(name, registry))
     can = registry[name].capabilities
@@ -186,6 +191,15 @@ def _check_model(values: Mapping[str, Any]) -> None:
     for flag in OTHER_DEGREES:
         if degree(values, flag) > 1 and not getattr(can, flag):
             raise FlagError(f"--model {name} is not supported together with --{flag}")
+
+
+def _check_prompts(values: Mapping[str, Any]) -> None:
+    prompts, replicas = values.get("prompt"), degree(values, "data_parallel_degree")
+    if isinstance(prompts, list) and not values.get("dataset_path") and len(prompts) < replicas:
+        raise FlagError(
+            f"--data_parallel_degree {replicas} needs as many prompts, and {len(prompts)} given; "
+            'give --prompt "..." "..." or a smaller degree'
+        )
 
 
 def _processes_of_xdit(runner_arguments: Sequence[str]) -> str:

@@ -11,11 +11,14 @@ import inspect
 import logging
 import os
 import sys
+from functools import wraps
 from types import ModuleType
+from typing import Any
 
 from otil_xdit.xdit.degrees import FlagError
 from otil_xdit.xdit.hooks import register
 from otil_xdit.xdit.launch import LAUNCH_MARK
+from otil_xdit.xdit.unet_models import register_folder
 
 
 def main() -> int:
@@ -27,7 +30,9 @@ def main() -> int:
         _say_nothing_about_flags()
     register()
     try:
-        run_main_block(importlib.import_module("xfuser.runner"))
+        runner = importlib.import_module("xfuser.runner")
+        _take_folders(runner.xFuserModelRunner)
+        run_main_block(runner)
     except FlagError as error:
         if rank == 0:
             print(f"xfuser: error: {error}", file=sys.stderr)
@@ -48,6 +53,18 @@ def run_main_block(module: ModuleType) -> None:
     if not (isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)):
         raise RuntimeError(f"{module.__name__} has no main block; otil-xdit does not know this version of xfuser")
     exec(compile(ast.Module(last.body, type_ignores=[]), str(module.__file__), "exec"), vars(module))
+
+
+def _take_folders(runner_class: Any) -> None:
+    """Let xfuser's runner find a model that is named by its folder."""
+    select = runner_class._select_model
+
+    @wraps(select)
+    def _select_model(self: Any, model_name: str, config: Any) -> Any:
+        register_folder(model_name)
+        return select(self, model_name, config)
+
+    runner_class._select_model = _select_model
 
 
 def _say_nothing_about_flags() -> None:

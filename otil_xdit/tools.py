@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,10 +12,13 @@ from typing import Any
 from otil_xdit import __version__
 from otil_xdit.xdit.catalogue import model_registry
 from otil_xdit.xdit.support import PIPELINES, ULYSSES_ONLY, support_of
+from otil_xdit.xdit.unets import REFUSED, SUPPORTED
 from otil_xdit.xdit.versions import TESTED_XFUSER
 
 HEADER = f"""\
 otil-xdit {__version__}, tested with xfuser {TESTED_XFUSER}.
+`xfuser --model` also takes the folder of a text-to-image U-Net in diffusers' format.
+
 exact     a tiny network of the architecture gave diffusers' latents under --parallel sync; see docs/models.md
 untested  should work where xDiT allows ring_degree > 1, but nobody has compared it
 refused   ends with an error that says why
@@ -28,17 +33,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = tools.add_parser("models", help="list the models: what runs under --parallel, how, and what is refused")
     models.set_defaults(run=lambda given: print_models())
     given = parser.parse_args(arguments)
-    given.run(given)
+    try:
+        given.run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. What Python still wants to flush when it ends must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 
 def print_models() -> None:
-    """Print two tables: what `xfuser --model` takes, and the pipelines that need a script."""
+    """Print what `xfuser --model` takes, and the pipelines of xDiT and of diffusers that need a script."""
     print(HEADER)
     print_table(("xfuser --model", "--parallel", "--use_cfg_parallel", "note"), runner_rows(model_registry()))
     print()
     rows = [(name, known.state, "", known.note) for known in PIPELINES for name in known.models]
-    print_table(("pipeline, in a script", "--parallel", "", "note"), rows)
+    print_table(("pipeline of xDiT, in a script", "--parallel", "", "note"), rows)
+    print()
+    unets = [(name, "yes", "") for name in SUPPORTED] + [(name, "refused", why) for name, why in REFUSED.items()]
+    print_table(("U-Net pipeline of diffusers, in a script", "", "note"), unets)
 
 
 def runner_rows(models: dict[str, Any]) -> list[tuple[str, ...]]:

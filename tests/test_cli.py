@@ -35,8 +35,18 @@ WRONG = {
         "--parallel otil --pipefusion_parallel_degree 2",
         "--parallel otil and --pipefusion_parallel_degree 2 are not supported together",
     ),
-    "model": ("--parallel otil --model tny-dit", "--model tny-dit: no such model; did you mean tiny-dit?"),
+    "model": ("--parallel otil --model tny-dit", "--model tny-dit: no such model; did you mean tiny-dit"),
+    "folder": (
+        "--parallel otil --model ./tiny-dit",
+        "--model ./tiny-dit: no such model or folder; did you mean tiny-dit",
+    ),
     "model without ring": ("--parallel otil --model Lumina2", "--model Lumina2 is not supported together"),
+    "prompts": (
+        "--parallel otil --model tiny-sd --data_parallel_degree 2",
+        "--data_parallel_degree 2 needs as many prompts, and 1 given",
+    ),
+    "unknown scheduler": ("--scheduler foo", "'foo' is not a scheduler; choose from ddim, ddpm, deis, dpm-solver"),
+    "scheduler of a DiT": ("--scheduler ddim", "--scheduler ddim is for U-Nets; --model tiny-dit is none"),
     "no --parallel": ("--otil_ratio 1/8", "--otil_ratio given without --parallel"),
     "no such flag": ("--otil_ration 1/8", "unrecognized arguments: --otil_ration"),
     "no value": ("--parallel otil --nproc_per_node", "--nproc_per_node needs a value"),
@@ -48,22 +58,7 @@ WRONG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "visible_devices", lambda: 0)
-
-
-@pytest.fixture
-def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting a process or loading weights fails the test."""
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise AssertionError("started")
-
-    from diffusers import DiffusionPipeline
-
-    monkeypatch.setattr(subprocess, "Popen", fail)
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+pytestmark = pytest.mark.usefixtures("cpu_machine")
 
 
 @pytest.mark.parametrize(("line", "message"), WRONG.values(), ids=WRONG.keys())

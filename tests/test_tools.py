@@ -1,6 +1,9 @@
 """`otil-xdit models`, the table behind it, and the version check."""
 
 import importlib
+import os
+import signal
+import sys
 
 import pytest
 
@@ -18,6 +21,17 @@ def test_every_model_of_xfuser_is_listed_once(capsys: pytest.CaptureFixture[str]
     assert rows["tiny-dit"] == rows["SD3.5"] == rows["xFuserPixArtAlphaPipeline"] == "exact"
     assert rows["Lumina2"] == rows["CausalWan"] == rows["xFuserSanaPipeline"] == "refused"
     assert rows["LTX-2"] == "untested"
+    assert rows["SD1.5"] == rows["SDXL"] == rows["tiny-sdxl"] == "exact"
+    assert rows["StableDiffusionXLInpaintPipeline"] == "yes" and rows["StableDiffusionSAGPipeline"] == "refused"
+
+
+def test_a_reader_may_stop_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert tools.main(["models"]) == 128 + signal.SIGPIPE
+        print("what Python flushes at its end goes nowhere")
 
 
 def test_the_table_names_what_xfuser_has() -> None:

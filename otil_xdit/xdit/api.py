@@ -11,7 +11,10 @@ from otil_xdit.config import OtilConfig
 from otil_xdit.registry import get_strategy
 from otil_xdit.xdit.degrees import resolve_patch_degree
 from otil_xdit.xdit.flags import ParallelChoice
+from otil_xdit.xdit.geometry import check_heads
 from otil_xdit.xdit.hooks import carry, register
+from otil_xdit.xdit.unet_facts import heads_of
+from otil_xdit.xdit.unets import check_unet_pipeline
 
 
 def parallelize(
@@ -20,29 +23,34 @@ def parallelize(
     """Run every image of `pipe` on all ranks of this torchrun.
 
     Args:
-        pipe: a diffusers pipeline that xDiT has a wrapper for, on this rank's device. It is changed in place: use only
-            what is returned.
+        pipe: a diffusers pipeline around a U-Net (`otil_xdit.xdit.unets.SUPPORTED`) or one that xDiT has a wrapper
+            for, on this rank's device. It is changed in place: use only what is returned.
         how: settings of the exchange, or the name of a strategy (`otil_xdit.strategies`) with its defaults.
         ulysses_degree: ranks that share the attention heads of a patch.
         use_cfg_parallel: compute the passes with and without the prompt on different halves of the ranks.
 
     Returns:
-        A pipeline that is called like `pipe`, on every rank with the same arguments. As everywhere in xDiT, the last
-        rank gets the images and the others None. On one rank `pipe` itself.
+        A pipeline that is called like `pipe`, on every rank with the same arguments. Around a U-Net it is `pipe`
+        itself, and every rank gets the images; otherwise, as everywhere in xDiT, the last rank gets the images and the
+        others None. On one rank `pipe` itself.
 
     Raises:
-        ValueError: for an unknown strategy, degrees that do not fill the world, or a pipeline that xDiT cannot wrap.
+        ValueError: for an unknown strategy, degrees that do not fill the world or do not divide the attention heads, or
+            a pipeline that cannot be run on patches.
     """
     register()
     from xfuser import xFuserArgs
-    from xfuser.core.distributed import init_distributed_environment
+    from xfuser.core.distributed import init_distributed_environment, initialize_runtime_state
     from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
     strategy = get_strategy(how if isinstance(how, str) else "otil")
     config = strategy.make_config({}) if isinstance(how, str) else how
-    wrapper = xFuserPipelineWrapperRegister.get_class(pipe)
-    if not dist.is_initialized():
-        init_distributed_environment()
+    unet = getattr(pipe, "unet", None)
+    if unet is not None:
+        check_unet_pipeline(pipe)
+        check_heads(heads_of(unet.config), ulysses_degree, type(pipe).__name__)
+    wrapper = None if unet is not None else xFuserPipelineWrapperRegister.get_class(pipe)
+    init_distributed_environment()  # makes what is not there yet: the process group, xDiT's group of the world
     degrees = {"ulysses_degree": ulysses_degree, "use_cfg_parallel": use_cfg_parallel}
     patch_degree = resolve_patch_degree(degrees, dist.get_world_size())
     if dist.get_world_size() == 1:
@@ -51,4 +59,7 @@ def parallelize(
     carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree))
     engine_config, _ = args.create_config()
     engine_config.runtime_config.dtype = getattr(pipe, "dtype", torch.float32)
-    return wrapper(pipe, engine_config)
+    if wrapper is not None:
+        return wrapper(pipe, engine_config)
+    initialize_runtime_state(pipe, engine_config)
+    return pipe

@@ -1,7 +1,7 @@
-"""The command line's "Otil options": what they are, and what they mean together with xDiT's own flags.
+"""The command line's "Otil options" and "U-Net options": what they mean together with xDiT's own flags.
 
-`add_otil_args` tells a parser about them; `choose` turns parsed values into a `ParallelChoice`, before any process
-group exists and before weights load.
+`add_otil_args` and `add_unet_args` tell a parser about them; `choose` turns parsed values into a `ParallelChoice`,
+before any process group exists and before weights load.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from otil_xdit.config import OtilConfig, Selector, parse_ratio
+from otil_xdit.config import OtilConfig, Selector, SmallFreshness, parse_ratio
 from otil_xdit.registry import Strategy, get_strategy, strategies
 from otil_xdit.xdit.degrees import FlagError, UngivenDegree, degree, resolve_patch_degree
 from otil_xdit.xdit.geometry import check_geometry
+from otil_xdit.xdit.schedulers import SCHEDULERS, scheduler_name
+from otil_xdit.xdit.unet_facts import UnetFacts, facts_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,24 @@ _REFUSED = {
     "vae_parallel_size": "it takes ranks away from the patches",
 }
 """xDiT's flags that no strategy works with, and why. A degree counts as set from 2 on, others when they are true."""
+
+_REFUSED_BY_UNETS = {
+    **_REFUSED,
+    **dict.fromkeys(
+        ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_cpu_offload"),
+        "it replaces the forward methods that patches replace",
+    ),
+}
+"""The same for U-Nets that share an image among ranks, whether a strategy is named or not."""
+
+_SHARING = (
+    "ulysses_degree",
+    "ring_degree",
+    "use_cfg_parallel",
+    "pipefusion_parallel_degree",
+    "tensor_parallel_degree",
+)
+"""Flags that put one image on several ranks."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,20 @@ OPTIONS = (
         "refresh",
     ),
     _Option(
+        "otil_halo",
+        "WHEN",
+        f"U-Nets: a convolution takes its neighbours' rows of this step (fresh) or of the one before (displaced); "
+        f"{' or '.join(get_args(SmallFreshness))} (default {OtilConfig.halo}).",
+        setting="halo",
+    ),
+    _Option(
+        "otil_moments",
+        "WHEN",
+        f"U-Nets: the same for the moments of a GroupNorm; {' or '.join(get_args(SmallFreshness))} "
+        f"(default {OtilConfig.moments}).",
+        setting="moments",
+    ),
+    _Option(
         "otil_timeout",
         "SECONDS",
         f"How long a rank waits for the others before it gives up (default {OtilConfig.timeout:g}).",
@@ -169,6 +203,16 @@ def add_otil_args(parser: argparse.ArgumentParser) -> None:
         parser.set_defaults(ring_degree=UngivenDegree(ring_degree))
 
 
+def add_unet_args(parser: argparse.ArgumentParser) -> None:
+    """Add the group "U-Net options" to the parser of xfuser's runner, which alone can follow them."""
+    parser.add_argument_group("U-Net options").add_argument(
+        "--scheduler",
+        metavar="NAME",
+        type=_typed(scheduler_name),
+        help=f"Sample with another scheduler than the model's own: {', '.join(SCHEDULERS)}.",
+    )
+
+
 def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice | None:
     """What the flags ask for, or None without ``--parallel``.
 
@@ -179,12 +223,15 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     Raises:
         FlagError: for flags that contradict each other, the world or the image's size.
     """
-    name = values.get("parallel")
+    name, unet = values.get("parallel"), facts_of(values.get("model"))
+    _check_scheduler(values, unet)
     if name is None:
         _refuse_without_parallel(values)
+        if unet is not None:
+            _check_shared_unet(values)
         return None
     strategy = _flag_errors(lambda: get_strategy(name))
-    _refuse_unsupported(values)
+    _refuse_unsupported(values, f"--parallel {name}", _REFUSED if unet is None else _REFUSED_BY_UNETS)
     patch_degree = resolve_patch_degree(values, world_size)
     given = {setting: values[flag] for flag, setting in SETTINGS.items() if values.get(flag) is not None}
     config = _flag_errors(lambda: strategy.make_config(given))
@@ -192,7 +239,9 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     _check_selector(config, ulysses_degree)
     _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block")))
     _check_report(values.get("otil_report"))
-    if patch_degree == 1:
+    for setting in {"halo", "moments"} & set(given) if unet is None else ():
+        logger.warning("--otil_%s has an effect on U-Nets only", setting)
+    if patch_degree == 1 and (unet is None or ulysses_degree == 1):
         logger.warning("--parallel %s has no effect with one patch", name)
     return ParallelChoice(strategy, config, patch_degree, ulysses_degree, values.get("otil_report"))
 
@@ -203,13 +252,30 @@ def _refuse_without_parallel(values: Mapping[str, Any]) -> None:
         raise FlagError(f"{', '.join(given)} given without --parallel; add --parallel {'|'.join(strategies())}")
 
 
-def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    for flag, reason in _REFUSED.items():
+def _refuse_unsupported(values: Mapping[str, Any], what: str, refused: Mapping[str, str]) -> None:
+    """Raises `FlagError` where one of xDiT's flags in `refused` is given together with `what`."""
+    for flag, reason in refused.items():
         value = values.get(flag)
         if not value or (flag.endswith("_degree") and value == 1):
             continue
         shown = f"--{flag}" if value is True else f"--{flag} {value}"
-        raise FlagError(f"--parallel {values['parallel']} and {shown} are not supported together ({reason})")
+        raise FlagError(f"{what} and {shown} are not supported together ({reason})")
+
+
+def _check_shared_unet(values: Mapping[str, Any]) -> None:
+    """Without ``--parallel`` a U-Net that shares an image among ranks runs as ``--parallel sync`` would."""
+    if any(degree(values, flag) > 1 for flag in _SHARING):
+        _refuse_unsupported(values, f"--model {values['model']} on several ranks", _REFUSED_BY_UNETS)
+    patches, ulysses_degree = degree(values, "ring_degree"), degree(values, "ulysses_degree")
+    _flag_errors(lambda: check_geometry(values, patches, ulysses_degree, None))
+
+
+def _check_scheduler(values: Mapping[str, Any], unet: UnetFacts | None) -> None:
+    if values.get("scheduler") is not None and unet is None:
+        raise FlagError(
+            f"--scheduler {values['scheduler']} is for U-Nets; --model {values.get('model')} is none, and keeps the "
+            "scheduler that xDiT gives it"
+        )
 
 
 def _check_selector(config: Any, ulysses_degree: int) -> None:

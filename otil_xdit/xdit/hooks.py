@@ -37,6 +37,7 @@ from otil_xdit.session import PatchSession
 from otil_xdit.unet.patches import UnetGroups
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.flags import ParallelChoice, add_otil_args, choose
+from otil_xdit.xdit.unets import check_unet_pipeline
 from otil_xdit.xdit.versions import warn_if_untested
 
 logger = logging.getLogger("otil_xdit")
@@ -147,6 +148,7 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
     if getattr(pipeline, "unet", None) is not None:
         if parallel.sp_degree * parallel.cfg_degree == 1:
             return None
+        check_unet_pipeline(pipeline)
         choice = choice or ParallelChoice(SYNC, SYNC.make_config({}), parallel.ring_degree, parallel.ulysses_degree)
     elif choice is None or choice.patch_degree == 1:
         return None

@@ -1,4 +1,4 @@
-"""Runner models that the plugin adds to xDiT's registry: ``xfuser --model tiny-dit``."""
+"""Runner models that the plugin adds to xDiT's registry: ``xfuser --model tiny-dit``, and the U-Nets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ def model_folder(name: str) -> str:
 
 
 def register_models() -> None:
-    """Add the shipped models to `MODEL_REGISTRY`; xfuser must be importable."""
+    """Add the plugin's models to `MODEL_REGISTRY`; xfuser must be importable."""
+    from otil_xdit.xdit.unet_models import register_unet_models
+    from otil_xdit.xdit.unets import register_unets
+
+    register_unets()
+    register_unet_models()
+    _register_tiny_dit()
+
+
+def _register_tiny_dit() -> None:
     from xfuser import xFuserStableDiffusion3Pipeline
     from xfuser.model_executor.models.runner_models.base_model import (
         DefaultInputValues,

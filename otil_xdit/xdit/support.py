@@ -36,6 +36,11 @@ ULYSSES_ONLY = "xDiT cuts it by Ulysses only; use --ulysses_degree"
 
 RUNNERS = (
     Support(("tiny-dit",), "exact", "SD3's architecture; ships with this package"),
+    Support(("tiny-sd",), "exact", "SD1.5's architecture; ships with this package"),
+    Support(("tiny-sdxl",), "exact", "SDXL's architecture; ships with this package"),
+    Support(("sd1.5", "stable-diffusion-v1-5"), "exact"),
+    Support(("sd2.1", "stable-diffusion-2-1"), "exact", "--ulysses_degree 5 is the only one that divides its heads"),
+    Support(("sdxl", "stable-diffusion-xl-base-1.0"), "exact"),
     Support(("sd3.5", "stable-diffusion-3.5-large"), "exact", "3.5-medium fails in xfuser, with --ulysses_degree too"),
     Support(("flux.1-dev",), "exact", "refused where the ranks do not divide the prompt's tokens"),
     Support(("flux.2-dev",), "exact"),

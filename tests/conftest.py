@@ -1,0 +1,28 @@
+"""Fixtures that several test files share."""
+
+import subprocess
+
+import pytest
+
+from otil_xdit import cli
+
+
+@pytest.fixture
+def cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher sees no accelerator, whatever this machine has."""
+    monkeypatch.setattr(cli, "visible_devices", lambda: 0)
+
+
+@pytest.fixture
+def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting a process, loading weights or asking the hub fails the test."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("started")
+
+    import huggingface_hub
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
