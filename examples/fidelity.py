@@ -26,8 +26,8 @@ from otil_xdit.config import OtilConfig
 from otil_xdit.registry import get_strategy
 from otil_xdit.run import Report
 from otil_xdit.xdit.hooks import session_of
-from otil_xdit.xdit.models import model_folder
 from otil_xdit.xdit.schedulers import SCHEDULERS, make_scheduler
+from otil_xdit.xdit.shipped import model_folder
 
 PROMPTS = (Path(__file__).parent / "prompts.txt").read_text().splitlines()
 HEADER = """\

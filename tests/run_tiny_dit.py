@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig  # noqa: E402
 from otil_xdit.xdit.hooks import session_of  # noqa: E402
-from otil_xdit.xdit.models import model_folder  # noqa: E402
+from otil_xdit.xdit.shipped import model_folder  # noqa: E402
 
 STEPS = 10
 CIRCLE = {"prompt": "a large red circle on the left, striped background", "height": 128, "width": 128}

@@ -16,7 +16,7 @@ from PIL import Image
 
 import otil_xdit
 from otil_xdit.xdit.catalogue import model_registry
-from otil_xdit.xdit.models import model_folder
+from otil_xdit.xdit.shipped import model_folder
 from otil_xdit.xdit.unet_facts import UNETS, read_folder
 from otil_xdit.xdit.unet_models import SHIPPED, register_folder, source_of
 from otil_xdit.xdit.unets import REFUSED, SUPPORTED, check_unet_pipeline, wrapper_class

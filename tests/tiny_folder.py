@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from otil_xdit.xdit.models import model_folder
+from otil_xdit.xdit.shipped import model_folder
 
 TEXT_WIDTH = 32
 PIXELS = 48

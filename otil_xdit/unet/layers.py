@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -19,9 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from otil_xdit.subclass import is_swapped, restore_class, subclass_of, swap_class
-
-if TYPE_CHECKING:
-    from otil_xdit.unet.patches import UnetPatches
+from otil_xdit.unet.text import TextCache
 
 _SEAT = "_otil_seat"
 """Where a wrapped layer keeps its `Seat`. The subclasses have None there: peft makes the layers of an adapter of the
@@ -39,11 +37,25 @@ TEXT_PROCESSORS = (
 """Processors that may attend to text: every query by itself, so patches change nothing."""
 
 
+class Patches(Protocol):
+    """Whom layers ask for the other ranks' part; `otil_xdit.unet.patches.UnetPatches` documents each."""
+
+    text: TextCache
+
+    @property
+    def running(self) -> bool: ...
+    @property
+    def is_last(self) -> bool: ...
+    def halo(self, seat: Seat, x: torch.Tensor, above: int, below: int) -> torch.Tensor: ...
+    def moments(self, seat: Seat, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def attend(self, seat: Seat, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor: ...
+
+
 @dataclass
 class Seat:
-    """A layer's place: whom it asks for the other ranks' part, its name in the U-Net, its level."""
+    """A layer's place: whom it asks, its name in the U-Net, its level."""
 
-    patches: UnetPatches
+    patches: Patches
     name: str
     level: int
 
@@ -59,7 +71,7 @@ def is_spatial(module: nn.Module) -> bool:
     return isinstance(module, (nn.GroupNorm, Attention))
 
 
-def wrap_layer(module: nn.Module, patches: UnetPatches, name: str, level: int) -> None:
+def wrap_layer(module: nn.Module, patches: Patches, name: str, level: int) -> None:
     """Let a spatial layer work on patches; wrapping it again gives it another seat.
 
     Raises:

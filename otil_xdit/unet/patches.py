@@ -9,10 +9,11 @@ Shapes: B batch, C channels, H x W the latent, h rows of this rank, S tokens of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, lru_cache, wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -25,14 +26,23 @@ from otil_xdit.unet.layers import Seat, is_spatial, unwrap_layer, wrap_layer
 from otil_xdit.unet.structure import Levels, check_supported
 from otil_xdit.unet.text import TextCache
 
-if TYPE_CHECKING:
-    from otil_xdit.session import PatchSession
-
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Attention over the Ulysses group and the patches: queries, keys and values [B, heads, S, d] to [B, heads, S, d]."""
 
 _PASSED_KWARGS = ("scale",)
 """Entries of `cross_attention_kwargs` that mean the same on a patch: the weight of LoRA."""
+
+
+class Host(Protocol):
+    """The pipeline's session, as far as a U-Net needs it; `otil_xdit.session.PatchSession` documents each."""
+
+    communicator: Any
+
+    @property
+    def is_active(self) -> bool: ...
+    def attention(
+        self, name: str, layout: TokenLayout, kept_keys: torch.Tensor | None
+    ) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class UnetPatches:
         ValueError: naming what of the network patches cannot serve.
     """
 
-    def __init__(self, session: PatchSession, network: Any, groups: UnetGroups, attend: Attend) -> None:
+    def __init__(self, session: Host, network: Any, groups: UnetGroups, attend: Attend) -> None:
         check_supported(network)
         self.session, self.network, self.groups = session, network, groups
         self.running = False

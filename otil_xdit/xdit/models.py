@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
 import torch
 
+from otil_xdit.xdit.shipped import model_folder
+
 TINY_DIT = "tiny-dit"
-
-
-def model_folder(name: str) -> str:
-    """Where a model that ships with this package lies, in diffusers format."""
-    return str(files("otil_xdit") / "models" / name)
 
 
 def register_models() -> None:

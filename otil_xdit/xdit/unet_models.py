@@ -12,8 +12,8 @@ import torch
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.degrees import FlagError
 from otil_xdit.xdit.flags import add_unet_args
-from otil_xdit.xdit.models import model_folder
 from otil_xdit.xdit.schedulers import make_scheduler
+from otil_xdit.xdit.shipped import model_folder
 from otil_xdit.xdit.unet_facts import UNETS, UnetFacts, facts_of, read_folder
 from otil_xdit.xdit.unets import check_unet_pipeline
 
