@@ -92,7 +92,8 @@ def build_pipeline(work: Path, kind: str, unet: UNet2DConditionModel) -> Diffusi
         )
     parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(work / "tokenizer_2")
     parts["text_encoder_2"] = CLIPTextModelWithProjection.from_pretrained(work / "text_encoder_2")
-    return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    # The empty prompt that the network learned is an encoded one, not zeros.
+    return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=False, add_watermarker=False)
 
 
 @torch.no_grad()
