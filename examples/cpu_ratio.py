@@ -5,13 +5,15 @@
 Each rank has one thread and one core to itself. In every round, one process (rank 0, while the other sleeps) and each
 strategy take turns, so that a machine that slows down slows all of them. The network has random weights: SD1.5's
 topology in tiny-sd's width, and five times as wide. Printed are the time of a step after warm-up, the median of the
-rounds, and what rank 0 spent it on (by torch's profiler in a run of its own): Markdown tables, then a line of JSON.
+rounds, and what rank 0 spent it on (by timers round torch's functions, in a run of its own): Markdown tables, then a
+line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch.profiler import ProfilerActivity, profile
+from torch.overrides import TorchFunctionMode
 
 import otil_xdit
 from otil_xdit.registry import get_strategy
@@ -39,12 +41,12 @@ SKIPPED_STEPS = 4
 LATENT, TEXT_TOKENS, TEXT_WIDTH = (2, 4, 32, 32), 24, 64
 
 PARTS = {
-    "convolutions": ("convolution", "conv2d"),
-    "attention": ("scaled_dot_product", "flash_attention", "bmm", "softmax"),
-    "linear layers": ("addmm", "::mm", "linear", "matmul"),
-    "norms": ("group_norm", "layer_norm", "var_mean", "addcmul", "rsqrt"),
+    "convolutions": ("conv2d",),
+    "attention": ("scaled_dot_product_attention",),
+    "linear layers": ("linear",),
+    "norms": ("group_norm", "layer_norm", "var_mean", "addcmul", "rsqrt", "repeat_interleave"),
 }
-"""Parts of a step and what the names of their operators contain; every other operator moves or adds values."""
+"""Parts of a step and the torch functions that they call; every other function moves or adds values."""
 REST, WAITING, PYTHON = "element-wise, copies", "waiting for the other rank", "Python and dispatch"
 
 
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a round")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     rank = int(os.environ["RANK"])
@@ -65,11 +68,13 @@ def main() -> None:
     for model in arguments.models:
         pipe = build(MODELS[model])
         seconds = timed(pipe, arguments)
-        parts = {kind: spent(pipe, kind, arguments.steps) for kind in (ALONE, *STRATEGIES)}
         if rank == 0:
             parameters = sum(parameter.numel() for parameter in pipe.unet.parameters())
             print(f"\n{model}: {parameters / 1e6:.1f} M parameters, latent {LATENT}, torch {torch.__version__}\n")
-            print(times_table(seconds), parts_table(parts), sep="\n\n")
+            print(times_table(seconds), flush=True)
+        parts = {kind: spent(pipe, kind, arguments.steps) for kind in (ALONE, *STRATEGIES)}
+        if rank == 0:
+            print(f"\n{parts_table(parts)}\n")
             print(json.dumps({"model": model, "seconds": seconds, "parts": parts}), flush=True)
         dist.barrier()
     dist.destroy_process_group()
@@ -147,33 +152,45 @@ def denoise(pipe: Any, count: int, observer: Any, tick: Any) -> list[float]:
         return [step(SKIPPED_STEPS + number) for number in range(count)]
 
 
-def spent(pipe: Any, kind: str, count: int) -> dict[str, float]:
-    """Seconds a step that this rank spends on each part; the profiler adds its own overhead to Python's."""
-    observer = profile(activities=[ProfilerActivity.CPU])
-    waited: list[float] = []
-    total = sum(steps(pipe, kind, count, watching(pipe, observer, waited)))
-    found = Counter({part: 0.0 for part in (*PARTS, REST)})
-    for event in observer.key_averages():
-        if event.key.startswith("aten::"):
-            part = next((part for part, names in PARTS.items() if any(name in event.key for name in names)), REST)
-            found[part] += event.self_cpu_time_total / 1e6
-    found[WAITING] = sum(waited)
-    found[PYTHON] = total - sum(found.values())
-    return {part: seconds / count for part, seconds in found.items()}
+class Timers(TorchFunctionMode):
+    """Adds up the seconds of every torch function that is called from Python, by part of a step."""
 
+    def __init__(self, pipe: Any) -> None:
+        super().__init__()
+        self.pipe, self.entered = pipe, False
+        self.seconds: Counter[str] = Counter({part: 0.0 for part in (*PARTS, REST, WAITING)})
 
-@contextmanager
-def watching(pipe: Any, observer: Any, waited: list[float]) -> Iterator[None]:
-    """Profile a block, and put the seconds that its collectives waited into `waited`."""
+    def __enter__(self) -> Timers:
+        self.entered = True
+        self.seconds[WAITING] -= self._waited()
+        super().__enter__()
+        return self
 
-    def so_far() -> float:
-        session = session_of(pipe)
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.seconds[WAITING] += self._waited()
+
+    def _waited(self) -> float:
+        session = session_of(self.pipe)
         return 0.0 if session is None else session.communicator.report().waited_seconds
 
-    before = so_far()
-    with observer:
-        yield
-    waited.append(so_far() - before)
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        started = time.perf_counter()
+        out = function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "")
+        part = next((part for part, names in PARTS.items() if name in names), REST)
+        self.seconds[part] += time.perf_counter() - started
+        return out
+
+
+def spent(pipe: Any, kind: str, count: int) -> dict[str, float]:
+    """Seconds a step that this rank spends on each part; the timers add their own to Python's."""
+    timers = Timers(pipe)
+    total = sum(steps(pipe, kind, count, timers))
+    if not timers.entered:
+        return {}  # this rank slept
+    found = {**timers.seconds, PYTHON: total - sum(timers.seconds.values())}
+    return {part: seconds / count for part, seconds in found.items()}
 
 
 def times_table(seconds: dict[str, list[float]]) -> str:

@@ -95,7 +95,7 @@ def interrupted() -> bool:
 
 
 def shared_network() -> dict[str, bool]:
-    """Two pipelines round one U-Net, in turns, each with its own settings; errors in units of the latents' deviation."""
+    """Two pipelines round one U-Net, in turns, with their own settings; errors over the latents' deviation."""
     first, second = pipeline(), None
     exact = image(first)
     second = otil_xdit.parallelize(pipeline(first.unet), OtilConfig(freshness="frozen"))

@@ -5,13 +5,7 @@ Each run is one torchrun with many cases (`tests/run_zoo.py`); a test reads its 
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +14,8 @@ from otil_xdit.xdit.cpu import enable_cpu_ranks
 
 enable_cpu_ranks()
 
+from tests.torchrun import lines_of  # noqa: E402
 from tests.zoo import CASES, Degrees  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 240
 
 TOLERANCE = 5e-5
 """float32: the ranks add in another order, and three guided steps amplify it to 2e-5 at most."""
@@ -67,25 +59,9 @@ FOUR_RANKS = (Degrees(patch=4), Degrees(patch=2, ulysses=2), Degrees(patch=2, cf
 @cache
 def results(compositions: tuple[Degrees, ...], cases: tuple[str, ...], exchanges: tuple[str, ...]) -> list[dict]:
     """The lines of one torchrun."""
-    ranks = compositions[0].world_size
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += [str(ROOT / "tests" / "run_zoo.py"), "--cases", *cases, "--exchange", *exchanges, "--degrees"]
-    command += [f"{degrees.patch},{degrees.ulysses},{degrees.cfg}" for degrees in compositions]
-    return [json.loads(line) for line in output_of(command).splitlines() if line.startswith("{")]
-
-
-def output_of(command: list[str]) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers outlive it otherwise
-            raise
-    assert process.returncode == 0, errors[-4000:]
-    return output
+    chosen = [f"{degrees.patch},{degrees.ulysses},{degrees.cfg}" for degrees in compositions]
+    arguments = ["--cases", *cases, "--exchange", *exchanges, "--degrees", *chosen]
+    return lines_of(compositions[0].world_size, "run_zoo.py", *arguments)
 
 
 def line_of(case: str, degrees: Degrees, exchange: str) -> dict[str, Any]:

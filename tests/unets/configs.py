@@ -65,6 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lcm": {**SD15, "time_cond_proj_dim": 16},
     "upscaler": UPSCALER,
     "unclip": {**SD2, "class_embed_type": "projection", "projection_class_embeddings_input_dim": POOLED_WIDTH},
+    "kolors": {**SDXL, "encoder_hid_dim": 20, "encoder_hid_dim_type": "text_proj"},
     "small-sd": {
         **COMMON,
         "layers_per_block": 1,
@@ -112,7 +113,7 @@ REAL: dict[str, dict[str, Any]] = {
 }
 """The published models, at their size."""
 
-INIT = {"sharpness": 1.4, "norm_weight": 1.2}
+INIT = {"sharpness": 1.4, "norm_weight": 1.0}
 """Of random weights. With the zoo's sharper attention so many layers are chaotic: float32 is up to 1 from float64."""
 
 

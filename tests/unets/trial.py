@@ -74,7 +74,7 @@ class Trial:
     def _always(self, unet: UNet2DConditionModel) -> Arguments:
         """What this network needs in every call."""
         config = unet.config
-        found: Arguments = {"encoder_hidden_states": noise(self.batch, TEXT_TOKENS, config.cross_attention_dim, seed=1)}
+        found: Arguments = {"encoder_hidden_states": noise(self.batch, TEXT_TOKENS, _text_width(unet), seed=1)}
         if config.addition_embed_type == "text_time":
             width = config.projection_class_embeddings_input_dim - POOLED_WIDTH
             ids = noise(self.batch, width // config.addition_time_embed_dim, seed=2).abs() * 500
@@ -104,6 +104,10 @@ def feature_shapes(trial: Trial, unet: UNet2DConditionModel) -> Iterator[tuple[s
             height, width = (height + 1) // 2, (width + 1) // 2
             yield "skip", (trial.batch, channels, height, width)
         yield "block", before if hasattr(block, "attentions") else (trial.batch, channels, height, width)
+
+
+def _text_width(unet: UNet2DConditionModel) -> int:
+    return unet.config.encoder_hid_dim or unet.config.cross_attention_dim
 
 
 def _residuals(trial: Trial, unet: UNet2DConditionModel, wanted: str, seed: int) -> list[torch.Tensor]:
@@ -139,7 +143,7 @@ def _number_as_timestep(trial: Trial, unet: UNet2DConditionModel, arguments: Arg
 
 
 def _new_text(trial: Trial, unet: UNet2DConditionModel, arguments: Arguments, step: int) -> Arguments:
-    text = noise(trial.batch, TEXT_TOKENS + step, unet.config.cross_attention_dim, seed=300 + step)
+    text = noise(trial.batch, TEXT_TOKENS + step, _text_width(unet), seed=300 + step)
     return {**arguments, "encoder_hidden_states": text}
 
 
@@ -175,10 +179,6 @@ def _channels_last(unet: UNet2DConditionModel) -> None:
     unet.to(memory_format=torch.channels_last)
 
 
-def _chunked_feed_forward(unet: UNet2DConditionModel) -> None:
-    unet.enable_forward_chunking(chunk_size=1, dim=0)
-
-
 EXTRAS: dict[str, Callable[[Trial, UNet2DConditionModel, Arguments, int], Arguments]] = {
     "plain": _plain,
     "controlnet": _controlnet,
@@ -191,12 +191,17 @@ EXTRAS: dict[str, Callable[[Trial, UNet2DConditionModel, Arguments, int], Argume
 }
 """Ways to call a network; each gets the usual arguments of a step and gives those that the network is called with."""
 
+
+def _compiled(unet: UNet2DConditionModel) -> None:
+    unet.compile(backend="eager")  # what is in question is what Dynamo makes of the layers, not the code generated
+
+
 ALTERATIONS: dict[str, Callable[[UNet2DConditionModel], None]] = {
     "double": _double,
     "plain attention": _plain_attention,
     "sliced attention": _sliced_attention,
     "fused projections": _fused_projections,
     "channels last": _channels_last,
-    "chunked feed-forward": _chunked_feed_forward,
+    "compiled": _compiled,
 }
 """What users do to a network; done after it was parallelised. A trial names one in the place of an extra."""
