@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from otil_xdit.exchange import Exchange, Neighbours, Pending
+from otil_xdit.exchange import Exchange, ExchangedLayer, Neighbours, Pending
 from otil_xdit.schedule import Mode
 
 
-class HaloLayer:
+class HaloLayer(ExchangedLayer[Neighbours]):
     """The rows next to this rank's that one convolution needs: `above` of the rank before, `below` of the one after.
 
     Args:
@@ -23,8 +23,8 @@ class HaloLayer:
 
     def __init__(self, exchange: Exchange, name: str, like: torch.Tensor, above: int, below: int) -> None:
         batch, channels, _, width = like.shape
+        super().__init__()
         self.key = halo_key(like, above, below)
-        self.visits = 0
         self._exchange, self._name = exchange, name
         self._above, self._below = above, below
         self._first = exchange.group.rank == 0
@@ -34,7 +34,6 @@ class HaloLayer:
             like.new_zeros(batch, channels, above, width),
             like.new_zeros(batch, channels, below, width),
         )
-        self._pending: Pending[Neighbours] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -61,12 +60,6 @@ class HaloLayer:
         self.visits += 1
         return widened
 
-    def drain(self) -> None:
-        """Wait for rows under way."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.wait()
-
     def _send(self, x: torch.Tensor, kind: str, where: str) -> Pending[Neighbours]:
         empty = x.new_empty(0)
         to_previous = empty if self._first else x[:, :, : self._below].contiguous()
@@ -79,7 +72,7 @@ def halo_key(like: torch.Tensor, above: int, below: int) -> tuple[object, ...]:
     return (like.shape[0], like.shape[1], like.shape[3], like.dtype, like.device, above, below)
 
 
-class MomentsLayer:
+class MomentsLayer(ExchangedLayer[torch.Tensor]):
     """Mean and variance of whole maps, of which every rank holds some rows, for one group normalisation.
 
     Args:
@@ -90,12 +83,11 @@ class MomentsLayer:
 
     def __init__(self, exchange: Exchange, name: str, like: torch.Tensor) -> None:
         ranks = exchange.group.world_size
+        super().__init__()
         self.key = moments_key(like)
-        self.visits = 0
         self._exchange, self._name = exchange, name
         self._sent = like.new_zeros(2, *like.shape)
         self._all = like.new_zeros(ranks, 2, *like.shape)
-        self._pending: Pending[torch.Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -138,12 +130,6 @@ class MomentsLayer:
             self._pending = self._send(mean, var, kind, where)
         self.visits += 1
         return result
-
-    def drain(self) -> None:
-        """Wait for moments under way."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.wait()
 
     def _send(self, mean: torch.Tensor, var: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
         torch.stack([mean, var], out=self._sent)

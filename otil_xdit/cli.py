@@ -145,7 +145,7 @@ def parse(runner_arguments: Sequence[str]) -> dict[str, Any]:
     model_registry()  # imports xfuser, quietly
     config = importlib.import_module("xfuser.config")
 
-    class Parser(config.FlexibleArgumentParser):  # type: ignore[name-defined]
+    class Parser(config.FlexibleArgumentParser):  # type: ignore[name-defined]  # imported by name
         def error(self, message: str) -> NoReturn:
             raise FlagError(message)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from otil_xdit.exchange import Exchange, Pending
+from otil_xdit.exchange import Exchange, ExchangedLayer
 from otil_xdit.schedule import Mode
 from otil_xdit.selection import blocks_to_send
 
@@ -15,7 +15,7 @@ _ALIGNMENT = 16
 """Bytes; the values start at a multiple of it behind the indices, so that both can be viewed in their own dtype."""
 
 
-class KVLayer:
+class KVLayer(ExchangedLayer[torch.Tensor]):
     """The copy of every patch's keys and values that one rank attends to, for one attention layer.
 
     The buffer is allocated once and lives as long as shapes and dtype stay the same; the first steps of a generation
@@ -30,16 +30,15 @@ class KVLayer:
     """
 
     def __init__(self, exchange: Exchange, name: str, like: torch.Tensor, table: torch.Tensor, ratio: float) -> None:
+        super().__init__()
         batch, heads, tokens, head_dim = like.shape
         ranks = exchange.group.world_size
         self.shape, self.dtype = like.shape, like.dtype
         self.table = table
-        self.visits = 0
         self._exchange, self._name = exchange, name
         self._own = slice(exchange.group.rank * tokens, (exchange.group.rank + 1) * tokens)
         self._first_token = torch.arange(ranks, device=like.device)[:, None] * tokens
         self._buffer = like.new_empty(2, batch, heads, ranks * tokens, head_dim)
-        self._pending: Pending | None = None
         blocks, block_tokens = table.shape
         self.sends_all = ratio >= 1
         self._count = blocks if self.sends_all else blocks_to_send(blocks, ratio)
@@ -97,12 +96,6 @@ class KVLayer:
         self.visits += 1
         return self._buffer
 
-    def drain(self) -> None:
-        """Wait for a payload under way without using it: nothing may write to the buffers afterwards."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.wait()
-
     def _send(self, fresh: torch.Tensor, picked: torch.Tensor | None, kind: str, where: str) -> None:
         values = self._values(self._payload)
         if picked is None:
@@ -114,10 +107,9 @@ class KVLayer:
 
     def _receive(self) -> None:
         """Put what the others sent a step ago where it belongs; this rank's own part is overwritten right after."""
-        if self._pending is None:
+        received = self.drain()
+        if received is None:
             return
-        pending, self._pending = self._pending, None
-        received = pending.wait()
         values = self._values(received)
         if self.sends_all:
             self._buffer.unflatten(3, (-1, self.shape[2])).copy_(values.permute(1, 2, 3, 0, 4, 5))

@@ -15,7 +15,6 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -26,7 +25,7 @@ from otil_xdit.grid import TokenLayout
 from otil_xdit.registry import Communicator
 from otil_xdit.schedule import Clock
 from otil_xdit.subclass import restore_class, subclass_of, swap_class
-from otil_xdit.unet.patches import Attend, UnetGroups, UnetPatches
+from otil_xdit.unet.patches import Attend, UnetGroups, UnetPatches, is_unet
 
 logger = logging.getLogger(__name__)
 
@@ -154,14 +153,14 @@ class PatchSession:
     def _watch(self, networks: dict[str, nn.Module]) -> None:
         """Hook the networks that are not hooked yet; a pipeline may have been given a new one since."""
         for name, net in networks.items():
-            if isinstance(net, UNet2DConditionModel):
+            if is_unet(net):
                 self._patches_of(net).prepare()
             elif id(net) not in self._watched:
                 refuse_unsupported(name, net)
                 observe = net.register_forward_pre_hook(self._observe, with_kwargs=True)
                 self._watched[id(net)] = (net, [observe, *self._names.watch(name, net)])
 
-    def _patches_of(self, unet: UNet2DConditionModel) -> UnetPatches:
+    def _patches_of(self, unet: nn.Module) -> UnetPatches:
         found = self._unet_patches.get(id(unet))
         if found is None:
             if self._unets is None:

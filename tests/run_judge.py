@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig  # noqa: E402
 from otil_xdit.xdit.hooks import session_of  # noqa: E402
+from tests.in_rank import described, leave_groups  # noqa: E402
 from tests.judge import SCENES, Scene  # noqa: E402
-from tests.run_unet import PATIENCE, described, enter_xdit, leave_groups  # noqa: E402
+from tests.run_unet import PATIENCE, enter_xdit  # noqa: E402
 
 
 def main() -> int:

@@ -11,12 +11,10 @@ what detaching it did not bring back.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import groupby
@@ -32,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig  # noqa: E402
 from otil_xdit.xdit.hooks import session_of  # noqa: E402
+from tests.in_rank import described, leave_groups  # noqa: E402
 from tests.unets import ALTERATIONS, Trial, build_unet, pipeline_around  # noqa: E402
 
 PATIENCE = 60
@@ -149,21 +148,6 @@ def difference(made: torch.Tensor, reference: torch.Tensor) -> float:
     if made.shape != reference.shape or made.dtype != reference.dtype:
         raise ValueError(f"{made.dtype} {tuple(made.shape)}; the reference {reference.dtype} {tuple(reference.shape)}")
     return (made - reference).abs().max().item()
-
-
-def described(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    message = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {message} ({Path(last.filename).name}:{last.lineno})"
-
-
-def leave_groups() -> None:
-    """The next composition makes its own groups; xDiT makes none while it has some."""
-    from xfuser.core.distributed.parallel_state import destroy_model_parallel, model_parallel_is_initialized
-
-    gc.collect()
-    if model_parallel_is_initialized():
-        destroy_model_parallel()
 
 
 if __name__ == "__main__":

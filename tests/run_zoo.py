@@ -9,13 +9,11 @@ ranks that have them, the largest absolute value of the reference, or why it did
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 import sys
 import tempfile
 import time
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ enable_cpu_ranks()
 
 from xfuser.core.distributed import init_distributed_environment  # noqa: E402
 
+from tests.in_rank import described, leave_groups  # noqa: E402
 from tests.zoo import CASES, Case, Degrees  # noqa: E402
 from tests.zoo.exchanges import EXCHANGES  # noqa: E402
 from tests.zoo.routes import run_plain, run_xdit  # noqa: E402
@@ -104,21 +103,6 @@ def difference(latents: torch.Tensor, reference: torch.Tensor) -> float:
     if latents.shape != reference.shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, the reference {tuple(reference.shape)}")
     return (latents - reference).abs().max().item()
-
-
-def described(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    message = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {message} ({Path(last.filename).name}:{last.lineno})"
-
-
-def leave_groups() -> None:
-    """The next composition makes its own groups; xDiT makes none while it has some."""
-    from xfuser.core.distributed.parallel_state import destroy_model_parallel, model_parallel_is_initialized
-
-    gc.collect()
-    if model_parallel_is_initialized():
-        destroy_model_parallel()
 
 
 def report(line: dict[str, Any]) -> None:

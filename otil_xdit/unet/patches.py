@@ -16,7 +16,7 @@ from inspect import signature
 from typing import Any, Protocol
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
 from torch.nn import functional
 
 from otil_xdit.exchange import PatchGroup
@@ -61,6 +61,11 @@ class UnetGroups:
     halves: int
     half: int
     places: tuple[tuple[int, int], ...]
+
+
+def is_unet(network: Any) -> bool:
+    """Whether `UnetPatches` is what a network needs; which U-Nets it can serve is another question."""
+    return isinstance(network, UNet2DConditionModel)
 
 
 class UnetPatches:
@@ -144,8 +149,7 @@ class UnetPatches:
     @torch.compiler.disable
     def moments(self, seat: Seat, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Moments, float32 [B, groups], of whole maps from those of this rank's rows."""
-        rows = self._current_grid().rows[seat.level]
-        share = torch.tensor(rows, dtype=torch.float32, device=mean.device) / sum(rows)
+        share = _share(self._current_grid().rows[seat.level], mean.device)
         return self.session.communicator.moments(self._name(seat), mean, var, share)
 
     @torch.compiler.disable
@@ -281,6 +285,11 @@ def _grid(height: int, width: int, levels: int, ranks: int) -> LevelGrid:
 @lru_cache(maxsize=64)
 def _kept(counts: tuple[int, ...], chunk: int, device: torch.device) -> torch.Tensor:
     return kept_tokens(counts, chunk).to(device)
+
+
+@lru_cache(maxsize=64)
+def _share(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float32, device=device) / sum(rows)
 
 
 @cache
