@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from otil_xdit import cli, tools
+from otil_xdit import cli
+from otil_xdit.tools import main as tools
 from otil_xdit.xdit import support, versions
 from otil_xdit.xdit.catalogue import model_registry
 
@@ -32,6 +33,12 @@ def test_a_reader_may_stop_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert tools.main(["models"]) == 128 + signal.SIGPIPE
         print("what Python flushes at its end goes nowhere")
+
+
+def test_an_unknown_tool_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tools.main(["model"])
+    assert ended.value.code == 2 and "models" in capsys.readouterr().err
 
 
 def test_the_table_names_what_xfuser_has() -> None:

@@ -1,11 +1,8 @@
-"""`otil-xdit`: tools around the plugin. Now: ``otil-xdit models``."""
+"""`otil-xdit models`: what runs under ``--parallel``."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,22 +22,13 @@ refused   ends with an error that says why
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a tool; the exit code."""
-    parser = argparse.ArgumentParser(prog="otil-xdit", description="Tools around `xfuser --parallel`.")
-    parser.add_argument("--version", action="version", version=f"otil-xdit {__version__}")
-    tools = parser.add_subparsers(metavar="TOOL", required=True)
-    models = tools.add_parser("models", help="list the models: what runs under --parallel, how, and what is refused")
-    models.set_defaults(run=lambda given: print_models())
-    given = parser.parse_args(arguments)
-    try:
-        given.run(given)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader (`| head`) has seen enough. What Python still wants to flush when it ends must go somewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    return 0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It takes none."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the tables."""
+    print_models()
 
 
 def print_models() -> None:
@@ -79,7 +67,3 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

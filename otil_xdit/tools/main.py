@@ -1,0 +1,49 @@
+"""`otil-xdit TOOL`: finds the tool, imports that one only, and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from otil_xdit import __version__
+
+TOOLS = {
+    "models": "list the models: what runs under --parallel, how, and what is refused",
+}
+"""Name and summary of each tool; its module here has the name, with `add_arguments(parser)` and `run(arguments)`.
+
+A `ValueError` of either becomes argparse's error: one line, exit code 2.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a tool; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="otil-xdit", description="Tools around `xfuser --parallel`.")
+    parser.add_argument("--version", action="version", version=f"otil-xdit {__version__}")
+    tools = parser.add_subparsers(metavar="TOOL", required=True)
+    for name, summary in TOOLS.items():
+        tool = tools.add_parser(name, help=summary, description=summary)
+        if name in given[:1]:  # the others' modules import much, and nobody asked for them
+            module = import_module(f"otil_xdit.tools.{name}")
+            module.add_arguments(tool)
+            tool.set_defaults(run=module.run, tool=tool)
+    parsed = parser.parse_args(given)
+    try:
+        parsed.run(parsed)
+        sys.stdout.flush()
+    except ValueError as error:
+        parsed.tool.error(str(error))
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. What Python still wants to flush when it ends must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
