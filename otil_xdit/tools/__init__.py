@@ -1,1 +1,1 @@
-"""`otil-xdit`: tools around the plugin. Each tool is a module with `SUMMARY`, `add_arguments` and `run`."""
+"""`otil-xdit`: tools around the plugin. Each is a module with `add_arguments` and `run`."""
