@@ -7,11 +7,30 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-Freshness = Literal["sync", "displaced", "frozen"]
-"""What a rank knows of the others after warm-up: this step's values, an earlier step's, or the last warm-up step's."""
+Freshness = Literal["sync", "fresh", "displaced", "frozen"]
+"""What a rank knows of the others after warm-up: this step's exact values, what is sent of this step's, what was sent
+until the step before, or the last warm-up step's."""
 
-Selector = Literal["latent-cosine", "latent-l2", "kv-cosine", "kv-l2", "random"]
-"""What is compared between consecutive steps to find the sub-blocks that changed most."""
+Selector = Literal[
+    "latent-cosine",
+    "latent-l2",
+    "kv-cosine",
+    "kv-l2",
+    "random",
+]
+"""What is compared to find the sub-blocks that changed most, and how."""
+
+Against = Literal["prediction", "previous"]
+"""What a layer's keys and values are compared with: what the others predict, or the step before."""
+
+CodecName = Literal["raw", "int8", "int4", "2bit", "1bit"]
+"""What is sent of a token: its values, or what the others' prediction lacks, in so many bits a number."""
+
+Predict = Literal["none", "constant", "measured"]
+"""Whether copies move on along their velocity, and how far: not, by a constant share, or as far as own values did."""
+
+Copies = Literal["full", "half", "small"]
+"""How a rank keeps its copies: in the layer's own type, in bfloat16, or with velocities in 8 bits besides."""
 
 SmallFreshness = Literal["fresh", "displaced"]
 """Whether a U-Net's halo rows and moments are those of this step or, like keys and values, of the one before."""
@@ -21,22 +40,33 @@ MAX_BLOCK = 64
 
 @dataclass(frozen=True)
 class OtilConfig:
-    """Settings of the exchange between the patches of one image.
+    """Settings of the exchange between the patches of one image; the defaults are the strategy ``otil``.
 
     Attributes:
-        freshness: ``sync`` gathers every step's keys and values before they are used (exact); ``displaced`` uses
-            those of the previous step while the new ones travel (DistriFusion, CVPR 2024); ``frozen`` exchanges
-            nothing after warm-up.
-        ratio: share k/K of a patch's sub-blocks that a rank sends each displaced step, in (0, 1]. ``1`` sends all.
+        freshness: ``sync`` gathers every step's keys and values before they are used (exact); ``fresh`` waits for this
+            step's payloads (CompactFusion, NeurIPS 2025); ``displaced`` uses those of the previous step while the new
+            ones travel (DistriFusion, CVPR 2024); ``frozen`` exchanges nothing after warm-up.
+        fresh_share: under ``displaced`` the share of a generation's steps, counted from the first, that are exchanged
+            as under ``fresh``, in [0, 1]: while the large shapes settle, an old value does most harm.
+        ratio: share k/K of a patch's sub-blocks that a rank sends each step after warm-up, in (0, 1]. ``1`` sends all.
+        codec: how it sends them.
+        predict: how copies are carried to the next step (`otil_xdit.predictor.Predictor`).
+        gain: the constant of ``predict="constant"``, in [0, 1].
+        damping: what is left after a step of the velocity of a token that was not sent, in [0, 1].
         block: side b of a b x b sub-block, in latent pixels.
         select: which change picks the sub-blocks (Otil, CVPR 2026, compares the latent by cosine similarity).
-        polling: share of the k sub-blocks that is taken in turn instead of by change, in [0, 1]. With p polled
-            sub-blocks a step, none stays unsent for more than ceil(K / p) displaced steps.
+        against: what ``kv-`` scores compare with; the latent is always compared with that of the step before.
+        polling: share of the k sub-blocks that is taken in turn instead of by change, in [0, 1].
+        max_age: bound on the steps that a sub-block stays unsent, kept by taking the oldest in turn; 0 for none.
         warmup_steps: number of initial synchronous steps, at least 1.
         refresh: after warm-up every `refresh`-th step is synchronous too; 0 for never.
+        tolerance: a layer whose prediction missed by more than this in the last step, relative to its values, waits
+            for this step's payloads as under ``fresh``; 0 for no such check. Makes the host wait for the device.
         halo: ``fresh`` lets a convolution wait for its neighbours' rows of this step; ``displaced`` takes those of the
             step before (DistriFusion). Read where `freshness` is ``displaced``; U-Nets only.
         moments: the same for the moments of a GroupNorm.
+        copies: what the copies of all patches are stored in.
+        check: compare a digest of the copies on all ranks at every layer and step; for debugging, slow.
         timeout: seconds that a rank waits for the others in one collective.
         seed: seeds the ``random`` selector.
 
@@ -45,33 +75,76 @@ class OtilConfig:
     """
 
     freshness: Freshness = "displaced"
-    ratio: float = 0.125
+    fresh_share: float = 1 / 3
+    ratio: float = 0.5
+    codec: CodecName = "2bit"
+    predict: Predict = "measured"
+    gain: float = 0.75
+    damping: float = 0.75
     block: int = 4
-    select: Selector = "kv-cosine"
-    polling: float = 0.5
+    select: Selector = "kv-l2"
+    against: Against = "prediction"
+    polling: float = 0.0
+    max_age: int = 0
     warmup_steps: int = 2
     refresh: int = 0
+    tolerance: float = 0.0
     halo: SmallFreshness = "fresh"
     moments: SmallFreshness = "fresh"
+    copies: Copies = "full"
+    check: bool = False
     timeout: float = 300.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("freshness", self.freshness, get_args(Freshness))
-        _check_choice("select", self.select, get_args(Selector))
-        _check_choice("halo", self.halo, get_args(SmallFreshness))
-        _check_choice("moments", self.moments, get_args(SmallFreshness))
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), get_args(choices))
         _check_number("ratio", self.ratio, above=0.0, up_to=1.0)
-        _check_number("polling", self.polling, above=None, up_to=1.0)
+        for name in ("fresh_share", "gain", "damping", "polling"):
+            _check_number(name, getattr(self, name), above=None, up_to=1.0)
+        _check_number("tolerance", self.tolerance, above=None, up_to=math.inf)
         _check_integer("block", self.block, low=1, high=MAX_BLOCK)
         _check_integer("warmup_steps", self.warmup_steps, low=1)
-        _check_integer("refresh", self.refresh, low=0)
-        _check_integer("seed", self.seed, low=0)
+        for name in ("refresh", "seed", "max_age"):
+            _check_integer(name, getattr(self, name), low=0)
+        if self.max_age and self.max_age * self.ratio < 1:
+            least = math.ceil(1 / self.ratio)
+            raise ValueError(f"max_age is {self.max_age}; at a ratio of {self.ratio:g} give at least {least}, or 0")
         _check_number("timeout", self.timeout, above=0.0, up_to=math.inf)
+
+    @classmethod
+    def of_quality(cls, quality: str | None, **settings: Any) -> OtilConfig:
+        """The point that `quality` names, of `QUALITIES` or None for the default, with `settings` instead of its own.
+
+        Raises:
+            ValueError: naming what would be accepted.
+        """
+        if quality is not None:
+            _check_choice("quality", quality, tuple(QUALITIES))
+        return cls(**{**(QUALITIES[quality] if quality is not None else {}), **settings})
 
     def replace(self, **changes: Any) -> OtilConfig:
         """A copy with `changes`, validated again."""
         return replace(self, **changes)
+
+
+QUALITIES: dict[str, dict[str, Any]] = {
+    "draft": {"ratio": 0.25},
+    "balanced": {},
+    "high": {"ratio": 1.0, "fresh_share": 1.0},
+}
+"""What ``--otil_quality`` stands for: fewer bytes, the default, and more bytes at every step's wait."""
+
+_CHOICES = {
+    "freshness": Freshness,
+    "codec": CodecName,
+    "predict": Predict,
+    "select": Selector,
+    "against": Against,
+    "halo": SmallFreshness,
+    "moments": SmallFreshness,
+    "copies": Copies,
+}
 
 
 def parse_ratio(text: str) -> float:

@@ -72,42 +72,82 @@ class Strategy:
         register()
 
 
-def _preset(name: str, summary: str, ignores: tuple[str, ...] = (), **settings: Any) -> Strategy:
-    """A named point of `OtilConfig`; settings in `ignores` change nothing under it, so giving one is warned about."""
+def _preset(
+    name: str,
+    summary: str,
+    fixed: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    unread: tuple[str, ...] = (),
+) -> Strategy:
+    """A named point of `OtilConfig`.
+
+    Args:
+        fixed: what makes it that strategy; giving another value is warned about, and so are settings in `unread`,
+            which change nothing under it.
+        defaults: its own defaults where they are not those of `OtilConfig`.
+    """
+    fixed, defaults = fixed or {}, defaults or {}
 
     def make_config(given: Mapping[str, Any]) -> OtilConfig:
-        for setting in sorted(set(given) & set(ignores)):
+        useless = {
+            setting for setting in given if setting in unread or fixed.get(setting, given[setting]) != given[setting]
+        }
+        for setting in sorted(useless):
             logger.warning("--otil_%s has no effect with --parallel %s", setting.removesuffix("_steps"), name)
-        return OtilConfig(**{**{key: value for key, value in given.items() if key not in ignores}, **settings})
+        chosen = {setting: value for setting, value in given.items() if setting not in unread}
+        return OtilConfig.of_quality(chosen.pop("quality", None), **{**defaults, **chosen, **fixed})
 
     return Strategy(name, summary, make_config)
 
 
-_CHOICE = ("ratio", "block", "select", "polling", "seed")
+_PICKING = ("block", "select", "against", "polling", "max_age", "seed")
+_MOVING = ("gain", "damping", "fresh_share", "tolerance", "quality")
+_NOT_PREDICTED: dict[str, Any] = {"predict": "none", "tolerance": 0.0}
+_ALL_VALUES: dict[str, Any] = {"ratio": 1.0, "codec": "raw"}
+_ALL_STALE: dict[str, Any] = {"freshness": "displaced", "fresh_share": 0.0, "halo": "displaced", "moments": "displaced"}
 
-OTIL = _preset("otil", "displaced patches; each step sends only the sub-blocks that changed most")
+OTIL = _preset(
+    "otil", "this project's best: a few bits of what the others cannot predict, displaced once shapes settle"
+)
+OTIL_PAPER = _preset(
+    "otil-paper",
+    "Otil as published: displaced patches; each step sends only the sub-blocks that changed most",
+    fixed={**_ALL_STALE, **_NOT_PREDICTED, "codec": "raw", "against": "previous"},
+    defaults={"ratio": 0.125, "select": "latent-cosine", "polling": 0.5, "warmup_steps": 4},
+    unread=_MOVING,
+)
 DISTRIFUSION = _preset(
     "distrifusion",
-    "displaced patches; each step sends everything, a step late",
-    (*_CHOICE, "halo", "moments"),
-    ratio=1.0,
-    halo="displaced",
-    moments="displaced",
+    "DistriFusion as published: displaced patches; each step sends everything, a step late",
+    fixed={**_ALL_STALE, **_NOT_PREDICTED, **_ALL_VALUES},
+    defaults={"warmup_steps": 4},
+    unread=(*_PICKING, *_MOVING),
+)
+COMPACT_1BIT, COMPACT_2BIT = (
+    _preset(
+        f"compact-{codec}",
+        f"CompactFusion's point: each step waits for {codec[0]}-bit residuals of everything",
+        fixed={**_NOT_PREDICTED, "freshness": "fresh", "ratio": 1.0, "codec": codec},
+        unread=(*_PICKING, *_MOVING, "halo", "moments"),
+    )
+    for codec in ("1bit", "2bit")
 )
 SYNC = _preset(
     "sync",
     "every step waits for everybody: exact",
-    (*_CHOICE, "halo", "moments", "warmup_steps", "refresh"),
-    freshness="sync",
+    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync"},
+    unread=(*_PICKING, *_MOVING, "halo", "moments", "warmup_steps", "refresh", "copies"),
 )
 NAIVE = _preset(
     "naive",
     "nothing is exchanged after warm-up: a lower bound",
-    (*_CHOICE, "halo", "moments", "refresh"),
-    freshness="frozen",
+    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "frozen"},
+    unread=(*_PICKING, *_MOVING, "halo", "moments", "refresh"),
 )
 
-_STRATEGIES = {strategy.name: strategy for strategy in (OTIL, DISTRIFUSION, SYNC, NAIVE)}
+_STRATEGIES = {
+    strategy.name: strategy for strategy in (OTIL, OTIL_PAPER, DISTRIFUSION, COMPACT_1BIT, COMPACT_2BIT, SYNC, NAIVE)
+}
 
 
 def register_strategy(strategy: Strategy, replace: bool = False) -> Strategy:

@@ -6,19 +6,20 @@ this package keeps state of its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from otil_xdit.borders import HaloLayer, MomentsLayer, halo_key, moments_key
 from otil_xdit.config import OtilConfig, SmallFreshness
 from otil_xdit.exchange import Exchange, PatchGroup
-from otil_xdit.grid import TokenLayout, block_table, image_positions
+from otil_xdit.grid import TokenLayout
 from otil_xdit.kv import KVLayer
+from otil_xdit.picking import Picker
 from otil_xdit.schedule import Clock, Mode, Schedule
-from otil_xdit.selection import CHANGE_SCORES, Selector
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,6 @@ class Report:
         return asdict(self)
 
 
-@dataclass
-class _Geometry:
-    """Sub-blocks of one kind of sequence, and their picks where all its layers share them."""
-
-    table: torch.Tensor
-    image_token: torch.Tensor
-    image_tokens: int
-    picked: torch.Tensor | None = None
-    picked_at: int = -1
-
-
 class OtilRun:
     """The exchange of one pipeline's patches, over any number of generations.
 
@@ -69,33 +59,25 @@ class OtilRun:
         self._rows = Exchange(group.rows or group, config.timeout, self.exchange.traffic)
         self._replica = Exchange(group.replica or group, config.timeout, self.exchange.traffic)
         self.clock = Clock()
-        self.layout = TokenLayout(chunks=group.ulysses_degree)
         self._schedule = Schedule.from_config(config)
+        self._picker = Picker(config, self.clock, group.rank)
         self._layers: dict[str, KVLayer] = {}
         self._halos: dict[str, HaloLayer] = {}
         self._moments: dict[str, MomentsLayer] = {}
-        self._geometries: dict[tuple[TokenLayout, int], _Geometry] = {}
-        self._selectors: dict[object, Selector] = {}
-        self._workspace = torch.empty(0, dtype=torch.uint8)
-        self._latent: torch.Tensor | None = None
-        self._previous_latent: torch.Tensor | None = None
-        self._latent_at = -1
-        self._generator = torch.Generator()
+        self._rooms: dict[str, torch.Tensor] = {}
 
     def begin(self) -> None:
         """Start a generation: nothing of the last one may show in it."""
         self.end()
         self.clock.reset()
         self.exchange.traffic.clear()
-        self._latent = self._previous_latent = None
-        self._latent_at = -1
-        self._generator.manual_seed(self.config.seed + self.group.rank)
-        for layer in self._all_layers():
-            layer.visits = 0
-        for selector in self._selectors.values():
-            selector.reset()
-        for geometry in self._geometries.values():
-            geometry.picked, geometry.picked_at = None, -1
+        self._picker.begin()
+        for layer in self._layers.values():
+            layer.begin()
+        for halo in self._halos.values():
+            halo.visits = 0
+        for moments in self._moments.values():
+            moments.visits = 0
 
     def end(self) -> None:
         """Finish what is still under way; also after an exception, before buffers are used again."""
@@ -108,9 +90,8 @@ class OtilRun:
         self._layers.clear()
         self._halos.clear()
         self._moments.clear()
-        self._geometries.clear()
-        self._selectors.clear()
-        self._workspace = self._workspace.new_empty(0)
+        self._picker.free()
+        self._rooms.clear()
 
     def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None:
         """Take note of what the network is called with.
@@ -120,10 +101,7 @@ class OtilRun:
                 call within a step (a separate pass without the prompt) changes nothing.
             layout: what this rank's attention sequences are made of, until the next call.
         """
-        self.layout = layout
-        if latent is not None and self.config.select.startswith("latent") and self._latent_at != self.clock.step:
-            self._previous_latent, self._latent = self._latent, latent.detach().clone()
-            self._latent_at = self.clock.step
+        self._picker.observe(latent, layout)
 
     def gather(self, name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Everybody's keys and values for one attention call.
@@ -133,17 +111,22 @@ class OtilRun:
             key, value: this rank's, [B, H, S, D].
 
         Returns:
-            Two [B, H, N * S, D], to be read before the layer's next call; this rank's part is fresh.
+            Two [B, H, N * S, D], to be read before the next call of any layer; this rank's part is fresh.
         """
-        layer = self._layer(name, key)
-        fresh = torch.stack([key, value])
-        mode = self._schedule.mode(self.clock.step, layer.visits)
-        picked = None
-        if mode == "displaced" and not layer.sends_all:
-            picked = self._pick(name, layer, fresh)
+        # Token by token, [2, B, S, C]: what is picked, coded and predicted is tokens.
+        fresh = torch.stack([key.transpose(1, 2), value.transpose(1, 2)]).flatten(3)
+        layer = self._layer(name, fresh)
+        layer.absorb()
+        mode = self._schedule.mode(self.clock.step, layer.visits, self.clock.total)
+        if mode == "displaced" and 0 < self.config.tolerance < layer.error:
+            mode = "fresh"
+        if self.config.check and mode != "sync":
+            self._compare(layer, name)
         kind = self._kind("kv", layer.visits)
-        full = layer.gather(fresh, mode, picked, self._sync_workspace(fresh, mode), self.clock.step, kind)
-        return full[0], full[1]
+        pick = partial(self._picker.pick, name, layer.table)
+        whole = layer.gather(fresh, mode, pick, partial(self._room, fresh.device), self.clock.step, kind)
+        heads = whole.unflatten(3, (key.shape[1], -1)).transpose(2, 3)
+        return heads[0], heads[1]
 
     def halo(self, name: str, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
         """`x`, [B, C, rows, W], between `above` rows of the rank before and `below` of the one after.
@@ -200,7 +183,7 @@ class OtilRun:
             sent_bytes=dict(traffic.sent),
             messages=dict(traffic.messages),
             waited_seconds=sum(traffic.waited.values()),
-            buffer_bytes=sum(layer.nbytes for layer in self._all_layers()) + self._workspace.nbytes,
+            buffer_bytes=sum(holder.nbytes for holder in (*self._all_layers(), *self._rooms.values())),
         )
 
     def _all_layers(self) -> list[KVLayer | HaloLayer | MomentsLayer]:
@@ -211,8 +194,8 @@ class OtilRun:
         return f"{what}-warmup" if min(self.clock.step, visits) < self.config.warmup_steps else what
 
     def _small_mode(self, freshness: SmallFreshness, visits: int) -> Mode:
-        mode = self._schedule.mode(self.clock.step, visits)
-        return "sync" if mode == "displaced" and freshness == "fresh" else mode
+        mode = self._schedule.mode(self.clock.step, visits, self.clock.total)
+        return "sync" if mode == "fresh" or (mode == "displaced" and freshness == "fresh") else mode
 
     @staticmethod
     def _discard(layer: KVLayer | HaloLayer | MomentsLayer | None) -> None:
@@ -220,71 +203,38 @@ class OtilRun:
         if layer is not None:
             layer.drain()
 
-    def _layer(self, name: str, key: torch.Tensor) -> KVLayer:
+    def _layer(self, name: str, fresh: torch.Tensor) -> KVLayer:
         layer = self._layers.get(name)
-        if layer is None or layer.shape != key.shape or layer.dtype != key.dtype:
+        if layer is None or layer.shape != fresh.shape or layer.dtype != fresh.dtype:
             self._discard(layer)
-            table = self._geometry(key.shape[2], key.device).table
-            layer = self._layers[name] = KVLayer(self.exchange, name, key, table, self.config.ratio)
-            self._selectors.pop(name, None)
+            table = self._picker.table(fresh.shape[2], fresh.device)
+            layer = self._layers[name] = KVLayer(self.exchange, name, fresh, table, self.config)
+            self._picker.forget(name)
         return layer
 
-    def _geometry(self, tokens: int, device: torch.device) -> _Geometry:
-        found = self._geometries.get((self.layout, tokens))
-        if found is None:
-            segments = self.layout.segments(tokens)
-            table = block_table(segments, max(1, self.config.block // self.layout.pixels))
-            image_token = image_positions(segments)
-            found = _Geometry(table.to(device), image_token.to(device), int(image_token.max()) + 1)
-            self._geometries[self.layout, tokens] = found
-        return found
+    def _room(self, device: torch.device, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Room that all layers use in turn; it grows to the largest."""
+        size = math.prod(shape) * dtype.itemsize
+        room = self._rooms.get(name)
+        if room is None or room.nbytes < size or room.device != device:
+            room = self._rooms[name] = torch.empty(size, dtype=torch.uint8, device=device)
+        return room[:size].view(dtype).view(shape)
 
-    def _sync_workspace(self, fresh: torch.Tensor, mode: Mode) -> torch.Tensor:
-        """Room for everybody's `fresh`, shared by all layers: a synchronous gather is over before the next begins."""
-        shape = (self.group.world_size if mode == "sync" else 0, *fresh.shape)
-        size = self.group.world_size * fresh.nbytes if mode == "sync" else 0
-        if self._workspace.nbytes < size or self._workspace.device != fresh.device:
-            self._workspace = torch.empty(size, dtype=torch.uint8, device=fresh.device)
-        return self._workspace[:size].view(fresh.dtype).view(shape)
-
-    def _pick(self, name: str, layer: KVLayer, fresh: torch.Tensor) -> torch.Tensor:
-        """The sub-blocks that this rank sends of a layer now; int64 [k]."""
-        source, _, criterion = self.config.select.partition("-")
-        if source == "kv":
-            scores = CHANGE_SCORES[criterion](fresh, layer.previous, layer.table)
-            return self._selector(name, layer).pick(scores)
-        geometry = self._geometry(fresh.shape[3], fresh.device)
-        if geometry.picked is None or geometry.picked_at != self.clock.step:
-            scores = self._random_scores(geometry) if source == "random" else self._latent_scores(geometry, criterion)
-            geometry.picked = self._selector((self.layout, fresh.shape[3]), layer).pick(scores)
-            geometry.picked_at = self.clock.step
-        return geometry.picked
-
-    def _selector(self, key: object, layer: KVLayer) -> Selector:
-        if key not in self._selectors:
-            self._selectors[key] = Selector(layer.table.shape[0], self.config.ratio, self.config.polling)
-        return self._selectors[key]
-
-    def _random_scores(self, geometry: _Geometry) -> torch.Tensor:
-        return torch.rand(geometry.table.shape[0], generator=self._generator).to(geometry.table.device)
-
-    def _latent_scores(self, geometry: _Geometry, criterion: str) -> torch.Tensor:
-        """Change of the latent under each sub-block; text has no latent and is sent by polling alone."""
-        positions = geometry.image_token[geometry.table]
-        latent, previous = (self._as_tokens(seen) for seen in (self._latent, self._previous_latent))
-        if latent is None or previous is None or latent.shape[-2] != geometry.image_tokens:
-            raise ValueError(
-                f"otil_select {self.config.select} needs a latent whose sub-blocks can be told apart, which this model "
-                "or this Ulysses degree does not give; choose kv-cosine or kv-l2"
+    def _compare(self, layer: KVLayer, name: str) -> None:
+        """Raise `RuntimeError` on every rank where the ranks' copies of a layer are not the same, bit for bit."""
+        step = self.clock.step
+        digest = torch.stack([_digest(tensor) for tensor in layer.shared_state])
+        everybody = digest.new_empty(self.group.world_size, *digest.shape)
+        self.exchange.all_gather(digest, everybody, "check", f"the check of layer {name} at step {step}").wait()
+        different = [rank for rank in range(1, self.group.world_size) if not everybody[rank].equal(everybody[0])]
+        if different:
+            raise RuntimeError(
+                f"rank {self.group.rank}: the copies of layer {name} at step {step} on ranks {different} are not those "
+                "of rank 0"
             )
-        scores = CHANGE_SCORES[criterion](latent, previous, positions.clamp_min(0))
-        return scores.masked_fill(positions[:, 0] < 0, torch.finfo(scores.dtype).min)
 
-    def _as_tokens(self, latent: torch.Tensor | None) -> torch.Tensor | None:
-        """The latent pixels under each image token of the layout: [B, S_image, C * pixels**2], zeros where padded."""
-        if latent is None or self.layout.rows == 0:
-            return None
-        side = self.layout.pixels
-        rows, cols = self.layout.rows * side - latent.shape[2], self.layout.cols * side - latent.shape[3]
-        padded = functional.pad(latent, (0, max(cols, 0), 0, max(rows, 0)))
-        return functional.pixel_unshuffle(padded, side).flatten(2).transpose(1, 2)
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    """A number, int64, that tells tensors apart unless by chance: exact, whatever the order of the sum."""
+    words = tensor.contiguous().view(-1).view(torch.uint8).long()
+    return ((words + 1) * (torch.arange(words.numel(), device=words.device) % 65521 + 1)).sum()

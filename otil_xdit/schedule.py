@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from otil_xdit.config import OtilConfig
 
-Mode = Literal["sync", "displaced", "frozen"]
+Mode = Literal["sync", "fresh", "displaced", "frozen"]
+"""How one layer is exchanged at one step: everybody's exact values of this step, what is sent of them at this step,
+what was sent until the step before, or what was last known."""
 
 
 @dataclass
 class Clock:
-    """Counts the denoising steps of one generation; the scheduler's `step` ticks it."""
+    """Counts the denoising steps of one generation; the scheduler's `step` ticks it.
+
+    Attributes:
+        step: the number of steps done.
+        total: how many there will be, None while that is not known: before the first is done, and where the scheduler
+            does not say.
+    """
 
     step: int = 0
+    total: int | None = None
 
     def tick(self) -> None:
         self.step += 1
 
     def reset(self) -> None:
-        self.step = 0
+        self.step, self.total = 0, None
 
 
 @dataclass(frozen=True)
@@ -30,19 +40,25 @@ class Schedule:
     freshness: Mode
     warmup_steps: int
     refresh: int
+    fresh_share: float
 
     @classmethod
     def from_config(cls, config: OtilConfig) -> Schedule:
-        return cls(config.freshness, config.warmup_steps, config.refresh)
+        return cls(config.freshness, config.warmup_steps, config.refresh, config.fresh_share)
 
-    def mode(self, step: int, visits: int) -> Mode:
-        """How a layer exchanges at `step` when it was called `visits` times before in this generation.
+    def mode(self, step: int, visits: int, total: int | None) -> Mode:
+        """How a layer exchanges at `step` of `total` when it was called `visits` times before in this generation.
 
         A layer has its own warm-up besides the run's: a second transformer that starts halfway (Wan 2.2) has no
         remote values yet, whatever the step is.
         """
-        if self.freshness == "sync" or min(step, visits) < self.warmup_steps or self.is_refresh(step):
+        done = min(step, visits)
+        if self.freshness == "sync" or done < self.warmup_steps or self.is_refresh(step):
             return "sync"
+        if self.freshness == "displaced" and self.fresh_share > 0:
+            # Without a total nobody knows when the pictures' large shapes are settled: wait throughout.
+            if total is None or done < math.ceil(self.fresh_share * total - 1e-9):
+                return "fresh"
         return self.freshness
 
     def is_warmup(self, step: int) -> bool:
@@ -50,6 +66,6 @@ class Schedule:
 
     def is_refresh(self, step: int) -> bool:
         """Whether `step` is a synchronous step after warm-up; frozen runs have none."""
-        if self.freshness != "displaced" or self.refresh == 0 or self.is_warmup(step):
+        if self.freshness == "frozen" or self.refresh == 0 or self.is_warmup(step):
             return False
         return (step - self.warmup_steps + 1) % self.refresh == 0

@@ -52,22 +52,31 @@ def blocks_to_send(total: int, ratio: float) -> int:
 
 
 class Selector:
-    """Picks k of K sub-blocks each step: some in turn (polling), the rest by score.
+    """Picks k of K sub-blocks each step: some because they have waited longest (polling), the rest by score.
 
-    Polling walks round the K sub-blocks, `polled` a step, so any ceil(K / polled) consecutive picks visit every
-    sub-block at least once, whatever the scores are: the positions visited in them are at least K consecutive ones
-    modulo K.
+    With p polled sub-blocks none stays unsent for more than ceil(K / p) steps, whatever the scores are: the number of
+    those that have waited longer than a given one shrinks by p a step until it is sent.
+
+    Args:
+        total: K.
+        ratio: k / K.
+        polling: share of the k that is polled.
+        max_age: the bound that at least so many are polled for, ceil(K / p) <= max_age, as far as k allows; 0 for none.
+        device: where scores are.
     """
 
-    def __init__(self, total: int, ratio: float, polling: float) -> None:
+    def __init__(self, total: int, ratio: float, polling: float, max_age: int, device: torch.device) -> None:
         self.total = total
         self.count = blocks_to_send(total, ratio)
-        self.polled = min(self.count, math.ceil(self.count * polling - 1e-9))
-        self._cursor = 0
+        bounded = math.ceil(total / max_age) if max_age else 0
+        self.polled = min(self.count, max(math.ceil(self.count * polling - 1e-9), bounded))
+        # Ages times K, and a number below K for each, so that no two are equal and the order is the same everywhere.
+        self._order = torch.arange(total - 1, -1, -1, device=device)
+        self._age = torch.zeros_like(self._order)
 
     def reset(self) -> None:
-        """Start polling from the first sub-block again, so that every generation picks alike."""
-        self._cursor = 0
+        """Forget the ages, so that every generation picks alike."""
+        self._age.zero_()
 
     def pick(self, scores: torch.Tensor) -> torch.Tensor:
         """Indices of the sub-blocks to send now.
@@ -79,7 +88,8 @@ class Selector:
             int64 [k] on the scores' device, without duplicates; fixed k, no host synchronisation.
         """
         assert scores.shape == (self.total,), f"scores {tuple(scores.shape)} for {self.total} sub-blocks"
-        turn = (torch.arange(self.polled, device=scores.device) + self._cursor) % self.total
-        self._cursor = (self._cursor + self.polled) % self.total
-        best = scores.index_fill(0, turn, -math.inf).topk(self.count - self.polled).indices
-        return torch.cat([turn, best])
+        oldest = (self._age * self.total + self._order).topk(self.polled).indices
+        best = scores.index_fill(0, oldest, -math.inf).topk(self.count - self.polled).indices
+        picked = torch.cat([oldest, best])
+        self._age.add_(1).index_fill_(0, picked, 0)
+        return picked

@@ -219,7 +219,23 @@ def _ticked(kind: Any) -> type:
     @wraps(kind.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = kind.step(self, *args, **kwargs)
-        self._otil_clock.tick()
+        clock: Clock = self._otil_clock
+        if clock.step == 0:
+            clock.total = _steps_of(self, kwargs["timestep"] if "timestep" in kwargs else args[1])
+        clock.tick()
         return out
 
     return subclass_of(kind, {"step": step})
+
+
+def _steps_of(scheduler: Any, first: Any) -> int | None:
+    """The number of `step` calls of a generation whose first one is for the timestep `first`; None if it is not known.
+
+    Image-to-image begins in the middle of the scheduler's timesteps. Reads them from the device, once a generation.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    if not isinstance(timesteps, torch.Tensor):
+        return None
+    known = timesteps.flatten().tolist()
+    at = float(torch.as_tensor(first).flatten()[0])
+    return len(known) - (known.index(at) if at in known else 0)

@@ -19,21 +19,24 @@ from diffusers import StableDiffusion3Pipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import otil_xdit  # noqa: E402
-from otil_xdit import OtilConfig  # noqa: E402
+from otil_xdit import OtilConfig, get_strategy  # noqa: E402
 from otil_xdit.xdit.hooks import session_of  # noqa: E402
 from otil_xdit.xdit.shipped import model_folder  # noqa: E402
 
 STEPS = 10
 CIRCLE = {"prompt": "a large red circle on the left, striped background", "height": 128, "width": 128}
 WIDE = {"prompt": "a small blue square on the right, dotted background", "height": 96, "width": 160}
-CONFIGS = {
-    "sync": OtilConfig(freshness="sync"),
-    "distrifusion": OtilConfig(ratio=1.0),
-    "otil 1/2": OtilConfig(ratio=1 / 2),
-    "otil 1/8": OtilConfig(ratio=1 / 8),
-    "otil 1/8 by latent": OtilConfig(ratio=1 / 8, select="latent-cosine"),
-    "naive": OtilConfig(freshness="frozen"),
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sync": ("sync", {}),
+    "distrifusion": ("distrifusion", {"warmup_steps": 2}),
+    "paper 1/2": ("otil-paper", {"warmup_steps": 2, "ratio": 1 / 2}),
+    "paper 1/8": ("otil-paper", {"warmup_steps": 2}),
+    "paper 1/8 by keys": ("otil-paper", {"warmup_steps": 2, "select": "kv-cosine"}),
+    "otil": ("otil", {}),
+    "high": ("otil", {"quality": "high"}),
+    "naive": ("naive", {}),
 }
+CONFIGS = {name: get_strategy(strategy).make_config(given) for name, (strategy, given) in STRATEGIES.items()}
 
 
 def main() -> None:

@@ -18,14 +18,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import otil_xdit  # noqa: E402
-from otil_xdit import OtilConfig  # noqa: E402
+from otil_xdit import OtilConfig, get_strategy  # noqa: E402
 from otil_xdit.unet.wrap import unwrapped  # noqa: E402
 from otil_xdit.xdit.hooks import session_of  # noqa: E402
 from tests.unets.configs import build_unet  # noqa: E402
 from tests.unets.pipelines import pipeline_around  # noqa: E402
 
 PIXELS = 8
-DISPLACED = OtilConfig(ratio=0.5, halo="displaced", moments="displaced", warmup_steps=2)
+DISPLACED = get_strategy("otil-paper").make_config({"ratio": 0.5, "warmup_steps": 2, "select": "kv-cosine"})
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def own_rows(x: torch.Tensor) -> slice:
 
 def make_run(**settings: object) -> OtilRun:
     group = PatchGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    return OtilRun(OtilConfig(**{"timeout": 20.0, **settings}), group)
+    return OtilRun(OtilConfig(**{"timeout": 20.0, "fresh_share": 0.0, **settings}), group)
 
 
 def widened(own: torch.Tensor, remote: torch.Tensor, above: int, below: int) -> torch.Tensor:

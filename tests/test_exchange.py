@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from otil_xdit.config import OtilConfig, Selector
+from otil_xdit.config import Selector
 from otil_xdit.exchange import ExchangeTimeout, PatchGroup
 from otil_xdit.grid import TokenLayout
+from otil_xdit.registry import get_strategy
 from otil_xdit.run import OtilRun
 from tests.ranks import run_ranks
 
@@ -33,8 +34,10 @@ def values(rank: int, step: int, layer: str, image: int = 0) -> tuple[torch.Tens
 
 
 def make_run(**settings: object) -> OtilRun:
+    """Without codec and prediction: what is sent are values, and old ones stay as they are."""
     group = PatchGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    return OtilRun(OtilConfig(**{"timeout": 20.0, **settings}), group)
+    plain = get_strategy("otil-paper").make_config({"timeout": 20.0, "select": "kv-cosine"})
+    return OtilRun(plain.replace(**settings), group)
 
 
 def generate(run: OtilRun, steps: int, image: int = 0, layers: tuple[str, ...] = ("a", "b")) -> list[torch.Tensor]:
@@ -109,7 +112,7 @@ def check_staleness_bound() -> None:
     run = make_run(ratio=1 / 4, warmup_steps=1, select="kv-cosine", polling=0.5, block=4)
     steps = 16
     seen = generate(run, steps, layers=("a",))
-    selector = run._selectors["a"]
+    selector = run._picker._selectors["a"]
     bound = -(-selector.total // selector.polled)
     other = (dist.get_rank() + 1) % dist.get_world_size()
     at = slice(other * TOKENS, (other + 1) * TOKENS)

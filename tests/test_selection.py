@@ -11,6 +11,10 @@ from otil_xdit.grid import Segment, block_table
 from otil_xdit.selection import CHANGE_SCORES, Selector, blocks_to_send
 
 
+def make_selector(total: int, ratio: float, polling: float, max_age: int = 0) -> Selector:
+    return Selector(total, ratio, polling, max_age, torch.device("cpu"))
+
+
 @given(total=st.integers(1, 2000), ratio=st.sampled_from([1, 1 / 2, 1 / 3, 1 / 4, 1 / 8, 0.1]))
 def test_count_never_exceeds_the_ratio(total: int, ratio: float) -> None:
     count = blocks_to_send(total, ratio)
@@ -27,7 +31,7 @@ def test_count_never_exceeds_the_ratio(total: int, ratio: float) -> None:
     skipped=st.integers(0, 50),
 )
 def test_polling_sends_every_sub_block_within_its_bound(total, ratio, polling, seed, skipped) -> None:
-    selector = Selector(total, ratio, polling)
+    selector = make_selector(total, ratio, polling)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(skipped):
         selector.pick(torch.rand(total, generator=generator))
@@ -39,20 +43,32 @@ def test_polling_sends_every_sub_block_within_its_bound(total, ratio, polling, s
     assert sent == set(range(total))
 
 
+@pytest.mark.parametrize(("total", "ratio", "max_age"), [(16, 1 / 4, 4), (16, 1 / 2, 3), (60, 1 / 8, 9), (7, 1.0, 1)])
+def test_no_sub_block_gets_older_than_its_bound(total: int, ratio: float, max_age: int) -> None:
+    selector = make_selector(total, ratio, 0.0, max_age)
+    scores, last = torch.arange(float(total)), [0] * total
+    for step in range(1, 50):
+        for block in selector.pick(scores).tolist():
+            last[block] = step
+        assert step - min(last) < max_age or step < max_age
+    starving = make_selector(total, ratio, 0.0)
+    assert ratio == 1 or all(0 not in starving.pick(scores).tolist() for _ in range(50))
+
+
 def test_without_polling_the_best_scores_win() -> None:
     scores = torch.tensor([0.1, 5.0, 0.2, 3.0, 0.0, 0.0, 0.0, 4.0])
-    assert sorted(Selector(8, 3 / 8, 0.0).pick(scores).tolist()) == [1, 3, 7]
+    assert sorted(make_selector(8, 3 / 8, 0.0).pick(scores).tolist()) == [1, 3, 7]
 
 
 def test_a_sub_block_without_change_can_starve_without_polling_but_not_with_it() -> None:
     scores = torch.arange(16.0)
-    starving, polled = Selector(16, 1 / 4, 0.0), Selector(16, 1 / 4, 0.5)
+    starving, polled = make_selector(16, 1 / 4, 0.0), make_selector(16, 1 / 4, 0.5)
     assert all(0 not in starving.pick(scores).tolist() for _ in range(20))
     assert any(0 in polled.pick(scores).tolist() for _ in range(8))
 
 
 def test_reset_makes_generations_alike() -> None:
-    selector = Selector(10, 0.3, 1.0)
+    selector = make_selector(10, 0.3, 1.0)
     first = [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]
     selector.reset()
     assert first == [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]

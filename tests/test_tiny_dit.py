@@ -45,14 +45,15 @@ def test_cfg_times_patch_is_one_process() -> None:
 
 def test_an_eighth_sends_an_eighth(on_two: dict[str, Any]) -> None:
     everything = on_two["distrifusion"]["kv_bytes_per_step"]
-    for name, most in (("otil 1/2", 0.51), ("otil 1/8", 0.135), ("otil 1/8 by latent", 0.135)):
+    for name, most in (("paper 1/2", 0.51), ("paper 1/8", 0.135), ("paper 1/8 by keys", 0.135)):
         assert 0.08 < on_two[name]["kv_bytes_per_step"] / everything <= most, name
+    assert on_two["otil"]["kv_bytes_per_step"] < everything / 16
     assert on_two["naive"]["kv_bytes_per_step"] == 0
     assert on_two["sync"]["kv_bytes_per_step"] == everything
 
 
 def test_more_bytes_are_closer(on_two: dict[str, Any]) -> None:
-    errors = [on_two[name]["mean_error"] for name in ("naive", "otil 1/8", "otil 1/2", "distrifusion", "sync")]
+    errors = [on_two[name]["mean_error"] for name in ("naive", "paper 1/8", "paper 1/2", "distrifusion", "otil", "high", "sync")]
     assert errors == sorted(errors, reverse=True), errors
 
 

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from otil_xdit.config import OtilConfig, Selector, SmallFreshness, parse_ratio
+from otil_xdit.config import (
+    QUALITIES,
+    Against,
+    CodecName,
+    Copies,
+    Freshness,
+    OtilConfig,
+    Predict,
+    Selector,
+    parse_ratio,
+)
 from otil_xdit.registry import Strategy, get_strategy, strategies
 from otil_xdit.xdit.degrees import FlagError, UngivenDegree, degree, resolve_patch_degree
 from otil_xdit.xdit.geometry import check_geometry
@@ -115,11 +125,61 @@ OPTIONS = (
         _whole_number,
     ),
     _Option(
+        "otil_quality",
+        "HOW",
+        f"For people who do not want to know the rest: {', '.join(QUALITIES)} (default balanced).",
+        setting="quality",
+    ),
+    _Option(
         "otil_ratio",
         "R",
         f"Share of its sub-blocks that a rank sends each step, 1/8 or 0.125 (default {OtilConfig.ratio:g}).",
         parse_ratio,
         "ratio",
+    ),
+    _Option(
+        "otil_codec",
+        "HOW",
+        "What is sent of a token: its values, or what the others' prediction lacks, in so "
+        f"many bits a number: {', '.join(get_args(CodecName))} (default {OtilConfig.codec}).",
+        setting="codec",
+    ),
+    _Option(
+        "otil_freshness",
+        "WHEN",
+        "After warm-up a step uses exact values of this step, payloads of this step, those "
+        f"until the step before, or nothing new: {', '.join(get_args(Freshness))} (default "
+        f"{OtilConfig.freshness}).",
+        setting="freshness",
+    ),
+    _Option(
+        "otil_fresh_share",
+        "P",
+        "Under displaced: share of the steps, from the first, that wait for their payloads "
+        f"(default {OtilConfig.fresh_share:g}).",
+        float,
+        "fresh_share",
+    ),
+    _Option(
+        "otil_predict",
+        "HOW",
+        "How copies are carried to the next step: not, by a constant share of their velocity, "
+        f"or as far as own values moved: {', '.join(get_args(Predict))} (default {OtilConfig.predict}).",
+        setting="predict",
+    ),
+    _Option(
+        "otil_gain",
+        "P",
+        f"That constant share (default {OtilConfig.gain:g}).",
+        float,
+        "gain",
+    ),
+    _Option(
+        "otil_damping",
+        "P",
+        f"What is left after a step of the velocity of a token that was not sent (default {OtilConfig.damping:g}).",
+        float,
+        "damping",
     ),
     _Option(
         "otil_block",
@@ -135,6 +195,13 @@ OPTIONS = (
         setting="select",
     ),
     _Option(
+        "otil_against",
+        "WHAT",
+        "What keys and values have changed from: what the others predict, or the step before: "
+        f"{', '.join(get_args(Against))} (default {OtilConfig.against}).",
+        setting="against",
+    ),
+    _Option(
         "otil_polling",
         "P",
         f"Share of the sent sub-blocks that is taken in turn instead of by change (default {OtilConfig.polling:g}).",
@@ -142,9 +209,16 @@ OPTIONS = (
         "polling",
     ),
     _Option(
+        "otil_max_age",
+        "N",
+        f"No sub-block stays unsent for more than so many steps; 0 for no bound (default {OtilConfig.max_age}).",
+        _whole_number,
+        "max_age",
+    ),
+    _Option(
         "otil_warmup",
         "N",
-        f"Synchronous steps before the first stale one (default {OtilConfig.warmup_steps}).",
+        f"Synchronous steps before the first one that sends less (default {OtilConfig.warmup_steps}).",
         _whole_number,
         "warmup_steps",
     ),
@@ -156,18 +230,32 @@ OPTIONS = (
         "refresh",
     ),
     _Option(
+        "otil_tolerance",
+        "E",
+        "A layer whose prediction missed by more than this, relative to its values, waits "
+        f"for this step's payloads; 0 for never (default {OtilConfig.tolerance:g}).",
+        float,
+        "tolerance",
+    ),
+    _Option(
         "otil_halo",
         "WHEN",
-        f"U-Nets: a convolution takes its neighbours' rows of this step (fresh) or of the one before (displaced); "
-        f"{' or '.join(get_args(SmallFreshness))} (default {OtilConfig.halo}).",
+        "U-Nets: a convolution takes its neighbours' rows of this step (fresh) or of the "
+        f"one before (displaced) (default {OtilConfig.halo}).",
         setting="halo",
     ),
     _Option(
         "otil_moments",
         "WHEN",
-        f"U-Nets: the same for the moments of a GroupNorm; {' or '.join(get_args(SmallFreshness))} "
-        f"(default {OtilConfig.moments}).",
+        f"U-Nets: the same for the moments of a GroupNorm (default {OtilConfig.moments}).",
         setting="moments",
+    ),
+    _Option(
+        "otil_copies",
+        "HOW",
+        "How a rank keeps its copies: in the layer's own type, in bfloat16, or with velocities "
+        f"in 8 bits besides: {', '.join(get_args(Copies))} (default {OtilConfig.copies}).",
+        setting="copies",
     ),
     _Option(
         "otil_timeout",

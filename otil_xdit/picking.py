@@ -1,0 +1,140 @@
+"""`Picker`: which sub-blocks of a layer a rank sends at a step, from the settings and from what the network is given.
+
+Shapes: B batch, S tokens of this rank, C features, K sub-blocks of T tokens, k sent a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from otil_xdit.config import OtilConfig
+from otil_xdit.grid import TokenLayout, block_table, image_positions
+from otil_xdit.schedule import Clock
+from otil_xdit.selection import CHANGE_SCORES, Selector
+
+
+@dataclass
+class _Geometry:
+    """Sub-blocks of one kind of sequence, and their picks where all its layers share them."""
+
+    table: torch.Tensor
+    image_token: torch.Tensor
+    image_tokens: int
+    picked: torch.Tensor | None = None
+    picked_at: int = -1
+
+
+class Picker:
+    """Scores and picks sub-blocks: for each layer by its keys and values, or once a step by the latent.
+
+    Args:
+        config: reads `select`, `block`, `ratio`, `polling`, `max_age` and `seed`.
+        clock: the run's.
+        rank: this rank's patch; every rank draws random sub-blocks of its own.
+    """
+
+    def __init__(self, config: OtilConfig, clock: Clock, rank: int) -> None:
+        self.layout = TokenLayout()
+        self._config, self._clock, self._rank = config, clock, rank
+        self._source, _, self._criterion = config.select.partition("-")
+        self._geometries: dict[tuple[TokenLayout, int], _Geometry] = {}
+        self._selectors: dict[object, Selector] = {}
+        self._latent: torch.Tensor | None = None
+        self._previous_latent: torch.Tensor | None = None
+        self._latent_at = -1
+        self._generator = torch.Generator()
+
+    def begin(self) -> None:
+        """Start a generation: it picks as any other with the same input does."""
+        self._latent = self._previous_latent = None
+        self._latent_at = -1
+        self._generator.manual_seed(self._config.seed + self._rank)
+        for selector in self._selectors.values():
+            selector.reset()
+        for geometry in self._geometries.values():
+            geometry.picked, geometry.picked_at = None, -1
+
+    def free(self) -> None:
+        """Forget every layer."""
+        self._geometries.clear()
+        self._selectors.clear()
+        self._latent = self._previous_latent = None
+
+    def forget(self, name: str) -> None:
+        """Forget one layer, whose sub-blocks are others now."""
+        self._selectors.pop(name, None)
+
+    def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None:
+        """See `otil_xdit.run.OtilRun.observe`."""
+        self.layout = layout
+        if latent is not None and self._source == "latent" and self._latent_at != self._clock.step:
+            self._previous_latent, self._latent = self._latent, latent.detach().clone()
+            self._latent_at = self._clock.step
+
+    def table(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """Tokens of each sub-block in a sequence of `tokens` tokens of the present layout, int64 [K, T]."""
+        return self._geometry(tokens, device).table
+
+    def pick(self, name: str, table: torch.Tensor, fresh: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """The sub-blocks that this rank sends of a layer now.
+
+        Args:
+            name: the layer's.
+            table: the layer's, as `table` gave it.
+            fresh: this rank's keys and values, [2, B, S, C].
+            reference: what they have changed from: the step before, or what the others predict.
+
+        Returns:
+            int64 [k].
+        """
+        if self._source == "kv":
+            return self._selector(name, table).pick(CHANGE_SCORES[self._criterion](fresh, reference, table))
+        geometry = self._geometry(fresh.shape[2], fresh.device)
+        if geometry.picked is None or geometry.picked_at != self._clock.step:
+            scores = self._random_scores(geometry) if self._source == "random" else self._latent_scores(geometry)
+            geometry.picked = self._selector((self.layout, fresh.shape[2]), table).pick(scores)
+            geometry.picked_at = self._clock.step
+        return geometry.picked
+
+    def _geometry(self, tokens: int, device: torch.device) -> _Geometry:
+        found = self._geometries.get((self.layout, tokens))
+        if found is None:
+            segments = self.layout.segments(tokens)
+            table = block_table(segments, max(1, self._config.block // self.layout.pixels))
+            image_token = image_positions(segments)
+            found = _Geometry(table.to(device), image_token.to(device), int(image_token.max()) + 1)
+            self._geometries[self.layout, tokens] = found
+        return found
+
+    def _selector(self, key: object, table: torch.Tensor) -> Selector:
+        if key not in self._selectors:
+            config = self._config
+            self._selectors[key] = Selector(table.shape[0], config.ratio, config.polling, config.max_age, table.device)
+        return self._selectors[key]
+
+    def _random_scores(self, geometry: _Geometry) -> torch.Tensor:
+        return torch.rand(geometry.table.shape[0], generator=self._generator).to(geometry.table.device)
+
+    def _latent_scores(self, geometry: _Geometry) -> torch.Tensor:
+        """Change of the latent under each sub-block; text has no latent and is sent by polling alone."""
+        positions = geometry.image_token[geometry.table]
+        latent, previous = (self._as_tokens(seen) for seen in (self._latent, self._previous_latent))
+        if latent is None or previous is None or latent.shape[-2] != geometry.image_tokens:
+            raise ValueError(
+                f"otil_select {self._config.select} needs a latent whose sub-blocks can be told apart, which this "
+                f"model or this Ulysses degree does not give; choose kv-{self._criterion} or kv-l2"
+            )
+        scores = CHANGE_SCORES[self._criterion](latent, previous, positions.clamp_min(0))
+        return scores.masked_fill(positions[:, 0] < 0, torch.finfo(scores.dtype).min)
+
+    def _as_tokens(self, latent: torch.Tensor | None) -> torch.Tensor | None:
+        """The latent pixels under each image token of the layout: [B, S_image, C * pixels**2], zeros where padded."""
+        if latent is None or self.layout.rows == 0:
+            return None
+        side = self.layout.pixels
+        rows, cols = self.layout.rows * side - latent.shape[2], self.layout.cols * side - latent.shape[3]
+        padded = functional.pad(latent, (0, max(cols, 0), 0, max(rows, 0)))
+        return functional.pixel_unshuffle(padded, side).flatten(2).transpose(1, 2)
