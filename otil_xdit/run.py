@@ -18,7 +18,8 @@ from otil_xdit.exchange import Exchange, PatchGroup
 from otil_xdit.grid import TokenLayout, block_table, image_positions
 from otil_xdit.kv import KVLayer
 from otil_xdit.schedule import Clock, Mode, Schedule
-from otil_xdit.selection import CHANGE_SCORES, Selector
+from otil_xdit.scores import CHANGE_SCORES
+from otil_xdit.selection import Selector
 
 
 @dataclass(frozen=True)
