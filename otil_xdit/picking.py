@@ -13,7 +13,8 @@ from torch.nn import functional
 from otil_xdit.config import OtilConfig
 from otil_xdit.grid import TokenLayout, block_table, image_positions
 from otil_xdit.schedule import Clock
-from otil_xdit.selection import CHANGE_SCORES, Selector
+from otil_xdit.scores import CHANGE_SCORES, check_score
+from otil_xdit.selection import Selector
 
 
 @dataclass

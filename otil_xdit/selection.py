@@ -1,49 +1,13 @@
-"""Which sub-blocks a rank sends: change scores, top-k, polling. Tensors in, indices out.
+"""Which sub-blocks a rank sends: top-k of the change scores (scores.py), polling. Scores in, indices out.
 
-Shapes: S tokens of one rank, K sub-blocks of T tokens, k sub-blocks sent a step, D features; ``...`` any leading
-dimensions (keys and values, batch, heads).
+Shapes: K sub-blocks, k sub-blocks sent a step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-
-ChangeScore = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def cosine_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """1 - cosine similarity of each sub-block with itself a step earlier (Otil's criterion).
-
-    Args:
-        fresh, previous: [..., S, D], any float type; summed in float32.
-        table: int64 [K, T], the tokens of each sub-block (`grid.block_table`).
-
-    Returns:
-        float32 [K] in [0, 2]; larger means more change. A sub-block of zeros (padding) that stays so has not changed.
-    """
-    fresh, previous = fresh.float(), previous.float()
-    dot = _block_sums(fresh * previous, table)
-    fresh_norm, previous_norm = _block_sums(fresh.square(), table), _block_sums(previous.square(), table)
-    change = 1 - dot / (fresh_norm * previous_norm).sqrt().clamp_min(1e-12)
-    return change.masked_fill((fresh_norm == 0) & (previous_norm == 0), 0.0)
-
-
-def l2_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Squared Euclidean distance of each sub-block from itself a step earlier; arguments as in `cosine_change`."""
-    return _block_sums((fresh.float() - previous.float()).square(), table)
-
-
-def _block_sums(features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Sum of [..., S, D] over everything but the sub-block: tokens first, so that no sub-block is copied out."""
-    per_token = features.sum(dim=-1).reshape(-1, features.shape[-2]).sum(dim=0)
-    return per_token[table].sum(dim=1)
-
-
-CHANGE_SCORES: dict[str, ChangeScore] = {"cosine": cosine_change, "l2": l2_change}
-"""Criteria by the name that follows ``latent-`` or ``kv-`` in `OtilConfig.select`; a new one is one function here."""
 
 
 def blocks_to_send(total: int, ratio: float) -> int:

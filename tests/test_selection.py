@@ -2,13 +2,11 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otil_xdit.grid import Segment, block_table
-from otil_xdit.selection import CHANGE_SCORES, Selector, blocks_to_send
+from otil_xdit.selection import Selector, blocks_to_send
 
 
 def make_selector(total: int, ratio: float, polling: float, max_age: int = 0) -> Selector:
@@ -72,22 +70,3 @@ def test_reset_makes_generations_alike() -> None:
     first = [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]
     selector.reset()
     assert first == [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]
-
-
-@pytest.mark.parametrize("name", CHANGE_SCORES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_find_the_changed_block_and_agree_with_the_definition(name: str, dtype: torch.dtype) -> None:
-    table = block_table([Segment(4, 8)], 2)
-    previous = torch.randn(2, 3, 2, 32, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    fresh = previous.clone()
-    fresh[..., table[5], :] += 1
-    scores = CHANGE_SCORES[name](fresh, previous, table)
-    assert scores.shape == (8,) and scores.dtype == torch.float32 and scores.argmax() == 5
-    a, b = fresh[..., table[5], :].float().flatten(), previous[..., table[5], :].float().flatten()
-    expected = {"cosine": 1 - torch.cosine_similarity(a, b, dim=0), "l2": (a - b).square().sum()}[name]
-    torch.testing.assert_close(scores[5], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_cosine_of_zero_blocks_is_finite() -> None:
-    zeros = torch.zeros(4, 2)
-    assert CHANGE_SCORES["cosine"](zeros, zeros, torch.arange(4)[:, None]).isfinite().all()
