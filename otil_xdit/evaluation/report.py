@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otil_xdit.evaluation.rows import YARDSTICK, Row, versions
+from otil_xdit.evaluation.weights import WEIGHTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,10 +18,10 @@ EXACT = 80.0
 COLUMNS = (
     "variant",
     "kB of K/V a step",
-    "share",
+    "share a step",
     "kB of halo, moments a step",
     "kB of K/V in all",
-    "share",
+    "share in all",
     "PSNR (min) ± std, dB",
     "SSIM",
     "seam",
@@ -33,7 +34,7 @@ mean over the pictures (the worst one), and the standard deviation over them. kB
 collectives: keys, values and what tells their places, in a step (mean over the steps after warm-up) and in all steps,
 warm-up included; halo rows and moments of U-Nets. Share: of the row `{yardstick}` in the same table. Seam: how much
 steeper the picture is across the patches' borders than in the four rows on either side, over the same of one process;
-1.00 is one process's. Seconds are a picture's, with everything else that this machine did: not a benchmark.
+1.00 is one process's. s: seconds of a picture, whatever else the machine did meanwhile: not a benchmark.
 """
 
 
@@ -50,9 +51,13 @@ def table(rows: Sequence[Row], command: str, absent: Sequence[str]) -> str:
     lines += [f"Not measured: {'; '.join(absent)}.", ""] if absent else []
     for place, group in _by_place(rows).items():
         model, ranks, sampler, steps = place
-        pictures = max(row.pictures for row in group)
-        lines += [f"### {Path(model).name}, {ranks} ranks, {sampler}, {steps} steps, {pictures} pictures", ""]
-        lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *map(_line, group), ""]
+        count = max(row.pictures for row in group)
+        pictures = f"{count} picture{'' if count == 1 else 's'}"
+        lines += [f"### {Path(model).name}, {ranks} ranks, {sampler}, {steps} steps, {pictures}", ""]
+        weighted = [metric.name for metric in WEIGHTED if any(metric.name in row.weighted for row in group)]
+        columns = [*COLUMNS, *weighted]
+        lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [*(_line(row, weighted) for row in group), ""]
         lines += [note for row in group if (note := _note(row))]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -64,10 +69,10 @@ def _by_place(rows: Sequence[Row]) -> dict[tuple[str, int, str, int], list[Row]]
     return groups
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, weighted: Sequence[str]) -> str:
     if row.error:
         error = row.error.replace("|", "\\|")
-        return f"| {row.variant} | failed: {error} |{' |' * (len(COLUMNS) - 2)}"
+        return f"| {row.variant} | failed: {error} |{' |' * (len(COLUMNS) + len(weighted) - 2)}"
     assert row.psnr is not None and row.psnr_min is not None and row.psnr_std is not None
     cells = (
         row.variant,
@@ -80,6 +85,7 @@ def _line(row: Row) -> str:
         _number(row.ssim, 4),
         _number(row.seam, 2),
         _number(row.seconds, 2),
+        *(_number(row.weighted.get(name), 3) for name in weighted),
     )
     return f"| {' | '.join(cells)} |"
 

@@ -14,6 +14,7 @@ from otil_xdit.evaluation.generate import Failures
 from otil_xdit.evaluation.matrix import Case, Matrix
 from otil_xdit.evaluation.metrics import psnr, seam, ssim
 from otil_xdit.evaluation.store import Picture, Store
+from otil_xdit.evaluation.weights import weighted_figures
 
 YARDSTICK = "distrifusion"
 """The variant whose bytes of keys and values the others' are given a share of."""
@@ -38,6 +39,7 @@ class Row:
         kv_share, total_share: `kv_bytes` and `kv_total` over those of the `YARDSTICK` in the same place.
         seconds: of one picture, mean; not a benchmark.
         psnrs: of every picture, in the order of the calls.
+        weighted: the metrics of `otil_xdit.evaluation.weights` that could be had, by name.
         error: what went wrong.
     """
 
@@ -62,6 +64,7 @@ class Row:
     seconds: float | None = None
     error: str = ""
     psnrs: tuple[float, ...] = ()
+    weighted: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,7 +96,10 @@ def make_row(case: Case, matrix: Matrix, store: Store, error: str | None) -> Row
     if error is not None:
         return replace(row, error=error)
     borders = case.model.borders(matrix.size, case.ranks)
-    return with_figures(row, store.pictures(case), store.pictures(case.reference), borders)
+    made, references = store.pictures(case), store.pictures(case.reference)
+    images = [picture.image for picture in made], [picture.image for picture in references]
+    weighted = weighted_figures(*images, [call.prompt for call in matrix.calls])
+    return replace(with_figures(row, made, references, borders), weighted=weighted)
 
 
 def with_figures(row: Row, made: Sequence[Picture], references: Sequence[Picture], borders: Sequence[int]) -> Row:

@@ -122,7 +122,7 @@ def write(arguments: argparse.Namespace, matrix: Matrix, store: Store, failures:
     out, command = arguments.out, command_of(arguments)
     rows = make_rows(matrix, store, failures)
     (out / "rows.json").write_text(json.dumps(as_json(rows, command), indent=1) + "\n")
-    text = table(rows, command, absences())
+    text = table(rows, command, absences(len(matrix.calls)))
     (out / "table.md").write_text(text)
     plot(rows, out / "psnr_bytes.png")
     write_sheets(out, matrix, store, rows, arguments.sheet_rows)
