@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-SHEET_PROMPTS = (Path(__file__).resolve().parents[1] / "prompts.txt").read_text().splitlines()
+SHEET_PROMPTS = (
+    (Path(__file__).resolve().parents[2] / "otil_xdit" / "evaluation" / "prompts.txt").read_text().splitlines()
+)
 
 
 def coarse_latents(latents: torch.Tensor) -> torch.Tensor:

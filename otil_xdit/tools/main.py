@@ -13,10 +13,11 @@ from otil_xdit import __version__
 
 TOOLS = {
     "models": "list the models: what runs under --parallel, how, and what is refused",
+    "eval": "measure how close each preset's pictures are to one process's, and the bytes they take",
 }
 """Name and summary of each tool; its module here has the name, with `add_arguments(parser)` and `run(arguments)`.
 
-A `ValueError` of either becomes argparse's error: one line, exit code 2.
+`run` gives the exit code, or None for 0. A `ValueError` of either becomes argparse's error: one line, exit code 2.
 """
 
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tool.set_defaults(run=module.run, tool=tool)
     parsed = parser.parse_args(given)
     try:
-        parsed.run(parsed)
+        code: int = parsed.run(parsed) or 0
         sys.stdout.flush()
     except ValueError as error:
         parsed.tool.error(str(error))
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has seen enough. What Python still wants to flush when it ends must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from otil_xdit.xdit.shipped import model_folder
+from otil_xdit.xdit.shipped import absent_parts, model_folder
 
 TINY_DIT = "tiny-dit"
 
@@ -57,9 +57,7 @@ def _register_tiny_dit() -> None:
                 pretrained_model_name_or_path=self.settings.model_name,
                 engine_config=self.engine_config,
                 torch_dtype=torch.float32,
-                # The tiny model has no T5; diffusers wants to be told.
-                text_encoder_3=None,
-                tokenizer_3=None,
+                **absent_parts(self.settings.model_name),
             )
 
         def _validate_args(self, input_args: dict[str, Any]) -> None:
