@@ -193,8 +193,8 @@ def adapted_twice(unet: nn.Module) -> None:
 
 
 def hooked(unet: nn.Module) -> None:
-    """A hook between norm and convolution that changes what the convolution reads, at the image's edges too."""
-    unet.mid_block.resnets[0].nonlinearity.register_forward_hook(lambda module, inputs, output: output + 1)
+    """A hook between norm and convolution that changes what the convolution reads."""
+    unet.mid_block.resnets[0].norm1.register_forward_hook(lambda module, inputs, output: output + 1)
 
 
 def saved_with_dropout() -> int:
