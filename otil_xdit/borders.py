@@ -10,6 +10,9 @@ import torch
 from otil_xdit.exchange import Exchange, ExchangedLayer, Neighbours, Pending
 from otil_xdit.schedule import Mode
 
+Beyond = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Rows above and below a rank's map, each [B, C, rows, W]; None beyond the image's edge."""
+
 
 class HaloLayer(ExchangedLayer[Neighbours]):
     """The rows next to this rank's that one convolution needs: `above` of the rank before, `below` of the one after.
@@ -60,10 +63,32 @@ class HaloLayer(ExchangedLayer[Neighbours]):
         self.visits += 1
         return widened
 
+    def put(self, x: torch.Tensor, given: Beyond) -> torch.Tensor:
+        """`widen` with rows that are known already: no message. They are kept as those of a synchronous step are."""
+        self.drain()
+        for kept, rows in zip(self._received, given, strict=True):
+            if rows is not None:
+                kept.copy_(rows)
+        self.visits += 1
+        return torch.cat([self._received[0], x, self._received[1]], dim=2)
+
+    def request(self, x: torch.Tensor, kind: str, where: str) -> Pending[Neighbours]:
+        """Start exchanging rows of another map of this shape, which `beyond` gives after the wait."""
+        self.drain()
+        return self._send(x, kind, where)
+
+    def beyond(self) -> Beyond:
+        """The rows that were received last; valid until the next exchange."""
+        return None if self._first else self._received[0], None if self._last else self._received[1]
+
+    def rows_to_send(self, x: torch.Tensor) -> Beyond:
+        """The rows of `x` that the ranks before and after this one need."""
+        to_previous = None if self._first else x[:, :, : self._below]
+        return to_previous, None if self._last else x[:, :, x.shape[2] - self._above :]
+
     def _send(self, x: torch.Tensor, kind: str, where: str) -> Pending[Neighbours]:
         empty = x.new_empty(0)
-        to_previous = empty if self._first else x[:, :, : self._below].contiguous()
-        to_next = empty if self._last else x[:, :, x.shape[2] - self._above :].contiguous()
+        to_previous, to_next = (empty if rows is None else rows.contiguous() for rows in self.rows_to_send(x))
         return self._exchange.neighbours(to_previous, to_next, self._received, kind, where)
 
 
@@ -88,10 +113,12 @@ class MomentsLayer(ExchangedLayer[torch.Tensor]):
         self._exchange, self._name = exchange, name
         self._sent = like.new_zeros(2, *like.shape)
         self._all = like.new_zeros(ranks, 2, *like.shape)
+        self._packets: _Packets | None = None
 
     @property
     def nbytes(self) -> int:
-        return self._sent.nbytes + self._all.nbytes
+        packets = self._packets.nbytes if self._packets is not None else 0
+        return self._sent.nbytes + self._all.nbytes + packets
 
     def combine(
         self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, mode: Mode, step: int, kind: str
@@ -116,9 +143,7 @@ class MomentsLayer(ExchangedLayer[torch.Tensor]):
         weights = share[:, None, None]
         if mode == "sync":
             self._send(mean, var, kind, where).wait()
-            means, variances = self._all[:, 0], self._all[:, 1]
-            whole = (weights * means).sum(0)
-            result = whole, (weights * (variances + (means - whole).square())).sum(0)
+            result = self._combined(weights)
         else:
             means, squares = self._all[:, 0], self._all[:, 1] + self._all[:, 0].square()
             own = self._exchange.group.rank
@@ -131,9 +156,105 @@ class MomentsLayer(ExchangedLayer[torch.Tensor]):
         self.visits += 1
         return result
 
+    def combine_with_rows(
+        self,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        share: torch.Tensor,
+        halo: HaloLayer,
+        x: torch.Tensor,
+        step: int,
+        kinds: tuple[str, str],
+    ) -> tuple[torch.Tensor, torch.Tensor, Beyond]:
+        """`combine` in ``sync`` mode, and the rows of `x` beyond this rank's, for one wait.
+
+        Two ranks are each other's only neighbour, so one message carries both. More ranks gather the moments and send
+        rows to their neighbours at the same time.
+
+        Args:
+            mean, var, share, step: as in `combine`.
+            halo: the layer whose rows they are.
+            x: the map, [B, C, rows, W].
+            kinds: the counters that the bytes of moments and of rows go to; one message counts for the rows.
+
+        Returns:
+            Mean and variance, float32 [B, G], and the rows above and below, valid until the next exchange.
+        """
+        where = f"the moments of layer {self._name} and rows of its map at step {step}"
+        self.drain()
+        if self._exchange.group.world_size == 2:
+            beyond = self._swap(mean, var, halo, x, kinds, where)
+        else:
+            moments, rows = self._send(mean, var, kinds[0], where), halo.request(x, kinds[1], where)
+            moments.wait()
+            rows.wait()
+            beyond = halo.beyond()
+        self.visits += 1
+        return *self._combined(share[:, None, None]), beyond
+
+    def _combined(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance of the union of all ranks' rows, from the moments of each; `weights` is [R, 1, 1]."""
+        means, variances = self._all[:, 0], self._all[:, 1]
+        whole = (weights * means).sum(0)
+        return whole, (weights * (variances + (means - whole).square())).sum(0)
+
+    def _swap(
+        self,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        halo: HaloLayer,
+        x: torch.Tensor,
+        kinds: tuple[str, str],
+        where: str,
+    ) -> Beyond:
+        """Moments and rows from and to the other of two ranks."""
+        own = self._exchange.group.rank
+        other = 1 - own  # rank 0 has a neighbour below, which is side 1 of a pair of rows; rank 1 has one above, side 0
+        outgoing, incoming = halo.rows_to_send(x)[other], halo.beyond()[other]
+        assert outgoing is not None and incoming is not None, "each of two ranks has one neighbour"
+        if self._packets is None or self._packets.halo_key != halo.key:
+            self._packets = _Packets(self._sent, outgoing, incoming, halo.key)
+        sent, received = self._packets.sent, self._packets.received
+        torch.stack([mean, var], out=self._all[own])
+        sent.moments.copy_(self._all[own])
+        sent.rows.copy_(outgoing)
+        buffers = (received.bytes, received.bytes)  # the one for the neighbour that is not there is not looked at
+        aside = kinds[0], sent.moments.nbytes
+        self._exchange.neighbours(sent.bytes, sent.bytes, buffers, kinds[1], where, aside).wait()
+        self._all[other].copy_(received.moments)
+        return (None, received.rows) if own == 0 else (received.rows, None)
+
     def _send(self, mean: torch.Tensor, var: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
         torch.stack([mean, var], out=self._sent)
         return self._exchange.all_gather(self._sent, self._all, kind, where)
+
+
+class _Packet:
+    """Moments and rows in one buffer of bytes.
+
+    Args:
+        moments: float32 [2, B, G]; a multiple of 8 bytes, so rows of any dtype can be viewed behind them.
+        rows: [B, C, rows, W] of the map's dtype.
+    """
+
+    def __init__(self, moments: torch.Tensor, rows: torch.Tensor) -> None:
+        self.bytes = torch.empty(moments.nbytes + rows.nbytes, dtype=torch.uint8, device=rows.device)
+        self.moments = self.bytes[: moments.nbytes].view(moments.dtype).view(moments.shape)
+        self.rows = self.bytes[moments.nbytes :].view(rows.dtype).view(rows.shape)
+
+
+class _Packets:
+    """What one of two ranks sends for a pair of layers, and what it receives."""
+
+    def __init__(
+        self, moments: torch.Tensor, outgoing: torch.Tensor, incoming: torch.Tensor, halo_key: tuple[object, ...]
+    ) -> None:
+        self.sent, self.received = _Packet(moments, outgoing), _Packet(moments, incoming)
+        self.halo_key = halo_key
+
+    @property
+    def nbytes(self) -> int:
+        return self.sent.bytes.nbytes + self.received.bytes.nbytes
 
 
 def moments_key(like: torch.Tensor) -> tuple[object, ...]:

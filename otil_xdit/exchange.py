@@ -143,7 +143,13 @@ class Exchange:
         return Pending(self, [work], output, kind, where)
 
     def neighbours(
-        self, to_previous: torch.Tensor, to_next: torch.Tensor, output: Neighbours, kind: str, where: str
+        self,
+        to_previous: torch.Tensor,
+        to_next: torch.Tensor,
+        output: Neighbours,
+        kind: str,
+        where: str,
+        aside: tuple[str, int] | None = None,
     ) -> Pending[Neighbours]:
         """Start sending to the ranks before and after this one in the group; the ends have one neighbour.
 
@@ -152,7 +158,9 @@ class Exchange:
                 one must be expected to: the sizes follow from the layer, alike on every rank.
             output: what the two send, filled by the wait.
             kind, where: as in `all_gather`.
+            aside: another counter, and the bytes of each message that go there instead of to `kind`.
         """
+        other, aside_bytes = aside or (kind, 0)
         rank, ranks = self.group.rank, self.group.world_size
         operations = []
         for peer, sent, received in ((rank - 1, to_previous, output[0]), (rank + 1, to_next, output[1])):
@@ -160,7 +168,8 @@ class Exchange:
                 continue
             if sent.numel():
                 operations.append(dist.P2POp(dist.isend, sent, group=self.group.process_group, group_peer=peer))
-                self.traffic.sent[kind] += sent.nbytes
+                self.traffic.sent[kind] += sent.nbytes - aside_bytes
+                self.traffic.sent[other] += aside_bytes
                 self.traffic.messages[kind] += 1
             if received.numel():
                 operations.append(dist.P2POp(dist.irecv, received, group=self.group.process_group, group_peer=peer))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from otil_xdit.borders import Beyond
 from otil_xdit.config import OtilConfig
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout
@@ -37,10 +38,20 @@ class Communicator(Protocol):
     def free(self) -> None: ...
     def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None: ...
     def gather(self, name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def halo(self, name: str, x: torch.Tensor, above: int, below: int) -> torch.Tensor: ...
+    def halo(self, name: str, x: torch.Tensor, above: int, below: int, given: Beyond | None = None) -> torch.Tensor: ...
     def moments(
         self, name: str, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def norm_halo(
+        self,
+        names: tuple[str, str],
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        share: torch.Tensor,
+        x: torch.Tensor,
+        above: int,
+        below: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, Beyond] | None: ...
     def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor: ...
     def report(self) -> Report: ...
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from otil_xdit.borders import HaloLayer, MomentsLayer, halo_key, moments_key
+from otil_xdit.borders import Beyond, HaloLayer, MomentsLayer, halo_key, moments_key
 from otil_xdit.config import OtilConfig, SmallFreshness
 from otil_xdit.exchange import Exchange, PatchGroup
 from otil_xdit.grid import TokenLayout
@@ -128,15 +128,15 @@ class OtilRun:
         heads = whole.unflatten(3, (key.shape[1], -1)).transpose(2, 3)
         return heads[0], heads[1]
 
-    def halo(self, name: str, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+    def halo(self, name: str, x: torch.Tensor, above: int, below: int, given: Beyond | None = None) -> torch.Tensor:
         """`x`, [B, C, rows, W], between `above` rows of the rank before and `below` of the one after.
 
-        Zeros stand beyond the edges of the image. `name` as in `gather`.
+        Zeros stand beyond the edges of the image. `name` as in `gather`; `given` are the rows where they are known
+        already (on every rank alike, see `norm_halo`), and no message is sent.
         """
-        layer = self._halos.get(name)
-        if layer is None or layer.key != halo_key(x, above, below):
-            self._discard(layer)
-            layer = self._halos[name] = HaloLayer(self._rows, name, x, above, below)
+        layer = self._halo_layer(name, x, above, below)
+        if given is not None:
+            return layer.put(x, given)
         mode = self._small_mode(self.config.halo, layer.visits)
         return layer.widen(x, mode, self.clock.step, self._kind("halo", layer.visits))
 
@@ -150,12 +150,52 @@ class OtilRun:
             mean, var: float32 [B, G].
             share: [R], every rank's share of the rows.
         """
+        layer = self._moments_layer(name, mean)
+        mode = self._small_mode(self.config.moments, layer.visits)
+        return layer.combine(mean, var, share, mode, self.clock.step, self._kind("moments", layer.visits))
+
+    def norm_halo(
+        self,
+        names: tuple[str, str],
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        share: torch.Tensor,
+        x: torch.Tensor,
+        above: int,
+        below: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, Beyond] | None:
+        """What `moments` gives, and the rows of `x` above and below this rank's, which it waits for together.
+
+        Args:
+            names: of the group norm that asks for the moments, and of the convolution that is to read those rows (once
+                the norm has made something of them) by `halo`.
+            mean, var, share: as in `moments`.
+            x: what the norm is given, [B, C, rows, W].
+            above, below: number of rows.
+
+        Returns:
+            None where the settings have one or both a step late; `moments` and `halo` are then asked apart.
+        """
+        norm, conv = self._moments_layer(names[0], mean), self._halo_layer(names[1], x, above, below)
+        modes = self._small_mode(self.config.moments, norm.visits), self._small_mode(self.config.halo, conv.visits)
+        if modes != ("sync", "sync"):
+            return None
+        kinds = self._kind("moments", norm.visits), self._kind("halo", conv.visits)
+        return norm.combine_with_rows(mean, var, share, conv, x, self.clock.step, kinds)
+
+    def _halo_layer(self, name: str, x: torch.Tensor, above: int, below: int) -> HaloLayer:
+        layer = self._halos.get(name)
+        if layer is None or layer.key != halo_key(x, above, below):
+            self._discard(layer)
+            layer = self._halos[name] = HaloLayer(self._rows, name, x, above, below)
+        return layer
+
+    def _moments_layer(self, name: str, mean: torch.Tensor) -> MomentsLayer:
         layer = self._moments.get(name)
         if layer is None or layer.key != moments_key(mean):
             self._discard(layer)
             layer = self._moments[name] = MomentsLayer(self._rows, name, mean)
-        mode = self._small_mode(self.config.moments, layer.visits)
-        return layer.combine(mean, var, share, mode, self.clock.step, self._kind("moments", layer.visits))
+        return layer
 
     def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor:
         """A tensor of the same shape on every rank that works on the image, from all of them: [N, *part.shape].

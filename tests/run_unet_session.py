@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +32,9 @@ DISPLACED = get_strategy("otil-paper").make_config({"ratio": 0.5, "warmup_steps"
 def main() -> None:
     otil_xdit.register()
     torch.set_num_threads(1)
-    checks = (compiled,) if "--compile" in sys.argv else (repeats, noise, interrupted, shared_network, undone, counted)
+    checks = (repeats, noise, interrupted, shared_network, undone, counted, paired)
+    if "--compile" in sys.argv:
+        checks = (compiled,)
     found = {check.__name__: check() for check in checks}
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
@@ -146,6 +149,75 @@ def small_bytes(pipe: Any) -> int:
             total.append(batch * module.num_groups * 2 * 4)
         elif rank == 0 or module.stride[0] == 1:  # the lower rank needs a row of the upper one at any stride
             total.append(batch * channels * width * 4)
+
+    spatial = [m for m in pipe.unet.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "kernel_size", 0) == (3, 3)]
+    handles = [module.register_forward_pre_hook(seen) for module in spatial]
+    image(pipe, steps=1)
+    for handle in handles:
+        handle.remove()
+    return sum(total)
+
+
+def paired() -> dict[str, dict[str, float]]:
+    """Messages of halo rows and moments in a synchronous step, and the error over the deviation, by network.
+
+    `saved` are the messages that norms and convolutions would send by themselves, without those that were sent.
+    """
+    found = {}
+    for name, changed in {"plain": plain, "LoRA": adapted, "LoRA of two": adapted_twice, "hooks": hooked}.items():
+        pipe = pipeline()
+        changed(pipe.unet)
+        exact, alone = image(pipe, steps=2), small_messages(pipe)
+        otil_xdit.parallelize(pipe, OtilConfig(freshness="sync", warmup_steps=1))
+        error = ((image(pipe, steps=2) - exact).abs().max() / exact.std()).item()
+        sent = session_of(pipe).communicator.report().messages
+        session_of(pipe).detach()
+        found[name] = {"error": error, "saved": alone - sent["halo"] - sent.get("moments", 0)}
+    return {**found, "dropout": {"saved": saved_with_dropout()}}
+
+
+def plain(unet: nn.Module) -> None:
+    pass
+
+
+def adapted(unet: nn.Module, name: str = "one") -> None:
+    torch.manual_seed(5)
+    targets = ["conv1", "conv2", "conv_out"]
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False), name)
+
+
+def adapted_twice(unet: nn.Module) -> None:
+    adapted(unet, "one")
+    adapted(unet, "two")
+    unet.set_adapters(["one", "two"], [0.7, 0.5])
+
+
+def hooked(unet: nn.Module) -> None:
+    """A hook between norm and convolution that changes what the convolution reads."""
+    unet.mid_block.resnets[0].norm1.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def saved_with_dropout() -> int:
+    """Messages saved in one call of a network with active dropout."""
+    pipe = pipeline()
+    alone = small_messages(pipe)
+    for module in pipe.unet.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    pipe.unet.train()
+    otil_xdit.parallelize(pipe, OtilConfig(freshness="sync", warmup_steps=1))
+    image(pipe, steps=2)
+    sent = session_of(pipe).communicator.report().messages
+    session_of(pipe).detach()
+    return alone - sent["halo"] - sent["moments"]
+
+
+def small_messages(pipe: Any) -> int:
+    """Messages of this rank of two in a step in which every norm and every convolution asks by itself."""
+    total = []
+
+    def seen(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        total.append(1 if isinstance(module, nn.GroupNorm) or dist.get_rank() == 0 or module.stride[0] == 1 else 0)
 
     spatial = [m for m in pipe.unet.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "kernel_size", 0) == (3, 3)]
     handles = [module.register_forward_pre_hook(seen) for module in spatial]

@@ -122,6 +122,95 @@ def check_negative_variance() -> None:
     assert var.item() == (square - 2.5**2, 0.5)[rank]
 
 
+def joined(run: OtilRun, x: torch.Tensor, above: int, below: int) -> tuple[torch.Tensor, ...] | None:
+    """Moments of the whole map `x` and the rows beyond this rank's, asked together; zeros for rows beyond the edges."""
+    share = torch.tensor(ROWS[: dist.get_world_size()]) / sum(ROWS[: dist.get_world_size()])
+    own = x[:, :, own_rows(x)]
+    var, mean = groups(own.float())
+    found = run.norm_halo(("norm", "conv"), mean, var, share, own, above, below)
+    if found is None:
+        return None
+    mean, var, (top, bottom) = found
+    assert (top is None, bottom is None) == (dist.get_rank() == 0, dist.get_rank() == dist.get_world_size() - 1)
+    top = own.new_zeros(*own.shape[:2], above, own.shape[3]) if top is None else top
+    bottom = own.new_zeros(*own.shape[:2], below, own.shape[3]) if bottom is None else bottom
+    return mean, var, torch.cat([top, own, bottom], dim=2)
+
+
+def check_joined() -> None:
+    """One wait gives what two give, for rows of any type, to the bit."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        for above, below in ((1, 1), (2, 1), (0, 2)):
+            run = make_run(freshness="sync")
+            run.begin()
+            for step in range(3):
+                x = whole_map(step).to(dtype)
+                mean, var, seen = joined(run, x, above, below)
+                exact_var, exact_mean = groups(x.float())
+                assert torch.allclose(mean, exact_mean, atol=1e-6) and torch.allclose(var, exact_var, atol=1e-6)
+                assert torch.equal(seen, widened(x, x, above, below)), (dtype, above, below, step)
+                run.clock.tick()
+            run.end()
+
+
+def check_joined_then_displaced() -> None:
+    """What the last joined step brought is what the first displaced one reads: of moments, and of the rows put."""
+    for small in ({"halo": "displaced"}, {"moments": "displaced"}, {"halo": "displaced", "moments": "displaced"}):
+        run = make_run(warmup_steps=2, **small)
+        run.begin()
+        for step in range(2):
+            _, _, seen = joined(run, whole_map(step), 1, 1)
+            own = 7 * whole_map(step)[:, :, own_rows(seen)]
+            rows = (None if dist.get_rank() == 0 else 7 * seen[:, :, :1], 7 * seen[:, :, -1:])
+            run.halo("conv", own, 1, 1, rows if dist.get_rank() < dist.get_world_size() - 1 else (rows[0], None))
+            run.clock.tick()
+        assert joined(run, whole_map(2), 1, 1) is None
+        x = 7 * whole_map(2)
+        remote = 7 * whole_map(1 if "halo" in small else 2)
+        assert torch.equal(run.halo("conv", x[:, :, own_rows(x)], 1, 1), widened(x, remote, 1, 1))
+        stale, fresh = (whole_map(step) for step in (1, 2))
+        _, all_mean = groups(stale if "moments" in small else fresh)
+        _, own_stale = groups(stale[:, :, own_rows(stale)])
+        own_var, own_mean = groups(fresh[:, :, own_rows(fresh)])
+        share = torch.tensor(ROWS[: dist.get_world_size()]) / sum(ROWS[: dist.get_world_size()])
+        mean, _ = run.moments("norm", own_mean, own_var, share)
+        moved = own_mean - own_stale if "moments" in small else 0
+        assert torch.allclose(mean, all_mean + moved, atol=1e-6)
+        run.end()
+
+
+def count_joined() -> dict[str, tuple[int, int]]:
+    run = make_run(warmup_steps=1)
+    run.begin()
+    for step in range(3):
+        joined(run, whole_map(step).half(), 1, 1)
+        own = whole_map(step)[:, :, own_rows(whole_map(step))].half()
+        run.halo("conv", own, 1, 1, (None, None))
+        run.clock.tick()
+    run.end()
+    traffic = run.exchange.traffic
+    return {kind: (traffic.sent[kind], traffic.messages[kind]) for kind in ("halo", "moments", "halo-warmup")}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_moments_and_rows_for_one_wait(ranks: int) -> None:
+    run_ranks(ranks, check_joined)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_displaced_steps_go_on_from_joined_ones(ranks: int) -> None:
+    run_ranks(ranks, check_joined_then_displaced)
+
+
+def test_two_ranks_send_moments_and_rows_in_one_message() -> None:
+    row, moments = 2 * 8 * 5 * 2, 2 * 2 * 4 * 4  # [2, 8, 1, 5] float16; mean and variance of [2, 4] float32
+    expected = {"halo": (2 * row, 2), "moments": (2 * moments, 0), "halo-warmup": (row, 1)}
+    assert run_ranks(2, count_joined) == [expected] * 2
+    upper, middle, _ = run_ranks(3, count_joined)
+    assert upper == {"halo": (2 * row, 2), "moments": (2 * moments, 2), "halo-warmup": (row, 1)}
+    assert middle == {"halo": (4 * row, 4), "moments": (2 * moments, 2), "halo-warmup": (2 * row, 2)}
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_halos(ranks: int) -> None:
     run_ranks(ranks, check_halos)

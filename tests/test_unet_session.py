@@ -45,6 +45,22 @@ def test_halo_and_moments_are_counted_where_they_are_sent(found: dict[str, list[
     assert found["counted"][0] != found["counted"][1], "at stride 2 only the upper rank sends"
 
 
+def test_a_norm_and_its_convolution_wait_once(found: dict[str, list[Any]]) -> None:
+    pairs = 2 * 22 + 1  # of residual blocks, and the output's
+    for rank in found["paired"]:
+        assert max(case.get("error", 0.0) for case in rank.values()) <= 1e-4, rank
+        saved = {name: case["saved"] for name, case in rank.items()}
+        # A pair's adapters read the rows that came with the moments too; a hook parts its pair, and active dropout
+        # those of all second norms.
+        assert saved == {
+            "plain": pairs,
+            "LoRA": 2 * pairs,
+            "LoRA of two": 3 * pairs,
+            "hooks": pairs - 1,
+            "dropout": pairs - 22,
+        }
+
+
 @pytest.mark.slow
 def test_compiled_networks_stay_exact() -> None:
     (line,) = lines_of(2, "run_unet_session.py", "--compile", timeout=550)

@@ -18,7 +18,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn import functional
 
+from otil_xdit.borders import Beyond
 from otil_xdit.subclass import is_swapped, restore_class, subclass_of, swap_class
+from otil_xdit.unet.pairs import Pair
 from otil_xdit.unet.text import TextCache
 
 _SEAT = "_otil_seat"
@@ -48,16 +50,21 @@ class Patches(Protocol):
     def is_last(self) -> bool: ...
     def halo(self, seat: Seat, x: torch.Tensor, above: int, below: int) -> torch.Tensor: ...
     def moments(self, seat: Seat, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def norm_halo(
+        self, seat: Seat, mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Beyond | None]: ...
+    def keep_rows(self, seat: Seat, x: torch.Tensor, rows: Beyond) -> None: ...
     def attend(self, seat: Seat, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass
 class Seat:
-    """A layer's place: whom it asks, its name in the U-Net, its level."""
+    """A layer's place: whom it asks, its name in the U-Net, its level; of a norm, the convolution that reads it."""
 
     patches: Patches
     name: str
     level: int
+    pair: Pair | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
         # A copied network may be wrapped anew; process groups cannot be copied.
@@ -71,8 +78,12 @@ def is_spatial(module: nn.Module) -> bool:
     return isinstance(module, (nn.GroupNorm, Attention))
 
 
-def wrap_layer(module: nn.Module, patches: Patches, name: str, level: int) -> None:
+def wrap_layer(module: nn.Module, patches: Patches, name: str, level: int, pair: Pair | None = None) -> None:
     """Let a spatial layer work on patches; wrapping it again gives it another seat.
+
+    Args:
+        module: the layer.
+        patches, name, level, pair: see `Seat`.
 
     Raises:
         ValueError: naming the layer and what of it patches cannot serve.
@@ -88,7 +99,7 @@ def wrap_layer(module: nn.Module, patches: Patches, name: str, level: int) -> No
             swap_class(module, _patched_attention)
     if isinstance(module, Attention):
         _check_processor(module, name)
-    vars(module)[_SEAT] = Seat(patches, name, level)
+    vars(module)[_SEAT] = Seat(patches, name, level, pair)
 
 
 def unwrap_layer(module: nn.Module) -> None:
@@ -160,18 +171,54 @@ def _patched_norm(kind: type) -> type:
 
 def _normalise(norm: nn.GroupNorm, seat: Seat, x: torch.Tensor) -> torch.Tensor:
     """Group normalisation of [B, C, h, W] by the moments of the whole map, taken in float32."""
-    groups = x.unflatten(1, (norm.num_groups, -1)).float()
-    var, mean = torch.var_mean(groups, dim=tuple(range(2, groups.ndim)), correction=0)
-    mean, var = seat.patches.moments(seat, mean, var)
-    scale = torch.rsqrt(var + norm.eps).repeat_interleave(norm.num_channels // norm.num_groups, dim=1)
-    mean = mean.repeat_interleave(norm.num_channels // norm.num_groups, dim=1)
-    if norm.weight is not None:
-        scale = scale * norm.weight.float()
-    shift = -mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.float()
-    shape = (*scale.shape, *(1,) * (x.ndim - 2))
-    return torch.addcmul(shift.view(shape), x.float(), scale.view(shape)).to(x.dtype)
+    mean, var = _moments(x, norm.num_groups)
+    beyond = None
+    if seat.pair is None:
+        mean, var = seat.patches.moments(seat, mean, var)
+    else:
+        mean, var, beyond = seat.patches.norm_halo(seat, mean, var, x)
+    normalise = _affine(norm, mean, var)
+    if beyond is not None:
+        _keep_rows(seat, x, beyond, normalise)
+    return normalise(x)
+
+
+def _moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance, float32 [B, groups].
+
+    In two passes: torch.var_mean takes 0.85 ms in place of 0.04 ms for 2 x 8 groups of 10240 on one core of a CPU.
+    """
+    values = x.reshape(x.shape[0], groups, -1).float()
+    mean = values.mean(2, keepdim=True)
+    return mean.squeeze(2), (values - mean).square_().mean(2)
+
+
+def _affine(norm: nn.GroupNorm, mean: torch.Tensor, var: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `norm` does to a map with these moments, float32 [B, groups].
+
+    A batch norm over B * C channels in inference mode: one operator, which computes in float32 (or float64).
+    """
+    per_group = norm.num_channels // norm.num_groups
+    means, variances = (one.repeat_interleave(per_group, dim=1).flatten() for one in (mean, var))
+    weight, bias = (None if one is None else one.repeat(mean.shape[0]) for one in (norm.weight, norm.bias))
+
+    def normalise(x: torch.Tensor) -> torch.Tensor:
+        kind = torch.promote_types(x.dtype, torch.float32)
+        scale, shift = (None if one is None else one.to(kind) for one in (weight, bias))
+        channels = x.reshape(1, -1, *x.shape[2:])
+        out = functional.batch_norm(channels, means.to(kind), variances.to(kind), scale, shift, eps=norm.eps)
+        return out.view(x.shape)
+
+    return normalise
+
+
+@torch.compiler.disable
+def _keep_rows(seat: Seat, x: torch.Tensor, beyond: Beyond, normalise: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Make of the rows beyond `x` what the norm's convolution is to read; beyond the image's edge it stays nothing."""
+    assert seat.pair is not None, "only a norm with a pair is given rows"
+    activation = seat.pair.activation
+    above, below = (None if rows is None else activation(normalise(rows)) for rows in beyond)
+    seat.patches.keep_rows(seat, x, (above, below))
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

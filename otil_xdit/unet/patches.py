@@ -19,10 +19,12 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
 from torch.nn import functional
 
+from otil_xdit.borders import Beyond, halo_key
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import LevelGrid, TokenLayout, kept_tokens
 from otil_xdit.subclass import is_swapped, subclass_of, swap_class
-from otil_xdit.unet.layers import Seat, is_spatial, unwrap_layer, wrap_layer
+from otil_xdit.unet.layers import Seat, halo_rows, is_spatial, unwrap_layer, wrap_layer
+from otil_xdit.unet.pairs import RowsForConv, find_pairs
 from otil_xdit.unet.structure import Levels, check_supported
 from otil_xdit.unet.text import TextCache
 
@@ -90,6 +92,7 @@ class UnetPatches:
         self._levels = Levels(network)
         self._grid: LevelGrid | None = None
         self._step, self._calls = -1, 0
+        self._rows: RowsForConv | None = None
 
     @property
     def is_last(self) -> bool:
@@ -107,9 +110,10 @@ class UnetPatches:
         vars(self.network)["_otil_seat"] = Seat(self, "", 0)
         _refuse_freeu(self.network)
         _refuse_shadowed(self.network)
+        pairs = find_pairs(self.network)
         for path, module in self.network.named_modules():
             if is_spatial(module):
-                wrap_layer(module, self, path, self._levels.of(path))
+                wrap_layer(module, self, path, self._levels.of(path), pairs.get(path))
                 self._check_heads(path, module)
         self.text.clear()
         self._step = -1
@@ -138,19 +142,52 @@ class UnetPatches:
         Raises:
             ValueError: on every rank, when a rank has fewer rows than another needs of it.
         """
-        least = min(self._current_grid().rows[seat.level])
-        if max(above, below) > least:
-            raise ValueError(
-                f"the layer {seat.name} needs {max(above, below)} rows of its neighbours, and a rank has {least} "
-                "there; give a larger height or fewer ranks"
-            )
-        return self.session.communicator.halo(self._name(seat), x, above, below)
+        self._check_rows(seat.name, seat.level, above, below)
+        kept, self._rows = self._rows, None
+        given = None if kept is None else kept.take(seat.name, x, above, below)
+        if kept is None or given is None:
+            return self.session.communicator.halo(self._name(seat.name), x, above, below)
+        self._rows = None if kept.is_used_up else kept
+        return self.session.communicator.halo(self._name(seat.name), x, above, below, given)
 
     @torch.compiler.disable
     def moments(self, seat: Seat, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Moments, float32 [B, groups], of whole maps from those of this rank's rows."""
-        share = _share(self._current_grid().rows[seat.level], mean.device)
-        return self.session.communicator.moments(self._name(seat), mean, var, share)
+        self._rows = None
+        return self.session.communicator.moments(self._name(seat.name), mean, var, self._share(seat, mean.device))
+
+    @torch.compiler.disable
+    def norm_halo(
+        self, seat: Seat, mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Beyond | None]:
+        """`moments`, and the rows of the norm's input `x`, [B, C, h, W], that its convolution needs of the neighbours.
+
+        The rows are None where the settings or the pair's modules do not let the two travel together; the convolution
+        then asks by itself.
+
+        Raises:
+            ValueError: as `halo`.
+        """
+        assert seat.pair is not None, "only a norm with a pair asks for rows"
+        if not seat.pair.holds():
+            return *self.moments(seat, mean, var), None
+        above, below = halo_rows(seat.pair.conv)
+        self._check_rows(seat.pair.name, seat.level, above, below)
+        names = self._name(seat.name), self._name(seat.pair.conv_name)
+        share = self._share(seat, mean.device)
+        found = self.session.communicator.norm_halo(names, mean, var, share, x, above, below)
+        return (*self.moments(seat, mean, var), None) if found is None else found
+
+    def keep_rows(self, seat: Seat, x: torch.Tensor, rows: Beyond) -> None:
+        """Have `rows` ready for the convolution of a norm's pair, whose call is the next that asks for any.
+
+        Args:
+            seat: the norm's.
+            x: the norm's input, [B, C, h, W].
+            rows: above and below, None beyond the image's edge.
+        """
+        assert seat.pair is not None, "only a norm with a pair has rows for it"
+        self._rows = RowsForConv(seat.pair, rows, halo_key(x, *halo_rows(seat.pair.conv)))
 
     @torch.compiler.disable
     def attend(self, seat: Seat, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -159,6 +196,7 @@ class UnetPatches:
         Ranks with fewer rows than others pad theirs, as collectives want equal sizes; the padding is taken out again
         before keys are attended to.
         """
+        self._rows = None
         grid, level = self._current_grid(), seat.level
         rows, cols = grid.rows[level], grid.widths[level]
         tokens, most = query.shape[2], max(rows) * cols
@@ -167,7 +205,7 @@ class UnetPatches:
         padding = (0, 0, 0, most - tokens)
         if most > tokens:
             query, key, value = (functional.pad(part, padding) for part in (query, key, value))
-        with self.session.attention(self._name(seat), layout, kept):
+        with self.session.attention(self._name(seat.name), layout, kept):
             return self._attend(query, key, value)[:, :, :tokens]
 
     # ---- the whole pass ------------------------------------------------------------------------------------------
@@ -199,7 +237,7 @@ class UnetPatches:
         try:
             (part,) = plain(latent, **{name: cut.argument(name, value) for name, value in kwargs.items()})
         finally:
-            self._grid, self.running = None, False
+            self._grid, self._rows, self.running = None, None, False
         whole = self._whole(part, sample, cut)
         return UNet2DConditionOutput(sample=whole) if return_dict else (whole,)
 
@@ -232,8 +270,19 @@ class UnetPatches:
         self._calls = self._calls + 1 if step == self._step else 0
         self._step = step
 
-    def _name(self, seat: Seat) -> str:
-        return f"unet/{seat.name}#{self._calls}"
+    def _name(self, layer: str) -> str:
+        return f"unet/{layer}#{self._calls}"
+
+    def _share(self, seat: Seat, device: torch.device) -> torch.Tensor:
+        return _share(self._current_grid().rows[seat.level], device)
+
+    def _check_rows(self, layer: str, level: int, above: int, below: int) -> None:
+        least = min(self._current_grid().rows[level])
+        if max(above, below) > least:
+            raise ValueError(
+                f"the layer {layer} needs {max(above, below)} rows of its neighbours, and a rank has {least} there; "
+                "give a larger height or fewer ranks"
+            )
 
     def _current_grid(self) -> LevelGrid:
         assert self._grid is not None, "layers ask for other ranks' part during a patched pass only"
