@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
+from otil_xdit.scores import check_score
+
 Freshness = Literal["sync", "fresh", "displaced", "frozen"]
 """What a rank knows of the others after warm-up: this step's exact values, what is sent of this step's, what was sent
 until the step before, or the last warm-up step's."""
@@ -14,8 +16,14 @@ until the step before, or the last warm-up step's."""
 Selector = Literal[
     "latent-cosine",
     "latent-l2",
+    "latent-ssim",
+    "latent-mi",
+    "latent-dhash",
     "kv-cosine",
     "kv-l2",
+    "kv-ssim",
+    "kv-mi",
+    "kv-dhash",
     "random",
 ]
 """What is compared to find the sub-blocks that changed most, and how."""
@@ -110,6 +118,8 @@ class OtilConfig:
         if self.max_age and self.max_age * self.ratio < 1:
             least = math.ceil(1 / self.ratio)
             raise ValueError(f"max_age is {self.max_age}; at a ratio of {self.ratio:g} give at least {least}, or 0")
+        if self.select != "random":
+            check_score(self.select.partition("-")[2], self.block)
         _check_number("timeout", self.timeout, above=0.0, up_to=math.inf)
 
     @classmethod

@@ -5,6 +5,7 @@ Shapes: S tokens of one rank, K sub-blocks, T tokens of one sub-block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -172,6 +173,25 @@ def image_positions(segments: Sequence[Segment]) -> torch.Tensor:
     """For every token of a rank its number among the image tokens, or -1 for text; int64 [S]."""
     is_image = torch.cat([torch.full((segment.tokens,), segment.is_image) for segment in segments])
     return torch.where(is_image, is_image.cumsum(0) - 1, -1)
+
+
+def pixel_table(tokens: torch.Tensor, cols: int, side: int) -> torch.Tensor:
+    """The latent pixels under sub-blocks of an image, in row order within each sub-block.
+
+    Args:
+        tokens: int64 [K, T], image tokens of each sub-block, numbered by rows; T a square number or a run.
+        cols: tokens of one row of the image.
+        side: of a token, in latent pixels.
+
+    Returns:
+        int64 [K, T * side**2].
+    """
+    blocks, count = tokens.shape
+    width = math.isqrt(count) if math.isqrt(count) ** 2 == count else count
+    inside = torch.arange(side, device=tokens.device)
+    top = (tokens // cols * side).view(blocks, -1, 1, width, 1) + inside.view(-1, 1, 1)
+    left = (tokens % cols * side).view(blocks, -1, 1, width, 1) + inside
+    return (top * (cols * side) + left).flatten(1)
 
 
 def _starts(length: int, size: int) -> torch.Tensor:

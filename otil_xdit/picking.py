@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional
 
 from otil_xdit.config import OtilConfig
-from otil_xdit.grid import TokenLayout, block_table, image_positions
+from otil_xdit.exchange import PatchGroup
+from otil_xdit.grid import TokenLayout, block_table, image_positions, pixel_table
 from otil_xdit.schedule import Clock
 from otil_xdit.scores import CHANGE_SCORES, check_score
 from otil_xdit.selection import Selector
@@ -34,12 +35,12 @@ class Picker:
     Args:
         config: reads `select`, `block`, `ratio`, `polling`, `max_age` and `seed`.
         clock: the run's.
-        rank: this rank's patch; every rank draws random sub-blocks of its own.
+        group: the ranks that hold the patches; each draws random sub-blocks of its own.
     """
 
-    def __init__(self, config: OtilConfig, clock: Clock, rank: int) -> None:
-        self.layout = TokenLayout()
-        self._config, self._clock, self._rank = config, clock, rank
+    def __init__(self, config: OtilConfig, clock: Clock, group: PatchGroup) -> None:
+        self.layout = TokenLayout(chunks=group.ulysses_degree)
+        self._config, self._clock, self._rank = config, clock, group.rank
         self._source, _, self._criterion = config.select.partition("-")
         self._geometries: dict[tuple[TokenLayout, int], _Geometry] = {}
         self._selectors: dict[object, Selector] = {}
@@ -104,7 +105,10 @@ class Picker:
         found = self._geometries.get((self.layout, tokens))
         if found is None:
             segments = self.layout.segments(tokens)
-            table = block_table(segments, max(1, self._config.block // self.layout.pixels))
+            side = max(1, self._config.block // self.layout.pixels)
+            if self._source == "kv":
+                check_score(self._criterion, side)
+            table = block_table(segments, side)
             image_token = image_positions(segments)
             found = _Geometry(table.to(device), image_token.to(device), int(image_token.max()) + 1)
             self._geometries[self.layout, tokens] = found
@@ -122,20 +126,22 @@ class Picker:
     def _latent_scores(self, geometry: _Geometry) -> torch.Tensor:
         """Change of the latent under each sub-block; text has no latent and is sent by polling alone."""
         positions = geometry.image_token[geometry.table]
-        latent, previous = (self._as_tokens(seen) for seen in (self._latent, self._previous_latent))
-        if latent is None or previous is None or latent.shape[-2] != geometry.image_tokens:
+        latent, previous = (self._pixels_of(seen) for seen in (self._latent, self._previous_latent))
+        side = self.layout.pixels
+        if latent is None or previous is None or latent.shape[-2] != geometry.image_tokens * side**2:
             raise ValueError(
                 f"otil_select {self._config.select} needs a latent whose sub-blocks can be told apart, which this "
-                f"model or this Ulysses degree does not give; choose kv-{self._criterion} or kv-l2"
+                "model or this Ulysses degree does not give; choose kv-cosine or kv-l2"
             )
-        scores = CHANGE_SCORES[self._criterion](latent, previous, positions.clamp_min(0))
+        pixels = pixel_table(positions.clamp_min(0), self.layout.cols, side)
+        scores = CHANGE_SCORES[self._criterion](latent, previous, pixels)
         return scores.masked_fill(positions[:, 0] < 0, torch.finfo(scores.dtype).min)
 
-    def _as_tokens(self, latent: torch.Tensor | None) -> torch.Tensor | None:
-        """The latent pixels under each image token of the layout: [B, S_image, C * pixels**2], zeros where padded."""
+    def _pixels_of(self, latent: torch.Tensor | None) -> torch.Tensor | None:
+        """The latent's pixels under the layout's tokens in row order: [B, pixels, C], zeros where padded."""
         if latent is None or self.layout.rows == 0:
             return None
         side = self.layout.pixels
         rows, cols = self.layout.rows * side - latent.shape[2], self.layout.cols * side - latent.shape[3]
         padded = functional.pad(latent, (0, max(cols, 0), 0, max(rows, 0)))
-        return functional.pixel_unshuffle(padded, side).flatten(2).transpose(1, 2)
+        return padded.flatten(2).transpose(1, 2)

@@ -60,7 +60,7 @@ class OtilRun:
         self._replica = Exchange(group.replica or group, config.timeout, self.exchange.traffic)
         self.clock = Clock()
         self._schedule = Schedule.from_config(config)
-        self._picker = Picker(config, self.clock, group.rank)
+        self._picker = Picker(config, self.clock, group)
         self._layers: dict[str, KVLayer] = {}
         self._halos: dict[str, HaloLayer] = {}
         self._moments: dict[str, MomentsLayer] = {}

@@ -19,7 +19,10 @@ PATIENCE = 240.0  # seconds; importing xfuser takes 5 on an idle machine and a m
 MODEL = ["--model", "tiny-dit", "--prompt", "a red circle"]
 
 WRONG = {
-    "strategy": ("--parallel foo", "no such strategy; choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, sync, naive"),
+    "strategy": (
+        "--parallel foo",
+        "no such strategy; choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, sync, naive",
+    ),
     "ratio 0": ("--parallel otil --otil_ratio 0", "give a number in (0, 1]"),
     "ratio 1.5": ("--parallel otil --otil-ratio=1.5", "give a number in (0, 1]"),
     "ratio abc": ("--parallel otil --otil_ratio abc", "give a fraction such as 1/8"),

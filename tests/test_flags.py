@@ -92,7 +92,11 @@ def test_degrees_fill_the_world_or_are_refused(patches: int, others: dict[str, i
 
 
 WRONG = [
-    ("--parallel foo", "--parallel foo: no such strategy; choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, sync, naive"),
+    (
+        "--parallel foo",
+        "--parallel foo: no such strategy; choose from otil, otil-paper, distrifusion, compact-1bit, "
+        "compact-2bit, sync, naive",
+    ),
     ("--parallel otil --otil_ratio 0", r"--otil_ratio.* is 0; give a number in \(0, 1\]"),
     ("--parallel otil --otil_ratio 1.5", r"--otil_ratio.* is 1.5; give a number in \(0, 1\]"),
     ("--parallel otil --otil_ratio abc", "--otil_ratio.*'abc' is not a ratio; give a fraction such as 1/8"),

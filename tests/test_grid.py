@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otil_xdit.grid import LevelGrid, Segment, TokenLayout, block_table, image_positions, kept_tokens, split_rows
+from otil_xdit.grid import (
+    LevelGrid,
+    Segment,
+    TokenLayout,
+    block_table,
+    image_positions,
+    kept_tokens,
+    pixel_table,
+    split_rows,
+)
 
 sizes = st.integers(1, 40)
 
@@ -98,3 +107,14 @@ def test_unknown_order_becomes_one_run() -> None:
     assert TokenLayout(chunks=2).segments(20) == [Segment(1, 20, is_image=False)]
     assert TokenLayout(rows=2, cols=3, text="none").segments(7) == [Segment(1, 7, is_image=False)]
     assert torch.equal(image_positions([Segment(1, 3, is_image=False)]), torch.full((3,), -1))
+
+
+def test_pixels_of_a_sub_block_are_a_square_of_the_latent() -> None:
+    rows, cols, side, block = 4, 6, 2, 2
+    table = block_table([Segment(rows, cols)], block)
+    latent = torch.arange(rows * side * cols * side).view(rows * side, cols * side)
+    pixels = latent.flatten()[pixel_table(table, cols, side)]
+    corners = [(top, left) for top in range(0, rows * side, 4) for left in range(0, cols * side, 4)]
+    assert [square.view(4, 4).tolist() for square in pixels] == [
+        latent[top : top + 4, left : left + 4].tolist() for top, left in corners
+    ]

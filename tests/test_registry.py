@@ -59,7 +59,9 @@ def test_another_package_brings_a_strategy(
     assert list(strategies()) == [*BUILT_IN, "lazy"]
     choice = choose({"parallel": "lazy", "otil_ratio": 0.25}, 2)
     assert choice is not None and choice.config == OtilConfig(ratio=0.25, refresh=3)
-    with pytest.raises(ValueError, match="choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, sync, naive, lazy"):
+    with pytest.raises(
+        ValueError, match="choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, sync, naive, lazy"
+    ):
         get_strategy("broken")
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 3, "each broken one is named once"
@@ -91,7 +93,7 @@ def test_register_strategy(own_registry: None) -> None:
 def test_built_in_strategies_are_what_pyproject_points_at() -> None:
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     for name in BUILT_IN:
-        assert f'{name} = "otil_xdit.registry:{name.upper()}"' in pyproject
+        assert f'{name} = "otil_xdit.registry:{name.upper().replace("-", "_")}"' in pyproject
         assert getattr(registry, name.upper()) is get_strategy(name)
 
 

@@ -53,7 +53,10 @@ def test_an_eighth_sends_an_eighth(on_two: dict[str, Any]) -> None:
 
 
 def test_more_bytes_are_closer(on_two: dict[str, Any]) -> None:
-    errors = [on_two[name]["mean_error"] for name in ("naive", "paper 1/8", "paper 1/2", "distrifusion", "otil", "high", "sync")]
+    errors = [
+        on_two[name]["mean_error"]
+        for name in ("naive", "paper 1/8", "paper 1/2", "distrifusion", "otil", "high", "sync")
+    ]
     assert errors == sorted(errors, reverse=True), errors
 
 
