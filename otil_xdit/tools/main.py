@@ -13,6 +13,7 @@ from otil_xdit import __version__
 
 TOOLS = {
     "models": "list the models: what runs under --parallel, how, and what is refused",
+    "study": "the paper's selection study: does change of the latent tell change of the picture?",
 }
 """Name and summary of each tool; its module here has the name, with `add_arguments(parser)` and `run(arguments)`.
 

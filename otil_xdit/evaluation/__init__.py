@@ -1,0 +1,1 @@
+"""Measuring quality: matrices of runs, metrics, reports, the paper's selection study."""
