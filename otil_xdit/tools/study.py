@@ -58,9 +58,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def read_settings(arguments: argparse.Namespace) -> Settings:
     """The flags as `Settings`; raises `ValueError` for what is not a ratio."""
-    named = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
+    named: dict[str, Any] = {
+        name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__
+    }
     named["ratios"] = [parse_ratio(text) for text in arguments.ratios]
-    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+    frozen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+    return Settings(**frozen)
 
 
 def _say(line: str) -> None:
