@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation import generate, metrics, store, weights
 from otil_xdit.evaluation.matrix import Call, Case, Matrix, Sampler, parse_sampler, parse_variant
-from otil_xdit.evaluation.models import find_model
+from otil_xdit.evaluation.models import find_model, load_pipe
 from otil_xdit.evaluation.report import plot, table
 from otil_xdit.evaluation.rows import Row, as_json, with_figures, with_shares
 from otil_xdit.evaluation.sheets import AMPLIFIED, Column, difference, sheet
 from otil_xdit.evaluation.store import Picture, Store, load_picture, save_picture
+from otil_xdit.evaluation.worker import last_line
 from otil_xdit.tools import eval as tool
 from otil_xdit.tools import main as tools
-
-SMALL = ["--prompts", "1"]
 
 REFUSED = {
     "model": ("--models tiny-sdd", "--models tiny-sdd: no such model; choose from tiny-sd, tiny-sdxl, tiny-dit"),
@@ -327,6 +328,42 @@ def test_a_small_run_on_two_ranks(
     assert {name: row["psnr"] for name, row in again.items()} == {"sync": sync["psnr"], "naive": naive["psnr"]}
     with pytest.raises(AssertionError, match="started"):
         tools.main([*run, "sync", "naive", "--fresh"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "part"), [("tiny-sd", "unet"), ("tiny-dit", "transformer")])
+def test_a_lora_is_in_every_picture(model: str, part: str, tmp_path: Path) -> None:
+    pipe = load_pipe(find_model(model).folder, "own", None)
+    layers = ["to_q", "to_k", "to_v"]
+    getattr(pipe, part).add_adapter(LoraConfig(target_modules=layers, init_lora_weights=False))
+    weights = get_peft_model_state_dict(getattr(pipe, part))
+    type(pipe).save_lora_weights(tmp_path / "lora", **{f"{part}_lora_layers": weights})
+    run = ["eval", "--models", model, "--samplers", "own:3", "--prompts", "1", "--presets", "sync", "--out"]
+    assert tools.main([*run, str(tmp_path / "with"), "--lora", str(tmp_path / "lora")]) == 0
+    assert tools.main([*run, str(tmp_path / "without")]) == 0
+    (made,) = json.loads((tmp_path / "with" / "rows.json").read_text())
+    assert made["psnr"] > 80
+    found = [load_picture(path).image for name in ("with", "without") for path in (tmp_path / name / "cache").iterdir()]
+    assert metrics.psnr(found[0], found[2]) < 40, "the LoRA changes nothing"
+
+
+def test_variants_with_the_same_settings_are_made_once(tmp_path: Path) -> None:
+    twice = matrix(variants=(parse_variant("otil"), parse_variant("otil:ratio=1/8")))
+    known = Store(tmp_path, twice)
+    launch = generate._Launch(twice.cases(2), twice, known, 2)
+    (case,) = json.loads(next(tmp_path.glob("run-2-*/plan.json")).read_text())["cases"]
+    assert case["variant"] == "otil" and len(case["pictures"]) == 2 and launch.log.parent.parent == tmp_path
+
+
+def test_an_error_is_one_line() -> None:
+    def fail(error: Exception) -> str:
+        try:
+            raise error
+        except Exception as raised:
+            return last_line(raised)
+
+    assert fail(ValueError("first\nlast\n")) == "ValueError: last"
+    assert fail(AssertionError()) == "AssertionError: test_eval.py: raise error"
 
 
 def test_a_stuck_torchrun_is_ended_and_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
