@@ -240,7 +240,7 @@ def test_rows_are_written_as_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "rows", [made_up_rows(), made_up_rows()[3:4], made_up_rows()[-1:]], ids=["all", "0 B", "failed"]
+    "rows", [made_up_rows(), made_up_rows()[3:5], made_up_rows()[-1:]], ids=["all", "no point", "failed"]
 )
 def test_the_plot_is_a_picture(rows: list[Row], tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
@@ -306,9 +306,9 @@ def test_clip_score_reads_a_folder(tmp_path: Path) -> None:
 def test_a_small_run_on_two_ranks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One variant fails and costs only itself; what is made is not made again."""
+    """One variant fails and the others are reported; what is made is not made again."""
     run = ["eval", "--models", "tiny-dit", "--samplers", "own:3", "--prompts", "1", "--out", str(tmp_path), "--presets"]
-    assert tools.main([*run, "sync", "otil:timeout=0.001", "naive"]) == 1
+    assert tools.main([*run, "sync", "naive", "otil:timeout=0.001"]) == 1
     shown = capsys.readouterr()
     assert shown.out == (tmp_path / "table.md").read_text() + "\n"
     rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
@@ -345,6 +345,34 @@ def test_a_lora_is_in_every_picture(model: str, part: str, tmp_path: Path) -> No
     assert made["psnr"] > 80
     found = [load_picture(path).image for name in ("with", "without") for path in (tmp_path / name / "cache").iterdir()]
     assert metrics.psnr(found[0], found[2]) < 40, "the LoRA changes nothing"
+
+
+def test_a_failure_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of torchrun: makes the pictures of a plan until it comes to ``naive``, where rank 1 fails first."""
+    launched = []
+
+    def torchrun(command: list[str], *args: object, **kwargs: object) -> int:
+        path = Path(command[-1])
+        plan = json.loads(path.read_text())
+        launched.append([case["variant"] for case in plan["cases"]])
+        for index, case in enumerate(plan["cases"]):
+            if case["variant"] == "naive":
+                for rank in (0, 1):
+                    note = {"case": index, "rank": rank, "error": f"Error: {rank}", "time": 10 - rank}
+                    (path.parent / f"failed-{rank}.json").write_text(json.dumps(note))
+                return 1
+            for picture in case["pictures"]:
+                save_picture(Path(plan["store"]), picture["key"], Picture(torch.zeros(3, 1, 1), None, 0.0))
+        return 0
+
+    monkeypatch.setattr(generate, "run_to_end", torchrun)
+    three = matrix(variants=tuple(parse_variant(name) for name in ("otil", "naive", "sync")))
+    known = Store(tmp_path, three)
+    assert generate.make_pictures(three, known, jobs=1, timeout=9) == {three.cases(2)[1]: "rank 1: Error: 1"}
+    assert launched == [[None], ["otil", "naive", "sync"], ["sync"]]
+    assert [len(known.missing(case)) for case in three.cases(2)] == [0, 2, 0]
+    logs = [path.parent.name for path in tmp_path.glob("run-*/plan.json")]
+    assert len(logs) == 1 and logs[0].startswith("run-2-"), "the one that failed is kept"
 
 
 def test_variants_with_the_same_settings_are_made_once(tmp_path: Path) -> None:
