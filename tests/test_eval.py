@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation import generate, metrics, store, weights
 from otil_xdit.evaluation.matrix import Call, Case, Matrix, Sampler, parse_sampler, parse_variant
-from otil_xdit.evaluation.models import find_model
+from otil_xdit.evaluation.models import find_model, load_pipe
 from otil_xdit.evaluation.report import plot, table
 from otil_xdit.evaluation.rows import Row, as_json, with_figures, with_shares
 from otil_xdit.evaluation.sheets import AMPLIFIED, Column, difference, sheet
 from otil_xdit.evaluation.store import Picture, Store, load_picture, save_picture
+from otil_xdit.evaluation.worker import last_line
 from otil_xdit.tools import eval as tool
 from otil_xdit.tools import main as tools
-
-SMALL = ["--prompts", "1"]
 
 REFUSED = {
     "model": ("--models tiny-sdd", "--models tiny-sdd: no such model; choose from tiny-sd, tiny-sdxl, tiny-dit"),
@@ -239,7 +240,7 @@ def test_rows_are_written_as_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "rows", [made_up_rows(), made_up_rows()[3:4], made_up_rows()[-1:]], ids=["all", "0 B", "failed"]
+    "rows", [made_up_rows(), made_up_rows()[4:2:-1], made_up_rows()[-1:]], ids=["all", "no point", "failed"]
 )
 def test_the_plot_is_a_picture(rows: list[Row], tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
@@ -305,9 +306,9 @@ def test_clip_score_reads_a_folder(tmp_path: Path) -> None:
 def test_a_small_run_on_two_ranks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One variant fails and costs only itself; what is made is not made again."""
+    """One variant fails and the others are reported; what is made is not made again."""
     run = ["eval", "--models", "tiny-dit", "--samplers", "own:3", "--prompts", "1", "--out", str(tmp_path), "--presets"]
-    assert tools.main([*run, "sync", "otil:timeout=0.001", "naive"]) == 1
+    assert tools.main([*run, "sync", "naive", "otil:timeout=0.001"]) == 1
     shown = capsys.readouterr()
     assert shown.out == (tmp_path / "table.md").read_text() + "\n"
     rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
@@ -327,6 +328,70 @@ def test_a_small_run_on_two_ranks(
     assert {name: row["psnr"] for name, row in again.items()} == {"sync": sync["psnr"], "naive": naive["psnr"]}
     with pytest.raises(AssertionError, match="started"):
         tools.main([*run, "sync", "naive", "--fresh"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "part"), [("tiny-sd", "unet"), ("tiny-dit", "transformer")])
+def test_a_lora_is_in_every_picture(model: str, part: str, tmp_path: Path) -> None:
+    pipe = load_pipe(find_model(model).folder, "own", None)
+    layers = ["to_q", "to_k", "to_v"]
+    getattr(pipe, part).add_adapter(LoraConfig(target_modules=layers, init_lora_weights=False))
+    weights = get_peft_model_state_dict(getattr(pipe, part))
+    type(pipe).save_lora_weights(tmp_path / "lora", **{f"{part}_lora_layers": weights})
+    run = ["eval", "--models", model, "--samplers", "own:3", "--prompts", "1", "--presets", "sync", "--out"]
+    assert tools.main([*run, str(tmp_path / "with"), "--lora", str(tmp_path / "lora")]) == 0
+    assert tools.main([*run, str(tmp_path / "without")]) == 0
+    (made,) = json.loads((tmp_path / "with" / "rows.json").read_text())
+    assert made["psnr"] > 80
+    found = [load_picture(path).image for name in ("with", "without") for path in (tmp_path / name / "cache").iterdir()]
+    assert metrics.psnr(found[0], found[2]) < 40, "the LoRA changes nothing"
+
+
+def test_a_failure_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of torchrun: makes the pictures of a plan until it comes to ``naive``, where rank 1 fails first."""
+    launched = []
+
+    def torchrun(command: list[str], *args: object, **kwargs: object) -> int:
+        path = Path(command[-1])
+        plan = json.loads(path.read_text())
+        launched.append([case["variant"] for case in plan["cases"]])
+        for index, case in enumerate(plan["cases"]):
+            if case["variant"] == "naive":
+                for rank in (0, 1):
+                    note = {"case": index, "rank": rank, "error": f"Error: {rank}", "time": 10 - rank}
+                    (path.parent / f"failed-{rank}.json").write_text(json.dumps(note))
+                return 1
+            for picture in case["pictures"]:
+                save_picture(Path(plan["store"]), picture["key"], Picture(torch.zeros(3, 1, 1), None, 0.0))
+        return 0
+
+    monkeypatch.setattr(generate, "run_to_end", torchrun)
+    three = matrix(variants=tuple(parse_variant(name) for name in ("otil", "naive", "sync")))
+    known = Store(tmp_path, three)
+    assert generate.make_pictures(three, known, jobs=1, timeout=9) == {three.cases(2)[1]: "rank 1: Error: 1"}
+    assert launched == [[None], ["otil", "naive", "sync"], ["sync"]]
+    assert [len(known.missing(case)) for case in three.cases(2)] == [0, 2, 0]
+    logs = [path.parent.name for path in tmp_path.glob("run-*/plan.json")]
+    assert len(logs) == 1 and logs[0].startswith("run-2-"), "the one that failed is kept"
+
+
+def test_variants_with_the_same_settings_are_made_once(tmp_path: Path) -> None:
+    twice = matrix(variants=(parse_variant("otil"), parse_variant("otil:ratio=1/8")))
+    known = Store(tmp_path, twice)
+    launch = generate._Launch(twice.cases(2), twice, known, 2)
+    (case,) = json.loads(next(tmp_path.glob("run-2-*/plan.json")).read_text())["cases"]
+    assert case["variant"] == "otil" and len(case["pictures"]) == 2 and launch.log.parent.parent == tmp_path
+
+
+def test_an_error_is_one_line() -> None:
+    def fail(error: Exception) -> str:
+        try:
+            raise error
+        except Exception as raised:
+            return last_line(raised)
+
+    assert fail(ValueError("first\nlast\n")) == "ValueError: last"
+    assert fail(AssertionError()) == "AssertionError: test_eval.py: raise error"
 
 
 def test_a_stuck_torchrun_is_ended_and_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

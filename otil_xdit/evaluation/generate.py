@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from otil_xdit.cli import CPU_ENVIRONMENT
-from otil_xdit.evaluation.matrix import Case, Matrix
+from otil_xdit.evaluation.matrix import Call, Case, Matrix
 from otil_xdit.evaluation.store import Store
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.launch import STUCK, run_to_end
@@ -77,6 +77,7 @@ def _make(cases: Sequence[Case], matrix: Matrix, store: Store, processes: int, t
         launch = _Launch(todo, matrix, store, processes)
         code = launch.run(timeout)
         if code in SIGNALLED:
+            launch.clean_up()
             raise Interrupted(code)
         if any(store.missing(case) for case in todo):
             case, reason = launch.blame(code, timeout)
@@ -91,8 +92,15 @@ class _Launch:
     """One torchrun and what it left: a plan, a log, and a note from each rank that failed."""
 
     def __init__(self, cases: Sequence[Case], matrix: Matrix, store: Store, processes: int) -> None:
-        self._cases, self._store, self._processes = cases, store, processes
-        self._calls = {case: store.missing(case) for case in cases}
+        self._store, self._processes = store, processes
+        self._calls: dict[Case, list[Call]] = {}
+        planned: set[Path] = set()
+        for case in cases:  # variants with the same settings share their pictures
+            calls = [call for call in store.missing(case) if store.path(case, call) not in planned]
+            planned |= {store.path(case, call) for call in calls}
+            if calls:
+                self._calls[case] = calls
+        self._cases = list(self._calls)
         self._folder = Path(tempfile.mkdtemp(prefix=f"run-{processes}-", dir=store.folder))
         self.log = self._folder / "log.txt"
         self._plan = self._folder / "plan.json"

@@ -119,6 +119,10 @@ def load_pipe(folder: str, sampler: str, lora: str | None) -> Any:
         pipe.scheduler = make_scheduler(sampler, pipe.scheduler)
     if lora is not None:
         pipe.load_lora_weights(str(Path(lora).parent), weight_name=Path(lora).name)
+        if getattr(pipe, "unet", None) is None:
+            # xDiT's wrappers of transformers take plain linear layers only. Fused for one process too: the same sums.
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device())
 

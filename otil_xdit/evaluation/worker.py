@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,19 @@ def main() -> None:
             else:
                 _make_variant(plan, case, rank == ranks - 1)
         except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            note = {"case": index, "rank": rank, "error": f"{type(error).__name__}: {lines[-1] if lines else ''}"}
-            path.with_name(f"failed-{rank}.json").write_text(json.dumps({**note, "time": time.time()}))
+            note = {"case": index, "rank": rank, "error": last_line(error), "time": time.time()}
+            path.with_name(f"failed-{rank}.json").write_text(json.dumps(note))
             raise
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def last_line(error: Exception) -> str:
+    """An error's kind and the last line of what it says; where it says nothing, where it was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {lines[-1] if lines else f'{Path(place.filename).name}: {place.line}'}"
 
 
 def _make_references(plan: dict[str, Any], case: dict[str, Any], rank: int, ranks: int) -> None:

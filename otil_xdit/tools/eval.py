@@ -67,7 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=1, metavar="N", help="pictures of each prompt, seeds 0 to N - 1 (default 1)")
     add("--guidance", type=float, default=4.0, metavar="G", help="guidance scale (default 4)")
     add("--size", type=int, default=128, metavar="PIXELS", help="height and width (default 128)")
-    add("--lora", metavar="PATH", help="LoRA weights: a file, or a folder with one .safetensors; one model only")
+    add(
+        "--lora",
+        metavar="PATH",
+        help="LoRA weights: a file, or a folder with one .safetensors; one model only; fused into a DiT",
+    )
     add("--out", type=Path, default=Path("eval-out"), metavar="FOLDER", help="for all results (default eval-out)")
     add("--sheet_rows", type=int, default=4, metavar="N", help="pictures of a case on its contact sheet (default 4)")
     add(
