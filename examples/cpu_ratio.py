@@ -44,7 +44,7 @@ PARTS = {
     "convolutions": ("conv2d",),
     "attention": ("scaled_dot_product_attention",),
     "linear layers": ("linear",),
-    "norms": ("group_norm", "layer_norm", "var_mean", "addcmul", "rsqrt", "repeat_interleave"),
+    "norms": ("group_norm", "layer_norm", "batch_norm", "mean", "square_", "repeat_interleave"),
 }
 """Parts of a step and the torch functions that they call; every other function moves or adds values."""
 REST, WAITING, PYTHON = "element-wise, copies", "waiting for the other rank", "Python and dispatch"

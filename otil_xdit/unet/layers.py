@@ -200,7 +200,8 @@ def _affine(norm: nn.GroupNorm, mean: torch.Tensor, var: torch.Tensor) -> Callab
     """
     per_group = norm.num_channels // norm.num_groups
     means, variances = (one.repeat_interleave(per_group, dim=1).flatten() for one in (mean, var))
-    weight, bias = (None if one is None else one.repeat(mean.shape[0]) for one in (norm.weight, norm.bias))
+    affine = (norm.weight, norm.bias)
+    weight, bias = (None if one is None else one.expand(len(mean), -1).reshape(-1) for one in affine)
 
     def normalise(x: torch.Tensor) -> torch.Tensor:
         kind = torch.promote_types(x.dtype, torch.float32)
