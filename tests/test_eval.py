@@ -28,8 +28,8 @@ from otil_xdit.tools import main as tools
 
 REFUSED = {
     "model": ("--models tiny-sdd", "--models tiny-sdd: no such model; choose from tiny-sd, tiny-sdxl, tiny-dit"),
-    "preset": ("--presets oti", "--presets oti: 'oti' is not a preset; choose from otil, distrifusion"),
-    "setting": ("--presets otil:ration=1", "'ration=1' is not setting=value; settings are ratio, block, select"),
+    "preset": ("--presets oti", "--presets oti: 'oti' is not a preset; choose from otil, "),
+    "setting": ("--presets otil:ration=1", "'ration=1' is not setting=value; settings are "),
     "value": ("--presets otil:ratio=2", "--presets otil:ratio=2: ratio=2: ratio is 2; give a number in (0, 1]"),
     "choice": ("--presets otil:select=best", "select is 'best'; choose from latent-cosine"),
     "number": ("--presets otil:polling=half", "--presets otil:polling=half: polling=half: could not convert"),
@@ -96,7 +96,7 @@ def test_a_variant_is_a_preset_with_settings() -> None:
 def matrix(**changes: Any) -> Matrix:
     known: dict[str, Any] = {
         "models": (find_model("tiny-sd"),),
-        "variants": (parse_variant("otil"),),
+        "variants": (parse_variant("otil:ratio=1/8"),),
         "ranks": (2,),
         "samplers": (Sampler("ddim", 3),),
         "calls": (Call("a circle", 0), Call("a circle", 1)),
@@ -128,7 +128,9 @@ def test_a_key_changes_with_all_that_determines_a_picture(tmp_path: Path, monkey
     ]
     assert len(set(keys)) == len(keys)
     assert key(case=replace(case, variant=parse_variant("otil:ratio=0.125"))) == keys[0], "the same settings"
-    assert key(case=replace(case, variant=parse_variant("otil:timeout=9"))) == keys[0], "a timeout draws nothing"
+    assert key(case=replace(case, variant=parse_variant("otil:ratio=1/8,timeout=9"))) == keys[0], (
+        "a timeout draws nothing"
+    )
     monkeypatch.setattr(store, "code_fingerprint", lambda names=(): "callers" if names else "changed")
     changed = key(case=case.reference)
     monkeypatch.setattr(store, "code_fingerprint", lambda names=(): "callers")
@@ -376,11 +378,11 @@ def test_a_failure_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_variants_with_the_same_settings_are_made_once(tmp_path: Path) -> None:
-    twice = matrix(variants=(parse_variant("otil"), parse_variant("otil:ratio=1/8")))
+    twice = matrix(variants=(parse_variant("otil:ratio=1/8"), parse_variant("otil:ratio=0.125")))
     known = Store(tmp_path, twice)
     launch = generate._Launch(twice.cases(2), twice, known, 2)
     (case,) = json.loads(next(tmp_path.glob("run-2-*/plan.json")).read_text())["cases"]
-    assert case["variant"] == "otil" and len(case["pictures"]) == 2 and launch.log.parent.parent == tmp_path
+    assert case["variant"] == "otil:ratio=1/8" and len(case["pictures"]) == 2 and launch.log.parent.parent == tmp_path
 
 
 def test_an_error_is_one_line() -> None:
@@ -400,6 +402,9 @@ def test_a_stuck_torchrun_is_ended_and_blamed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(generate, "WORKER", "sleeper")
     only = matrix(calls=(Call("a circle", 0),))
     failures = generate.make_pictures(only, Store(tmp_path / "cache", only), jobs=1, timeout=3.0)
-    assert [str(case) for case in failures] == ["tiny-sd, ddim:3, one process", "tiny-sd, ddim:3, otil on 2 ranks"]
+    assert [str(case) for case in failures] == [
+        "tiny-sd, ddim:3, one process",
+        "tiny-sd, ddim:3, otil:ratio=1/8 on 2 ranks",
+    ]
     alone, together = failures.values()
     assert alone == "no picture within 3 s" and together == f"no picture of one process to compare with ({alone})"
