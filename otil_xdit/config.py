@@ -45,6 +45,9 @@ SmallFreshness = Literal["fresh", "displaced"]
 
 MAX_BLOCK = 64
 
+_SHORTEST_WAIT = 1e-3
+"""Seconds; collectives count in milliseconds, and take 0 for no deadline at all."""
+
 
 @dataclass(frozen=True)
 class OtilConfig:
@@ -66,7 +69,8 @@ class OtilConfig:
         against: what ``kv-`` scores compare with; the latent is always compared with that of the step before.
         polling: share of the k sub-blocks that is taken in turn instead of by change, in [0, 1].
         max_age: bound on the steps that a sub-block stays unsent, kept by taking the oldest in turn; 0 for none.
-        warmup_steps: number of initial synchronous steps, at least 1.
+        warmup_steps: number of initial synchronous steps, at least 1; all tokens are sent.
+        warmup_codec: how. ``raw`` makes these steps exact; ``int8`` is a quarter of float32's bytes.
         refresh: after warm-up every `refresh`-th step is synchronous too; 0 for never.
         tolerance: a layer whose prediction missed by more than this in the last step, relative to its values, waits
             for this step's payloads as under ``fresh``; 0 for no such check. Makes the host wait for the device.
@@ -83,8 +87,8 @@ class OtilConfig:
     """
 
     freshness: Freshness = "displaced"
-    fresh_share: float = 1 / 3
-    ratio: float = 0.5
+    fresh_share: float = 0.5
+    ratio: float = 0.875
     codec: CodecName = "2bit"
     predict: Predict = "measured"
     gain: float = 0.75
@@ -95,6 +99,7 @@ class OtilConfig:
     polling: float = 0.0
     max_age: int = 0
     warmup_steps: int = 2
+    warmup_codec: CodecName = "int8"
     refresh: int = 0
     tolerance: float = 0.0
     halo: SmallFreshness = "fresh"
@@ -121,6 +126,8 @@ class OtilConfig:
         if self.select != "random":
             check_score(self.select.partition("-")[2], self.block)
         _check_number("timeout", self.timeout, above=0.0, up_to=math.inf)
+        if self.timeout < _SHORTEST_WAIT:
+            raise ValueError(f"timeout is {self.timeout:g}; give a number from {_SHORTEST_WAIT:g} up")
 
     @classmethod
     def of_quality(cls, quality: str | None, **settings: Any) -> OtilConfig:
@@ -139,7 +146,7 @@ class OtilConfig:
 
 
 QUALITIES: dict[str, dict[str, Any]] = {
-    "draft": {"ratio": 0.25},
+    "draft": {"ratio": 0.4375},
     "balanced": {},
     "high": {"ratio": 1.0, "fresh_share": 1.0},
 }
@@ -148,6 +155,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
 _CHOICES = {
     "freshness": Freshness,
     "codec": CodecName,
+    "warmup_codec": CodecName,
     "predict": Predict,
     "select": Selector,
     "against": Against,

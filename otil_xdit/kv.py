@@ -52,6 +52,8 @@ class KVLayer(ExchangedLayer[torch.Tensor]):
         self._errors: torch.Tensor | None = None
         self._previous: torch.Tensor | None = None
         self._predictor: Predictor | None = None
+        self._raw = make_codec("raw", like.dtype)
+        self._warmup_codec = make_codec(config.warmup_codec, like.dtype)
         if config.freshness == "sync":
             return
         self._predictor = Predictor(like, group.world_size, group.rank, config)
@@ -114,9 +116,9 @@ class KVLayer(ExchangedLayer[torch.Tensor]):
 
         Args:
             fresh: this rank's keys and values of this step, [2, B, S, C], contiguous.
-            mode: ``sync`` waits for everybody's of this step; ``fresh`` waits for what is sent of them; ``displaced``
-                takes what was sent until the step before, predicted to this one, and sends for the next; ``frozen``
-                keeps what there is.
+            mode: ``sync`` waits for everybody's of this step, exact but for the warm-up's codec; ``fresh`` waits for
+                what is sent of them; ``displaced`` takes what was sent until the step before, predicted to this one,
+                and sends for the next; ``frozen`` keeps what there is.
             pick: says what to send, in the modes ``fresh`` and ``displaced`` where not everything is sent.
             workspace: room for results.
             step: for error messages.
@@ -130,16 +132,34 @@ class KVLayer(ExchangedLayer[torch.Tensor]):
         ranks = self._exchange.group.world_size
         whole = workspace("whole", (2, *self.shape[1:2], ranks, *self.shape[2:]), self.dtype)
         if mode == "sync":
-            gathered = workspace("gathered", (ranks, *self.shape), self.dtype)
-            whole.copy_(self._exchange.all_gather(fresh, gathered, kind, where).wait().permute(1, 2, 0, 3, 4))
-            if self._predictor is not None:
-                self._predictor.learn(whole)
+            self._gather_all(fresh, whole, workspace, kind, where)
         else:
             self._gather_some(fresh, mode, pick, whole, kind, where)
         if self._previous is not None:
             self._previous.copy_(fresh)
         self.visits += 1
         return whole.flatten(2, 3)
+
+    def _gather_all(
+        self, fresh: torch.Tensor, whole: torch.Tensor, workspace: Workspace, kind: str, where: str
+    ) -> None:
+        ranks, predictor = self._exchange.group.world_size, self._predictor
+        codec = self._warmup_codec if self.visits < self._config.warmup_steps else self._raw
+        if predictor is None or not codec.of_residuals:
+            gathered = workspace("gathered", (ranks, *self.shape), self.dtype)
+            everybody = self._exchange.all_gather(fresh, gathered, kind, where).wait()
+            whole.copy_(everybody.permute(1, 2, 0, 3, 4))
+        else:
+            vectors, width = fresh[..., 0].numel(), self.shape[-1]
+            payload = workspace("payload", (codec.size(vectors, width),), torch.uint8)
+            received = workspace("received", (ranks, payload.numel()), torch.uint8)
+            codec.encode((fresh - predictor.known(own=True)).reshape(vectors, width), payload)
+            coded = self._exchange.all_gather(payload, received, kind, where).wait()
+            changes = codec.decode(coded, vectors, width).unflatten(1, self.shape[:3]).permute(1, 2, 0, 3, 4)
+            whole.copy_(changes.add_(predictor.known()))
+        if predictor is not None:
+            predictor.learn(whole)
+        whole[:, :, self._exchange.group.rank] = fresh
 
     def _gather_some(
         self, fresh: torch.Tensor, mode: Mode, pick: Pick, whole: torch.Tensor, kind: str, where: str

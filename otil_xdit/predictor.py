@@ -65,8 +65,13 @@ class Predictor:
         """Forget what is known; the next thing must be `learn`."""
         self._known = False
 
+    def known(self, own: bool = False) -> torch.Tensor:
+        """Everybody's values of the step before, float32 [2, B, N, S, C], or this rank's, [2, B, S, C]; 0 at first."""
+        value = self.value[:, :, self._rank] if own else self.value
+        return value.float() if self._known else torch.zeros_like(value, dtype=torch.float32)
+
     def learn(self, values: torch.Tensor) -> None:
-        """Take everybody's exact values, [2, B, N, S, C], of a synchronous step."""
+        """Take everybody's values, [2, B, N, S, C], of a synchronous step, the same on every rank."""
         if self.velocity is not None:
             if self._known:
                 velocity = self.velocity.float()

@@ -113,7 +113,7 @@ def _preset(
 
 _PICKING = ("block", "select", "against", "polling", "max_age", "seed")
 _MOVING = ("gain", "damping", "fresh_share", "tolerance", "quality")
-_NOT_PREDICTED: dict[str, Any] = {"predict": "none", "tolerance": 0.0}
+_NOT_PREDICTED: dict[str, Any] = {"predict": "none", "tolerance": 0.0, "warmup_codec": "raw"}
 _ALL_VALUES: dict[str, Any] = {"ratio": 1.0, "codec": "raw"}
 _ALL_STALE: dict[str, Any] = {"freshness": "displaced", "fresh_share": 0.0, "halo": "displaced", "moments": "displaced"}
 

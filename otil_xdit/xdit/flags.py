@@ -223,6 +223,12 @@ OPTIONS = (
         "warmup_steps",
     ),
     _Option(
+        "otil_warmup_codec",
+        "HOW",
+        f"What they send, of all tokens: {', '.join(get_args(CodecName))} (default {OtilConfig.warmup_codec}).",
+        setting="warmup_codec",
+    ),
+    _Option(
         "otil_refresh",
         "N",
         f"After warm-up make every N-th step synchronous; 0 for never (default {OtilConfig.refresh}).",
