@@ -195,6 +195,23 @@ def test_the_table_has_a_line_for_each_metric_and_blanks_for_what_was_not_measur
     assert "0.125" in lines[0] and lines[-1] == "- 32 x 32 latent: block 4 is left out for ssim, which needs 8"
 
 
+def test_the_last_prediction_is_the_picture() -> None:
+    """The last flow step goes all the way to the prediction, so the pipeline's own picture is the same."""
+    pipe = trajectories.load("tiny-dit", "dpm-solver")
+    seen = trajectories.generate(pipe, "a small red ring on the left, dotted background", 5, 3, 4.0, 64)
+    own = pipe(
+        "a small red ring on the left, dotted background",
+        height=64,
+        width=64,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
+    assert seen.latents.shape == seen.clean.shape == (3, 4, 16, 16) and seen.pixels.shape == (3, 3, 64, 64)
+    torch.testing.assert_close(seen.pixels[-1:], own, rtol=0, atol=1e-4)
+
+
 def test_the_whole_study_on_tiny_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     flags = "--models tiny-dit --prompts 1 --steps 3 --blocks 4 --ratios 1/4 --metrics l2 random".split()

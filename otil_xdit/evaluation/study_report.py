@@ -74,7 +74,7 @@ def draw_bars(rows: Sequence[Row], path: Path) -> None:
                 place = [at + (index - (len(metrics) - 1) / 2) * width for at in range(len(models))]
                 _bars(panel, here, metric, models, place, width)
             panel.axhline(0.5, color="black", linestyle="--", linewidth=0.8)
-            panel.set(title=f"block {block}, ratio {fraction(ratio)} ({here[0].regions} regions)", ylim=(0.3, 1.0))
+            panel.set(title=f"block {block}, ratio {fraction(ratio)} ({here[0].regions} regions)", ylim=(0.2, 1.0))
             panel.set_xticks(range(len(models)), models)
             panel.set_ylabel("AUC")
     _legend(figure, metrics)
@@ -102,6 +102,7 @@ def draw_steps(rows: Sequence[Row], path: Path) -> None:
         for panel, model in zip(line, models, strict=True):
             for row in select(seen, truth=truth, model=model, ratio=ratio):
                 panel.plot(range(1, len(row.by_step) + 1), row.by_step, color=COLOURS[row.metric], linewidth=1.2)
+                panel.set_xticks(range(1, len(row.by_step) + 1, max(1, len(row.by_step) // 7)))
             panel.axhline(0.5, color="black", linestyle="--", linewidth=0.8)
             panel.set(title=f"{model}, pixels ranked by {target}", xlabel="step", ylabel="AUC", ylim=(0.2, 1.0))
     _legend(figure, distinct(seen, "metric"))
