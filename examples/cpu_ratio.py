@@ -35,6 +35,9 @@ MODELS = {"narrow": 1, "wide": 5}
 """Times the width of tiny-sd."""
 STRATEGIES = ("sync", "otil", "distrifusion", "naive")
 ALONE = "one process"
+SETTINGS = {"warmup_steps": 2, "fresh_share": 0.0}
+"""What is timed are displaced steps, of the strategies that have them."""
+
 SKIPPED_STEPS = 4
 """Warm-up steps, and the first displaced ones, which make their buffers."""
 
@@ -128,7 +131,7 @@ def steps(pipe: Any, kind: str, count: int, observer: Any = None) -> list[float]
 @contextmanager
 def attached(pipe: Any, kind: str) -> Iterator[Any]:
     """The session of `pipe` while it runs with a strategy."""
-    session = session_of(otil_xdit.parallelize(pipe, get_strategy(kind).make_config({})))
+    session = session_of(otil_xdit.parallelize(pipe, get_strategy(kind).make_config(SETTINGS)))
     assert session is not None
     try:
         yield session

@@ -26,8 +26,9 @@ RUNS = {
     "one process": [],
     "sync": ["--parallel", "sync"],
     "distrifusion": ["--parallel", "distrifusion"],
-    "otil 1/4": ["--parallel", "otil", "--otil_ratio", "1/4"],
-    "otil 1/8": ["--parallel", "otil", "--otil_ratio", "1/8"],
+    "otil-paper": ["--parallel", "otil-paper"],
+    "otil": ["--parallel", "otil"],
+    "otil draft": ["--parallel", "otil", "--otil_quality", "draft"],
 }
 MODELS = {
     "tiny-sd": ["--scheduler", "dpm-solver", "--num_inference_steps", "20"],
