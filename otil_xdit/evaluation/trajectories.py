@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from otil_xdit.xdit.schedulers import SCHEDULERS, make_scheduler
+from otil_xdit.evaluation.models import OWN, load_pipe
+from otil_xdit.xdit.schedulers import SCHEDULERS
 from otil_xdit.xdit.shipped import model_folder
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
@@ -99,17 +100,7 @@ def load(model: str, sampler: str) -> Any:
 
     A DiT (flow matching) keeps its own sampler.
     """
-    from diffusers import DiffusionPipeline
-
-    index = json.loads((_folder(model) / "model_index.json").read_text())
-    # diffusers wants to be told that a third text encoder is absent; to pipelines without one it says nothing.
-    without_third = "text_encoder_3" in index and index["text_encoder_3"][0] is None
-    absent = {"text_encoder_3": None, "tokenizer_3": None} if without_third else {}
-    pipe = DiffusionPipeline.from_pretrained(str(_folder(model)), torch_dtype=torch.float32, **absent)
-    pipe.set_progress_bar_config(disable=True)
-    if sampler != "own" and type(pipe.scheduler).__name__ != FLOW:
-        pipe.scheduler = make_scheduler(sampler, pipe.scheduler)
-    return pipe
+    return load_pipe(str(_folder(model)), OWN if sampler_of(model, sampler) == FLOW else sampler, None)
 
 
 @torch.no_grad()
