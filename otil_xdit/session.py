@@ -221,7 +221,7 @@ def _ticked(kind: Any) -> type:
         out = kind.step(self, *args, **kwargs)
         clock: Clock = self._otil_clock
         if clock.step == 0:
-            clock.total = _steps_of(self, kwargs["timestep"] if "timestep" in kwargs else args[1])
+            clock.total = _steps_of(self, kwargs.get("timestep", args[1] if len(args) > 1 else None))
         clock.tick()
         return out
 
@@ -231,11 +231,14 @@ def _ticked(kind: Any) -> type:
 def _steps_of(scheduler: Any, first: Any) -> int | None:
     """The number of `step` calls of a generation whose first one is for the timestep `first`; None if it is not known.
 
-    Image-to-image begins in the middle of the scheduler's timesteps. Reads them from the device, once a generation.
+    Image-to-image begins in the middle of the scheduler's timesteps; where a scheduler of second order has one twice,
+    with the second, as diffusers does. A pipeline that ends early (SDXL's `denoising_end`) does fewer. Reads the
+    timesteps from the device, once a generation.
     """
     timesteps = getattr(scheduler, "timesteps", None)
-    if not isinstance(timesteps, torch.Tensor):
+    if not isinstance(timesteps, torch.Tensor) or first is None:
         return None
     known = timesteps.flatten().tolist()
     at = float(torch.as_tensor(first).flatten()[0])
-    return len(known) - (known.index(at) if at in known else 0)
+    places = [place for place, timestep in enumerate(known) if timestep == at]
+    return len(known) - [0, *places[:2]][-1]
