@@ -1,0 +1,100 @@
+"""`otil-xdit memory`: how much memory the exchange's copies take on a rank, found without weights and without ranks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import get_args
+
+import torch
+
+from otil_xdit.config import Copies, OtilConfig
+from otil_xdit.evaluation.memory import PUBLISHED, Memory, Network, attention_layers, find_network, memory_of
+from otil_xdit.registry import get_strategy
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+ROOMS = ("whole", "gathered", "payload", "received")
+"""What all layers use in turn, by the names that `otil_xdit.kv` gives them."""
+
+TITLES = (
+    *("model", "ranks", "preset", "largest layer", "all layers", "values", "velocities", "payloads"),
+    *(f"shared: {room}" for room in ROOMS),
+)
+
+MEGABYTE = 10**6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which networks, how large a picture, on how many ranks, and how copies are kept."""
+    add = parser.add_argument
+    add(
+        "--models",
+        nargs="+",
+        default=["SDXL", "FLUX"],
+        metavar="MODEL",
+        help=f"{', '.join(PUBLISHED)}, shipped models, or folders in diffusers format (default SDXL FLUX)",
+    )
+    add("--size", type=int, default=1024, metavar="PIXELS", help="height and width (default 1024)")
+    add("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="numbers of patches (default 2 4 8)")
+    add("--batch", type=int, metavar="B", help="images in one pass (default 2, with and without the prompt; FLUX 1)")
+    add("--text_tokens", type=int, default=512, metavar="N", help="of a DiT (default 512, as FLUX has)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the network (default bfloat16)")
+    add(
+        "--copies",
+        nargs="+",
+        choices=get_args(Copies),
+        default=list(get_args(Copies)),
+        help="as --otil_copies, each a row of the preset otil (default all)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table.
+
+    Raises:
+        ValueError: for arguments that no run could have.
+    """
+    _check_at_least("ranks", 2, *arguments.ranks)
+    _check_at_least("batch", 1, *([] if arguments.batch is None else [arguments.batch]))
+    _check_at_least("text_tokens", 1, arguments.text_tokens)
+    rows = [row for name in arguments.models for row in rows_of(find_network(name), arguments)]
+    print(f"{arguments.size} x {arguments.size} pixels, {arguments.dtype}. MB (10^6 bytes) on each rank:\n")
+    print_markdown(rows)
+
+
+def _check_at_least(flag: str, least: int, *values: int) -> None:
+    for value in values:
+        if value < least:
+            raise ValueError(f"--{flag} {value}; give a whole number from {least} up")
+
+
+def presets(copies: list[str]) -> dict[str, OtilConfig]:
+    """The settings to compare, by the name in the table."""
+    found = {"distrifusion": get_strategy("distrifusion").make_config({})}
+    for how in copies:
+        found[f"otil, copies {how}"] = get_strategy("otil").make_config({"copies": how})
+    return found
+
+
+def rows_of(network: Network, arguments: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    """A row for each number of ranks and preset."""
+    batch, dtype = arguments.batch or network.batch, getattr(torch, arguments.dtype)
+    for ranks in arguments.ranks:
+        layers = attention_layers(network, arguments.size, ranks, arguments.text_tokens)
+        for name, config in presets(arguments.copies).items():
+            yield network.name, str(ranks), name, *cells(memory_of(layers, ranks, batch, dtype, config))
+
+
+def cells(memory: Memory) -> tuple[str, ...]:
+    """The figures of a row, in the order of `TITLES`."""
+    figures = (memory.largest, memory.total, memory.values, memory.velocities, memory.buffers)
+    rooms = (memory.rooms.get(room, 0) for room in ROOMS)
+    return tuple(f"{figure / MEGABYTE:.1f}" for figure in (*figures, *rooms))
+
+
+def print_markdown(rows: list[tuple[str, ...]]) -> None:
+    """A table with figures to the right."""
+    lines = [TITLES, tuple("---" if column in (0, 2) else "---:" for column in range(len(TITLES))), *rows]
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
