@@ -147,7 +147,7 @@ SYNC = _preset(
     "sync",
     "every step waits for everybody: exact",
     fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync"},
-    unread=(*_PICKING, *_MOVING, "halo", "moments", "warmup_steps", "refresh", "copies"),
+    unread=(*_PICKING, *_MOVING, "halo", "moments", "warmup_steps", "refresh", "copies", "check"),
 )
 NAIVE = _preset(
     "naive",

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from otil_xdit.evaluation.matrix import parse_variant
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.degrees import FlagError, resolve_patch_degree
 from otil_xdit.xdit.flags import ParallelChoice, add_otil_args, choose
@@ -43,6 +44,19 @@ def test_only_given_settings_reach_the_strategy() -> None:
     assert choice is not None
     assert (choice.strategy.name, choice.patch_degree, choice.ulysses_degree) == ("otil", 2, 1)
     assert choice.config == type(choice.config)(ratio=0.25, warmup_steps=3, polling=0.0)
+
+
+def test_a_switch_takes_no_value() -> None:
+    """The next argument stays its own; a switch that is not given is not a setting that is."""
+    choice = chosen("--parallel otil --otil_check --otil_warmup 3")
+    assert choice is not None and choice.config == type(choice.config)(check=True, warmup_steps=3)
+    without = chosen("--parallel otil")
+    assert without is not None and without.config.check is False
+    with pytest.raises(FlagError, match="--otil_check given without --parallel"):
+        chosen("--otil_check")
+    assert parse_variant("otil:check=yes").config.check is True
+    with pytest.raises(ValueError, match="check=maybe: 'maybe' is neither yes nor no"):
+        parse_variant("otil:check=maybe")
 
 
 @pytest.mark.parametrize("text", ["1/8", "0.125", " 1/8", ".125"])

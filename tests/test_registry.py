@@ -94,7 +94,7 @@ def test_built_in_strategies_are_what_pyproject_points_at() -> None:
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     for name in BUILT_IN:
         assert f'{name} = "otil_xdit.registry:{name.upper().replace("-", "_")}"' in pyproject
-        assert getattr(registry, name.upper()) is get_strategy(name)
+        assert getattr(registry, name.upper().replace("-", "_")) is get_strategy(name)
 
 
 def test_register_twice_changes_nothing() -> None:
@@ -107,3 +107,54 @@ def test_register_twice_changes_nothing() -> None:
     otil_xdit.register()
     get_strategy("otil").install()
     assert (usp.ring_attn, arguments.add_runner_args, arguments.create_config) == before
+
+
+OTHER_VALUES = {
+    "freshness": ("fresh", "displaced"),
+    "fresh_share": (0.3,),
+    "ratio": (0.3,),
+    "codec": ("int4",),
+    "predict": ("constant",),
+    "gain": (0.3,),
+    "damping": (0.3,),
+    "block": (2,),
+    "select": ("random",),
+    "against": ("prediction", "previous"),
+    "polling": (0.3,),
+    "max_age": (50,),
+    "warmup_steps": (7,),
+    "warmup_codec": ("int4",),
+    "refresh": (5,),
+    "tolerance": (0.3,),
+    "halo": ("fresh", "displaced"),
+    "moments": ("fresh", "displaced"),
+    "copies": ("small",),
+    "check": (True,),
+    "timeout": (7.0,),
+    "seed": (7,),
+    "quality": ("draft",),
+}
+"""Values of every setting, at least one of which is not the preset's own."""
+
+
+@pytest.mark.parametrize("preset", BUILT_IN)
+def test_a_setting_has_an_effect_or_is_warned_about(preset: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert set(OTHER_VALUES) == {*OtilConfig.__dataclass_fields__, "quality"}
+    make_config = get_strategy(preset).make_config
+    plain = make_config({})
+    for setting, values in OTHER_VALUES.items():
+        for value in values:
+            caplog.clear()
+            if getattr(plain, setting, None) == value:
+                continue
+            changed = make_config({setting: value}) != plain
+            said = [record.getMessage() for record in caplog.records]
+            flag = setting.removesuffix("_steps")
+            assert said == ([] if changed else [f"--otil_{flag} has no effect with --parallel {preset}"]), setting
+
+
+def test_what_makes_a_preset_may_be_said_again(caplog: pytest.LogCaptureFixture) -> None:
+    assert get_strategy("distrifusion").make_config({"freshness": "displaced", "codec": "raw"}) == get_strategy(
+        "distrifusion"
+    ).make_config({})
+    assert not caplog.records

@@ -1,10 +1,12 @@
 """U-Nets on the command line: what is refused before anything starts, and what a folder is taken for."""
 
+import copy
 import importlib
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as some
 
@@ -233,6 +235,18 @@ def test_every_scheduler_can_be_made_of_another(name: str) -> None:
     assert not new.config.get("clip_sample", False), "latents are not in [-1, 1]"
     new.set_timesteps(5)
     assert len(new.timesteps) >= 5
+
+
+def test_the_solver_for_the_stochastic_equation_draws_noise() -> None:
+    diffusers = importlib.import_module("diffusers")
+    for old in (diffusers.DDIMScheduler(), diffusers.DPMSolverMultistepScheduler()):
+        new = make_scheduler("dpm-solver-sde", old)
+        assert new.config.algorithm_type == "sde-dpmsolver++"
+        new.set_timesteps(5)
+        seeds = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
+        ones = torch.ones(1, 4, 8, 8)
+        drawn = [copy.deepcopy(new).step(ones, new.timesteps[0], ones, generator=seed).prev_sample for seed in seeds]
+        assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
 
 
 def test_settings_of_the_old_scheduler_win() -> None:

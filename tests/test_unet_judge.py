@@ -24,6 +24,8 @@ TELLING = (
     "callback: error",
     "shared components",
     "UniPCMultistepScheduler",
+    "noise of dpm-solver-sde",
+    "noise of euler-a",
     "SDXL img2img",
     "inpaint, 9 channels",
     "SDXL ControlNet",

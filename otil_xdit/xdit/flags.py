@@ -105,12 +105,21 @@ def _whole_number(text: str) -> int:
         raise ValueError(f"{text!r} is not a whole number") from error
 
 
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError(f"{text!r} is neither yes nor no")
+    return text == "yes"
+
+
 @dataclass(frozen=True)
 class _Option:
-    """A flag of ours, and the setting in `OtilConfig` that it gives a value to, if it does."""
+    """A flag of ours, and the setting in `OtilConfig` that it gives a value to, if it does.
+
+    One without a `metavar` takes no value on the command line and stands for True; `parse` is for other texts.
+    """
 
     flag: str
-    metavar: str
+    metavar: str | None
     help: str
     parse: Callable[[str], Any] = str
     setting: str | None = None
@@ -264,6 +273,14 @@ OPTIONS = (
         setting="copies",
     ),
     _Option(
+        "otil_check",
+        None,
+        "For debugging, slow: compare a digest of the copies on all ranks at every layer and step, and stop where they "
+        "differ.",
+        _yes_or_no,
+        "check",
+    ),
+    _Option(
         "otil_timeout",
         "SECONDS",
         f"How long a rank waits for the others before it gives up (default {OtilConfig.timeout:g}).",
@@ -286,9 +303,11 @@ def add_otil_args(parser: argparse.ArgumentParser) -> None:
     )
     names = ", ".join(known).replace("%", "%%")
     for option in OPTIONS:
-        text = option.help.replace("{names}", names)
+        value: dict[str, Any] = {"metavar": option.metavar, "type": _typed(option.parse)}
+        if option.metavar is None:  # not "store_true", whose False would look as if it was given
+            value = {"action": "store_const", "const": True}
         try:
-            group.add_argument(f"--{option.flag}", metavar=option.metavar, type=_typed(option.parse), help=text)
+            group.add_argument(f"--{option.flag}", help=option.help.replace("{names}", names), **value)
         except argparse.ArgumentError:
             if option.flag != "parallel":  # which an xfuser with this project's patches has by itself
                 raise

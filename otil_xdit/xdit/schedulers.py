@@ -10,6 +10,7 @@ SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "deis": "DEISMultistepScheduler",
     "dpm-solver": "DPMSolverMultistepScheduler",
+    "dpm-solver-sde": "DPMSolverMultistepScheduler",
     "dpm-solver-single": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-a": "EulerAncestralDiscreteScheduler",
@@ -22,6 +23,10 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 """By the name that ``--scheduler`` takes. Those that need scipy or torchsde are left out."""
+
+SETTINGS = {"dpm-solver-sde": {"algorithm_type": "sde-dpmsolver++"}}
+"""What makes a name differ from another of the same class, whatever the old scheduler says. Noise is drawn by the
+pipeline's generator, which diffusers hands to `step`, or from torch's own, so it is the same on all ranks."""
 
 LATENT_DEFAULTS = {"clip_sample": False, "skip_prk_steps": True}
 """What these settings are for latents, where the old scheduler does not know them; diffusers' own defaults are for
@@ -38,4 +43,4 @@ def scheduler_name(text: str) -> str:
 def make_scheduler(name: str, old: Any) -> Any:
     """The scheduler of that name with the noise schedule, prediction type and timestep spacing of `old`."""
     kind = getattr(importlib.import_module("diffusers"), SCHEDULERS[scheduler_name(name)])
-    return kind.from_config({**LATENT_DEFAULTS, **old.config})
+    return kind.from_config({**LATENT_DEFAULTS, **old.config}, **SETTINGS.get(name, {}))

@@ -21,6 +21,7 @@ from diffusers import (
 )
 from torch import distributed as dist
 
+from otil_xdit.xdit.schedulers import make_scheduler
 from tests.judge.parts import picture, pipeline, scheduler
 from tests.judge.scene import OTHER_PROMPT, PICTURES_TOLERANCE, PROMPT, Scene, calling, images
 
@@ -57,6 +58,16 @@ def with_scheduler(kind: type) -> Callable[[Any], list[torch.Tensor]]:
     def run(pipe: Any) -> list[torch.Tensor]:
         pipe.scheduler = kind.from_config(scheduler().config)
         return [images(pipe)]
+
+    return run
+
+
+def drawing(name: str) -> Callable[[Any], list[torch.Tensor]]:
+    """Calls with a scheduler that adds noise at every step: with a generator, and without one from torch's own."""
+
+    def run(pipe: Any) -> list[torch.Tensor]:
+        pipe.scheduler = make_scheduler(name, scheduler())
+        return [images(pipe), *without_generator(pipe)]
 
     return run
 
@@ -204,4 +215,5 @@ SCENES = (
     Scene("slicing and tiling", sd, saving_memory, PICTURES_TOLERANCE),
     Scene("float64", sd, in_double),
     *(Scene(kind.__name__, sd, with_scheduler(kind)) for kind in SCHEDULERS),
+    *(Scene(f"noise of {name}", sd, drawing(name)) for name in ("dpm-solver-sde", "euler-a")),
 )
