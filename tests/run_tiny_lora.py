@@ -61,7 +61,7 @@ def yellow(picture: torch.Tensor) -> float:
 def picture(pipe: Any) -> torch.Tensor:
     """A picture, [1, 3, 128, 128], of values in 0..1."""
     draw = torch.Generator().manual_seed(3)
-    return pipe(PROMPT, num_inference_steps=10, guidance_scale=4.0, generator=draw, output_type="pt").images
+    return pipe(PROMPT, num_inference_steps=6, guidance_scale=4.0, generator=draw, output_type="pt").images
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ FOLDER = Path(model_folder("tiny-sd-lora"))
 
 @cache
 def found() -> dict[str, Any]:
-    (line,) = lines_of(2, "run_tiny_lora.py", timeout=240)
+    (line,) = lines_of(2, "run_tiny_lora.py", timeout=480)
     return line
 
 
 def test_two_ranks_draw_what_one_process_draws() -> None:
     assert found()["unwrapped"] == []
-    # Values are 0..1; float32 through ten steps with guidance, then the VAE.
-    assert found()["max_error"] <= 1e-3
+    # Values are 0..1; float32 through six steps with guidance, then the VAE.
+    assert found()["max_error"] <= 1e-4
 
 
 def test_shapes_have_golden_rims() -> None:
@@ -35,10 +35,10 @@ def test_shapes_have_golden_rims() -> None:
 
 
 def test_adapters_of_convolutions_add_no_messages() -> None:
-    # Ten synchronous steps; 52 convolutions, 61 norms, 45 pairs of them.
+    # Six synchronous steps; 52 convolutions, 61 norms, 45 pairs of them.
     counts = found()["messages"]
     sent = sum(counts.get(kind, 0) for kind in ("halo", "moments", "halo-warmup", "moments-warmup"))
-    assert sent == 10 * (52 + 61 - 45)
+    assert sent == 6 * (52 + 61 - 45)
 
 
 def test_the_file_is_small_and_float16() -> None:
