@@ -58,7 +58,8 @@ class OtilConfig:
             step's payloads (CompactFusion, NeurIPS 2025); ``displaced`` uses those of the previous step while the new
             ones travel (DistriFusion, CVPR 2024); ``frozen`` exchanges nothing after warm-up.
         fresh_share: under ``displaced`` the share of a generation's steps, counted from the first, that are exchanged
-            as under ``fresh``, in [0, 1]: while the large shapes settle, an old value does most harm.
+            as under ``fresh``, in [0, 1], and the first 8 at least unless it is 0: while the large shapes settle, an
+            old value does most harm.
         ratio: share k/K of a patch's sub-blocks that a rank sends each step after warm-up, in (0, 1]. ``1`` sends all.
         codec: how it sends them.
         predict: how copies are carried to the next step (`otil_xdit.predictor.Predictor`).

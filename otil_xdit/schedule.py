@@ -12,6 +12,10 @@ Mode = Literal["sync", "fresh", "displaced", "frozen"]
 """How one layer is exchanged at one step: everybody's exact values of this step, what is sent of them at this step,
 what was sent until the step before, or what was last known."""
 
+LEAST_FRESH_STEPS = 8
+"""Steps that wait for their payloads, warm-up included, however few there are in all: few steps are large ones, and a
+prediction from the last of them is poor."""
+
 
 @dataclass
 class Clock:
@@ -57,7 +61,7 @@ class Schedule:
             return "sync"
         if self.freshness == "displaced" and self.fresh_share > 0:
             # Without a total nobody knows when the pictures' large shapes are settled: wait throughout.
-            if total is None or done < math.ceil(self.fresh_share * total - 1e-9):
+            if total is None or done < max(math.ceil(self.fresh_share * total - 1e-9), LEAST_FRESH_STEPS):
                 return "fresh"
         return self.freshness
 

@@ -22,13 +22,14 @@ def modes(total: int | None, steps: int, **settings: Any) -> str:
 @pytest.mark.parametrize(
     ("total", "share", "expected"),
     [
-        (4, 0.5, "ssdd"),
+        (4, 0.5, "ssff"),
         (15, 0.5, "ss" + 6 * "f" + 7 * "d"),
         (50, 0.5, "ss" + 23 * "f" + 25 * "d"),
-        (100, 0.07, "ss" + 5 * "f" + 93 * "d"),  # 0.07 * 100 is a little more than 7
+        (300, 0.07, "ss" + 19 * "f" + 279 * "d"),  # 0.07 * 300 is a little more than 21
         (15, 0.0, "ss" + 13 * "d"),
         (15, 1.0, "ss" + 13 * "f"),
-        (4, 0.1, "ssdd"),
+        (4, 0.1, "ssff"),
+        (20, 0.1, "ss" + 6 * "f" + 12 * "d"),
         (1, 0.5, "s"),
     ],
 )

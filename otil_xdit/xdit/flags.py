@@ -164,8 +164,8 @@ OPTIONS = (
     _Option(
         "otil_fresh_share",
         "P",
-        "Under displaced: share of the steps, from the first, that wait for their payloads "
-        f"(default {OtilConfig.fresh_share:g}).",
+        "Under displaced: share of the steps, from the first (8 at least, unless it is 0), that wait for their "
+        f"payloads (default {OtilConfig.fresh_share:g}).",
         float,
         "fresh_share",
     ),
