@@ -86,7 +86,7 @@ def session_lines(trials: list[Trial]) -> Iterator[dict[str, Any]]:
 
 
 def parallel(trial: Trial, unet: UNet2DConditionModel) -> Any:
-    config = OtilConfig(freshness=trial.freshness, warmup_steps=1, ratio=1.0, timeout=PATIENCE)
+    config = OtilConfig(freshness=trial.freshness, warmup_steps=1, warmup_codec="raw", timeout=PATIENCE)
     degrees = trial.degrees
     return otil_xdit.parallelize(
         pipeline_around(unet), config, ulysses_degree=degrees.ulysses, use_cfg_parallel=degrees.cfg > 1
