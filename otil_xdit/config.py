@@ -125,7 +125,10 @@ class OtilConfig:
             least = math.ceil(1 / self.ratio)
             raise ValueError(f"max_age is {self.max_age}; at a ratio of {self.ratio:g} give at least {least}, or 0")
         if self.select != "random":
-            check_score(self.select.partition("-")[2], self.block)
+            try:
+                check_score(self.select.partition("-")[2], self.block)
+            except ValueError as error:
+                raise ValueError(f"select is {self.select!r} and block {self.block}: {error}") from None
         _check_number("timeout", self.timeout, above=0.0, up_to=math.inf)
         if self.timeout < _SHORTEST_WAIT:
             raise ValueError(f"timeout is {self.timeout:g}; give a number from {_SHORTEST_WAIT:g} up")
