@@ -52,7 +52,6 @@ class KVLayer(ExchangedLayer[torch.Tensor]):
         self._errors: torch.Tensor | None = None
         self._previous: torch.Tensor | None = None
         self._predictor: Predictor | None = None
-        self._raw = make_codec("raw", like.dtype)
         self._warmup_codec = make_codec(config.warmup_codec, like.dtype)
         if config.freshness == "sync":
             return
@@ -144,8 +143,9 @@ class KVLayer(ExchangedLayer[torch.Tensor]):
         self, fresh: torch.Tensor, whole: torch.Tensor, workspace: Workspace, kind: str, where: str
     ) -> None:
         ranks, predictor = self._exchange.group.world_size, self._predictor
-        codec = self._warmup_codec if self.visits < self._config.warmup_steps else self._raw
-        if predictor is None or not codec.of_residuals:
+        codec = self._warmup_codec
+        # A refresh is exact, whatever the warm-up sends.
+        if predictor is None or not codec.of_residuals or self.visits >= self._config.warmup_steps:
             gathered = workspace("gathered", (ranks, *self.shape), self.dtype)
             everybody = self._exchange.all_gather(fresh, gathered, kind, where).wait()
             whole.copy_(everybody.permute(1, 2, 0, 3, 4))

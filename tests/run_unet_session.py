@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,21 +142,12 @@ def counted() -> dict[str, float]:
 
 def small_bytes(pipe: Any) -> int:
     """For this rank of two: one row of its map to each neighbour that a 3x3 convolution reads, 2 float32 a group."""
-    rank, total = dist.get_rank(), []
 
-    def seen(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        batch, channels, _, width = inputs[0].shape
-        if isinstance(module, nn.GroupNorm):
-            total.append(batch * module.num_groups * 2 * 4)
-        elif rank == 0 or module.stride[0] == 1:  # the lower rank needs a row of the upper one at any stride
-            total.append(batch * channels * width * 4)
+    def sent(module: nn.Module, x: torch.Tensor) -> int:
+        batch, channels, _, width = x.shape
+        return 4 * batch * (module.num_groups * 2 if isinstance(module, nn.GroupNorm) else channels * width)
 
-    spatial = [m for m in pipe.unet.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "kernel_size", 0) == (3, 3)]
-    handles = [module.register_forward_pre_hook(seen) for module in spatial]
-    image(pipe, steps=1)
-    for handle in handles:
-        handle.remove()
-    return sum(total)
+    return summed_over_messages(pipe, sent)
 
 
 def paired() -> dict[str, dict[str, float]]:
@@ -214,10 +206,17 @@ def saved_with_dropout() -> int:
 
 def small_messages(pipe: Any) -> int:
     """Messages of this rank of two in a step in which every norm and every convolution asks by itself."""
+    return summed_over_messages(pipe, lambda module, x: 1)
+
+
+def summed_over_messages(pipe: Any, of: Callable[[nn.Module, torch.Tensor], int]) -> int:
+    """Sum of ``of(layer, its input)`` over a step's norms and 3x3 convolutions that send something from this rank."""
     total = []
 
     def seen(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        total.append(1 if isinstance(module, nn.GroupNorm) or dist.get_rank() == 0 or module.stride[0] == 1 else 0)
+        # The lower rank needs a row of the upper one at any stride.
+        if isinstance(module, nn.GroupNorm) or dist.get_rank() == 0 or module.stride[0] == 1:
+            total.append(of(module, inputs[0]))
 
     spatial = [m for m in pipe.unet.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "kernel_size", 0) == (3, 3)]
     handles = [module.register_forward_pre_hook(seen) for module in spatial]
