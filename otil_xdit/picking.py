@@ -1,6 +1,7 @@
 """`Picker`: which sub-blocks of a layer a rank sends at a step, from the settings and from what the network is given.
 
-Shapes: B batch, S tokens of this rank, C features, K sub-blocks of T tokens, k sent a step.
+Shapes: L layers of equal shape, l of them in a run; B batch, S tokens of this rank, C features, K sub-blocks of T
+tokens, k sent a step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from otil_xdit.config import OtilConfig
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout, block_table, image_positions, pixel_table
 from otil_xdit.schedule import Clock
-from otil_xdit.scores import CHANGE_SCORES, check_score
+from otil_xdit.scores import CHANGE_SCORES, check_score, l2_of_difference
 from otil_xdit.selection import Selector
 
 
@@ -80,26 +81,41 @@ class Picker:
         """Tokens of each sub-block in a sequence of `tokens` tokens of the present layout, int64 [K, T]."""
         return self._geometry(tokens, device).table
 
-    def pick(self, name: str, table: torch.Tensor, fresh: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """The sub-blocks that this rank sends of a layer now.
+    def pick(
+        self,
+        layers: tuple[str, int],
+        table: torch.Tensor,
+        fresh: torch.Tensor,
+        reference: torch.Tensor,
+        difference: torch.Tensor | None,
+        run: slice,
+    ) -> torch.Tensor:
+        """The sub-blocks that this rank sends of some layers now.
 
         Args:
-            name: the layer's.
-            table: the layer's, as `table` gave it.
-            fresh: this rank's keys and values, [2, B, S, C].
+            layers: a name for all L layers, and L.
+            table: theirs, as `table` gave it.
+            fresh: this rank's keys and values, [l, 2, B, S, C].
             reference: what they have changed from: the step before, or what the others predict.
+            difference: the one less the other, where it is known.
+            run: which of the layers.
 
         Returns:
-            int64 [k].
+            int64 [l, k].
         """
         if self._source == "kv":
-            return self._selector(name, table).pick(CHANGE_SCORES[self._criterion](fresh, reference, table))
-        geometry = self._geometry(fresh.shape[2], fresh.device)
+            if self._criterion == "l2" and difference is not None:
+                scores = l2_of_difference(difference, table)
+            else:
+                score = CHANGE_SCORES[self._criterion]
+                scores = torch.stack([score(new, old, table) for new, old in zip(fresh, reference, strict=True)])
+            return self._selector(*layers, table).pick(scores, run)
+        geometry = self._geometry(fresh.shape[3], fresh.device)
         if geometry.picked is None or geometry.picked_at != self._clock.step:
             scores = self._random_scores(geometry) if self._source == "random" else self._latent_scores(geometry)
-            geometry.picked = self._selector((self.layout, fresh.shape[2]), table).pick(scores)
+            geometry.picked = self._selector((self.layout, fresh.shape[3]), 1, table).pick(scores[None])
             geometry.picked_at = self._clock.step
-        return geometry.picked
+        return geometry.picked.expand(len(fresh), -1)
 
     def _geometry(self, tokens: int, device: torch.device) -> _Geometry:
         found = self._geometries.get((self.layout, tokens))
@@ -114,10 +130,10 @@ class Picker:
             self._geometries[self.layout, tokens] = found
         return found
 
-    def _selector(self, key: object, table: torch.Tensor) -> Selector:
+    def _selector(self, key: object, layers: int, table: torch.Tensor) -> Selector:
         if key not in self._selectors:
-            config = self._config
-            self._selectors[key] = Selector(table.shape[0], config.ratio, config.polling, config.max_age, table.device)
+            config, blocks = self._config, table.shape[0]
+            self._selectors[key] = Selector(blocks, config.ratio, config.polling, config.max_age, table.device, layers)
         return self._selectors[key]
 
     def _random_scores(self, geometry: _Geometry) -> torch.Tensor:

@@ -4,8 +4,8 @@ Sender and receivers keep the same copy and carry it forward by the same rule, f
 rank to rank (a rank's own fresh values) never enters it. Bit for bit the same, because everything but one number is
 done element by element, and that number, the gain, is measured by the sender and travels in its payload.
 
-Shapes: N patches, B batch, S tokens of one patch, C features (heads x head dimension), m tokens that a rank sends.
-Everything is computed in float32, whatever the copies are stored in.
+Shapes: L layers, l of them in a run; N patches, B batch, S tokens of one patch, C features (heads x head dimension),
+m tokens that a rank sends. Everything is computed in float32, whatever the copies are stored in.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import torch
 
 from otil_xdit.config import OtilConfig
+from otil_xdit.workspace import Workspace
 
 _MAX_GAIN = 1.25
 """Beyond it an extrapolation does more harm by its noise than good, even where a rank's own values moved faster."""
 
 
 class Predictor:
-    """Value and velocity of the keys and values of all patches, for one layer.
+    """Value and velocity of the keys and values of all patches, for layers of equal shape.
 
     With value v, velocity u and the gain g of a patch, the prediction for a step is ``p = v + g u``. A payload brings
     fresh - p, or what a codec leaves of it, q; then ``v' = p + q`` and ``u' = g u + q / age`` where it brought
@@ -30,64 +31,63 @@ class Predictor:
     size. A receiver, who does not know the others' gain of this step yet, uses its own.
 
     Args:
-        like: this rank's keys and values, [2, B, S, C]; gives shape, dtype and device.
+        like: one rank's keys and values of all layers, [L, 2, B, S, C]; gives shape, dtype and device.
         ranks, rank: number of patches, and this rank's.
         config: reads `predict`, `gain`, `damping`, `copies` and `ratio`.
+        room: for what is needed for a moment only.
     """
 
-    def __init__(self, like: torch.Tensor, ranks: int, rank: int, config: OtilConfig) -> None:
-        _, batch, tokens, width = like.shape
+    def __init__(self, like: torch.Tensor, ranks: int, rank: int, config: OtilConfig, room: Workspace) -> None:
+        layers, _, batch, tokens, width = like.shape
         value_dtype, velocity_dtype = storage_dtypes(config.copies, like.dtype)
-        shape = (2, batch, ranks, tokens, width)
-        self._rank = rank
+        shape = (layers, ranks, 2, batch, tokens, width)
+        self._rank, self._room = rank, room
         self._rule, self._constant, self._damping = config.predict, config.gain, config.damping
-        self._known = False
+        self._known = [False] * layers
         self.value = torch.zeros(shape, dtype=value_dtype, device=like.device)
         self.velocity: torch.Tensor | None = None
         self._age: torch.Tensor | None = None
         if config.predict != "none":
             self.velocity = torch.zeros(shape, dtype=velocity_dtype, device=like.device)
             if config.ratio < 1:
-                self._age = torch.ones(ranks * tokens, device=like.device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the copies take."""
-        kept = (self.value, self.velocity, self._age)
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+                self._age = torch.ones(layers, ranks, tokens, device=like.device)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Everything that must be equal on all ranks."""
+        """Everything that must be equal on all ranks; the first dimension of each is L."""
         return [tensor for tensor in (self.value, self.velocity, self._age) if tensor is not None]
 
     def reset(self) -> None:
         """Forget what is known; the next thing must be `learn`."""
-        self._known = False
+        self._known = [False] * len(self._known)
 
-    def known(self, own: bool = False) -> torch.Tensor:
-        """Everybody's values of the step before, float32 [2, B, N, S, C], or this rank's, [2, B, S, C]; 0 at first."""
-        value = self.value[:, :, self._rank] if own else self.value
-        return value.float() if self._known else torch.zeros_like(value, dtype=torch.float32)
+    def known(self, layer: int) -> torch.Tensor:
+        """Everybody's values of a layer at the step before, float32 [N, 2, B, S, C], in a room; 0 at first."""
+        value = self.value[layer]
+        known = self._room("known", tuple(value.shape), torch.float32)
+        return known.copy_(value) if self._known[layer] else known.zero_()
 
-    def learn(self, values: torch.Tensor) -> None:
-        """Take everybody's values, [2, B, N, S, C], of a synchronous step, the same on every rank."""
+    def learn(self, layer: int, values: torch.Tensor) -> None:
+        """Take everybody's values of a layer, [N, 2, B, S, C], of a synchronous step, the same on every rank."""
+        value = self.value[layer]
         if self.velocity is not None:
-            if self._known:
-                velocity = self.velocity.float()
-                error = values.float() - self.value.float() - velocity
-                self.velocity.copy_(velocity.add_(error if self._age is None else error / self._age_of_tokens()))
+            velocity, age = self.velocity[layer], None if self._age is None else self._age[layer]
+            if self._known[layer]:
+                faster = self._room("moved", tuple(value.shape), torch.float32).copy_(values).sub_(value)
+                faster.sub_(velocity.float()).div_(1 if age is None else age[:, None, None, :, None])
+                velocity.copy_(faster.add_(velocity.float()))
             else:
-                self.velocity.zero_()
-            if self._age is not None:
-                self._age.fill_(1)
-        self.value.copy_(values)
-        self._known = True
+                velocity.zero_()
+            if age is not None:
+                age.fill_(1)
+        value.copy_(values)
+        self._known[layer] = True
 
-    def gain(self, fresh: torch.Tensor) -> torch.Tensor:
+    def gain(self, layer: int, fresh: torch.Tensor) -> torch.Tensor:
         """How far this rank's own values have moved since the last step, in velocities.
 
         Args:
+            layer: which.
             fresh: this rank's, [2, B, S, C].
 
         Returns:
@@ -97,73 +97,132 @@ class Predictor:
             return torch.zeros(2, device=fresh.device)
         if self._rule == "constant":
             return torch.full((2,), self._constant, device=fresh.device)
-        velocity = self.velocity[:, :, self._rank].float()
-        change = fresh.float() - self.value[:, :, self._rank].float()
-        along = (change * velocity).sum(dim=(1, 2, 3))
-        return (along / velocity.square().sum(dim=(1, 2, 3)).clamp_min(1e-30)).clamp_(0, _MAX_GAIN)
+        shape = tuple(fresh.shape)
+        velocity = self.velocity[layer, self._rank]
+        if velocity.dtype != torch.float32:
+            velocity = self._room("velocity", shape, torch.float32).copy_(velocity)
+        change = self._room("change", shape, torch.float32).copy_(fresh).sub_(self.value[layer, self._rank])
+        along = change.mul_(velocity).sum(dim=(1, 2, 3))
+        square = torch.linalg.vector_norm(velocity, dim=(1, 2, 3)).square_()
+        return along.div_(square.clamp_min_(1e-30)).clamp_(0, _MAX_GAIN)
 
-    def predict(self, gain: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the prediction of everybody's values for this step, [2, B, N, S, C], to `out`; `gain` is [2]."""
-        if self.velocity is None:
-            out.copy_(self.value)
-        else:
-            out.copy_(torch.addcmul(self.value.float(), self.velocity.float(), gain.view(2, 1, 1, 1, 1)))
+    def predict(self, layer: int, gain: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the prediction of everybody's values for this step to `out`, [N, 2, B, S, C]; `gain` is [2]."""
+        velocity = None if self.velocity is None else self.velocity[layer]
+        self._moved(self.value[layer], velocity, gain.view(2, 1, 1, 1), out)
 
-    def own(self, gain: torch.Tensor) -> torch.Tensor:
-        """What the others take this rank's values to be once they know its gain, float32 [2, B, S, C]."""
-        value = self.value[:, :, self._rank].float()
-        if self.velocity is None:
-            return value
-        return torch.addcmul(value, self.velocity[:, :, self._rank].float(), gain.view(2, 1, 1, 1))
-
-    def update(self, gains: torch.Tensor, received: torch.Tensor, tokens: torch.Tensor | None, residuals: bool) -> None:
-        """Carry the copy one step forward with everybody's payloads.
+    def own(self, run: slice, gains: torch.Tensor, out: torch.Tensor) -> None:
+        """What the others take this rank's values to be once they know its gains.
 
         Args:
-            gains: every sender's, float32 [N, 2].
-            received: [2, B, N, m, C]; residuals, or the values themselves.
-            tokens: int64 [N, m], which of the N * S tokens they belong to, a token twice at most with equal values;
-                None where m = S and everything was sent.
-            residuals: what `received` holds.
+            run: of layers.
+            gains: float32 [l, 2].
+            out: float32 [l, 2, B, S, C].
         """
-        value, velocity = self.value.float(), None
-        if self.velocity is not None:
-            velocity = self.velocity.float() * gains.T.reshape(2, 1, -1, 1, 1)
-            value = value + velocity
-        if tokens is None:
-            news = value + received if residuals else received.float()
-            velocity = None if velocity is None else velocity + (news - value)
-            value = news
-        else:
-            self._update_some(value, velocity, received.flatten(2, 3), tokens.flatten(), residuals)
-        self.value.copy_(value)
-        if self.velocity is not None and velocity is not None:
-            self.velocity.copy_(velocity)
+        velocity = None if self.velocity is None else self.velocity[run, self._rank]
+        self._moved(self.value[run, self._rank], velocity, gains[:, :, None, None, None], out)
 
-    def _update_some(
+    def correct(
         self,
-        value: torch.Tensor,
-        velocity: torch.Tensor | None,
-        received: torch.Tensor,
-        at: torch.Tensor,
-        residuals: bool,
+        run: slice,
+        gains: torch.Tensor,
+        levels: torch.Tensor,
+        scales: torch.Tensor,
+        sent: torch.Tensor | None,
     ) -> None:
-        """Change value and velocity, [2, B, N, S, C], in place; received is [2, B, N * m, C], `at` is [N * m]."""
-        values = value.view(*value.shape[:2], -1, value.shape[-1])
-        predicted = values.index_select(2, at)
-        news = predicted + received if residuals else received.float()
-        values.index_copy_(2, at, news)
-        if velocity is None:
-            return
-        assert self._age is not None, "ages are kept where only some tokens are sent"
-        velocities = velocity.view(values.shape)
-        moved = velocities.index_select(2, at) + (news - predicted) / self._age[at, None]
-        velocities.mul_(self._damping).index_copy_(2, at, moved)
-        self._age.add_(1).index_fill_(0, at, 1)
+        """Carry the copies of some layers one step forward with everybody's residuals.
 
-    def _age_of_tokens(self) -> torch.Tensor:
-        assert self._age is not None
-        return self._age.view(self.value.shape[2], self.value.shape[3], 1)
+        Args:
+            run: of layers.
+            gains: every sender's, float32 [l, N, 2].
+            levels, scales: float32 [l, N, 2, B, S, C] and [l, N, 2, B, S, 1], whose product are the residuals; scales
+                are 0 where nothing was sent.
+            sent: float32 [l, N, S], 1 where something was and 0 elsewhere; None where everything was.
+        """
+        value, velocity = self._floats(run)
+        moved = gains[:, :, :, None, None, None]
+        if velocity is not None:
+            value.addcmul_(velocity, moved)
+        value.addcmul_(levels, scales)
+        if velocity is not None:
+            kept, share = self._kept(run, sent)
+            velocity.mul_(moved * kept).addcmul_(levels, scales * share)
+        self._store(run, value, velocity)
+
+    def replace(
+        self,
+        run: slice,
+        gains: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor | None,
+        sent: torch.Tensor | None,
+    ) -> None:
+        """`correct` with the values themselves.
+
+        Args:
+            run, gains, sent: as in `correct`.
+            values: float [l, N, 2, B, m, C].
+            rows: int64 [l * N * 2 * B * m], where each is to go of the l * N * 2 * B * S; one that is there twice has
+                equal values. None where m = S.
+        """
+        if self.velocity is None:
+            self._put(self.value[run], values, rows)
+            return
+        value, velocity = self._floats(run)
+        assert velocity is not None, "it is kept, see above"
+        moved = gains[:, :, :, None, None, None]
+        value.addcmul_(velocity, moved)
+        change = self._room("change", tuple(value.shape), torch.float32).copy_(value).neg_()
+        self._put(value, values, rows)
+        kept, share = self._kept(run, sent)
+        velocity.mul_(moved * kept).addcmul_(change.add_(value), share)
+        self._store(run, value, velocity)
+
+    def _put(self, value: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None) -> None:
+        if rows is None:
+            value.copy_(values)
+        else:
+            copied = self._room("put", tuple(values.shape), value.dtype).copy_(values)
+            value.view(-1, value.shape[-1]).index_copy_(0, rows, copied.view(-1, value.shape[-1]))
+
+    def _moved(self, value: torch.Tensor, velocity: torch.Tensor | None, gain: torch.Tensor, out: torch.Tensor) -> None:
+        """``out = value + gain * velocity``."""
+        if velocity is None:
+            out.copy_(value)
+        elif value.dtype == velocity.dtype == out.dtype == torch.float32:
+            torch.addcmul(value, velocity, gain, out=out)
+        else:
+            moved = self._room("moved", tuple(value.shape), torch.float32).copy_(velocity)
+            out.copy_(moved.mul_(gain).add_(value))
+
+    def _kept(self, run: slice, sent: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What velocities are multiplied with, and the share of a correction that they get; counts the ages on.
+
+        Both float32 [l, N, 1, 1, S, 1], or [1] where everything was sent.
+        """
+        if sent is None or self._age is None:
+            one = self.value.new_ones(1, dtype=torch.float32)
+            return one, one
+        age = self._age[run]
+        kept, share = sent * (1 - self._damping) + self._damping, age.reciprocal()
+        age.mul_(1 - sent).add_(1)
+        return kept[:, :, None, None, :, None], share[:, :, None, None, :, None]
+
+    def _floats(self, run: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Value and velocity of a run of layers in float32: themselves where they are that, else copies in rooms."""
+        value, velocity = self.value[run], None if self.velocity is None else self.velocity[run]
+        if value.dtype != torch.float32:
+            value = self._room("value", tuple(value.shape), torch.float32).copy_(value)
+        if velocity is not None and velocity.dtype != torch.float32:
+            velocity = self._room("velocity", tuple(velocity.shape), torch.float32).copy_(velocity)
+        return value, velocity
+
+    def _store(self, run: slice, value: torch.Tensor, velocity: torch.Tensor | None) -> None:
+        """Undo `_floats`."""
+        if self.value.dtype != torch.float32:
+            self.value[run].copy_(value)
+        if self.velocity is not None and velocity is not None and self.velocity.dtype != torch.float32:
+            self.velocity[run].copy_(velocity)
 
 
 def storage_dtypes(copies: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

@@ -6,9 +6,7 @@ this package keeps state of its own.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +15,10 @@ from otil_xdit.borders import Beyond, HaloLayer, MomentsLayer, halo_key, moments
 from otil_xdit.config import OtilConfig, SmallFreshness
 from otil_xdit.exchange import Exchange, PatchGroup
 from otil_xdit.grid import TokenLayout
-from otil_xdit.kv import KVLayer
+from otil_xdit.kv import KVStack
 from otil_xdit.picking import Picker
 from otil_xdit.schedule import Clock, Mode, Schedule
+from otil_xdit.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,12 @@ class OtilRun:
         self.clock = Clock()
         self._schedule = Schedule.from_config(config)
         self._picker = Picker(config, self.clock, group)
-        self._layers: dict[str, KVLayer] = {}
+        self._layers: dict[str, tuple[KVStack, int]] = {}
+        self._stacks: list[KVStack] = []
+        self._called: KVStack | None = None
         self._halos: dict[str, HaloLayer] = {}
         self._moments: dict[str, MomentsLayer] = {}
-        self._rooms: dict[str, torch.Tensor] = {}
+        self._rooms: dict[torch.device, Workspace] = {}
 
     def begin(self) -> None:
         """Start a generation: nothing of the last one may show in it."""
@@ -72,8 +73,8 @@ class OtilRun:
         self.clock.reset()
         self.exchange.traffic.clear()
         self._picker.begin()
-        for layer in self._layers.values():
-            layer.begin()
+        for stack in self._stacks:
+            stack.begin()
         for halo in self._halos.values():
             halo.visits = 0
         for moments in self._moments.values():
@@ -88,6 +89,8 @@ class OtilRun:
         """Give the buffers back."""
         self.end()
         self._layers.clear()
+        self._stacks.clear()
+        self._called = None
         self._halos.clear()
         self._moments.clear()
         self._picker.free()
@@ -113,18 +116,19 @@ class OtilRun:
         Returns:
             Two [B, H, N * S, D], to be read before the next call of any layer; this rank's part is fresh.
         """
-        # Token by token, [2, B, S, C]: what is picked, coded and predicted is tokens.
-        fresh = torch.stack([key.transpose(1, 2), value.transpose(1, 2)]).flatten(3)
-        layer = self._layer(name, fresh)
-        layer.absorb()
-        mode = self._schedule.mode(self.clock.step, layer.visits, self.clock.total)
-        if mode == "displaced" and 0 < self.config.tolerance < layer.error:
-            mode = "fresh"
+        stack, layer = self._place(name, key)
+        if self._called is not None and self._called is not stack:
+            self._called.flush()
+        self._called = stack
+        visits, step = stack.visits[layer], self.clock.step
+        mode = self._schedule.mode(step, visits, self.clock.total)
+        if mode == "displaced" and self.config.tolerance > 0:
+            stack.absorb()
+            mode = "fresh" if stack.error(layer) > self.config.tolerance else mode
         if self.config.check and mode != "sync":
-            self._compare(layer, name)
-        kind = self._kind("kv", layer.visits)
-        pick = partial(self._picker.pick, name, layer.table)
-        whole = layer.gather(fresh, mode, pick, partial(self._room, fresh.device), self.clock.step, kind)
+            stack.absorb()
+            self._compare(stack, layer)
+        whole = stack.gather(layer, key, value, mode, step, self._kind("kv", visits))
         heads = whole.unflatten(3, (key.shape[1], -1)).transpose(2, 3)
         return heads[0], heads[1]
 
@@ -223,11 +227,14 @@ class OtilRun:
             sent_bytes=dict(traffic.sent),
             messages=dict(traffic.messages),
             waited_seconds=sum(traffic.waited.values()),
-            buffer_bytes=sum(holder.nbytes for holder in (*self._all_layers(), *self._rooms.values())),
+            buffer_bytes=sum(holder.nbytes for holder in self._all_layers()) + self._room_bytes(),
         )
 
-    def _all_layers(self) -> list[KVLayer | HaloLayer | MomentsLayer]:
-        return [*self._layers.values(), *self._halos.values(), *self._moments.values()]
+    def _all_layers(self) -> list[KVStack | HaloLayer | MomentsLayer]:
+        return [*self._stacks, *self._halos.values(), *self._moments.values()]
+
+    def _room_bytes(self) -> int:
+        return sum(size for room in self._rooms.values() for size in room.sizes.values())
 
     def _kind(self, what: str, visits: int) -> str:
         """The counter that a layer's bytes go to: those of warm-up steps are kept apart."""
@@ -238,32 +245,50 @@ class OtilRun:
         return "sync" if mode == "fresh" or (mode == "displaced" and freshness == "fresh") else mode
 
     @staticmethod
-    def _discard(layer: KVLayer | HaloLayer | MomentsLayer | None) -> None:
+    def _discard(layer: HaloLayer | MomentsLayer | None) -> None:
         """Wait for what a layer has under way before its buffers go."""
         if layer is not None:
             layer.drain()
 
-    def _layer(self, name: str, fresh: torch.Tensor) -> KVLayer:
-        layer = self._layers.get(name)
-        if layer is None or layer.shape != fresh.shape or layer.dtype != fresh.dtype:
-            self._discard(layer)
-            table = self._picker.table(fresh.shape[2], fresh.device)
-            layer = self._layers[name] = KVLayer(self.exchange, name, fresh, table, self.config)
-            self._picker.forget(name)
-        return layer
+    def _place(self, name: str, key: torch.Tensor) -> tuple[KVStack, int]:
+        """The stack of the layer `name`, whose keys are [B, H, S, D], and its place there."""
+        batch, heads, tokens, size = key.shape
+        shape = torch.Size((2, batch, tokens, heads * size))
+        stack, layer = self._layers.get(name, (None, 0))
+        if stack is not None and stack.shape == shape and stack.dtype == key.dtype:
+            if stack.visits[layer]:
+                stack.seal()
+            return stack, layer
+        if stack is not None:
+            self._leave(name, stack)
+        table = self._picker.table(tokens, key.device)
+        stack = self._stacks[-1] if self._stacks else None
+        if stack is None or not stack.fits(shape, key.dtype, table):
+            if stack is not None:
+                stack.seal()
+            stack = self._new_stack(name, shape, key.dtype, table)
+        self._layers[name] = stack, stack.join(name)
+        return self._layers[name]
 
-    def _room(self, device: torch.device, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Room that all layers use in turn; it grows to the largest."""
-        size = math.prod(shape) * dtype.itemsize
-        room = self._rooms.get(name)
-        if room is None or room.nbytes < size or room.device != device:
-            room = self._rooms[name] = torch.empty(size, dtype=torch.uint8, device=device)
-        return room[:size].view(dtype).view(shape)
+    def _new_stack(self, name: str, shape: torch.Size, dtype: torch.dtype, table: torch.Tensor) -> KVStack:
+        self._picker.forget(name)
+        room = self._rooms.setdefault(table.device, Workspace(table.device))
+        stack = KVStack(self.exchange, shape, dtype, table, self.config, self._picker, room)
+        self._stacks.append(stack)
+        return stack
 
-    def _compare(self, layer: KVLayer, name: str) -> None:
+    def _leave(self, name: str, stack: KVStack) -> None:
+        """A layer has another shape now; a stack that has lost all layers goes, once nothing of it is under way."""
+        del self._layers[name]
+        if all(found is not stack for found, _ in self._layers.values()):
+            stack.drain()
+            self._stacks.remove(stack)
+            self._called = None if self._called is stack else self._called
+
+    def _compare(self, stack: KVStack, layer: int) -> None:
         """Raise `RuntimeError` on every rank where the ranks' copies of a layer are not the same, bit for bit."""
-        step = self.clock.step
-        digest = torch.stack([_digest(tensor) for tensor in layer.shared_state])
+        step, name = self.clock.step, stack.names[layer]
+        digest = torch.stack([_digest(tensor) for tensor in stack.shared_state(layer)])
         everybody = digest.new_empty(self.group.world_size, *digest.shape)
         self.exchange.all_gather(digest, everybody, "check", f"the check of layer {name} at step {step}").wait()
         different = [rank for rank in range(1, self.group.world_size) if not everybody[rank].equal(everybody[0])]

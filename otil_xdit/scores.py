@@ -49,6 +49,20 @@ def l2_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) 
     return _block_sums((fresh.float() - previous.float()).square(), table)
 
 
+def l2_of_difference(difference: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`l2_change` of several layers at once, from fresh - previous.
+
+    Args:
+        difference: float32 [L, ..., S, D].
+        table: as in `cosine_change`.
+
+    Returns:
+        float32 [L, K].
+    """
+    per_token = torch.linalg.vector_norm(difference, dim=-1).square_().flatten(1, -2).sum(dim=1)
+    return per_token[:, table].sum(dim=-1)
+
+
 def ssim_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """1 - structural similarity (Wang et al., 2004) of each sub-block with itself a step earlier, mean over channels.
 

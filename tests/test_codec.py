@@ -5,16 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 
-from otil_xdit.codec import CODECS, Raw, _pack, _unpack, make_codec
+from otil_xdit.codec import CODECS, Quantised, Raw, make_codec
+from otil_xdit.workspace import Workspace
 
 LOSSY = [name for name in CODECS if name != "raw"]
+ROOM = Workspace(torch.device("cpu"))
+
+
+def encoded(name: str, vectors: torch.Tensor) -> torch.Tensor:
+    """Bytes of vectors, [..., V, C]: [..., size]."""
+    codec = make_codec(name, vectors.dtype)
+    payload = torch.full((*vectors.shape[:-2], codec.size(*vectors.shape[-2:])), 255, dtype=torch.uint8)
+    codec.encode(vectors.clone(), payload, ROOM)
+    return payload
+
+
+def decoded_by(name: str, payload: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """What the bytes say; `vectors` gives shape and dtype."""
+    codec = make_codec(name, vectors.dtype)
+    if isinstance(codec, Raw):
+        return codec.values(payload, *vectors.shape[-2:])
+    scales, codes = codec.split(payload, *vectors.shape[-2:])
+    return codec.levels(codes, vectors.shape[-1], ROOM) * codec.scales(scales)[..., None]
 
 
 def coded(name: str, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codec = make_codec(name, vectors.dtype)
-    payload = torch.full((codec.size(*vectors.shape),), 255, dtype=torch.uint8)
-    codec.encode(vectors, payload)
-    return payload, codec.decode(payload, *vectors.shape)
+    payload = encoded(name, vectors)
+    return payload, decoded_by(name, payload, vectors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -30,7 +47,7 @@ def test_raw_is_the_values(dtype: torch.dtype) -> None:
 def test_bytes_are_a_byte_a_vector_and_the_bits(name: str, count: int, width: int) -> None:
     payload, decoded = coded(name, torch.randn(count, width))
     bits = {"int8": 8, "int4": 4, "2bit": 2, "1bit": 1}[name]
-    assert payload.numel() == count + (count * width * bits + 7) // 8
+    assert payload.numel() == count * (1 + (width * bits + 7) // 8)
     assert decoded.shape == (count, width)
 
 
@@ -47,12 +64,20 @@ def test_signal_to_noise_on_normal_values(name: str, least: float, size: float) 
     assert -10 * torch.log10(noise) > least
 
 
-def test_every_code_of_every_lane_survives() -> None:
-    for bits in (1, 2, 4):
-        codes = torch.randint(2**bits, (1001,), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
-        packed = torch.empty(-(-1001 * bits // 8), dtype=torch.uint8)
-        _pack(codes, bits, packed)
-        assert torch.equal(_unpack(packed, bits)[:1001], codes)
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("width", [1, 3, 8, 33])
+def test_every_number_is_the_nearest_level(name: str, width: int) -> None:
+    """Whatever the codes share a byte with: each number becomes the level nearest to it, at its vector's scale."""
+    vectors = torch.randn(50, width, generator=torch.Generator().manual_seed(width))
+    codec = make_codec(name, torch.float32)
+    assert isinstance(codec, Quantised)
+    payload, decoded = coded(name, vectors)
+    every_byte = torch.arange(256, dtype=torch.uint8)[:, None]
+    levels = codec.levels(every_byte, 8 // codec.bits, ROOM).unique()
+    scales = codec.scales(codec.split(payload, 50, width)[0])[:, None]
+    nearest = (vectors[..., None] - scales[..., None] * levels).abs().amin(-1)
+    assert len(levels) == (255 if codec.bits == 8 else 2**codec.bits)
+    torch.testing.assert_close((decoded - vectors).abs(), nearest, rtol=1e-5, atol=1e-6)
 
 
 def test_the_largest_number_is_not_cut_off_by_int8() -> None:
@@ -67,14 +92,14 @@ def test_nothing_becomes_next_to_nothing(name: str) -> None:
     assert decoded.abs().max() < 1e-5
 
 
-def test_several_ranks_decode_at_once() -> None:
-    codec = make_codec("2bit", torch.float32)
-    vectors = torch.randn(3, 4, 6)
-    payloads = torch.empty(3, codec.size(4, 6), dtype=torch.uint8)
-    for one, payload in zip(vectors, payloads, strict=True):
-        codec.encode(one, payload)
-    one_by_one = torch.stack([codec.decode(payload, 4, 6) for payload in payloads])
-    assert torch.equal(codec.decode(payloads, 4, 6), one_by_one)
+@pytest.mark.parametrize("name", CODECS)
+def test_layers_and_ranks_are_coded_at_once(name: str) -> None:
+    vectors = torch.randn(3, 2, 4, 6)
+    payloads, decoded = coded(name, vectors)
+    for layer, rank in ((0, 0), (2, 1)):
+        alone, decoded_alone = coded(name, vectors[layer, rank])
+        assert torch.equal(payloads[layer, rank], alone)
+        assert torch.equal(decoded[layer, rank], decoded_alone)
 
 
 def test_kinds() -> None:

@@ -56,7 +56,8 @@ def warmed_up(codec: str) -> dict[str, Any]:
         own_is_exact &= torch.equal(seen[:, :, :, rank * TOKENS : (rank + 1) * TOKENS], values(rank, step))
         run.clock.tick()
     sent = run.report().sent_bytes["kv-warmup"]
-    copies = [copy.clone() for copy in run._layers["a"].shared_state]
+    stack, layer = run._layers["a"]
+    copies = [copy.clone() for copy in stack.shared_state(layer)]
     run.end()
     return {"sent": sent, "errors": errors[:2], "own": own_is_exact, "copies": [copy.numpy() for copy in copies]}
 

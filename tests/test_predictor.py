@@ -14,47 +14,64 @@ from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout
 from otil_xdit.predictor import Predictor
 from otil_xdit.run import OtilRun
+from otil_xdit.workspace import Workspace
 from tests.ranks import run_ranks
 
 SHAPE = (2, 1, 6, 4)
 """[2, B, S, C] of one rank."""
 
 
-def make_predictor(**settings: object) -> Predictor:
-    return Predictor(torch.zeros(SHAPE), 2, 0, OtilConfig(**settings))
+ALL = slice(0, 1)
+"""The run of the one layer that most tests have."""
+
+
+def make_predictor(layers: int = 1, **settings: object) -> Predictor:
+    room = Workspace(torch.device("cpu"))
+    return Predictor(torch.zeros(layers, *SHAPE), 2, 0, OtilConfig(**settings), room)
 
 
 def everybody(step: float) -> torch.Tensor:
-    """[2, B, N, S, C] on straight lines: value and velocity are known exactly after two steps."""
-    start = torch.randn(2, 1, 2, 6, 4, generator=torch.Generator().manual_seed(1))
-    slope = torch.randn(2, 1, 2, 6, 4, generator=torch.Generator().manual_seed(2))
+    """[N, 2, B, S, C] on straight lines: value and velocity are known exactly after two steps."""
+    start = torch.randn(2, 2, 1, 6, 4, generator=torch.Generator().manual_seed(1))
+    slope = torch.randn(2, 2, 1, 6, 4, generator=torch.Generator().manual_seed(2))
     return start + step * slope
 
 
 def predicted(predictor: Predictor, gain: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(2, 1, 2, 6, 4)
-    predictor.predict(gain, out)
+    out = torch.empty(2, 2, 1, 6, 4)
+    predictor.predict(0, gain, out)
     return out
+
+
+def own(predictor: Predictor, gain: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(1, *SHAPE)
+    predictor.own(ALL, gain[None], out)
+    return out[0]
+
+
+def ones_at(tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Residuals of 1 of the same tokens of both ranks, as levels and scales, and what says that they were sent."""
+    sent = torch.zeros(1, 2, 6)
+    sent[:, :, tokens] = 1
+    return torch.ones(1, 2, *SHAPE), sent[:, :, None, None, :, None].expand(1, 2, 2, 1, 6, 1), sent
 
 
 def test_straight_lines_are_predicted() -> None:
     predictor = make_predictor()
-    predictor.learn(everybody(0))
-    predictor.learn(everybody(1))
-    gain = predictor.gain(everybody(2)[:, :, 0])
+    predictor.learn(0, everybody(0))
+    predictor.learn(0, everybody(1))
+    gain = predictor.gain(0, everybody(2)[0])
     torch.testing.assert_close(gain, torch.ones(2))
     torch.testing.assert_close(predicted(predictor, gain), everybody(2))
-    torch.testing.assert_close(predictor.own(gain), everybody(2)[:, :, 0])
+    torch.testing.assert_close(own(predictor, gain), everybody(2)[0])
 
 
 def test_the_gain_follows_the_size_of_the_step() -> None:
     predictor = make_predictor()
-    predictor.learn(everybody(0))
-    predictor.learn(everybody(1))
+    predictor.learn(0, everybody(0))
+    predictor.learn(0, everybody(1))
     for step, expected in ((1.5, 0.5), (1.0, 0.0), (0.0, 0.0), (9.0, 1.25)):
-        torch.testing.assert_close(
-            predictor.gain(everybody(step)[:, :, 0]), torch.full((2,), expected), atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(predictor.gain(0, everybody(step)[0]), torch.full((2,), expected), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -62,57 +79,75 @@ def test_the_gain_follows_the_size_of_the_step() -> None:
 )
 def test_other_rules(settings: dict, expected: float) -> None:
     predictor = make_predictor(**settings)
-    predictor.learn(everybody(0))
-    predictor.learn(everybody(1))
-    torch.testing.assert_close(predicted(predictor, predictor.gain(everybody(2)[:, :, 0])), everybody(expected))
+    predictor.learn(0, everybody(0))
+    predictor.learn(0, everybody(1))
+    torch.testing.assert_close(predicted(predictor, predictor.gain(0, everybody(2)[0])), everybody(expected))
 
 
 def test_a_residual_corrects_value_and_velocity_by_its_age() -> None:
     predictor = make_predictor(ratio=0.5, damping=0.5)
-    predictor.learn(everybody(0))
-    predictor.learn(everybody(1))
+    predictor.learn(0, everybody(0))
+    predictor.learn(0, everybody(1))
     slope = everybody(1) - everybody(0)
-    gains = torch.ones(2, 2)
-    first, second = torch.tensor([[0, 1], [6, 7]]), torch.tensor([[2, 3], [8, 9]])
-    residual = torch.ones(2, 1, 2, 2, 4)
-    predictor.update(gains, residual, first, residuals=True)
+    gains = torch.ones(1, 2, 2)
+    predictor.correct(ALL, gains, *ones_at([0, 1]))
     value, velocity = everybody(2), slope.clone()
-    value[:, :, :, :2] += 1
-    velocity[:, :, :, :2] += 1
-    velocity[:, :, :, 2:] *= 0.5
-    torch.testing.assert_close(predictor.value, value)
-    torch.testing.assert_close(predictor.velocity, velocity)
-    predictor.update(gains, residual, second, residuals=True)  # two steps after the last news of these tokens
+    value[..., :2, :] += 1
+    velocity[..., :2, :] += 1
+    velocity[..., 2:, :] *= 0.5
+    torch.testing.assert_close(predictor.value[0], value)
+    torch.testing.assert_close(predictor.velocity[0], velocity)
+    predictor.correct(ALL, gains, *ones_at([2, 3]))  # two steps after the last news of these tokens
     value = value + velocity
-    velocity[:, :, :, 2:4] += 1 / 2
-    velocity[:, :, :, :2] *= 0.5
-    velocity[:, :, :, 4:] *= 0.5
-    value[:, :, :, 2:4] += 1
-    torch.testing.assert_close(predictor.value, value)
-    torch.testing.assert_close(predictor.velocity, velocity)
+    velocity[..., 2:4, :] += 1 / 2
+    velocity[..., :2, :] *= 0.5
+    velocity[..., 4:, :] *= 0.5
+    value[..., 2:4, :] += 1
+    torch.testing.assert_close(predictor.value[0], value)
+    torch.testing.assert_close(predictor.velocity[0], velocity)
 
 
-def test_a_token_that_is_sent_twice_counts_once() -> None:
-    once, twice = make_predictor(ratio=0.5), make_predictor(ratio=0.5)
-    for predictor, tokens in ((once, [[0, 1], [6, 7]]), (twice, [[0, 1, 1], [6, 7, 7]])):
-        predictor.learn(everybody(0))
-        at = torch.tensor(tokens)
-        predictor.update(torch.ones(2, 2), torch.ones(2, 1, 2, at.shape[1], 4), at, residuals=True)
-    assert torch.equal(once.value, twice.value) and torch.equal(once.velocity, twice.velocity)
+def test_a_layer_of_many_moves_as_one_by_itself() -> None:
+    alone, many = make_predictor(ratio=0.5), make_predictor(layers=3, ratio=0.5)
+    for step in (0, 1):
+        alone.learn(0, everybody(step))
+        many.learn(1, everybody(step))
+    before = [tensor.clone() for tensor in many.tensors]
+    for run, predictor in ((ALL, alone), (slice(1, 2), many)):
+        predictor.correct(run, torch.ones(1, 2, 2), *ones_at([0, 5]))
+    for one, other, old in zip(alone.tensors, many.tensors, before, strict=True):
+        assert torch.equal(one[0], other[1]) and not torch.equal(other[1], old[1])
+        assert torch.equal(other[[0, 2]], old[[0, 2]])
 
 
 def test_values_replace_the_prediction() -> None:
-    predictor = make_predictor()
-    predictor.learn(everybody(0))
-    predictor.update(torch.ones(2, 2), everybody(1), None, residuals=False)
-    torch.testing.assert_close(predictor.value, everybody(1))
-    torch.testing.assert_close(predictor.velocity, everybody(1) - everybody(0))
+    predictor = make_predictor(ratio=1.0)
+    predictor.learn(0, everybody(0))
+    predictor.replace(ALL, torch.ones(1, 2, 2), everybody(1)[None], None, None)
+    torch.testing.assert_close(predictor.value[0], everybody(1))
+    torch.testing.assert_close(predictor.velocity[0], everybody(1) - everybody(0))
+
+
+@pytest.mark.parametrize("predict", ["none", "measured"])
+def test_some_values_replace_their_predictions(predict: str) -> None:
+    """Token 4 of both ranks; it is sent twice, which counts once."""
+    predictor, tokens = make_predictor(ratio=0.5, predict=predict), [4, 4]
+    predictor.learn(0, everybody(0))
+    sent = ones_at(tokens)[2]
+    rows = (torch.arange(2 * 2 * 1)[:, None] * 6 + torch.tensor(tokens)).flatten()
+    predictor.replace(ALL, torch.ones(1, 2, 2), everybody(1)[None][..., tokens, :], rows, sent)
+    value = everybody(0)
+    value[..., 4, :] = everybody(1)[..., 4, :]
+    assert torch.equal(predictor.value[0], value)
+    if predictor.velocity is not None:
+        torch.testing.assert_close(predictor.velocity[0], value - everybody(0))
 
 
 @pytest.mark.parametrize(("copies", "share"), [("full", 1.0), ("half", 0.5), ("small", 0.375)])
 def test_copies_take_less(copies: str, share: float) -> None:
     full, less = make_predictor(ratio=1.0), make_predictor(ratio=1.0, copies=copies)
-    assert less.nbytes == full.nbytes * share
+    sizes = [sum(tensor.nbytes for tensor in predictor.tensors) for predictor in (less, full)]
+    assert sizes[0] == sizes[1] * share
 
 
 def random_settings(dice: random.Random, codec: str) -> dict:
@@ -185,7 +220,9 @@ def _spoilt_copy() -> None:
         run.gather("block.3", key, key)
         run.clock.tick()
     if dist.get_rank() == 1:
-        run._layers["block.3"].shared_state[0][0, 0, 0, 0, 0] += 1e-6
+        stack, layer = run._layers["block.3"]
+        stack.absorb()
+        stack.shared_state(layer)[0][0, 0, 0, 0, 0] += 1e-3
     with pytest.raises(RuntimeError, match=r"copies of layer block.3 at step 2 on ranks \[1\]"):
         run.gather("block.3", key, key)
     run.end()

@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from otil_xdit.selection import Selector, blocks_to_send
 
 
-def make_selector(total: int, ratio: float, polling: float, max_age: int = 0) -> Selector:
-    return Selector(total, ratio, polling, max_age, torch.device("cpu"))
+class OneLayer(Selector):
+    """A selector for scores [K] of one layer."""
+
+    def pick(self, scores: torch.Tensor) -> torch.Tensor:
+        return super().pick(scores[None])[0]
+
+
+def make_selector(total: int, ratio: float, polling: float, max_age: int = 0) -> OneLayer:
+    return OneLayer(total, ratio, polling, max_age, torch.device("cpu"))
 
 
 @given(total=st.integers(1, 2000), ratio=st.sampled_from([1, 1 / 2, 1 / 3, 1 / 4, 1 / 8, 0.1]))
@@ -71,3 +78,17 @@ def test_reset_makes_generations_alike() -> None:
     first = [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]
     selector.reset()
     assert first == [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]
+
+
+@pytest.mark.parametrize("polling", [0.0, 0.5])
+def test_layers_are_picked_for_as_each_by_itself(polling: float) -> None:
+    scores = torch.rand(20, 3, 12, generator=torch.Generator().manual_seed(0))
+    together = Selector(12, 0.5, polling, 0, torch.device("cpu"), layers=3)
+    alone = [make_selector(12, 0.5, polling) for _ in range(3)]
+    for step, now in enumerate(scores):
+        # At odd steps two of the layers are called by themselves.
+        runs = [slice(0, 3)] if step % 2 == 0 else [slice(2, 3), slice(0, 1)]
+        for run in runs:
+            picked = together.pick(now[run], run)
+            expected = [alone[layer].pick(now[layer]) for layer in range(3)[run]]
+            assert torch.equal(picked, torch.stack(expected))

@@ -11,7 +11,7 @@ import importlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from otil_xdit.dit.layouts import architecture_of
 from otil_xdit.evaluation.models import find_model
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import LevelGrid, TokenLayout
-from otil_xdit.kv import KVLayer
+from otil_xdit.kv import KVStack
 from otil_xdit.picking import Picker
-from otil_xdit.schedule import Clock
+from otil_xdit.schedule import Clock, Mode
 from otil_xdit.unet.patches import is_unet
 from otil_xdit.unet.structure import Levels, check_supported
+from otil_xdit.workspace import Workspace
 
 META = torch.device("meta")
 
@@ -126,8 +127,8 @@ def find_network(name: str) -> Network:
     return Network(model.label, _empty(settings["_class_name"], known), model.vae, model.patch)
 
 
-def attention_layers(network: Network, size: int, ranks: int, text: int) -> Counter[Layer]:
-    """The self-attention layers of a network, and how many of each kind.
+def attention_layers(network: Network, size: int, ranks: int, text: int) -> list[Layer]:
+    """The self-attention layers of a network in the order in which they are called.
 
     Args:
         network: the network.
@@ -143,22 +144,22 @@ def attention_layers(network: Network, size: int, ranks: int, text: int) -> Coun
         raise ValueError(f"--size {size} is not possible with {network.name}; give a multiple of {step}")
     find = _unet_layers if is_unet(network.module) else _dit_layers
     try:
-        return Counter(find(network, size // step, ranks, text))
+        return list(find(network, size // step, ranks, text))
     except ValueError as error:
         raise ValueError(f"--size {size} on {ranks} ranks with {network.name}: {error}") from error
 
 
-def memory_of(layers: Counter[Layer], ranks: int, batch: int, dtype: torch.dtype, config: OtilConfig) -> Memory:
+def memory_of(layers: Sequence[Layer], ranks: int, batch: int, dtype: torch.dtype, config: OtilConfig) -> Memory:
     """What one rank keeps for these layers under `config`, after a synchronous step and another one."""
-    largest, kept, rooms = 0, Counter[str](), Counter[str]()
-    for layer, count in layers.items():
-        made = _made(layer, ranks, batch, dtype, config, rooms)
-        largest = max(largest, made.nbytes)
-        values, *velocities = (tensor.nbytes for tensor in made.shared_state)
-        kept["values"] += count * values
-        kept["velocities"] += count * sum(velocities)
-        kept["buffers"] += count * (made.nbytes - values - sum(velocities))
-    return Memory(largest, kept["values"], kept["velocities"], kept["buffers"], dict(rooms))
+    largest, kept, room = 0, Counter[str](), Workspace(META)
+    for stack in _stacks(layers, ranks, batch, dtype, config, room):
+        count = len(stack.names)
+        largest = max(largest, stack.nbytes // count)
+        values, *velocities = (count * tensor.nbytes for tensor in stack.shared_state(0))
+        kept["values"] += values
+        kept["velocities"] += sum(velocities)
+        kept["buffers"] += stack.nbytes - values - sum(velocities)
+    return Memory(largest, kept["values"], kept["velocities"], kept["buffers"], room.sizes)
 
 
 def _empty(kind: str, settings: dict[str, Any]) -> nn.Module:
@@ -172,7 +173,9 @@ def _unet_layers(network: Network, side: int, ranks: int, _: int) -> Iterator[La
     check_supported(network.module)
     levels = Levels(network.module)
     grid = LevelGrid.build(side, side, levels.count, ranks)
-    for path, attention in network.module.named_modules():
+    # A module holds its blocks as down, up, mid.
+    in_order = sorted(network.module.named_modules(), key=lambda found: found[0].split("_")[0])
+    for path, attention in in_order:
         if isinstance(attention, Attention) and not attention.is_cross_attention:
             level = levels.of(path)
             layout = TokenLayout(max(grid.rows[level]), grid.widths[level], 2**level)
@@ -195,23 +198,30 @@ def _dit_layers(network: Network, side: int, ranks: int, text: int) -> Iterator[
             yield Layer(image_tokens + texts, attention.to_k.out_features, layout)
 
 
-def _made(layer: Layer, ranks: int, batch: int, dtype: torch.dtype, config: OtilConfig, rooms: Counter[str]) -> KVLayer:
-    """The layer after two steps; `rooms` grow to the largest that it asked for."""
-
-    def room(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        made = torch.empty(shape, dtype=dtype, device=META)
-        rooms[name] = max(rooms[name], made.nbytes)
-        return made
-
-    nowhere = _Nowhere(ranks)
+def _stacks(
+    layers: Sequence[Layer], ranks: int, batch: int, dtype: torch.dtype, config: OtilConfig, room: Workspace
+) -> list[KVStack]:
+    """The layers' stacks after two steps, as `otil_xdit.run.OtilRun` makes them."""
+    nowhere, made = _Nowhere(ranks), list[KVStack]()
     picker = Picker(config, Clock(), nowhere.group)
-    picker.observe(None, layer.layout)
-    fresh = torch.empty(2, batch, layer.tokens, layer.width, dtype=dtype, device=META)
-    table = picker.table(layer.tokens, META)
-    made = KVLayer(nowhere, "meta", fresh, table, config)  # type: ignore[arg-type]  # what it asks of an exchange
-    for mode in ("sync", config.freshness):
-        made.gather(fresh, mode, lambda now, old: picker.pick("meta", table, now, old), room, 0, "kv")
-    made.drain()
+    for number, layer in enumerate(layers):
+        picker.observe(None, layer.layout)
+        shape, table = torch.Size((2, batch, layer.tokens, layer.width)), picker.table(layer.tokens, META)
+        if not made or not made[-1].fits(shape, dtype, table):
+            exchange: Any = nowhere  # it has what stacks ask of one
+            made.append(KVStack(exchange, shape, dtype, table, config, picker, room))
+        made[-1].join(str(number))
+    for stack in made:
+        _, batch, tokens, width = stack.shape
+        values = torch.empty(batch, 1, tokens, width, dtype=dtype, device=META)
+        modes: list[Mode] = (
+            ["sync", "sync", config.freshness] if config.warmup_steps > 1 else ["sync", config.freshness]
+        )
+        for mode in modes:
+            for place in range(len(stack.names)):
+                stack.gather(place, values, values, mode, 0, "kv")
+            stack.seal()
+        stack.drain()
     return made
 
 

@@ -14,13 +14,8 @@ from otil_xdit.registry import get_strategy
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-ROOMS = ("whole", "gathered", "payload", "received")
-"""What all layers use in turn, by the names that `otil_xdit.kv` gives them."""
-
-TITLES = (
-    *("model", "ranks", "preset", "largest layer", "all layers", "values", "velocities", "payloads"),
-    *(f"shared: {room}" for room in ROOMS),
-)
+TITLES = ("model", "ranks", "preset", "largest layer", "all layers", "values", "velocities", "payloads", "in turn")
+"""The last one is what all layers use in turn, besides what they keep."""
 
 MEGABYTE = 10**6
 
@@ -89,8 +84,7 @@ def rows_of(network: Network, arguments: argparse.Namespace) -> Iterator[tuple[s
 def cells(memory: Memory) -> tuple[str, ...]:
     """The figures of a row, in the order of `TITLES`."""
     figures = (memory.largest, memory.total, memory.values, memory.velocities, memory.buffers)
-    rooms = (memory.rooms.get(room, 0) for room in ROOMS)
-    return tuple(f"{figure / MEGABYTE:.1f}" for figure in (*figures, *rooms))
+    return tuple(f"{figure / MEGABYTE:.1f}" for figure in (*figures, sum(memory.rooms.values())))
 
 
 def print_markdown(rows: list[tuple[str, ...]]) -> None:

@@ -1,0 +1,43 @@
+"""Room for what is needed for a moment only, so that nothing is allocated after the first step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class Workspace:
+    """Rooms by name that all layers use in turn; each grows to the largest that was asked of it.
+
+    Whoever asks for a name again is done with what it held: a room is the caller's until the next call of any layer.
+
+    Args:
+        device: where the rooms are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rooms: dict[str, torch.Tensor] = {}
+        # As they were asked for: three views in a row cost more than many a computation in them.
+        self._seen: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each room."""
+        return {name: room.nbytes for name, room in self._rooms.items()}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The room `name` as a contiguous tensor of that shape and dtype, with whatever it holds."""
+        found = self._seen.get((name, shape, dtype))
+        if found is None:
+            found = self._seen[name, shape, dtype] = self._view(name, shape, dtype)
+        return found
+
+    def _view(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        room = self._rooms.get(name)
+        if room is None or room.nbytes < size:
+            room = self._rooms[name] = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._seen = {key: view for key, view in self._seen.items() if key[0] != name}
+        return room[:size].view(dtype).view(shape)
