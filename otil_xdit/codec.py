@@ -118,7 +118,7 @@ class Quantised(Codec):
         per_byte, row = self._per_byte, codes.shape[-1]
         wide = room("codec.codes", (*vectors.shape[:-1], row * per_byte), torch.uint8)
         wide[..., width:].zero_()
-        self._quantise(vectors, self.scales(scale_bytes)[..., None], wide[..., :width])
+        self._quantise(vectors, self.scales(scale_bytes)[..., None], wide[..., :width], room)
         self._pack(wide, codes, room)
 
     def split(self, coded: torch.Tensor, vectors: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,11 +139,13 @@ class Quantised(Codec):
         torch.index_select(table, 0, index, out=entries)
         return numbers[..., :width]
 
-    def _quantise(self, vectors: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor) -> None:
+    def _quantise(self, vectors: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, room: Workspace) -> None:
         """Write the codes of vectors, float32 [..., V, C], whose scales are [..., V, 1], to uint8 [..., V, C]."""
         step = _STEPS.get(self.bits)
         if step is None:
-            codes.copy_(torch.bucketize(vectors.div_(scales), _borders(self.bits, vectors.device), out_int32=True))
+            found = room("codec.index", tuple(vectors.shape), torch.int32)
+            borders = _borders(self.bits, vectors.device)
+            codes.copy_(torch.bucketize(vectors.div_(scales), borders, out_int32=True, out=found))
             return
         # The conversion to whole numbers cuts off. 8 bits have a code for 0, the others a border there.
         highest = 2**self.bits - (2 if self.bits == 8 else 1)

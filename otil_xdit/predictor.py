@@ -73,9 +73,10 @@ class Predictor:
         if self.velocity is not None:
             velocity, age = self.velocity[layer], None if self._age is None else self._age[layer]
             if self._known[layer]:
+                before = self._in_float32("velocity", velocity)
                 faster = self._room("moved", tuple(value.shape), torch.float32).copy_(values).sub_(value)
-                faster.sub_(velocity.float()).div_(1 if age is None else age[:, None, None, :, None])
-                velocity.copy_(faster.add_(velocity.float()))
+                faster.sub_(before).div_(1 if age is None else age[:, None, None, :, None])
+                velocity.copy_(faster.add_(before))
             else:
                 velocity.zero_()
             if age is not None:
@@ -97,11 +98,9 @@ class Predictor:
             return torch.zeros(2, device=fresh.device)
         if self._rule == "constant":
             return torch.full((2,), self._constant, device=fresh.device)
-        shape = tuple(fresh.shape)
-        velocity = self.velocity[layer, self._rank]
-        if velocity.dtype != torch.float32:
-            velocity = self._room("velocity", shape, torch.float32).copy_(velocity)
-        change = self._room("change", shape, torch.float32).copy_(fresh).sub_(self.value[layer, self._rank])
+        velocity = self._in_float32("velocity", self.velocity[layer, self._rank])
+        change = self._room("change", tuple(fresh.shape), torch.float32).copy_(fresh)
+        change.sub_(self.value[layer, self._rank])
         along = change.mul_(velocity).sum(dim=(1, 2, 3))
         square = torch.linalg.vector_norm(velocity, dim=(1, 2, 3)).square_()
         return along.div_(square.clamp_min_(1e-30)).clamp_(0, _MAX_GAIN)
@@ -210,12 +209,14 @@ class Predictor:
 
     def _floats(self, run: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Value and velocity of a run of layers in float32: themselves where they are that, else copies in rooms."""
-        value, velocity = self.value[run], None if self.velocity is None else self.velocity[run]
-        if value.dtype != torch.float32:
-            value = self._room("value", tuple(value.shape), torch.float32).copy_(value)
-        if velocity is not None and velocity.dtype != torch.float32:
-            velocity = self._room("velocity", tuple(velocity.shape), torch.float32).copy_(velocity)
-        return value, velocity
+        velocity = None if self.velocity is None else self._in_float32("velocity", self.velocity[run])
+        return self._in_float32("value", self.value[run]), velocity
+
+    def _in_float32(self, name: str, kept: torch.Tensor) -> torch.Tensor:
+        """What is kept itself where it is float32, else a copy of it in a room."""
+        if kept.dtype == torch.float32:
+            return kept
+        return self._room(name, tuple(kept.shape), torch.float32).copy_(kept)
 
     def _store(self, run: slice, value: torch.Tensor, velocity: torch.Tensor | None) -> None:
         """Undo `_floats`."""
