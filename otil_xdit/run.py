@@ -18,6 +18,7 @@ from otil_xdit.config import OtilConfig, SmallFreshness
 from otil_xdit.exchange import Exchange, PatchGroup
 from otil_xdit.grid import TokenLayout
 from otil_xdit.kv import KVLayer
+from otil_xdit.parcels import Post
 from otil_xdit.picking import Picker
 from otil_xdit.schedule import Clock, Mode, Schedule
 
@@ -57,6 +58,7 @@ class OtilRun:
         self.config, self.group = config, group
         self.exchange = Exchange(group, config.timeout)
         self._rows = Exchange(group.rows or group, config.timeout, self.exchange.traffic)
+        self._post = Post(self._rows)
         self._replica = Exchange(group.replica or group, config.timeout, self.exchange.traffic)
         self.clock = Clock()
         self._schedule = Schedule.from_config(config)
@@ -81,6 +83,7 @@ class OtilRun:
 
     def end(self) -> None:
         """Finish what is still under way; also after an exception, before buffers are used again."""
+        self._post.drop()
         for layer in self._all_layers():
             layer.drain()
 
@@ -90,6 +93,7 @@ class OtilRun:
         self._layers.clear()
         self._halos.clear()
         self._moments.clear()
+        self._post.free()
         self._picker.free()
         self._rooms.clear()
 
@@ -132,7 +136,8 @@ class OtilRun:
         """`x`, [B, C, rows, W], between `above` rows of the rank before and `below` of the one after.
 
         Zeros stand beyond the edges of the image. `name` as in `gather`; `given` are the rows where they are known
-        already (on every rank alike, see `norm_halo`), and no message is sent.
+        already (on every rank alike, see `norm_halo`), and no message is sent. Read the result before the next call of
+        any layer.
         """
         layer = self._halo_layer(name, x, above, below)
         if given is not None:
@@ -187,14 +192,15 @@ class OtilRun:
         layer = self._halos.get(name)
         if layer is None or layer.key != halo_key(x, above, below):
             self._discard(layer)
-            layer = self._halos[name] = HaloLayer(self._rows, name, x, above, below)
+            workspace = partial(self._room, x.device)
+            layer = self._halos[name] = HaloLayer(self._rows, self._post, workspace, name, x, above, below)
         return layer
 
     def _moments_layer(self, name: str, mean: torch.Tensor) -> MomentsLayer:
         layer = self._moments.get(name)
         if layer is None or layer.key != moments_key(mean):
             self._discard(layer)
-            layer = self._moments[name] = MomentsLayer(self._rows, name, mean)
+            layer = self._moments[name] = MomentsLayer(self._rows, self._post, name, mean)
         return layer
 
     def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor:
@@ -204,6 +210,7 @@ class OtilRun:
             part: this rank's, contiguous.
             kind: the counter that the bytes go to, and its name in error messages.
         """
+        self._post.send()  # the network is done; whoever is in the open parcel comes again at the next step only
         step = self.clock.step
         gathered = part.new_empty(self._replica.group.world_size, *part.shape)
         counter = f"{kind}-warmup" if step < self.config.warmup_steps else kind
@@ -223,7 +230,7 @@ class OtilRun:
             sent_bytes=dict(traffic.sent),
             messages=dict(traffic.messages),
             waited_seconds=sum(traffic.waited.values()),
-            buffer_bytes=sum(holder.nbytes for holder in (*self._all_layers(), *self._rooms.values())),
+            buffer_bytes=sum(holder.nbytes for holder in (*self._all_layers(), self._post, *self._rooms.values())),
         )
 
     def _all_layers(self) -> list[KVLayer | HaloLayer | MomentsLayer]:
