@@ -183,7 +183,6 @@ class Post:
         parcel.unread -= 1
         if parcel.unread == 0 and parcel in self._sent:
             self._sent.remove(parcel)
-            parcel.fit(self._largest)
             self._free.append(parcel)
 
     def free(self) -> None:

@@ -287,7 +287,9 @@ def allocated_by(**settings: Any) -> list[list[int]]:
     run = make_run(**settings)
     run.begin()
     share = torch.tensor(own_rows()) / sum(own_rows())
-    convs = [Conv(f"c{index}", 8, 16, 1, 1, torch.float32) for index in range(LAYERS_PER_PARCEL)]
+    # Two parcels with their norms, the second one larger.
+    sizes = [4 if 2 * index < LAYERS_PER_PARCEL else 8 for index in range(LAYERS_PER_PARCEL)]
+    convs = [Conv(f"c{index}", channels, 16, 1, 1, torch.float32) for index, channels in enumerate(sizes)]
     maps = [conv.whole(0)[:, :, : own_rows()[dist.get_rank()]] for conv in convs]
     mean, var = moments_of("norm", 0)[dist.get_rank()]
     steps = []
@@ -318,21 +320,20 @@ def test_after_two_displaced_steps_nothing_is_allocated(ranks: int) -> None:
 
 
 def silent_rank() -> tuple[str, float]:
-    """Rank 1 does not take part in the third step; what rank 0 says, and how long it takes to say it and to end."""
+    """Rank 1 does not take part in the second step; what rank 0 says, and how long it takes to say it and to end."""
     # Pairs of a group of their own: gloo closes them after a timeout, and the test's ranks still meet at the end.
     group = PatchGroup(dist.new_group([0, 1]), dist.get_rank(), 2)
     walk = Walk(OtilRun(OtilConfig(**{**STALE, "timeout": 1.0}), group))
     walk.begin()
-    walk.step()
+    convs = (*CONVS, *(replace(conv, name=f"{conv.name} too") for conv in CONVS))
+    walk.step(convs)
     if dist.get_rank() == 1:
         time.sleep(5)
         return "", 0.0
     started = time.monotonic()
     with pytest.raises(ExchangeTimeout) as caught:
         for _ in range(2):
-            for conv in CONVS:
-                walk.run.halo(conv.name, conv.whole(0)[:, :, :3], conv.above, conv.below)
-            walk.run.clock.tick()
+            walk.step(convs, has_end=False)  # two parcels, for which the next step waits
     walk.run.end()
     walk.run.begin()
     return str(caught.value), time.monotonic() - started
@@ -340,7 +341,8 @@ def silent_rank() -> tuple[str, float]:
 
 def test_a_rank_that_does_not_answer_is_an_error_with_its_place() -> None:
     message, seconds = run_ranks(2, silent_rank)[0]
-    assert "rank 0 of 2" in message and "the halo of layer conv.0 at step 1" in message and "1 s" in message
+    assert 4 * len(CONVS) > 2 * LAYERS_PER_PARCEL, "a second parcel is under way"
+    assert "rank 0 of 2" in message and "the moments of layer norm of conv.0 at step 1" in message and "1 s" in message
     assert seconds < 3, "the second parcel is not waited for"
 
 
