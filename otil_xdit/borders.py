@@ -7,28 +7,41 @@ from __future__ import annotations
 
 import torch
 
-from otil_xdit.exchange import Exchange, ExchangedLayer, Neighbours, Pending
+from otil_xdit.exchange import Exchange, Neighbours, Pending
+from otil_xdit.parcels import Lane, ParcelLayer, Part, Post
 from otil_xdit.schedule import Mode
+from otil_xdit.workspace import Workspace
 
 Beyond = tuple[torch.Tensor | None, torch.Tensor | None]
 """Rows above and below a rank's map, each [B, C, rows, W]; None beyond the image's edge."""
 
 
-class HaloLayer(ExchangedLayer[Neighbours]):
+class HaloLayer(ParcelLayer):
     """The rows next to this rank's that one convolution needs: `above` of the rank before, `below` of the one after.
 
     Args:
         exchange: reaches the ranks that hold rows.
+        post: carries to them what nobody waits for.
+        room: for results and for what is sent at once.
         name: the layer's name in error messages.
         like: this rank's map, [B, C, rows, W].
         above, below: number of rows.
     """
 
-    def __init__(self, exchange: Exchange, name: str, like: torch.Tensor, above: int, below: int) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        post: Post,
+        room: Workspace,
+        name: str,
+        like: torch.Tensor,
+        above: int,
+        below: int,
+    ) -> None:
         batch, channels, _, width = like.shape
         super().__init__()
         self.key = halo_key(like, above, below)
-        self._exchange, self._name = exchange, name
+        self._exchange, self._post, self._room, self._name = exchange, post, room, name
         self._above, self._below = above, below
         self._first = exchange.group.rank == 0
         self._last = exchange.group.rank == exchange.group.world_size - 1
@@ -37,6 +50,10 @@ class HaloLayer(ExchangedLayer[Neighbours]):
             like.new_zeros(batch, channels, above, width),
             like.new_zeros(batch, channels, below, width),
         )
+        up, down = (tuple(rows.shape) for rows in self._received)
+        # The rank before is sent as many rows as come from the one after.
+        parts = Part("previous", down, up, like.dtype), Part("next", up, down, like.dtype)
+        self._parts = parts[self._first : 1 if self._last else 2]
 
     @property
     def nbytes(self) -> int:
@@ -49,19 +66,23 @@ class HaloLayer(ExchangedLayer[Neighbours]):
             x: [B, C, rows, W] with at least max(above, below) rows.
             mode: ``sync`` waits for the neighbours' rows of this step; ``displaced`` takes those that were sent a step
                 earlier and sends this step's; ``frozen`` keeps what there is.
-            step: for error messages.
+            step: for error messages, and to part parcels.
             kind: the counter that the bytes go to.
+
+        Returns:
+            In a room: read it before the next call of any layer.
         """
         where = f"the halo of layer {self._name} at step {step}"
         self.drain()
         if mode == "sync":
             self._send(x, kind, where).wait()
-        widened = torch.cat([self._received[0], x, self._received[1]], dim=2)
-        if mode == "displaced":
-            # After the copy: what arrives from now on belongs to the next step.
-            self._pending = self._send(x, kind, where)
+        elif mode == "displaced":
+            self._slot = self._post.append(self._parts, step, kind, where, x.device)
+            outgoing = (rows for rows in self.rows_to_send(x) if rows is not None)
+            for room, rows in zip(self._slot.outgoing, outgoing, strict=True):
+                room.copy_(rows)
         self.visits += 1
-        return widened
+        return self._widened(x)
 
     def put(self, x: torch.Tensor, given: Beyond) -> torch.Tensor:
         """`widen` with rows that are known already: no message. They are kept as those of a synchronous step are."""
@@ -70,10 +91,13 @@ class HaloLayer(ExchangedLayer[Neighbours]):
             if rows is not None:
                 kept.copy_(rows)
         self.visits += 1
-        return torch.cat([self._received[0], x, self._received[1]], dim=2)
+        return self._widened(x)
 
     def request(self, x: torch.Tensor, kind: str, where: str) -> Pending[Neighbours]:
-        """Start exchanging rows of another map of this shape, which `beyond` gives after the wait."""
+        """Start exchanging rows of another map of this shape, which `beyond` gives after the wait.
+
+        No other layer may ask for anything in between: what is sent lies in room that all use.
+        """
         self.drain()
         return self._send(x, kind, where)
 
@@ -86,10 +110,25 @@ class HaloLayer(ExchangedLayer[Neighbours]):
         to_previous = None if self._first else x[:, :, : self._below]
         return to_previous, None if self._last else x[:, :, x.shape[2] - self._above :]
 
+    def _keep(self, lane: Lane, received: torch.Tensor) -> None:
+        self._received[lane == "next"].copy_(received[0])
+
+    def _widened(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, rows, width = x.shape
+        shape = (batch, channels, self._above + rows + self._below, width)
+        return torch.cat([self._received[0], x, self._received[1]], dim=2, out=self._room("wide", shape, x.dtype))
+
     def _send(self, x: torch.Tensor, kind: str, where: str) -> Pending[Neighbours]:
-        empty = x.new_empty(0)
-        to_previous, to_next = (empty if rows is None else rows.contiguous() for rows in self.rows_to_send(x))
-        return self._exchange.neighbours(to_previous, to_next, self._received, kind, where)
+        up, down = self.rows_to_send(x)
+        to_previous, to_next = self._packed("rows up", up, x), self._packed("rows down", down, x)
+        shares = {kind: to_previous.nbytes}, {kind: to_next.nbytes}
+        return self._exchange.neighbours(to_previous, to_next, self._received, shares, where)
+
+    def _packed(self, room: str, rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy; empty for None."""
+        if rows is None:
+            return self._room(room, (0,), like.dtype)
+        return self._room(room, tuple(rows.shape), rows.dtype).copy_(rows)
 
 
 def halo_key(like: torch.Tensor, above: int, below: int) -> tuple[object, ...]:
@@ -97,22 +136,26 @@ def halo_key(like: torch.Tensor, above: int, below: int) -> tuple[object, ...]:
     return (like.shape[0], like.shape[1], like.shape[3], like.dtype, like.device, above, below)
 
 
-class MomentsLayer(ExchangedLayer[torch.Tensor]):
+class MomentsLayer(ParcelLayer):
     """Mean and variance of whole maps, of which every rank holds some rows, for one group normalisation.
 
     Args:
         exchange: reaches the ranks that hold rows.
+        post: carries to them what nobody waits for.
         name: the layer's name in error messages.
         like: this rank's means, float32 [B, G].
     """
 
-    def __init__(self, exchange: Exchange, name: str, like: torch.Tensor) -> None:
-        ranks = exchange.group.world_size
+    def __init__(self, exchange: Exchange, post: Post, name: str, like: torch.Tensor) -> None:
+        own, ranks = exchange.group.rank, exchange.group.world_size
         super().__init__()
         self.key = moments_key(like)
-        self._exchange, self._name = exchange, name
+        self._exchange, self._post, self._name = exchange, post, name
         self._sent = like.new_zeros(2, *like.shape)
         self._all = like.new_zeros(ranks, 2, *like.shape)
+        # Two ranks are each other's only neighbour: moments travel with the rows.
+        lane: Lane = "everybody" if ranks != 2 else "next" if own == 0 else "previous"
+        self._parts = (Part(lane, tuple(self._sent.shape), tuple(self._sent.shape), like.dtype),)
         self._packets: _Packets | None = None
 
     @property
@@ -152,7 +195,10 @@ class MomentsLayer(ExchangedLayer[torch.Tensor]):
             corrected = square - whole.square()
             result = whole, torch.where(corrected < 0, var, corrected)
         if mode == "displaced":
-            self._pending = self._send(mean, var, kind, where)
+            # After the result: what is sent now is what this rank's own moments have moved from at the next step.
+            self._slot = self._post.append(self._parts, step, kind, where, mean.device)
+            torch.stack([mean, var], out=self._all[self._exchange.group.rank])
+            self._slot.outgoing[0].copy_(self._all[self._exchange.group.rank])
         self.visits += 1
         return result
 
@@ -175,7 +221,7 @@ class MomentsLayer(ExchangedLayer[torch.Tensor]):
             mean, var, share, step: as in `combine`.
             halo: the layer whose rows they are.
             x: the map, [B, C, rows, W].
-            kinds: the counters that the bytes of moments and of rows go to; one message counts for the rows.
+            kinds: the counters that the bytes of moments and of rows go to.
 
         Returns:
             Mean and variance, float32 [B, G], and the rows above and below, valid until the next exchange.
@@ -219,10 +265,16 @@ class MomentsLayer(ExchangedLayer[torch.Tensor]):
         sent.moments.copy_(self._all[own])
         sent.rows.copy_(outgoing)
         buffers = (received.bytes, received.bytes)  # the one for the neighbour that is not there is not looked at
-        aside = kinds[0], sent.moments.nbytes
-        self._exchange.neighbours(sent.bytes, sent.bytes, buffers, kinds[1], where, aside).wait()
+        shares = {kinds[1]: sent.rows.nbytes, kinds[0]: sent.moments.nbytes}
+        self._exchange.neighbours(sent.bytes, sent.bytes, buffers, (shares, shares), where).wait()
         self._all[other].copy_(received.moments)
         return (None, received.rows) if own == 0 else (received.rows, None)
+
+    def _keep(self, lane: Lane, received: torch.Tensor) -> None:
+        if lane == "everybody":
+            self._all.copy_(received)
+        else:
+            self._all[1 - self._exchange.group.rank].copy_(received[0])
 
     def _send(self, mean: torch.Tensor, var: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
         torch.stack([mean, var], out=self._sent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Generic, TypeVar
@@ -19,6 +20,9 @@ T = TypeVar("T")
 
 Neighbours = tuple[torch.Tensor, torch.Tensor]
 """What the rank before and the rank after this one send."""
+
+Shares = Mapping[str, int]
+"""The bytes of one message by the counters that they go to; the message itself counts where most of its bytes do."""
 
 # torch 2.13 renamed the collective and warns under the old name; older versions know only that.
 _all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -133,8 +137,7 @@ class Exchange:
         differs between ranks.
         """
         assert payload.is_contiguous() and output.is_contiguous(), f"{where}: collectives need contiguous tensors"
-        self.traffic.sent[kind] += payload.nbytes
-        self.traffic.messages[kind] += 1
+        self._count({kind: payload.nbytes})
         flat = output.view(-1)
         try:
             work = _all_gather_flat(flat, payload.view(-1), group=self.group.process_group, async_op=True)
@@ -147,9 +150,8 @@ class Exchange:
         to_previous: torch.Tensor,
         to_next: torch.Tensor,
         output: Neighbours,
-        kind: str,
+        shares: tuple[Shares, Shares],
         where: str,
-        aside: tuple[str, int] | None = None,
     ) -> Pending[Neighbours]:
         """Start sending to the ranks before and after this one in the group; the ends have one neighbour.
 
@@ -157,27 +159,26 @@ class Exchange:
             to_previous, to_next: contiguous; unchanged until the wait. Empty ones are not sent; whoever sends an empty
                 one must be expected to: the sizes follow from the layer, alike on every rank.
             output: what the two send, filled by the wait.
-            kind, where: as in `all_gather`.
-            aside: another counter, and the bytes of each message that go there instead of to `kind`.
+            shares: of the bytes of the two messages.
+            where: as in `all_gather`.
         """
-        other, aside_bytes = aside or (kind, 0)
         rank, ranks = self.group.rank, self.group.world_size
         operations = []
-        for peer, sent, received in ((rank - 1, to_previous, output[0]), (rank + 1, to_next, output[1])):
+        sides = ((rank - 1, to_previous, output[0]), (rank + 1, to_next, output[1]))
+        for (peer, sent, received), bytes_of in zip(sides, shares, strict=True):
             if not 0 <= peer < ranks:
                 continue
             if sent.numel():
+                assert sum(bytes_of.values()) == sent.nbytes, f"{where}: every byte that is sent is counted"
                 operations.append(dist.P2POp(dist.isend, sent, group=self.group.process_group, group_peer=peer))
-                self.traffic.sent[kind] += sent.nbytes - aside_bytes
-                self.traffic.sent[other] += aside_bytes
-                self.traffic.messages[kind] += 1
+                self._count(bytes_of)
             if received.numel():
                 operations.append(dist.P2POp(dist.irecv, received, group=self.group.process_group, group_peer=peer))
         try:
             works = dist.batch_isend_irecv(operations) if operations else []
         except RuntimeError as error:
             raise ExchangeTimeout(self.failure(where, error)) from error
-        return Pending(self, works, output, kind, where)
+        return Pending(self, works, output, _most(shares[0]) or _most(shares[1]), where)
 
     def wait_for(self, work: dist.Work) -> None:
         if self._host_waits:
@@ -185,9 +186,20 @@ class Exchange:
         else:
             work.wait()
 
+    def _count(self, shares: Shares) -> None:
+        """Count one message."""
+        for kind, size in shares.items():
+            self.traffic.sent[kind] += size
+        self.traffic.messages[_most(shares)] += 1
+
     def failure(self, where: str, error: BaseException) -> str:
         reason = str(error).splitlines()[0]
         return (
             f"rank {self.group.rank} of {self.group.world_size}: no answer from the other patches for {where} "
             f"within {self._timeout:g} s ({reason})"
         )
+
+
+def _most(shares: Shares) -> str:
+    """The counter of most bytes."""
+    return max(shares, key=lambda kind: shares[kind], default="")

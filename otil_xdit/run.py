@@ -16,6 +16,7 @@ from otil_xdit.config import OtilConfig, SmallFreshness
 from otil_xdit.exchange import Exchange, PatchGroup
 from otil_xdit.grid import TokenLayout
 from otil_xdit.kv import KVStack
+from otil_xdit.parcels import Post
 from otil_xdit.picking import Picker
 from otil_xdit.schedule import Clock, Mode, Schedule
 from otil_xdit.workspace import Workspace
@@ -56,6 +57,7 @@ class OtilRun:
         self.config, self.group = config, group
         self.exchange = Exchange(group, config.timeout)
         self._rows = Exchange(group.rows or group, config.timeout, self.exchange.traffic)
+        self._post = Post(self._rows)
         self._replica = Exchange(group.replica or group, config.timeout, self.exchange.traffic)
         self.clock = Clock()
         self._schedule = Schedule.from_config(config)
@@ -82,6 +84,7 @@ class OtilRun:
 
     def end(self) -> None:
         """Finish what is still under way; also after an exception, before buffers are used again."""
+        self._post.drop()
         for layer in self._all_layers():
             layer.drain()
 
@@ -93,6 +96,7 @@ class OtilRun:
         self._called = None
         self._halos.clear()
         self._moments.clear()
+        self._post.free()
         self._picker.free()
         self._rooms.clear()
 
@@ -136,7 +140,8 @@ class OtilRun:
         """`x`, [B, C, rows, W], between `above` rows of the rank before and `below` of the one after.
 
         Zeros stand beyond the edges of the image. `name` as in `gather`; `given` are the rows where they are known
-        already (on every rank alike, see `norm_halo`), and no message is sent.
+        already (on every rank alike, see `norm_halo`), and no message is sent. Read the result before the next call of
+        any layer.
         """
         layer = self._halo_layer(name, x, above, below)
         if given is not None:
@@ -191,14 +196,15 @@ class OtilRun:
         layer = self._halos.get(name)
         if layer is None or layer.key != halo_key(x, above, below):
             self._discard(layer)
-            layer = self._halos[name] = HaloLayer(self._rows, name, x, above, below)
+            room = self._room(x.device)
+            layer = self._halos[name] = HaloLayer(self._rows, self._post, room, name, x, above, below)
         return layer
 
     def _moments_layer(self, name: str, mean: torch.Tensor) -> MomentsLayer:
         layer = self._moments.get(name)
         if layer is None or layer.key != moments_key(mean):
             self._discard(layer)
-            layer = self._moments[name] = MomentsLayer(self._rows, name, mean)
+            layer = self._moments[name] = MomentsLayer(self._rows, self._post, name, mean)
         return layer
 
     def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor:
@@ -208,6 +214,7 @@ class OtilRun:
             part: this rank's, contiguous.
             kind: the counter that the bytes go to, and its name in error messages.
         """
+        self._post.send()  # the network is done; whoever is in the open parcel comes again at the next step only
         step = self.clock.step
         gathered = part.new_empty(self._replica.group.world_size, *part.shape)
         counter = f"{kind}-warmup" if step < self.config.warmup_steps else kind
@@ -227,14 +234,11 @@ class OtilRun:
             sent_bytes=dict(traffic.sent),
             messages=dict(traffic.messages),
             waited_seconds=sum(traffic.waited.values()),
-            buffer_bytes=sum(holder.nbytes for holder in self._all_layers()) + self._room_bytes(),
+            buffer_bytes=sum(holder.nbytes for holder in (*self._all_layers(), self._post, *self._rooms.values())),
         )
 
     def _all_layers(self) -> list[KVStack | HaloLayer | MomentsLayer]:
         return [*self._stacks, *self._halos.values(), *self._moments.values()]
-
-    def _room_bytes(self) -> int:
-        return sum(size for room in self._rooms.values() for size in room.sizes.values())
 
     def _kind(self, what: str, visits: int) -> str:
         """The counter that a layer's bytes go to: those of warm-up steps are kept apart."""
@@ -272,10 +276,15 @@ class OtilRun:
 
     def _new_stack(self, name: str, shape: torch.Size, dtype: torch.dtype, table: torch.Tensor) -> KVStack:
         self._picker.forget(name)
-        room = self._rooms.setdefault(table.device, Workspace(table.device))
+        room = self._room(table.device)
         stack = KVStack(self.exchange, shape, dtype, table, self.config, self._picker, room)
         self._stacks.append(stack)
         return stack
+
+    def _room(self, device: torch.device) -> Workspace:
+        if device not in self._rooms:
+            self._rooms[device] = Workspace(device)
+        return self._rooms[device]
 
     def _leave(self, name: str, stack: KVStack) -> None:
         """A layer has another shape now; a stack that has lost all layers goes, once nothing of it is under way."""

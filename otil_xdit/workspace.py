@@ -23,6 +23,11 @@ class Workspace:
         self._seen: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all rooms."""
+        return sum(room.nbytes for room in self._rooms.values())
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each room."""
         return {name: room.nbytes for name, room in self._rooms.items()}

@@ -46,7 +46,7 @@ def halos(run: OtilRun, above: int, below: int, steps: int = 5) -> list[torch.Te
     seen = []
     for step in range(steps):
         x = whole_map(step)
-        seen.append(run.halo("conv", x[:, :, own_rows(x)], above, below))
+        seen.append(run.halo("conv", x[:, :, own_rows(x)], above, below).clone())
         run.clock.tick()
     run.end()
     return seen
