@@ -71,10 +71,11 @@ def alone(runs: Sequence[Run]) -> Run | None:
 
 def _describe(link: Link) -> str:
     samples = ", ".join(f"{size} B in {1e3 * seconds:.2f} ms" for size, seconds in link.samples)
+    line = f"{1e3 * link.alpha_seconds:.2f} ms + bytes / ({link.beta_bytes_per_second / 1e6:.2f} MB/s)"
     return (
         f"Link: `--link {link.asked}`; each direction of each rank's cable shaped by tbf to "
-        f"{link.rate_bytes / 1e6:.2f} MB/s; no delay is emulated. All-gathers of gloo on it, bytes of one rank's payload: "
-        f"{samples}; fitted: {1e3 * link.alpha_seconds:.2f} ms + bytes / ({link.beta_bytes_per_second / 1e6:.2f} MB/s)."
+        f"{link.rate_bytes / 1e6:.2f} MB/s; no delay is emulated. All-gathers of gloo on it, bytes of one rank's "
+        f"payload: {samples}; fitted: {line}."
     )
 
 
