@@ -20,10 +20,12 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 from otil_xdit.bench import link
 from otil_xdit.bench.calibrate import Link, fit
+from otil_xdit.bench.jobs import jobs_of_a_run
 from otil_xdit.bench.networks import wider
 from otil_xdit.bench.plan import Cell, Plan, parse_strategy
 from otil_xdit.bench.report import plot, table
 from otil_xdit.bench.results import Results, Run
+from otil_xdit.bench.tasks import GatherTask
 from otil_xdit.evaluation.memory import attention_layers, find_network
 from otil_xdit.evaluation.models import find_model
 from otil_xdit.tools import main as tools
@@ -364,9 +366,10 @@ def wait_for(done: Any) -> None:
     [
         (signal.SIGKILL, True, 1, ": rank 1 ended, exit code -9; see "),
         (signal.SIGSTOP, True, 1, " within 8 s; see "),
-        (signal.SIGTERM, False, 143, ""),
+        (signal.SIGTERM, False, 143, "otil-xdit bench: SIGTERM, all processes stopped"),
+        (signal.SIGKILL, False, -9, ""),
     ],
-    ids=["killed rank", "stuck rank", "terminated bench"],
+    ids=["killed rank", "stuck rank", "terminated bench", "killed bench"],
 )
 def test_nothing_is_left_behind(
     bench: subprocess.Popen[str], number: int, to_rank: bool, code: int, message: str
@@ -376,5 +379,18 @@ def test_nothing_is_left_behind(
     errors = bench.communicate(timeout=PATIENCE)[1]
     assert bench.returncode == code, errors
     assert message in errors and "Traceback" not in errors
-    assert not any(psutil.pid_exists(rank.pid) for rank in ranks)
+    wait_for(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks))
+    if code == -signal.SIGKILL and not no_link():
+        link.remove_stale(link.run_command)  # as the next bench does
     assert not namespaces_of(bench.pid)
+
+
+def test_ranks_are_stopped_between_two_questions(tmp_path: Path) -> None:
+    with jobs_of_a_run(tmp_path / "logs", PATIENCE, []) as jobs:
+        job = jobs.start("gathers", GatherTask((8, 64), 3), 2, None)
+        ranks = [psutil.Process(process.pid) for process in job.processes]
+        for _ in range(2):
+            wait_for(lambda: {rank.status() for rank in ranks} == {psutil.STATUS_STOPPED})
+            answers = jobs.ask(job)
+            assert [[len(seconds) for seconds in answer["seconds"]] for answer in answers] == [[3, 3], [3, 3]]
+    assert not any(rank.is_running() for rank in ranks)

@@ -1,4 +1,4 @@
-"""Lets the strategies take turns: all of a cell are loaded, and one at a time makes an image while the others sleep."""
+"""Lets the strategies take turns: all of a cell are loaded, one makes an image while the others are stopped."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ for their turn would wake ten times a second on the cores that are measured.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -59,6 +60,17 @@ class Job:
     processes: list[subprocess.Popen[bytes]]
     log: Path
     connections: dict[int, Connection] = field(default_factory=dict)
+
+    def pause(self) -> None:
+        """Stop all processes, between two questions: each of gloo's threads would wake a hundred times a second, and
+        xDiT makes some twenty groups of ranks."""
+        for process in self.processes:
+            process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        for process in self.processes:
+            process.send_signal(signal.SIGCONT)
 
     def memory(self) -> int:
         """Bytes that would be free without it."""
@@ -130,20 +142,24 @@ class Jobs:
         except JobFailed:
             self.close(job)
             raise
+        job.pause()
         return job
 
     def ask(self, job: Job) -> list[Answer]:
-        """What all ranks of a job answer, by rank.
+        """What all ranks of a job answer, by rank; they run until they have, and are stopped again.
 
         Raises:
             JobFailed: when one of them ends, fails, or does not answer in time.
         """
+        job.resume()
         for rank, connection in job.connections.items():
             try:
                 connection.send(None)
             except OSError:
                 raise self._ended(job, rank) from None
-        return self._collect(job)
+        answers = self._collect(job)
+        job.pause()
+        return answers
 
     def close(self, job: Job) -> None:
         """End a job."""

@@ -2,13 +2,15 @@
 
     python -m otil_xdit.bench.rank SOCKET NAME      (with torchrun's RANK, WORLD_SIZE, MASTER_ADDR, ...)
 
-It is asked through a Unix socket by `otil_xdit.bench.jobs`, which works from any network namespace. Between two
-questions it sleeps in `recv`; when whoever asks is gone, it ends.
+It is asked through a Unix socket by `otil_xdit.bench.jobs`, which works from any network namespace, and which stops it
+by a signal between two questions. When whoever asks is gone, it ends.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import sys
 import time
@@ -19,6 +21,9 @@ from typing import Any
 
 from otil_xdit.bench.tasks import Answer, GatherTask, ImageTask
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl.h."""
+
 PROMPT = "a large red circle on the left and a small blue square on the right, striped background"
 
 
@@ -26,6 +31,7 @@ def main() -> None:
     """Connect, load, and answer until nobody asks any more."""
     path, name = sys.argv[1:]
     rank = int(os.environ["RANK"])
+    _end_with_parent()
     _pin(rank)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
@@ -33,6 +39,12 @@ def main() -> None:
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # whoever asks has ended, so shall this
         connection.send((name, rank))
         _answer(connection)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends: a stopped one would not see that."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _pin(rank: int) -> None:

@@ -30,7 +30,7 @@ COLUMNS = (
 
 HEADER = """\
 Median of {rounds} rounds (least, most); {warmup_rounds} before them not counted. In every round each strategy makes
-one image of {steps} steps, in an order that changes; the others are loaded and asleep. Only the denoising loop is
+one image of {steps} steps, in an order that changes; the others are loaded and stopped. Only the denoising loop is
 timed, a step on its slowest rank. "ms per step": the whole loop, the strategy's own synchronous warm-up steps
 included, over its steps; "times as fast": one process's over it; "after warm-up": without those warm-up steps;
 "displaced steps": only those that use payloads of the step before. "Waited": for messages, whole loop, mean of the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"otil-xdit bench: {error}", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
+        name = signal.Signals(interrupted.code - 128).name
+        print(f"otil-xdit bench: {name}, all processes stopped", file=sys.stderr)
         return interrupted.code
     print(table(results))
     return 0
