@@ -11,21 +11,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from tqdm import tqdm
 
-from otil_xdit.bench import link
+from otil_xdit.bench import conductor, link
 from otil_xdit.bench.calibrate import Link, fit
-from otil_xdit.bench.jobs import jobs_of_a_run
+from otil_xdit.bench.jobs import JobFailed, jobs_of_a_run
 from otil_xdit.bench.networks import wider
 from otil_xdit.bench.plan import Cell, Plan, parse_strategy
 from otil_xdit.bench.report import plot, table
 from otil_xdit.bench.results import Results, Run
-from otil_xdit.bench.tasks import GatherTask
+from otil_xdit.bench.tasks import GatherTask, ImageTask
 from otil_xdit.evaluation.memory import attention_layers, find_network
 from otil_xdit.evaluation.models import find_model
 from otil_xdit.tools import main as tools
@@ -194,6 +196,56 @@ def test_wider_networks() -> None:
     folder = find_model("tiny-dit").folder + "/transformer"
     dit = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
     assert wider(dit, 3).inner_dim == 3 * dit.inner_dim
+
+
+class FakeJobs:
+    """Answers at once; `failing` cannot be loaded."""
+
+    def __init__(self, *failing: str) -> None:
+        self.failing, self.asked, self.alive = failing, list[str](), set[str]()
+
+    def start(self, name: str, task: ImageTask, ranks: int, spaces: None) -> Any:
+        job = SimpleNamespace(name=task.strategy, log="log", ranks=ranks, memory=lambda: 1 << 30)
+        if task.strategy in self.failing:
+            raise JobFailed(job, "rank 0: no such thing")  # type: ignore[arg-type]  # a stand-in
+        self.alive.add(job.name)
+        return job
+
+    def ask(self, job: Any) -> list[dict[str, Any]]:
+        self.asked.append(job.name)
+        return [{"step_seconds": [1.0], "report": None}] * job.ranks
+
+    def close(self, job: Any) -> None:
+        self.alive.remove(job.name)
+
+
+def turns(jobs: FakeJobs, *strategies: str) -> list[Run]:
+    """The runs of a cell with 5 rounds after 1."""
+    chosen = plan(*strategies, models=(find_model("tiny-dit"),), rounds=5)
+    results = Results(chosen, "")
+    conductor._Turns(chosen, next(iter(chosen.cells)), jobs, None, tqdm(total=99, disable=True)).run(results)  # type: ignore[arg-type]
+    assert not jobs.alive
+    return results.runs
+
+
+def test_every_strategy_has_a_turn_in_every_round() -> None:
+    jobs = FakeJobs("ring")
+    runs = turns(jobs, "one-process", "sync", "ring", "otil")
+    assert [len(run.seconds) for run in runs] == [5, 5, 0, 5], "the warm-up round does not count"
+    assert runs[2].skipped == "rank 0: no such thing" and not any(run.alternation for run in runs)
+    assert jobs.asked[:3] == ["one-process", "sync", "otil"], "warm-up"
+    rounds = [tuple(jobs.asked[start : start + 3]) for start in range(3, 18, 3)]
+    assert len(jobs.asked) == 18 and all(len(set(order)) == 3 for order in rounds) and len(set(rounds)) > 1
+    with pytest.raises(JobFailed, match="no such thing"):
+        turns(FakeJobs("otil"), "one-process", "otil")
+
+
+def test_what_memory_does_not_hold_takes_turns_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 << 30))
+    runs = turns(FakeJobs(), "sync", "otil")
+    assert [run.alternation for run in runs] == [0, 1] and [len(run.seconds) for run in runs] == [5, 5]
+    results = Results(plan("sync", "otil"), "", runs=runs)
+    assert "- Not all fitted into memory at once: otil took turns after the others were done." in table(results)
 
 
 class Recorder:
