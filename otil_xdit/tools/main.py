@@ -15,6 +15,7 @@ TOOLS = {
     "models": "list the models: what runs under --parallel, how, and what is refused",
     "eval": "measure how close each preset's pictures are to one process's, and the bytes they take",
     "study": "the paper's selection study: does change of the latent tell change of the picture?",
+    "bench": "measure how long a step takes under each strategy, taking turns in one run",
     "memory": "how much memory the exchange's copies take on a rank, without weights",
 }
 """Name and summary of each tool; its module here has the name, with `add_arguments(parser)` and `run(arguments)`.

@@ -45,7 +45,7 @@ def run_to_end(
         is_stuck: asked every `POLL_SECONDS`; once it says yes, everything is ended and the exit code is `STUCK`.
     """
     mark, stuck = uuid.uuid4().hex, False
-    with _caught_signals() as caught, _opened(log) as output:
+    with caught_signals() as caught, _opened(log) as output:
         process = subprocess.Popen(
             command,
             env={**environment, LAUNCH_MARK: mark},
@@ -87,7 +87,7 @@ def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
 
 
 @contextmanager
-def _caught_signals() -> Iterator[list[int]]:
+def caught_signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM are noted in the list instead of ending this process."""
     caught: list[int] = []
     before = {

@@ -1,0 +1,5 @@
+"""`otil-xdit bench`: how long a step takes under each strategy and under xDiT's own, taking turns in one run.
+
+plan.py says what is compared, rank.py is what each process runs, jobs.py starts them and asks them for images,
+conductor.py lets them take turns, link.py puts a slow link between them, report.py writes what was found.
+"""

@@ -1,0 +1,162 @@
+"""What a bench finds, as it is written to JSON, and its figures."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from otil_xdit.bench.calibrate import Link
+from otil_xdit.bench.plan import Cell, Plan, Strategy
+from otil_xdit.bench.tasks import Answer
+from otil_xdit.config import OtilConfig
+from otil_xdit.evaluation.rows import versions
+from otil_xdit.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of several rounds."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(median(values), min(values), max(values))
+
+
+@dataclass
+class Run:
+    """One strategy in one cell: a row. Lists have an entry for each round that counts.
+
+    Attributes:
+        cell, strategy: what it is.
+        alternation: a number that the runs share which took turns with each other.
+        seconds: of the denoising loop of one image, on the slowest rank.
+        step_seconds: of each of its steps, on the slowest rank of the step.
+        waited_seconds: for others' messages, in the image, mean of the ranks; None where nobody counts it.
+        report: of rank 0's last image, None where nobody counts.
+        skipped: why there are no figures, or None.
+    """
+
+    cell: Cell
+    strategy: Strategy
+    alternation: int = 0
+    seconds: list[float] = field(default_factory=list)
+    step_seconds: list[list[float]] = field(default_factory=list)
+    waited_seconds: list[float] | None = None
+    report: dict[str, Any] | None = None
+    skipped: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.strategy.ranks(self.cell.ranks)
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """A round's answers, by rank."""
+        steps = [answer["step_seconds"] for answer in answers]
+        self.seconds.append(max(map(sum, steps)))
+        self.step_seconds.append([max(step) for step in zip(*steps, strict=True)])
+        self.report = answers[0]["report"]
+        if self.report is not None:
+            waited = fmean(answer["report"]["waited_seconds"] for answer in answers)
+            self.waited_seconds = [*(self.waited_seconds or []), waited]
+
+    def image(self) -> Spread:
+        """Seconds per step over all steps of an image."""
+        return Spread.of([seconds / len(steps) for seconds, steps in zip(self.seconds, self.step_seconds, strict=True)])
+
+    def after_warmup(self) -> Spread | None:
+        """Seconds per step over the steps after the strategy's warm-up; None without one, or where no step is left."""
+        config = self._config
+        return (
+            None if config is None or config.freshness == "sync" else self._over(range(config.warmup_steps, self.steps))
+        )
+
+    def displaced(self) -> Spread | None:
+        """Seconds per step over the steps that use payloads of the step before; None where there are none."""
+        config = self._config
+        if config is None:
+            return None
+        schedule = Schedule.from_config(config)
+        modes = [schedule.mode(step, step, self.steps) for step in range(self.steps)]
+        return self._over([step for step, mode in enumerate(modes) if mode == "displaced"])
+
+    @property
+    def steps(self) -> int:
+        return len(self.step_seconds[0])
+
+    @property
+    def _config(self) -> OtilConfig | None:
+        config = None if self.strategy.variant is None else self.strategy.variant.config
+        return config if isinstance(config, OtilConfig) else None
+
+    def _over(self, steps: Iterable[int]) -> Spread | None:
+        numbers = list(steps)
+        return (
+            Spread.of([fmean(seconds[step] for step in numbers) for seconds in self.step_seconds]) if numbers else None
+        )
+
+
+@dataclass
+class Results:
+    """Everything that a bench found, as far as it is."""
+
+    plan: Plan
+    command: str
+    link: Link | None = None
+    runs: list[Run] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON file holds."""
+        return {
+            "versions": {name.replace("-", "_"): number for name, number in versions().items()},
+            "command": self.command,
+            "machine": machine(),
+            "link": None if self.link is None else self.link.to_dict(),
+            "runs": [_as_dict(run, self.plan) for run in self.runs],
+        }
+
+
+def _as_dict(run: Run, plan: Plan) -> dict[str, Any]:
+    cell = run.cell
+    return {
+        "model": cell.model.name,
+        "width": cell.width,
+        "size": cell.size,
+        "latent": list(cell.latent),
+        "batch": 1,
+        "guidance": plan.guidance,
+        "dtype": "float32",
+        "sampler": plan.sampler_of(cell.model),
+        "steps": plan.steps,
+        "strategy": run.strategy.label,
+        "settings": run.strategy.settings,
+        "ranks": run.ranks,
+        "degrees": run.strategy.degrees(cell.ranks),
+        "seconds": run.seconds,
+        "step_seconds": run.step_seconds,
+        "waited_seconds": run.waited_seconds,
+        "report": run.report,
+        "skipped": run.skipped,
+        "alternation": run.alternation,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where it was measured."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"cores": cores, "cpu": _processor(), "pinned": f"rank r to core r mod {cores}, 1 thread"}
+
+
+def _processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
