@@ -7,6 +7,7 @@ this package keeps state of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -51,13 +52,16 @@ class OtilRun:
     Args:
         config: the settings.
         group: the ranks that hold the patches.
+        make_exchange: what carries the messages of a group of ranks; arguments as those of `Exchange`.
     """
 
-    def __init__(self, config: OtilConfig, group: PatchGroup) -> None:
+    def __init__(
+        self, config: OtilConfig, group: PatchGroup, make_exchange: Callable[..., Exchange] = Exchange
+    ) -> None:
         self.config, self.group = config, group
-        self.exchange = Exchange(group, config.timeout)
-        self._rows = Exchange(group.rows or group, config.timeout, self.exchange.traffic)
-        self._replica = Exchange(group.replica or group, config.timeout, self.exchange.traffic)
+        self.exchange = make_exchange(group, config.timeout)
+        self._rows = make_exchange(group.rows or group, config.timeout, self.exchange.traffic)
+        self._replica = make_exchange(group.replica or group, config.timeout, self.exchange.traffic)
         self.clock = Clock()
         self._schedule = Schedule.from_config(config)
         self._picker = Picker(config, self.clock, group)
