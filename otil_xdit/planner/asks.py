@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from otil_xdit.borders import Beyond
+from otil_xdit.dit.layouts import architecture_of
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout
 from otil_xdit.planner.networks import META, Layer, Network, check_size, layers_in_order
-from otil_xdit.planner.recorder import Log, Message
+from otil_xdit.planner.recorder import FOREIGN, Log, Message, Pattern
 from otil_xdit.run import OtilRun
 from otil_xdit.schedule import Clock
 from otil_xdit.unet.patches import UnetGroups, UnetPatches
@@ -213,12 +214,11 @@ def _unet_asks(job: Job, composition: Composition, place: int, log: list[Message
 
 def call_unet(job: Job) -> None:
     """One pass of a U-Net with everything that it is to be given, on "meta"."""
-    network, config = job.network.module, job.network.module.config
+    network, config = cast(job), job.network.module.config
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=job.dtype, device=META)
 
-    nn.Module.to(network, job.dtype)  # diffusers' own warns of layers that it would keep in float32
     added: dict[str, torch.Tensor] = {}
     if config.addition_embed_type == "text_time":
         times = config.addition_time_embed_dim
@@ -232,6 +232,11 @@ def call_unet(job: Job) -> None:
         added_cond_kwargs=added,
         return_dict=False,
     )
+
+
+def cast(job: Job) -> Any:
+    """The job's network, its weights of the job's type."""
+    return nn.Module.to(job.network.module, job.dtype)  # diffusers' own warns of layers that it would keep in float32
 
 
 def _dit_asks(
@@ -264,14 +269,22 @@ def _over_heads(part: torch.Tensor, degree: int) -> torch.Tensor:
 def _ulysses_messages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, degree: int) -> list[Message]:
     """Queries, keys and values there, and the output, which is like the queries, back."""
     sent = (query, key, value, query) if degree > 1 else ()
-    return [Message("ulysses", "all-to-all", part.nbytes, degree, ask=-1, awaited=True) for part in sent]
+    return [_foreign("ulysses", "all-to-all", part.nbytes, degree) for part in sent]
 
 
 def _dit_output(job: Job, composition: Composition, batch: int) -> list[Message]:
-    """What xDiT joins after a DiT's pass: the passes of guidance; and packed tokens, which each rank needs whole."""
+    """What xDiT joins after a DiT's pass: of packed tokens every rank needs all; and the passes of guidance."""
     rows, cols = job.latent
-    config = job.network.module.config
     ranks = composition.patches * composition.ulysses
-    share = batch * config.in_channels * rows * cols * job.dtype.itemsize // ranks
-    sizes = [composition.cfg] if composition.cfg > 1 else []
-    return [Message("output", "all-gather", share, size, ask=-1, awaited=True) for size in sizes]
+    packed = not architecture_of(job.network.module).rows
+    # A packed token's channels are those of its latent pixels.
+    numbers = rows * cols * job.network.module.config.in_channels // (job.network.patch**2 if packed else 1)
+    share = batch * numbers * job.dtype.itemsize // ranks
+    found = [_foreign("output", "all-gather", share, ranks)] if packed and ranks > 1 else []
+    whole = share * (ranks if packed else 1)
+    return found + ([_foreign("output", "all-gather", whole, composition.cfg)] if composition.cfg > 1 else [])
+
+
+def _foreign(kind: str, pattern: Pattern, nbytes: int, ranks: int) -> Message:
+    """A message that xDiT sends and waits for."""
+    return Message(kind, pattern, nbytes, ranks, FOREIGN, awaited=True)

@@ -106,6 +106,20 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
         },
         {"vae": 8, "patch": 2, "text": 77 + T5_TOKENS},
     ),
+    "SD3.5": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "attention_head_dim": 64,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 2432,
+            "out_channels": 16,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        {"vae": 8, "patch": 2, "text": 77 + T5_TOKENS},
+    ),
     "PixArt": (
         "PixArtTransformer2DModel",
         {"caption_channels": 4096, "cross_attention_dim": 1152},

@@ -16,6 +16,9 @@ from otil_xdit.exchange import Exchange, Neighbours, PatchGroup, Pending, Traffi
 
 Pattern = Literal["all-gather", "neighbours", "all-to-all"]
 
+FOREIGN = -1
+"""In the place of a request's number, for messages that no communicator knows of and no counter counts."""
+
 
 @dataclass(eq=False)
 class Message:
@@ -26,7 +29,7 @@ class Message:
         pattern: how it goes round.
         nbytes: what the rank hands over; to both neighbours together.
         ranks: of the group.
-        ask: number of the layer's request that it belongs to.
+        ask: number of the layer's request that it belongs to; `FOREIGN` where xDiT sends it by itself.
         awaited: whether that same request waited for it, so that nothing was computed meanwhile.
     """
 

@@ -16,7 +16,7 @@ import torch
 from otil_xdit.config import OtilConfig
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.planner.asks import Composition, Job, asks_of, replay
-from otil_xdit.planner.recorder import Log, Message, RecordedExchange
+from otil_xdit.planner.recorder import FOREIGN, Log, Message, RecordedExchange
 from otil_xdit.run import OtilRun
 from otil_xdit.schedule import Schedule
 
@@ -41,7 +41,7 @@ class StepTraffic:
     def bytes_of(self, what: str) -> int:
         """Of ``kv``, ``halo``, ``moments`` or ``output`` in warm-up or after it; of ``ulysses``, too."""
         counted = sum(nbytes for kind, nbytes in self.sent.items() if kind.removesuffix("-warmup") == what)
-        return counted + sum(message.nbytes for message in self.log if message.ask < 0 and message.kind == what)
+        return counted + sum(message.nbytes for message in self.log if message.ask == FOREIGN and message.kind == what)
 
 
 @dataclass(frozen=True)
@@ -103,27 +103,32 @@ class Traffic:
         self.composition = composition
         self._job = job
         self._asks, self._others = asks_of(job, composition, self.place)
-        self._known: dict[OtilConfig, tuple[StepTraffic, StepTraffic, int]] = {}
+        self._known: dict[tuple[OtilConfig, int], tuple[StepTraffic, StepTraffic, int]] = {}
+
+    @property
+    def shows_latent(self) -> bool:
+        """Whether the communicator sees rows of the latent; with packed tokens nobody knows whose they are."""
+        return any(method == "observe" and args[0] is not None for method, args in self._asks)
 
     def of_run(self, config: OtilConfig, steps: int) -> RunTraffic:
         """What a run of `steps` steps under `config` sends."""
         modes = modes_of(config, steps)
         found: dict[str, StepTraffic] = {}
         kept = 0
-        for mode in dict.fromkeys(modes):
-            warmup, step, nbytes = self._replayed(_steady(config, mode))
-            found[mode] = warmup if mode == WARMUP else step
+        # A warm-up step comes before every other, so only a run of nothing else replays it for its own sake.
+        for mode in list(dict.fromkeys(mode for mode in modes if mode != WARMUP)) or [WARMUP]:
+            found[WARMUP], found[mode], nbytes = self._replayed(_steady(config, mode), 1 if mode == WARMUP else 2)
             kept = max(kept, nbytes)
-        return RunTraffic(modes, found, kept, self._once())
+        return RunTraffic(modes, {mode: found[mode] for mode in dict.fromkeys(modes)}, kept, self._once())
 
-    def _replayed(self, config: OtilConfig) -> tuple[StepTraffic, StepTraffic, int]:
-        """A warm-up step, the step after it, and the bytes that are kept."""
-        if config not in self._known:
+    def _replayed(self, config: OtilConfig, count: int) -> tuple[StepTraffic, StepTraffic, int]:
+        """The first and the last of `count` steps, and the bytes that are kept."""
+        if (config, count) not in self._known:
             log = Log()
             run = OtilRun(config, self._group(), partial(RecordedExchange, log=log))
             run.begin()
             steps = []
-            for _ in range(2):
+            for _ in range(count):
                 traffic, first = run.exchange.traffic, len(log.messages)
                 traffic.clear()
                 replay(self._asks, run, log)
@@ -131,9 +136,9 @@ class Traffic:
                 steps.append((Counter(traffic.sent), Counter(traffic.messages), messages))
                 run.clock.tick()
             run.end()
-            made = [StepTraffic(*step, numbers) for step, numbers in zip(steps, self._numbers(config), strict=True)]
-            self._known[config] = (made[0], made[1], run.report().buffer_bytes)
-        return self._known[config]
+            made = [StepTraffic(*step, numbers) for step, numbers in zip(steps, self._numbers(config), strict=False)]
+            self._known[config, count] = (made[0], made[-1], run.report().buffer_bytes)
+        return self._known[config, count]
 
     def _numbers(self, config: OtilConfig) -> tuple[int, int]:
         """Keys and values that predictor and codec handle in a warm-up step and in one after it."""

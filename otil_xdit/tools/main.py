@@ -15,6 +15,7 @@ TOOLS = {
     "models": "list the models: what runs under --parallel, how, and what is refused",
     "eval": "measure how close each preset's pictures are to one process's, and the bytes they take",
     "study": "the paper's selection study: does change of the latent tell change of the picture?",
+    "plan": "bytes, memory and time of each strategy for a model, a size and a link, before anything is run",
     "memory": "how much memory the exchange's copies take on a rank, without weights",
 }
 """Name and summary of each tool; its module here has the name, with `add_arguments(parser)` and `run(arguments)`.

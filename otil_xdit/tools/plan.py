@@ -1,0 +1,137 @@
+"""`otil-xdit plan`: bytes, memory and time of each strategy for a model, a size and a link, and which one to take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from otil_xdit.planner.advice import Advice, advise, bar_of
+from otil_xdit.planner.asks import Composition, Job
+from otil_xdit.planner.latency import Machine
+from otil_xdit.planner.links import LINKS, parse_link
+from otil_xdit.planner.networks import PUBLISHED, check_size, find_network
+from otil_xdit.planner.options import Option, compositions, fastest_of_each, options_of, timed
+from otil_xdit.planner.tables import as_data, bytes_table, command_of, memory_table, time_table
+from otil_xdit.planner.work import flops_of
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+MISSING = (
+    "give --step_time SECONDS (measured: one process's step) or --flops RATE (operations a second that one process "
+    "reaches); bytes and memory above need neither"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is made, on what, and what is known of the machine."""
+    add = parser.add_argument
+    add("--model", help=f"{', '.join(PUBLISHED)}, a shipped model, or a folder in diffusers format")
+    add("--size", type=int, metavar="PIXELS", help="height and width (default 1024)")
+    add("--height", type=int, metavar="PIXELS", help="in place of --size")
+    add("--width", type=int, metavar="PIXELS", help="in place of --size")
+    add("--gpus", type=int, metavar="N", help="number of ranks, from 2 up")
+    add("--link", metavar="LINK", help=f"{', '.join(LINKS)}, or RATE[,LATENCY] such as 12GB/s,20us")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the network (default bfloat16)")
+    add("--images", type=int, default=1, metavar="N", help="pictures of one call (default 1)")
+    add("--no_guidance", action="store_true", help="one pass a step, without the one without the prompt")
+    add("--text_tokens", type=int, metavar="N", help="of a pass (default: what the model's pipeline has)")
+    add("--steps", type=int, default=15, metavar="N", help="denoising steps (default 15)")
+    add("--step_time", type=float, metavar="SECONDS", help="of one step on one process, measured")
+    add("--flops", type=float, metavar="RATE", help="operations a second that one process reaches, such as 60e12")
+    add(
+        "--cfg_degree", type=int, choices=(1, 2), help="ranks for the two passes of guidance (default: what is fastest)"
+    )
+    add("--ulysses_degree", type=int, metavar="N", help="ranks that share attention heads (default: what is fastest)")
+    add(
+        "--near",
+        default="distrifusion",
+        metavar="HOW",
+        help="recommend the fastest whose pictures are at least as near one process's: a strategy, or decibels "
+        "(default distrifusion)",
+    )
+    add("--json", action="store_true", help="print everything as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the tables and the advice.
+
+    Raises:
+        ValueError: for arguments that no run could have, and where a prediction lacks what it needs.
+    """
+    job = job_of(arguments)
+    machine = None if arguments.link is None else Machine(parse_link(arguments.link))
+    bar = bar_of(arguments.near)
+    shapes = compositions(arguments.gpus, job, arguments.cfg_degree, arguments.ulysses_degree)
+    options, refused = options_of(job, shapes, arguments.steps)
+    one_process = step_time_of(arguments, job)
+    if machine is not None and one_process is not None:
+        options = [timed(option, machine, one_process) for option in options]
+    best = fastest_of_each(options)
+    advice = advise(options, job.network.is_unet, bar) if options[0].seconds is not None else None
+    if arguments.json:
+        print(json.dumps(as_data(job, options, refused, advice, arguments.steps), indent=1))
+    else:
+        show(job, best, refused, advice, arguments)
+    if advice is None:
+        raise ValueError(MISSING if one_process is None else f"give --link ({', '.join(LINKS)}, or RATE[,LATENCY])")
+
+
+def job_of(arguments: argparse.Namespace) -> Job:
+    """What is to be made.
+
+    Raises:
+        ValueError: naming flag, value and what would be accepted.
+    """
+    if arguments.model is None:
+        raise ValueError(f"--model is missing; give {', '.join(PUBLISHED)}, a shipped model, or a folder")
+    for flag, least in (("gpus", 2), ("steps", 1), ("images", 1), ("text_tokens", 1), ("ulysses_degree", 1)):
+        value = getattr(arguments, flag)
+        if value is None and flag == "gpus":
+            raise ValueError("--gpus is missing; give a whole number from 2 up")
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} {value}; give a whole number from {least} up")
+    for flag in ("step_time", "flops"):
+        value = getattr(arguments, flag)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{flag} {value:g}; give a number above 0")
+    if arguments.size is not None and (arguments.height or arguments.width):
+        raise ValueError(f"--size {arguments.size} and --height or --width contradict each other; give one of them")
+    network = find_network(arguments.model)
+    size = arguments.size or 1024
+    height, width = arguments.height or size, arguments.width or size
+    check_size(network, height, width)
+    passes = 1 if arguments.no_guidance else network.batch
+    batch = arguments.images * passes
+    return Job(network, height, width, batch, getattr(torch, arguments.dtype), arguments.text_tokens or network.text)
+
+
+def step_time_of(arguments: argparse.Namespace, job: Job) -> float | None:
+    """Seconds of one process's step, measured or from its operations; None where nothing is given."""
+    if arguments.step_time is not None and arguments.flops is not None:
+        raise ValueError(f"--step_time {arguments.step_time:g} and --flops {arguments.flops:g}; give one of them")
+    if arguments.step_time is not None:
+        return float(arguments.step_time)
+    return None if arguments.flops is None else flops_of(job) / arguments.flops
+
+
+def show(
+    job: Job, best: list[Option], refused: dict[Composition, str], advice: Advice | None, arguments: argparse.Namespace
+) -> None:
+    """Tables for people."""
+    passes = f"{job.batch} image{'s' if job.batch > 1 else ''} in a pass"
+    print(
+        f"{job.network.name}, {job.height} x {job.width} pixels, {arguments.dtype}, {passes}, {arguments.gpus} ranks\n"
+    )
+    print("Bytes that a rank hands over in a step (of the rank that sends most):\n")
+    print(bytes_table(best), "\n")
+    print("MB (10^6 bytes) that a rank keeps for the exchange:\n")
+    print(memory_table(best), "\n")
+    for shape, reason in refused.items():
+        print(f"Left out: {shape}: {reason}")
+    if advice is not None:
+        print(f"\nPredicted, link {arguments.link}:\n")
+        print(time_table(best, arguments.steps), "\n")
+        print(f"Take {advice.reason}.\n")
+        print(f"    {command_of(advice.option, job, arguments.model, arguments.steps)}")
