@@ -129,8 +129,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
 """By name: class in diffusers, settings of the published config that are not that class's defaults, facts."""
 
 
-def find_network(name: str) -> Network:
+def find_network(name: str, times: int = 1) -> Network:
     """A published network, or that of a shipped model or of a folder in diffusers format; only json files are read.
+
+    Args:
+        name: of a model, or a folder.
+        times: as wide as it is, as `otil-xdit bench --width` has it; not of published ones.
 
     Raises:
         ValueError: naming what is accepted.
@@ -145,8 +149,23 @@ def find_network(name: str) -> Network:
     config = Path(model.folder) / ("unet" if model.is_unet else "transformer") / "config.json"
     settings = json.loads(config.read_text())
     known = {setting: value for setting, value in settings.items() if not setting.startswith("_")}
-    module = _empty(settings["_class_name"], known)
+    module = _empty(settings["_class_name"], known if times == 1 else _wider(known, times))
     return Network(model.label, module, model.vae, model.patch, text=_text_tokens(Path(model.folder), model.is_unet))
+
+
+def _wider(settings: dict[str, Any], times: int) -> dict[str, Any]:
+    """A U-Net gets all channels so many times, and as many heads as before but at least `times`; an SD3 so many times
+    as many heads."""
+    if "block_out_channels" not in settings:
+        heads = settings["num_attention_heads"] * times
+        wide = {"num_attention_heads": heads, "caption_projection_dim": heads * settings["attention_head_dim"]}
+        return {**settings, **wide}
+    given = settings["attention_head_dim"]
+    return {
+        **settings,
+        "block_out_channels": [times * channels for channels in settings["block_out_channels"]],
+        "attention_head_dim": [max(count, times) for count in given] if isinstance(given, list) else max(given, times),
+    }
 
 
 def _text_tokens(folder: Path, is_unet: bool) -> int:

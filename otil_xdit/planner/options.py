@@ -54,7 +54,7 @@ class Option:
 
     @property
     def loads(self) -> dict[str, Load]:
-        return {mode: load_of(step, self.share) for mode, step in self.run.steps.items()}
+        return {mode: load_of(step, self.composition.ranks, self.share) for mode, step in self.run.steps.items()}
 
     @property
     def flags(self) -> list[str]:
@@ -113,7 +113,7 @@ def options_of(job: Job, shapes: list[Composition], steps: int) -> tuple[list[Op
 def timed(option: Option, machine: Machine, one_process: float) -> Option:
     """The option with predictions."""
     times = {mode: step_time(load, machine, one_process) for mode, load in option.loads.items()}
-    seconds = run_time(option.run, option.share, machine, one_process)
+    seconds = run_time(option.run, option.loads, machine, one_process)
     return Option(option.label, option.composition, option.run, option.share, times, seconds)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from otil_xdit.planner.advice import Advice
 from otil_xdit.planner.asks import Composition, Job
+from otil_xdit.planner.fit import Comparison
 from otil_xdit.planner.options import Option
 
 KINDS = ("kv", "halo", "moments", "output", "ulysses")
@@ -50,6 +51,16 @@ def time_table(options: list[Option], steps: int) -> str:
             rows.append((option.label, str(option.composition), name, *(f"{term * 1e3:.1f}" for term in terms), whole))
     titles = ("strategy", "ranks", "steps", "computing", "handling", "waiting", "late", "step, ms", f"{steps} steps, s")
     return markdown(titles, rows, text=3)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """Predicted and measured milliseconds of a step, mean over an image."""
+    rows = []
+    for one in comparisons:
+        seen = one.observation
+        figures = (f"{one.predicted * 1e3:.1f}", f"{seen.step * 1e3:.1f}", f"{one.error:+.0%}")
+        rows.append((seen.group, seen.strategy, "fitted" if one.fitted else "", *figures))
+    return markdown(("runs", "strategy", "", "predicted, ms", "measured, ms", "off by"), rows, text=3)
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> str:

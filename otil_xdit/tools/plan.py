@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 import torch
 
 from otil_xdit.planner.advice import Advice, advise, bar_of
 from otil_xdit.planner.asks import Composition, Job
+from otil_xdit.planner.fit import TERMS, WITHIN, compare, fit, orders, read_machine, write_machine
 from otil_xdit.planner.latency import Machine
 from otil_xdit.planner.links import LINKS, parse_link
 from otil_xdit.planner.networks import PUBLISHED, check_size, find_network
+from otil_xdit.planner.observations import LOOPBACK, Observation, read_bench
 from otil_xdit.planner.options import Option, compositions, fastest_of_each, options_of, timed
-from otil_xdit.planner.tables import as_data, bytes_table, command_of, memory_table, time_table
+from otil_xdit.planner.tables import as_data, bytes_table, command_of, comparison_table, memory_table, time_table
 from otil_xdit.planner.work import flops_of
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -51,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="recommend the fastest whose pictures are at least as near one process's: a strategy, or decibels "
         "(default distrifusion)",
     )
+    add("--machine", metavar="FILE", help="terms of the machine, as --fit writes them; its link unless --link is given")
+    add("--fit", nargs="+", metavar="BENCH", help="find a machine's terms from runs of `otil-xdit bench --json`")
+    add("--out", metavar="FILE", help="where --fit writes them")
+    add("--check", nargs="+", metavar="BENCH", help="predict other runs with --machine, beside what was measured")
     add("--json", action="store_true", help="print everything as one JSON object")
 
 
@@ -60,8 +67,14 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: for arguments that no run could have, and where a prediction lacks what it needs.
     """
+    if arguments.fit:
+        fit_machine(arguments)
+        return
+    if arguments.check:
+        check_machine(arguments)
+        return
     job = job_of(arguments)
-    machine = None if arguments.link is None else Machine(parse_link(arguments.link))
+    machine = machine_of(arguments)
     bar = bar_of(arguments.near)
     shapes = compositions(arguments.gpus, job, arguments.cfg_degree, arguments.ulysses_degree)
     options, refused = options_of(job, shapes, arguments.steps)
@@ -96,6 +109,8 @@ def job_of(arguments: argparse.Namespace) -> Job:
         value = getattr(arguments, flag)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{flag} {value:g}; give a number above 0")
+    if arguments.step_time is not None and arguments.flops is not None:
+        raise ValueError(f"--step_time {arguments.step_time:g} and --flops {arguments.flops:g}; give one of them")
     if arguments.size is not None and (arguments.height or arguments.width):
         raise ValueError(f"--size {arguments.size} and --height or --width contradict each other; give one of them")
     network = find_network(arguments.model)
@@ -107,10 +122,66 @@ def job_of(arguments: argparse.Namespace) -> Job:
     return Job(network, height, width, batch, getattr(torch, arguments.dtype), arguments.text_tokens or network.text)
 
 
+def machine_of(arguments: argparse.Namespace) -> Machine | None:
+    """Of --machine and --link; None where no link is known."""
+    link = None if arguments.link is None else parse_link(arguments.link)
+    if arguments.machine is None:
+        return None if link is None else Machine(link)
+    machine, _ = read_machine(arguments.machine)
+    if link is None:
+        return None if machine.link == LOOPBACK else machine
+    return replace(machine, link=link)
+
+
+def fit_machine(arguments: argparse.Namespace) -> None:
+    """Find a machine's terms, and write them."""
+    if arguments.out is None:
+        raise ValueError("--fit writes what it finds; give --out FILE")
+    observations = observed(arguments.fit)
+    machine = fit(observations)
+    write_machine(machine, [observation.name for observation in observations], arguments.out)
+    print(f"Fitted to {len(observations)} runs; written to {arguments.out}:\n")
+    for term in TERMS:
+        print(f"    {term:12} {getattr(machine, term):.4g}")
+    print()
+    print(comparison_table(compare(observations, machine, [])))
+
+
+def check_machine(arguments: argparse.Namespace) -> None:
+    """The model against what was measured."""
+    if arguments.machine is None:
+        raise ValueError("--check predicts with a machine's terms; give --machine FILE, which --fit writes")
+    machine, fitted = read_machine(arguments.machine)
+    comparisons = compare(observed(arguments.check), machine, fitted)
+    print(comparison_table(comparisons), "\n")
+    fresh = [comparison for comparison in comparisons if not comparison.fitted]
+    if len(fresh) < len(comparisons):
+        print(f"{len(comparisons) - len(fresh)} runs are those that the terms were fitted to, and not counted.")
+    good = sum(abs(comparison.error) <= WITHIN for comparison in fresh)
+    print(f"The time of a step is within {WITHIN:.0%} in {good} of {len(fresh)} runs.")
+    for group, (alike, pairs) in orders(fresh).items():
+        print(f"{group}: {alike} of {pairs} pairs of strategies in the order that was measured.")
+    wrong = [comparison.observation.name for comparison in comparisons if comparison.observation.counts_agree is False]
+    print(f"Bytes and messages differ from those that were counted in: {'; '.join(wrong) or 'none'}.")
+
+
+def observed(paths: list[str]) -> list[Observation]:
+    """All runs of several benches; those that say nothing are named."""
+    found: list[Observation] = []
+    for path in paths:
+        observations, left = read_bench(path)
+        found += observations
+        for line in left:
+            print(f"Left out: {line}")
+    if not found:
+        raise ValueError(
+            f"{' '.join(paths)}: no run on several ranks that the model knows, with one process's beside it"
+        )
+    return found
+
+
 def step_time_of(arguments: argparse.Namespace, job: Job) -> float | None:
     """Seconds of one process's step, measured or from its operations; None where nothing is given."""
-    if arguments.step_time is not None and arguments.flops is not None:
-        raise ValueError(f"--step_time {arguments.step_time:g} and --flops {arguments.flops:g}; give one of them")
     if arguments.step_time is not None:
         return float(arguments.step_time)
     return None if arguments.flops is None else flops_of(job) / arguments.flops
