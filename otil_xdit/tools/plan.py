@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from otil_xdit.planner.advice import Advice, advise, bar_of
+from otil_xdit.planner.advice import advise, bar_of
 from otil_xdit.planner.asks import Composition, Job
 from otil_xdit.planner.fit import TERMS, WITHIN, compare, fit, orders, read_machine, write_machine
 from otil_xdit.planner.latency import Machine
@@ -86,7 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(as_data(job, options, refused, advice, arguments.steps), indent=1))
     else:
-        show(job, best, refused, advice, arguments)
+        show(job, best, refused, arguments)
+        if machine is not None and one_process is not None and advice is not None:
+            show_times(best, machine, one_process, arguments.steps)
+            print(f"Take {advice.reason}.\n")
+            print(f"    {command_of(advice.option, job, arguments.model, arguments.steps)}")
     if advice is None:
         raise ValueError(MISSING if one_process is None else f"give --link ({', '.join(LINKS)}, or RATE[,LATENCY])")
 
@@ -187,10 +191,8 @@ def step_time_of(arguments: argparse.Namespace, job: Job) -> float | None:
     return None if arguments.flops is None else flops_of(job) / arguments.flops
 
 
-def show(
-    job: Job, best: list[Option], refused: dict[Composition, str], advice: Advice | None, arguments: argparse.Namespace
-) -> None:
-    """Tables for people."""
+def show(job: Job, best: list[Option], refused: dict[Composition, str], arguments: argparse.Namespace) -> None:
+    """Bytes and memory, for people."""
     passes = f"{job.batch} image{'s' if job.batch > 1 else ''} in a pass"
     print(
         f"{job.network.name}, {job.height} x {job.width} pixels, {arguments.dtype}, {passes}, {arguments.gpus} ranks\n"
@@ -201,8 +203,15 @@ def show(
     print(memory_table(best), "\n")
     for shape, reason in refused.items():
         print(f"Left out: {shape}: {reason}")
-    if advice is not None:
-        print(f"\nPredicted, link {arguments.link}:\n")
-        print(time_table(best, arguments.steps), "\n")
-        print(f"Take {advice.reason}.\n")
-        print(f"    {command_of(advice.option, job, arguments.model, arguments.steps)}")
+
+
+def show_times(best: list[Option], machine: Machine, one_process: float, steps: int) -> None:
+    """Predictions, and what they rest on."""
+    link = machine.link
+    known = ", ".join(f"{term} {getattr(machine, term):.3g}" for term in TERMS)
+    said = (
+        known if machine != Machine(link) else "for the link alone: without --machine the exchange's own work is free"
+    )
+    print(f"\nPredicted, {link.name}: {link.rate / 1e9:g} GB/s, {link.latency * 1e6:g} us; {said}.")
+    print(f"One process: {one_process * 1e3:.1f} ms a step, {one_process * steps:.2f} s.\n")
+    print(time_table(best, steps), "\n")
