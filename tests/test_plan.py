@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation.matrix import parse_variant
 from otil_xdit.planner.advice import advise, bar_of
 from otil_xdit.planner.asks import Composition, Job
-from otil_xdit.planner.fit import fit, least_squares, read_machine
+from otil_xdit.planner.fit import Comparison, fit, least_squares, orders, read_machine
 from otil_xdit.planner.latency import Load, Machine, share_of, step_time
 from otil_xdit.planner.links import LINKS, Link, parse_link
 from otil_xdit.planner.networks import find_network
@@ -118,6 +119,7 @@ def test_least_squares_stays_above_zero() -> None:
 
 MACHINE = Machine(Link("", 50e6, 1e-3), 1.3, per_message=4e-4, per_byte=3e-9, per_number=2e-8, cores=2)
 ALONE = 0.08
+DEGREES = {"patch": 1, "cfg": 1, "ulysses": 1, "ring": 1, "pipefusion": 1}
 STRATEGIES = ("sync", "distrifusion", "otil", "naive", "cfg")
 
 
@@ -125,8 +127,7 @@ def bench(folder: Path, name: str, model: str, link: Link | None) -> Path:
     """What a bench would write of `MACHINE` on 2 ranks, over `link` or a loopback that takes no time."""
     known = {"model": model, "width": 1, "size": 128, "latent": [32, 32], "batch": 1, "guidance": 7.5, "steps": 12}
     known |= {"dtype": "float32", "sampler": "own", "waited_seconds": None, "report": None, "skipped": None}
-    degrees = {"patch": 1, "cfg": 1, "ulysses": 1, "ring": 1, "pipefusion": 1}
-    alone = {"strategy": "one process", "settings": None, "ranks": 1, "degrees": degrees}
+    alone = {"strategy": "one process", "settings": None, "ranks": 1, "degrees": DEGREES}
     runs = [{**known, **alone, "seconds": [12 * ALONE], "step_seconds": [[ALONE] * 12]}]
     network = find_network(model)
     job = Job(network, 128, 128, 2, torch.float32, network.text)
@@ -139,9 +140,9 @@ def bench(folder: Path, name: str, model: str, link: Link | None) -> Path:
         option = Option(text, shape, traffic, share_of(job, shape))
         steps = [step_time(option.loads[mode], machine, ALONE).total for mode in traffic.modes]
         settings = None if text == "cfg" else parse_variant(text).settings
-        one = {"strategy": text, "settings": settings, "ranks": 2, "degrees": {**degrees, way: 2}}
+        one = {"strategy": text, "settings": settings, "ranks": 2, "degrees": {**DEGREES, way: 2}}
         runs.append({**known, **one, "seconds": [sum(steps)], "step_seconds": [steps]})
-    runs.append({**runs[-1], "strategy": "ring", "degrees": {**degrees, "ring": 2}})
+    runs.append({**runs[-1], "strategy": "ring", "degrees": {**DEGREES, "ring": 2}})
     shaped = None if link is None else {"alpha_seconds": link.latency, "beta_bytes_per_second": link.rate}
     path = folder / name
     path.write_text(json.dumps({"machine": {"cores": 2}, "link": shaped, "runs": runs}))
@@ -175,6 +176,26 @@ def test_the_fit_finds_the_machine_that_made_the_runs(tmp_path: Path, capsys: py
     assert f"{count} runs are those that the terms were fitted to" in said
     assert re.search(r"tiny-dit, .*: (\d+) of \1 pairs", said) and f": {pairs + 1} of" not in said
     assert "ring: not in the model" in said
+
+
+def test_strategies_that_the_model_cannot_tell_apart_are_not_in_order(tmp_path: Path) -> None:
+    observations, _ = read_bench(str(bench(tmp_path, "1.json", "tiny-dit", MACHINE.link)))
+    by_label = {one.strategy: Comparison(one, one.step, False) for one in observations}
+    sync, otil = by_label["sync"], by_label["otil"]
+    assert list(orders([sync, otil]).values()) == [(1, 1)]
+    assert list(orders([sync, replace(otil, predicted=sync.predicted)]).values()) == [(0, 1)]
+    assert list(orders([otil, replace(sync, predicted=otil.predicted)]).values()) == [(0, 1)]
+
+
+def test_a_link_gives_every_rank_the_payloads_of_all_others(tmp_path: Path) -> None:
+    path = bench(tmp_path, "1.json", "tiny-dit", MACHINE.link)
+    four = json.loads(path.read_text())
+    runs = [run for run in four["runs"] if run["strategy"] in ("one process", "sync")]
+    path.write_text(
+        json.dumps({**four, "runs": [runs[0], {**runs[1], "ranks": 4, "degrees": {**DEGREES, "patch": 4}}]})
+    )
+    ((observation,), left) = read_bench(str(path))
+    assert observation.link.rate == pytest.approx(3 * MACHINE.link.rate) and not left
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:

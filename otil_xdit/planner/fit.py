@@ -139,9 +139,10 @@ def orders(comparisons: Sequence[Comparison]) -> dict[str, tuple[int, int]]:
             if abs(one.observation.step - other.observation.step)
             > _TIE * max(one.observation.step, other.observation.step)
         ]
-        alike = sum(
-            (one.observation.step < other.observation.step) == (one.predicted < other.predicted) for one, other in pairs
+        ordered = (
+            ((one, other) if one.observation.step < other.observation.step else (other, one)) for one, other in pairs
         )
+        alike = sum(faster.predicted < slower.predicted for faster, slower in ordered)
         found[group] = (alike, len(pairs))
     return found
 

@@ -80,7 +80,7 @@ def read_bench(path: str) -> tuple[list[Observation], list[str]]:
         bench = json.loads(Path(path).read_text())
         runs = bench["runs"]
         alone = {_cell(run): _step(run) for run in runs if run["strategy"] == _ALONE and run["seconds"]}
-        link, cores = _link_of(bench["link"]), bench["machine"]["cores"]
+        link, cores = _link_of(bench["link"], max(run["ranks"] for run in runs)), bench["machine"]["cores"]
         found: list[Observation] = []
         left: list[str] = []
         for run in runs:
@@ -154,10 +154,12 @@ def _group(run: dict[str, Any], link: Link) -> str:
     return f"{Path(run['model']).name}{wide}, {run['size']} px, {run['ranks']} ranks, {link.name}"
 
 
-def _link_of(link: dict[str, Any] | None) -> Link:
+def _link_of(link: dict[str, Any] | None, ranks: int) -> Link:
+    """The bench gathers on as many ranks as its largest run has, and its rate is that of one rank's payload, of which
+    every rank receives ranks - 1."""
     if link is None:
         return LOOPBACK
-    rate = float(link["beta_bytes_per_second"])
+    rate = float(link["beta_bytes_per_second"]) * max(1, ranks - 1)
     return Link(f"{rate / 1e6:.1f} MB/s", rate, max(0.0, float(link["alpha_seconds"])))
 
 
