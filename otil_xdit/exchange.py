@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ Neighbours = tuple[torch.Tensor, torch.Tensor]
 
 Shares = Mapping[str, int]
 """The bytes of one message by the counters that they go to; the message itself counts where most of its bytes do."""
+
+Transfer = tuple[Callable[..., Any], torch.Tensor, int]
+"""`dist.isend` or `dist.irecv`, what is sent or filled, and the other rank's place in the group."""
 
 # torch 2.13 renamed the collective and warns under the old name; older versions know only that.
 _all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -120,9 +123,7 @@ class Exchange:
         self.group = group
         self.traffic = Traffic() if traffic is None else traffic
         self._timeout = timeout
-        # gloo waits on the host and takes a deadline per wait. NCCL's wait only queues a dependency on the stream;
-        # given a deadline it would block the host in every layer, so there the process group's own timeout rules.
-        self._host_waits = dist.get_backend(group.process_group) == "gloo"
+        self._host_waits = self._waits_on_host()
 
     def all_gather(self, payload: torch.Tensor, output: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
         """Start sending `payload` to every rank of the group.
@@ -138,9 +139,8 @@ class Exchange:
         """
         assert payload.is_contiguous() and output.is_contiguous(), f"{where}: collectives need contiguous tensors"
         self._count({kind: payload.nbytes})
-        flat = output.view(-1)
         try:
-            work = _all_gather_flat(flat, payload.view(-1), group=self.group.process_group, async_op=True)
+            work = self._start_gather(payload.view(-1), output.view(-1))
         except RuntimeError as error:
             raise ExchangeTimeout(self.failure(where, error)) from error
         return Pending(self, [work], output, kind, where)
@@ -163,22 +163,38 @@ class Exchange:
             where: as in `all_gather`.
         """
         rank, ranks = self.group.rank, self.group.world_size
-        operations = []
+        transfers: list[Transfer] = []
         sides = ((rank - 1, to_previous, output[0]), (rank + 1, to_next, output[1]))
         for (peer, sent, received), bytes_of in zip(sides, shares, strict=True):
             if not 0 <= peer < ranks:
                 continue
             if sent.numel():
                 assert sum(bytes_of.values()) == sent.nbytes, f"{where}: every byte that is sent is counted"
-                operations.append(dist.P2POp(dist.isend, sent, group=self.group.process_group, group_peer=peer))
+                transfers.append((dist.isend, sent, peer))
                 self._count(bytes_of)
             if received.numel():
-                operations.append(dist.P2POp(dist.irecv, received, group=self.group.process_group, group_peer=peer))
+                transfers.append((dist.irecv, received, peer))
         try:
-            works = dist.batch_isend_irecv(operations) if operations else []
+            works = self._start_transfers(transfers) if transfers else []
         except RuntimeError as error:
             raise ExchangeTimeout(self.failure(where, error)) from error
         return Pending(self, works, output, _most(shares[0]) or _most(shares[1]), where)
+
+    # What reaches the process group; the planner (otil_xdit.planner.recorder) has others here.
+
+    def _waits_on_host(self) -> bool:
+        # gloo waits on the host and takes a deadline per wait. NCCL's wait only queues a dependency on the stream;
+        # given a deadline it would block the host in every layer, so there the process group's own timeout rules.
+        return bool(dist.get_backend(self.group.process_group) == "gloo")
+
+    def _start_gather(self, payload: torch.Tensor, output: torch.Tensor) -> dist.Work:
+        return _all_gather_flat(output, payload, group=self.group.process_group, async_op=True)
+
+    def _start_transfers(self, transfers: list[Transfer]) -> list[dist.Work]:
+        group = self.group.process_group
+        return dist.batch_isend_irecv(
+            [dist.P2POp(way, tensor, group=group, group_peer=peer) for way, tensor, peer in transfers]
+        )
 
     def wait_for(self, work: dist.Work) -> None:
         if self._host_waits:

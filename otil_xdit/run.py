@@ -6,6 +6,8 @@ this package keeps state of its own.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,14 +53,17 @@ class OtilRun:
     Args:
         config: the settings.
         group: the ranks that hold the patches.
+        make_exchange: what carries the messages of a group of ranks; arguments as those of `Exchange`.
     """
 
-    def __init__(self, config: OtilConfig, group: PatchGroup) -> None:
+    def __init__(
+        self, config: OtilConfig, group: PatchGroup, make_exchange: Callable[..., Exchange] = Exchange
+    ) -> None:
         self.config, self.group = config, group
-        self.exchange = Exchange(group, config.timeout)
-        self._rows = Exchange(group.rows or group, config.timeout, self.exchange.traffic)
+        self.exchange = make_exchange(group, config.timeout)
+        self._rows = make_exchange(group.rows or group, config.timeout, self.exchange.traffic)
         self._post = Post(self._rows)
-        self._replica = Exchange(group.replica or group, config.timeout, self.exchange.traffic)
+        self._replica = make_exchange(group.replica or group, config.timeout, self.exchange.traffic)
         self.clock = Clock()
         self._schedule = Schedule.from_config(config)
         self._picker = Picker(config, self.clock, group)
@@ -236,6 +241,14 @@ class OtilRun:
             waited_seconds=sum(traffic.waited.values()),
             buffer_bytes=sum(holder.nbytes for holder in (*self._all_layers(), self._post, *self._rooms.values())),
         )
+
+    @property
+    def rooms(self) -> dict[str, int]:
+        """Bytes of each room that all layers use in turn; part of what `report` calls `buffer_bytes`."""
+        sizes = Counter[str]()
+        for room in self._rooms.values():
+            sizes.update(room.sizes)
+        return dict(sizes)
 
     def _all_layers(self) -> list[KVStack | HaloLayer | MomentsLayer]:
         return [*self._stacks, *self._halos.values(), *self._moments.values()]

@@ -9,7 +9,8 @@ from typing import get_args
 import torch
 
 from otil_xdit.config import Copies, OtilConfig
-from otil_xdit.evaluation.memory import PUBLISHED, Memory, Network, attention_layers, find_network, memory_of
+from otil_xdit.evaluation.memory import Memory, memory_of
+from otil_xdit.planner.networks import PUBLISHED, Network, attention_layers, find_network
 from otil_xdit.registry import get_strategy
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -1,0 +1,171 @@
+"""What a machine's terms are, fitted to runs of `otil-xdit bench`; and the model against other runs.
+
+The time of a step (`otil_xdit.planner.latency`) is linear in `slowdown`, `per_message`, `per_byte` and `per_number` but
+for what travels late, which does not depend on them: for a step that ends with its messages, they are what counts. So
+the terms are found by least squares of relative errors, none below 0, and it is repeated until the same steps are late.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from otil_xdit.planner.latency import Load, Machine, step_time
+from otil_xdit.planner.links import Link
+from otil_xdit.planner.observations import LOOPBACK, Observation
+
+TERMS = ("slowdown", "per_message", "per_byte", "per_number")
+
+_ROUNDS = 50
+_TIE = 0.02
+"""Measured times that differ by less, of the larger, have no order."""
+
+WITHIN = 0.2
+"""A prediction is counted as good when it is off by at most this share of what was measured."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run that was predicted.
+
+    Attributes:
+        observation: what was measured.
+        predicted: seconds of a step.
+        fitted: whether the machine's terms were found with this run.
+    """
+
+    observation: Observation
+    predicted: float
+    fitted: bool
+
+    @property
+    def error(self) -> float:
+        """Share of what was measured by which the prediction is off."""
+        return self.predicted / self.observation.step - 1
+
+
+def fit(observations: Sequence[Observation]) -> Machine:
+    """The terms of the machine that made them; its link is that of the first, its cores as well.
+
+    Raises:
+        ValueError: where there is nothing to fit them to.
+    """
+    points = [
+        (observation, load, observation.by_mode[mode], observation.run.modes.count(mode))
+        for observation in observations
+        for mode, load in observation.loads.items()
+        if mode in observation.by_mode
+    ]
+    if len(points) < len(TERMS):
+        raise ValueError(f"--fit: {len(points)} kinds of steps were measured; {len(TERMS)} terms want as many at least")
+    first = observations[0]
+    machine = Machine(first.link, cores=first.cores)
+    late: list[bool] | None = None
+    for _ in range(_ROUNDS):
+        now = [_is_late(observation, load, machine) for observation, load, _, _ in points]
+        if now == late:
+            break
+        late = now
+        rows, targets = [], []
+        for (observation, load, measured, steps), is_late in zip(points, late, strict=True):
+            if is_late:
+                continue
+            weight = steps**0.5 / measured
+            rows.append([weight * value for value in _features(observation, load)])
+            targets.append(weight * (measured - load.on(observation.link)[0]))
+        if len(rows) < len(TERMS):
+            raise ValueError("--fit: in nearly all steps the link is what counts; add runs over a faster one")
+        terms = least_squares(torch.tensor(rows, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64))
+        machine = Machine(first.link, *terms, cores=first.cores)
+    return machine
+
+
+def least_squares(rows: torch.Tensor, targets: torch.Tensor) -> list[float]:
+    """The x, none below 0, for which |rows x - targets| is least; float64 [M, P] and [M], P small.
+
+    By trying every set of terms that are not 0.
+    """
+    count = rows.shape[1]
+    scale = rows.norm(dim=0).clamp_min(1e-300)
+    best, least = [0.0] * count, float(targets.square().sum())
+    for size in range(1, count + 1):
+        for chosen in combinations(range(count), size):
+            part = rows[:, list(chosen)] / scale[list(chosen)]
+            found = torch.linalg.lstsq(part, targets[:, None], driver="gelsd").solution[:, 0]
+            rest = float((part @ found - targets).square().sum())
+            if bool((found >= 0).all()) and rest < least * (1 - 1e-12):
+                best, least = [0.0] * count, rest
+                for place, value in zip(chosen, found / scale[list(chosen)], strict=True):
+                    best[place] = float(value)
+    return best
+
+
+def _features(observation: Observation, load: Load) -> list[float]:
+    """What the terms are multiplied by, in the order of `TERMS`."""
+    crowding = Machine(observation.link, cores=observation.cores).crowding(load.ranks)
+    computing = observation.one_process * load.share
+    return [crowding * value for value in (computing, load.messages, load.wire_bytes, load.numbers)]
+
+
+def _is_late(observation: Observation, load: Load, machine: Machine) -> bool:
+    return step_time(load, observation.placed(machine), observation.one_process).late > 0
+
+
+def compare(observations: Sequence[Observation], machine: Machine, fitted: Sequence[str]) -> list[Comparison]:
+    """What the model says of each run; `fitted` are the names of those that the machine's terms were found with."""
+    return [
+        Comparison(observation, observation.predicted(machine), observation.name in fitted)
+        for observation in observations
+    ]
+
+
+def orders(comparisons: Sequence[Comparison]) -> dict[str, tuple[int, int]]:
+    """For each group of runs the pairs of strategies that the model orders as they were measured, and all pairs."""
+    groups: defaultdict[str, list[Comparison]] = defaultdict(list)
+    for comparison in comparisons:
+        groups[comparison.observation.group].append(comparison)
+    found = {}
+    for group, runs in groups.items():
+        pairs = [
+            (one, other)
+            for one, other in combinations(runs, 2)
+            if abs(one.observation.step - other.observation.step)
+            > _TIE * max(one.observation.step, other.observation.step)
+        ]
+        ordered = (
+            ((one, other) if one.observation.step < other.observation.step else (other, one)) for one, other in pairs
+        )
+        alike = sum(faster.predicted < slower.predicted for faster, slower in ordered)
+        found[group] = (alike, len(pairs))
+    return found
+
+
+def write_machine(machine: Machine, fitted: Sequence[str], path: str) -> None:
+    """Keep a machine for ``--machine``."""
+    terms = {term: getattr(machine, term) for term in TERMS}
+    link = None if machine.link == LOOPBACK else asdict(machine.link)
+    data = {**terms, "cores": machine.cores, "link": link, "fitted_on": list(fitted)}
+    Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def read_machine(path: str) -> tuple[Machine, list[str]]:
+    """A machine, and the names of the runs that its terms were fitted to; its link is `LOOPBACK` where it has none.
+
+    Raises:
+        ValueError: for a file that is none.
+    """
+    try:
+        data: dict[str, Any] = json.loads(Path(path).read_text())
+        link = LOOPBACK if data["link"] is None else Link(**data["link"])
+        machine = Machine(link, *(float(data[term]) for term in TERMS), cores=data["cores"])
+        return machine, list(data["fitted_on"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--machine {path} is not what --fit writes ({said})") from error

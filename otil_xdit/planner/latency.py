@@ -1,0 +1,160 @@
+"""The time of a step, from what one process needs for it, from the link, and from what is sent.
+
+    step = work + waiting + max(0, travelling - work)            work = computing + handling
+
+computing
+    What one process needs, times the share of the work that the busiest rank has, times `slowdown`. The share is that
+    of the tallest patch among the rows (1 / ranks where they divide), halved where CFG parallelism halves the batch.
+    `slowdown` is what is lost by computing on a part: smaller matrices, what every rank does by itself (text, time),
+    memory shared by the ranks of one host. 1 is a perfect split.
+handling
+    What the exchange costs a rank besides waiting: `per_message` seconds for each message, `per_byte` for each byte
+    that it puts on the wire (copies), and `per_number` for each key and value, of all patches, in steps in which they
+    are predicted, picked or coded (not under `sync`, `distrifusion`, `naive`).
+waiting
+    For messages that a layer waits for at once: one latency, and what its messages put on the wire over the link's
+    rate. An all-gather on N ranks brings N - 1 payloads to each rank. Messages of one request go together.
+travelling
+    The same of what is sent for the next step. It is hidden behind the step's own work as far as that lasts, so only
+    the rest counts.
+
+Work takes `ranks / cores` times as long where ranks outnumber the cores of their host. Link, `slowdown`, `per_message`,
+`per_byte`, `per_number` and `cores` are a `Machine`; without measurements nothing is lost and nothing costs anything
+but the link. Not in the model: ranks that wait for a slower one, and requests that share the link at one moment.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from otil_xdit.grid import LevelGrid
+from otil_xdit.planner.asks import Composition, Job
+from otil_xdit.planner.links import Link
+from otil_xdit.planner.recorder import FOREIGN, Message
+from otil_xdit.planner.traffic import RunTraffic, StepTraffic
+from otil_xdit.unet.structure import Levels
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a prediction needs to know of the hardware; the terms are explained at the top of this file.
+
+    Attributes:
+        link: what joins the ranks.
+        slowdown: of computing on a part.
+        per_message, per_byte, per_number: seconds.
+        cores: that all ranks share; None where each has its own device.
+    """
+
+    link: Link
+    slowdown: float = 1.0
+    per_message: float = 0.0
+    per_byte: float = 0.0
+    per_number: float = 0.0
+    cores: int | None = field(default=None, kw_only=True)
+
+    def crowding(self, ranks: int) -> float:
+        """Ranks of a core, as far as there are more of them."""
+        return 1.0 if self.cores is None else max(1.0, ranks / self.cores)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the model reads of a step.
+
+    Attributes:
+        ranks: that work on the image.
+        share: of one process's computing that the busiest one does; 1 on one process.
+        messages: that a rank sends.
+        numbers: keys and values that are predicted and coded.
+        waits: requests that are waited for at once.
+        waited_bytes: on the wire, of those.
+        travels: messages for the next step.
+        travelling_bytes: on the wire, of those.
+    """
+
+    ranks: int
+    share: float
+    messages: int = 0
+    numbers: int = 0
+    waits: int = 0
+    waited_bytes: float = 0.0
+    travels: int = 0
+    travelling_bytes: float = 0.0
+
+    @property
+    def wire_bytes(self) -> float:
+        return self.waited_bytes + self.travelling_bytes
+
+    def on(self, link: Link) -> tuple[float, float]:
+        """Seconds of waiting and of travelling."""
+        return (
+            self.waits * link.latency + self.waited_bytes / link.rate,
+            self.travels * link.latency + self.travelling_bytes / link.rate,
+        )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds, by the terms of the model; `late` is what of travelling is not hidden."""
+
+    computing: float
+    handling: float
+    waiting: float
+    late: float
+
+    @property
+    def total(self) -> float:
+        return self.computing + self.handling + self.waiting + self.late
+
+
+def share_of(job: Job, composition: Composition) -> float:
+    """The part of one process's computing that falls to the busiest rank."""
+    batch = 1 / composition.cfg if job.batch % composition.cfg == 0 else 1.0
+    ranks = composition.patches * composition.ulysses
+    if not job.network.is_unet:
+        return batch / ranks
+    rows, cols = job.latent
+    grid = LevelGrid.build(rows, cols, Levels(job.network.module).count, ranks)
+    return batch * max(grid.rows[0]) / rows
+
+
+def load_of(traffic: StepTraffic, ranks: int, share: float) -> Load:
+    """What the model reads of a step in which one of `ranks` ranks sends `traffic`."""
+    waits: defaultdict[int, float] = defaultdict(float)
+    travelling: list[Message] = []
+    for place, message in enumerate(traffic.log):
+        if message.awaited:
+            alone = message.ask == FOREIGN
+            waits[-1 - place if alone else message.ask] += message.wire_bytes
+        else:
+            travelling.append(message)
+    return Load(
+        ranks,
+        share,
+        len(traffic.log),
+        traffic.numbers,
+        len(waits),
+        sum(waits.values()),
+        len(travelling),
+        sum(message.wire_bytes for message in travelling),
+    )
+
+
+def step_time(load: Load, machine: Machine, one_process: float) -> StepTime:
+    """The time of a step whose computing takes one process `one_process` seconds."""
+    crowding = machine.crowding(load.ranks)
+    computing = crowding * one_process * load.share * (machine.slowdown if load.ranks > 1 else 1.0)
+    costs = (machine.per_message, machine.per_byte, machine.per_number)
+    counts = (load.messages, load.wire_bytes, load.numbers)
+    handling = crowding * sum(cost * count for cost, count in zip(costs, counts, strict=True))
+    waiting, travelling = load.on(machine.link)
+    return StepTime(computing, handling, waiting, max(0.0, travelling - computing - handling))
+
+
+def run_time(run: RunTraffic, loads: Mapping[str, Load], machine: Machine, one_process: float) -> float:
+    """Seconds of all steps of a run, whose steps of each mode are `loads`."""
+    times = {mode: step_time(load, machine, one_process).total for mode, load in loads.items()}
+    return sum(times[mode] for mode in run.modes)

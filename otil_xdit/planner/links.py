@@ -1,0 +1,84 @@
+"""Links by name, or by rate and latency."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins the ranks.
+
+    Attributes:
+        name: as the user gave it.
+        rate: bytes a second that a rank sends, and receives at the same time.
+        latency: seconds of a collective of hardly any bytes.
+    """
+
+    name: str
+    rate: float
+    latency: float
+
+
+_GIGA, _MICRO = 1e9, 1e-6
+
+_PCIE_LATENCY = 42 * _MICRO
+"""An all-reduce of 8 bytes on 8 RTX 4090s, nccl-tests: 42 us (github.com/NVIDIA/nccl, issue 1530)."""
+
+_TCP_LATENCY = 46 * _MICRO
+"""A broadcast of 8 bytes between two hosts over TCP, nccl-tests: 46 us (github.com/NVIDIA/nccl-tests, issue 82)."""
+
+_ETHERNET_SHARE = 1448 / 1538
+"""TCP's payload in a full Ethernet frame: 1500 - 52 bytes of headers; with preamble and gap 1538 are on the wire."""
+
+LINKS = {
+    link.name: link
+    for link in (
+        # Bus bandwidth of nccl-tests on 8 A100-SXM4: about 200 GB/s (github.com/NVIDIA/nccl-tests, issue 149). No
+        # figure found for the latency: that of PCIe is taken.
+        Link("nvlink", 200 * _GIGA, _PCIE_LATENCY),
+        # 16 GT/s x 16 lanes x 128/130 / 8 = 31.5 GB/s on the wire; 4 RTX 4090s with P2P reach 22 GB/s of bus bandwidth
+        # in nccl-tests, and 18 through host memory (github.com/NVIDIA/nccl, issue 1603).
+        Link("pcie4-x16", 22 * _GIGA, _PCIE_LATENCY),
+        # Half of those 18: 8 lanes, and no P2P.
+        Link("pcie4-x8-host", 9 * _GIGA, _PCIE_LATENCY),
+        Link("10gbe", 1.25 * _GIGA * _ETHERNET_SHARE, _TCP_LATENCY),
+        Link("1gbe", 0.125 * _GIGA * _ETHERNET_SHARE, _TCP_LATENCY),
+    )
+}
+"""Named links. An all-gather's bus bandwidth is what a rank receives a second, which is what the model wants."""
+
+_RATES = {"gb/s": 1e9, "mb/s": 1e6, "kb/s": 1e3, "gbit/s": 1e9 / 8, "mbit/s": 1e6 / 8}
+_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_NUMBER = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)([a-z/]+)")
+
+
+def parse_link(text: str) -> Link:
+    """A link by its name in `LINKS`, or from ``RATE[,LATENCY]`` such as ``12GB/s,20us``; without latency 0.
+
+    Raises:
+        ValueError: naming the flag, the value and what would be accepted.
+    """
+    if text in LINKS:
+        return LINKS[text]
+    rate, _, latency = text.partition(",")
+    found = _quantity(rate, _RATES), _quantity(latency, _TIMES) if latency else 0.0
+    if found[0] is None or found[1] is None or found[0] == 0:
+        raise ValueError(
+            f"--link {text}: give {', '.join(LINKS)}, or RATE[,LATENCY] such as 12GB/s,20us "
+            f"({', '.join(_RATES)}; {', '.join(_TIMES)}; of a rate more than 0)"
+        )
+    return Link(text, found[0], found[1])
+
+
+def _quantity(text: str, units: dict[str, float]) -> float | None:
+    match = _NUMBER.fullmatch(text.strip().lower())
+    if match is None or match[2] not in units:
+        return None
+    try:
+        value = float(match[1]) * units[match[2]]
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
