@@ -188,7 +188,7 @@ def wider(step: int) -> tuple[Conv, ...]:
     return {0: CONVS, 1: CONVS, 2: (*CONVS[3:10], *changed)}.get(step, (*changed, *CONVS[10:]))
 
 
-@pytest.mark.parametrize("ranks, ulysses", [(2, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize("ranks, ulysses", [(2, 1), (3, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_layers_are_given_what_they_would_get_by_themselves(ranks: int, ulysses: int) -> None:
     run_ranks(ranks, check_walks, ulysses)
 
@@ -305,7 +305,7 @@ def allocated_by(**settings: Any) -> list[list[int]]:
     return steps
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_after_two_displaced_steps_nothing_is_allocated(ranks: int) -> None:
     for steps in (steps for both in run_ranks(ranks, allocated) for steps in both):
         assert max(steps[0]) >= BATCH * 8 * 4 * 16 * 4, "the first step makes room"

@@ -19,7 +19,7 @@ from tests.torchrun import lines_of
 STEPS = 10
 """More than `LEAST_FRESH_STEPS`, so that every way of exchanging a step occurs."""
 
-ALL = ("sync", "distrifusion", "otil", "otil:ratio=1/8,refresh=3,copies=small,select=latent-l2", "otil-paper", "naive")
+MIXED = "otil:ratio=1/8,refresh=3,copies=small,select=latent-l2"
 FEW = ("distrifusion", "otil")
 
 
@@ -42,15 +42,22 @@ ON_RANKS: dict[str, tuple[int, list[dict[str, Any]]]] = {
     "two": (
         2,
         [
-            *(case("tiny-sd", strategy) for strategy in ALL),
-            *(case(model, strategy) for model, strategy in product(("tiny-sdxl", "tiny-dit"), FEW)),
-            case("tiny-dit", "otil:quality=draft"),
+            *(case("tiny-sd", strategy) for strategy in ("distrifusion", MIXED)),
+            *(case(model, "otil") for model in ("tiny-sdxl", "tiny-dit")),
         ],
     ),
     # Patches of unequal height, one of them with two neighbours.
     "three": (3, [case("tiny-sd", strategy, (128, 96)) for strategy in FEW]),
 }
 MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
+    "others on two": (
+        2,
+        [
+            *(case("tiny-sd", strategy) for strategy in ("sync", "otil", "otil-paper", "naive")),
+            *(case(model, "distrifusion") for model in ("tiny-sdxl", "tiny-dit")),
+            case("tiny-dit", "otil:quality=draft"),
+        ],
+    ),
     "ulysses": (2, [case("tiny-sd", "sync", ulysses=2)]),
     "cfg x patch": (4, [case(model, "otil", cfg=2) for model in ("tiny-sd", "tiny-dit")]),
     "ulysses x patch": (4, [case(model, "otil", ulysses=2) for model in ("tiny-sd", "tiny-dit")]),

@@ -85,7 +85,7 @@ def each_way() -> dict[str, tuple[bool, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_together_as_alone(world_size: int) -> None:
     """Bit for bit, whatever is sent and however it is picked; also where layers are left out at some steps."""
     for found in run_ranks(world_size, each_way):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from otil_xdit.bench.plan import ALONE, Strategy
 from otil_xdit.evaluation.models import load_pipe
+from otil_xdit.planner.networks import wider_settings
 from otil_xdit.registry import get_strategy, register_strategy
 
 SEED = 0
@@ -32,23 +33,9 @@ def load(folder: str, sampler: str, width: int) -> Any:
 
 
 def wider(network: Any, times: int) -> Any:
-    """A network of the same config, `times` as wide, with random weights.
-
-    A U-Net gets all channels that many times, and as many heads as before but at least `times`. A DiT gets `times` as
-    many heads of the width that they had.
-    """
-    config = dict(network.config)
-    if "block_out_channels" in config:
-        heads = config["attention_head_dim"]  # diffusers' U-Nets keep the number of heads under this name
-        config["block_out_channels"] = [times * channels for channels in config["block_out_channels"]]
-        config["attention_head_dim"] = (
-            [max(count, times) for count in heads] if isinstance(heads, (list, tuple)) else max(heads, times)
-        )
-    else:
-        config["num_attention_heads"] *= times
-        config["caption_projection_dim"] = config["num_attention_heads"] * config["attention_head_dim"]
+    """A network of the same config, `times` as wide (`wider_settings`), with random weights."""
     torch.manual_seed(SEED)
-    return type(network).from_config(config).eval()
+    return type(network).from_config(wider_settings(network.config, times)).eval()
 
 
 def share_out(pipe: Any, strategy: Strategy) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,23 +148,25 @@ def find_network(name: str, times: int = 1) -> Network:
     config = Path(model.folder) / ("unet" if model.is_unet else "transformer") / "config.json"
     settings = json.loads(config.read_text())
     known = {setting: value for setting, value in settings.items() if not setting.startswith("_")}
-    module = _empty(settings["_class_name"], known if times == 1 else _wider(known, times))
+    module = _empty(settings["_class_name"], known if times == 1 else wider_settings(known, times))
     return Network(model.label, module, model.vae, model.patch, text=_text_tokens(Path(model.folder), model.is_unet))
 
 
-def _wider(settings: dict[str, Any], times: int) -> dict[str, Any]:
-    """A U-Net gets all channels so many times, and as many heads as before but at least `times`; an SD3 so many times
-    as many heads."""
+def wider_settings(settings: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """The config of a network `times` as wide.
+
+    A U-Net gets all channels that many times, and as many heads as before but at least `times`. A DiT gets `times` as
+    many heads of the width that they had.
+    """
     if "block_out_channels" not in settings:
-        heads = settings["num_attention_heads"] * times
-        wide = {"num_attention_heads": heads, "caption_projection_dim": heads * settings["attention_head_dim"]}
-        return {**settings, **wide}
-    given = settings["attention_head_dim"]
-    return {
-        **settings,
-        "block_out_channels": [times * channels for channels in settings["block_out_channels"]],
-        "attention_head_dim": [max(count, times) for count in given] if isinstance(given, list) else max(given, times),
-    }
+        heads = times * settings["num_attention_heads"]
+        width = heads * settings["attention_head_dim"]
+        return {**settings, "num_attention_heads": heads, "caption_projection_dim": width}
+    channels = [times * count for count in settings["block_out_channels"]]
+    heads = settings["attention_head_dim"]  # diffusers' U-Nets keep the number of heads under this name
+    several = isinstance(heads, (list, tuple))
+    heads = [max(count, times) for count in heads] if several else max(heads, times)
+    return {**settings, "block_out_channels": channels, "attention_head_dim": heads}
 
 
 def _text_tokens(folder: Path, is_unet: bool) -> int:
