@@ -6,10 +6,12 @@ this package keeps state of its own.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -23,6 +25,9 @@ from otil_xdit.picking import Picker
 from otil_xdit.schedule import Clock, Mode, Schedule
 from otil_xdit.workspace import Workspace
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -30,7 +35,9 @@ class Report:
 
     The figures per step are means over the steps after warm-up: `kv_bytes_per_step` of keys and values, the figure that
     strategies are compared by; `small_bytes_per_step` of a U-Net's halo rows and moments; `output_bytes_per_step` of
-    its noise prediction, which is the same whatever the strategy.
+    its noise prediction, which is the same whatever the strategy. `waited_seconds` is the host's waiting for messages,
+    `exchange_seconds` its time in the calls of the exchange with that waiting; less it, what predicting, picking,
+    coding, copying and sending takes.
     """
 
     steps: int
@@ -41,10 +48,25 @@ class Report:
     sent_bytes: dict[str, int]
     messages: dict[str, int]
     waited_seconds: float
+    exchange_seconds: float
     buffer_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _timed(call: Callable[Concatenate[OtilRun, P], T]) -> Callable[Concatenate[OtilRun, P], T]:
+    """A method of `OtilRun` whose time is added up."""
+
+    @wraps(call)
+    def timed(run: OtilRun, *args: P.args, **kwargs: P.kwargs) -> T:
+        started = time.perf_counter()
+        try:
+            return call(run, *args, **kwargs)
+        finally:
+            run._spent += time.perf_counter() - started
+
+    return timed
 
 
 class OtilRun:
@@ -64,6 +86,7 @@ class OtilRun:
         self._rows = make_exchange(group.rows or group, config.timeout, self.exchange.traffic)
         self._post = Post(self._rows)
         self._replica = make_exchange(group.replica or group, config.timeout, self.exchange.traffic)
+        self._spent = 0.0
         self.clock = Clock()
         self._schedule = Schedule.from_config(config)
         self._picker = Picker(config, self.clock, group)
@@ -78,6 +101,7 @@ class OtilRun:
         """Start a generation: nothing of the last one may show in it."""
         self.end()
         self.clock.reset()
+        self._spent = 0.0
         self.exchange.traffic.clear()
         self._picker.begin()
         for stack in self._stacks:
@@ -115,6 +139,7 @@ class OtilRun:
         """
         self._picker.observe(latent, layout)
 
+    @_timed
     def gather(self, name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Everybody's keys and values for one attention call.
 
@@ -141,6 +166,7 @@ class OtilRun:
         heads = whole.unflatten(3, (key.shape[1], -1)).transpose(2, 3)
         return heads[0], heads[1]
 
+    @_timed
     def halo(self, name: str, x: torch.Tensor, above: int, below: int, given: Beyond | None = None) -> torch.Tensor:
         """`x`, [B, C, rows, W], between `above` rows of the rank before and `below` of the one after.
 
@@ -154,6 +180,7 @@ class OtilRun:
         mode = self._small_mode(self.config.halo, layer.visits)
         return layer.widen(x, mode, self.clock.step, self._kind("halo", layer.visits))
 
+    @_timed
     def moments(
         self, name: str, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,6 +195,7 @@ class OtilRun:
         mode = self._small_mode(self.config.moments, layer.visits)
         return layer.combine(mean, var, share, mode, self.clock.step, self._kind("moments", layer.visits))
 
+    @_timed
     def norm_halo(
         self,
         names: tuple[str, str],
@@ -212,6 +240,7 @@ class OtilRun:
             layer = self._moments[name] = MomentsLayer(self._rows, self._post, name, mean)
         return layer
 
+    @_timed
     def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor:
         """A tensor of the same shape on every rank that works on the image, from all of them: [N, *part.shape].
 
@@ -239,6 +268,7 @@ class OtilRun:
             sent_bytes=dict(traffic.sent),
             messages=dict(traffic.messages),
             waited_seconds=sum(traffic.waited.values()),
+            exchange_seconds=self._spent,
             buffer_bytes=sum(holder.nbytes for holder in (*self._all_layers(), self._post, *self._rooms.values())),
         )
 

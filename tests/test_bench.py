@@ -133,7 +133,12 @@ def run_of(strategy: str, *rounds: list[list[float]]) -> Run:
     """A run whose ranks took these seconds for the steps: a list of rounds of ranks of steps."""
     run = Run(Cell(find_model("tiny-sd"), 1, 128, 2), parse_strategy(strategy))
     for ranks in rounds:
-        report = {"waited_seconds": 1.0, "kv_bytes_per_step": 1500.0, "small_bytes_per_step": 0.0}
+        report = {
+            "waited_seconds": 1.0,
+            "exchange_seconds": 3.0,
+            "kv_bytes_per_step": 1500.0,
+            "small_bytes_per_step": 0.0,
+        }
         reports = [
             {**report, "output_bytes_per_step": 0.0, "waited_seconds": float(rank)} for rank in range(len(ranks))
         ]
@@ -144,7 +149,7 @@ def run_of(strategy: str, *rounds: list[list[float]]) -> Run:
 def test_figures_are_of_the_slowest_rank_and_the_median_round() -> None:
     run = run_of("distrifusion:warmup_steps=1", [[3, 1, 2], [1, 2, 1]], [[9, 9, 9], [9, 9, 9]], [[4, 4, 4], [1, 1, 1]])
     assert run.seconds == [6, 27, 12] and run.step_seconds[0] == [3, 2, 2]
-    assert run.waited_seconds == [0.5, 0.5, 0.5]
+    assert run.waited_seconds == [0.5, 0.5, 0.5] and run.worked_seconds == [2.5, 2.5, 2.5]
     image, after = run.image(), run.after_warmup()
     assert (image.median, image.least, image.most) == (4, 2, 9)
     assert after is not None and (after.median, after.least, after.most) == (4, 2, 9)

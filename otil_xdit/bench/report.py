@@ -23,6 +23,7 @@ COLUMNS = (
     "ms after warm-up",
     "ms, displaced steps",
     "waited, ms per step",
+    "own work, ms per step",
     "kB of K/V a step",
     "kB of halo, moments a step",
     "kB of output a step",
@@ -34,8 +35,9 @@ one image of {steps} steps, in an order that changes; the others are loaded and 
 timed, a step on its slowest rank. "ms per step": the whole loop, the strategy's own synchronous warm-up steps
 included, over its steps; "times as fast": one process's over it; "after warm-up": without those warm-up steps;
 "displaced steps": only those that use payloads of the step before. "Waited": for messages, whole loop, mean of the
-ranks. kB: 1000 bytes that rank 0 hands to collectives in a step, mean over the steps after warm-up. Empty: there is
-no such step, or nobody counts. float32, guidance {guidance:g} (two passes in a batch), one image.
+ranks; "own work": in the exchange's calls besides (predict, pick, code, copy, send). kB: 1000 bytes that rank 0 hands
+to collectives in a step, mean over the steps after warm-up. Empty: there is no such step, or nobody counts. float32,
+guidance {guidance:g} (two passes in a batch), one image.
 """
 
 
@@ -82,9 +84,10 @@ def _describe(link: Link) -> str:
 def _line(run: Run, runs: Sequence[Run]) -> str:
     image, best = run.image(), alone(runs)
     report = run.report or {}
-    waited = None
-    if run.waited_seconds is not None:
-        waited = Spread.of([seconds / run.steps for seconds in run.waited_seconds])
+    waited, worked = (
+        None if seconds is None else Spread.of([one / run.steps for one in seconds])
+        for seconds in (run.waited_seconds, run.worked_seconds)
+    )
     kinds = ("kv_bytes_per_step", "small_bytes_per_step", "output_bytes_per_step")
     cells = (
         run.strategy.label,
@@ -94,6 +97,7 @@ def _line(run: Run, runs: Sequence[Run]) -> str:
         _milliseconds(run.after_warmup()),
         _milliseconds(run.displaced()),
         _milliseconds(waited),
+        _milliseconds(worked),
         *(f"{report[kind] / 1e3:.1f}" if kind in report else "" for kind in kinds),
     )
     return f"| {' | '.join(cells)} |"

@@ -41,6 +41,7 @@ class Run:
         seconds: of the denoising loop of one image, on the slowest rank.
         step_seconds: of each of its steps, on the slowest rank of the step.
         waited_seconds: for others' messages, in the image, mean of the ranks; None where nobody counts it.
+        worked_seconds: of the exchange's own work on the host, waiting left out; likewise.
         report: of rank 0's last image, None where nobody counts.
         skipped: why there are no figures, or None.
     """
@@ -51,6 +52,7 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     step_seconds: list[list[float]] = field(default_factory=list)
     waited_seconds: list[float] | None = None
+    worked_seconds: list[float] | None = None
     report: dict[str, Any] | None = None
     skipped: str | None = None
 
@@ -66,7 +68,9 @@ class Run:
         self.report = answers[0]["report"]
         if self.report is not None:
             waited = fmean(answer["report"]["waited_seconds"] for answer in answers)
+            spent = fmean(answer["report"]["exchange_seconds"] for answer in answers)
             self.waited_seconds = [*(self.waited_seconds or []), waited]
+            self.worked_seconds = [*(self.worked_seconds or []), spent - waited]
 
     def image(self) -> Spread:
         """Seconds per step over all steps of an image."""
@@ -143,6 +147,7 @@ def _as_dict(run: Run, plan: Plan) -> dict[str, Any]:
         "seconds": run.seconds,
         "step_seconds": run.step_seconds,
         "waited_seconds": run.waited_seconds,
+        "worked_seconds": run.worked_seconds,
         "report": run.report,
         "skipped": run.skipped,
         "alternation": run.alternation,
