@@ -248,11 +248,14 @@ class OtilRun:
             part: this rank's, contiguous.
             kind: the counter that the bytes go to, and its name in error messages.
         """
-        self._post.send()  # the network is done; whoever is in the open parcel comes again at the next step only
         step = self.clock.step
         gathered = part.new_empty(self._replica.group.world_size, *part.shape)
         counter = f"{kind}-warmup" if step < self.config.warmup_steps else kind
-        return self._replica.all_gather(part, gathered, counter, f"the {kind} at step {step}").wait()
+        collected = self._replica.all_gather(part, gathered, counter, f"the {kind} at step {step}").wait()
+        # The network is done: whoever is in the open parcel comes again at the next step only. On a slow link what is
+        # waited for must not queue behind it.
+        self._post.send()
+        return collected
 
     def report(self) -> Report:
         """Counters of the last (or current) generation, for this rank."""
