@@ -91,7 +91,7 @@ class OtilRun:
         self._schedule = Schedule.from_config(config)
         self._picker = Picker(config, self.clock, group)
         self._layers: dict[str, tuple[KVStack, int]] = {}
-        self._stacks: list[KVStack] = []
+        self.stacks: list[KVStack] = []
         self._called: KVStack | None = None
         self._halos: dict[str, HaloLayer] = {}
         self._moments: dict[str, MomentsLayer] = {}
@@ -104,7 +104,7 @@ class OtilRun:
         self._spent = 0.0
         self.exchange.traffic.clear()
         self._picker.begin()
-        for stack in self._stacks:
+        for stack in self.stacks:
             stack.begin()
         for halo in self._halos.values():
             halo.visits = 0
@@ -121,7 +121,7 @@ class OtilRun:
         """Give the buffers back."""
         self.end()
         self._layers.clear()
-        self._stacks.clear()
+        self.stacks.clear()
         self._called = None
         self._halos.clear()
         self._moments.clear()
@@ -284,7 +284,7 @@ class OtilRun:
         return dict(sizes)
 
     def _all_layers(self) -> list[KVStack | HaloLayer | MomentsLayer]:
-        return [*self._stacks, *self._halos.values(), *self._moments.values()]
+        return [*self.stacks, *self._halos.values(), *self._moments.values()]
 
     def _kind(self, what: str, visits: int) -> str:
         """The counter that a layer's bytes go to: those of warm-up steps are kept apart."""
@@ -312,7 +312,7 @@ class OtilRun:
         if stack is not None:
             self._leave(name, stack)
         table = self._picker.table(tokens, key.device)
-        stack = self._stacks[-1] if self._stacks else None
+        stack = self.stacks[-1] if self.stacks else None
         if stack is None or not stack.fits(shape, key.dtype, table):
             if stack is not None:
                 stack.seal()
@@ -324,7 +324,7 @@ class OtilRun:
         self._picker.forget(name)
         room = self._room(table.device)
         stack = KVStack(self.exchange, shape, dtype, table, self.config, self._picker, room)
-        self._stacks.append(stack)
+        self.stacks.append(stack)
         return stack
 
     def _room(self, device: torch.device) -> Workspace:
@@ -337,7 +337,7 @@ class OtilRun:
         del self._layers[name]
         if all(found is not stack for found, _ in self._layers.values()):
             stack.drain()
-            self._stacks.remove(stack)
+            self.stacks.remove(stack)
             self._called = None if self._called is stack else self._called
 
     def _compare(self, stack: KVStack, layer: int) -> None:

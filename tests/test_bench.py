@@ -28,8 +28,8 @@ from otil_xdit.bench.plan import Cell, Plan, parse_strategy
 from otil_xdit.bench.report import plot, table
 from otil_xdit.bench.results import Results, Run
 from otil_xdit.bench.tasks import GatherTask, ImageTask
-from otil_xdit.evaluation.memory import attention_layers, find_network
 from otil_xdit.evaluation.models import find_model
+from otil_xdit.planner.networks import attention_layers, find_network
 from otil_xdit.tools import main as tools
 
 PATIENCE = 120.0  # seconds; a rank loads in 8 on an idle machine
