@@ -23,10 +23,10 @@ from otil_xdit.workspace import Workspace
 _ALIGNMENT = 16
 """Bytes; each layer's payload, and what a codec writes in it, starts at a multiple of it, to be viewed in any dtype."""
 
-_MOST_LAYERS, _MOST_VALUES = 16, 2**23
+_MOST_LAYERS, _MOST_VALUES = 4, 2**23
 """Bounds of a stack: that many layers, and that many values of one rank (but one layer at least). Layers that travel
-together leave with the last of them, so few large messages cost some of the time in which they could travel; and what
-is computed of all of them at once takes room."""
+together leave with the last of them and are waited for by the first: a stack of a quarter of a network's layers has
+three quarters of a step to travel, one of all of them has nothing. And what is computed of all at once takes room."""
 
 
 @dataclass(frozen=True)

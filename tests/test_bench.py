@@ -386,7 +386,7 @@ def test_two_strategies_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture
             0 < total <= sum(steps) + 1e-9 for total, steps in zip(run["seconds"], run["step_seconds"], strict=True)
         )
     layers = attention_layers(find_network("tiny-sd"), 128, 2, 0)
-    expected = sum(count * 2 * 2 * layer.tokens * layer.width * 4 for layer, count in layers.items())
+    expected = sum(2 * 2 * layer.tokens * layer.width * 4 for layer in layers)
     assert shared["report"]["kv_bytes_per_step"] == shared["report"]["sent_bytes"]["kv"] == expected
     text = (tmp_path / "table.md").read_text()
     assert f"| {expected / 1e3:.1f} |" in text and text.strip() == capsys.readouterr().out.strip()

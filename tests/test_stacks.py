@@ -19,8 +19,8 @@ from otil_xdit.run import OtilRun
 from tests.ranks import run_ranks
 
 ROWS, COLS, HEADS, STEPS = 4, 8, 2, 12
-LAYERS = {**{f"wide.{at}": 8 for at in range(5)}, "narrow": 4, **{f"late.{at}": 8 for at in range(3)}}
-"""Names and features a head, in the order of the calls: five of a shape, one of another, three of the first again."""
+LAYERS = {**{f"wide.{at}": 8 for at in range(4)}, "narrow": 4, **{f"late.{at}": 8 for at in range(3)}}
+"""Names and features a head, in the order of the calls: four of a shape, one of another, three of the first again."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -46,8 +46,8 @@ def values(rank: int, step: int, layer: str) -> torch.Tensor:
 
 
 def called(step: int) -> list[str]:
-    """Every layer, but for two of the first five at one step and all of the last three at another."""
-    skipped = {5: ("wide.1", "wide.4"), 7: tuple(name for name in LAYERS if name.startswith("late"))}.get(step, ())
+    """Every layer, but for two of the first four at one step and all of the last three at another."""
+    skipped = {5: ("wide.1", "wide.3"), 7: tuple(name for name in LAYERS if name.startswith("late"))}.get(step, ())
     return [name for name in LAYERS if name not in skipped]
 
 
@@ -90,8 +90,28 @@ def test_together_as_alone(world_size: int) -> None:
     """Bit for bit, whatever is sent and however it is picked; also where layers are left out at some steps."""
     for found in run_ranks(world_size, each_way):
         assert {name: same for name, (same, _, _) in found.items()} == dict.fromkeys(SETTINGS, True)
-        # 10 steps of 3 stacks; the step without two of five layers leaves runs of 1 and 2, the one without three none.
-        assert found["default"][1:] == (10 * 3 + 1 - 1, 10 * 9 - 2 - 3)
+        # 10 steps of 3 stacks; the step without two of four layers leaves two runs of 1, the one without three none.
+        assert found["default"][1:] == (10 * 3 + 1 - 1, 10 * 8 - 2 - 3)
+
+
+def test_a_stack_leaves_time_to_travel() -> None:
+    """Of eight equal layers no message waits for more than half of the step."""
+    run_ranks(2, check_a_long_network)
+
+
+def check_a_long_network() -> None:
+    run = make_run()
+    run.begin()
+    given = values(run.group.rank, 0, "wide.0")
+    for step in range(4):
+        run.observe(None, TokenLayout(ROWS, COLS))
+        sent = []
+        for layer in range(8):
+            run.gather(str(layer), *given)
+            sent.append(run.exchange.traffic.messages["kv"])
+        assert step < 2 or sent[3] == sent[2] + 1, "half of them are under way while the other half compute"
+        run.clock.tick()
+    run.end()
 
 
 class Allocations(TorchDispatchMode):
@@ -143,7 +163,7 @@ def test_nothing_large_is_allocated_after_the_first_image() -> None:
     """In any mode of any step. What is left is a number a token or sub-block, as scores and ages, but for scores that
     compare two operands."""
     one_layer = 2 * 2 * HEADS * ROWS * COLS * 8 * 4
-    a_number_a_token = 5 * 2 * 2 * 2 * ROWS * COLS * 4  # of five layers, two ranks, keys and values, two images
+    a_number_a_token = 4 * 2 * 2 * 2 * ROWS * COLS * 4  # of four layers, two ranks, keys and values, two images
     assert a_number_a_token < one_layer
     by_two_operands = {"cosine", "raw and predicted by no rule"}
     found = run_ranks(2, largest_allocations)[0]
