@@ -48,7 +48,7 @@ def kept_by_real_ranks(config: OtilConfig) -> int:
         PatchGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size()),
     )
     run.begin()
-    for _ in range(config.warmup_steps + 1):
+    for _ in range(config.warmup_steps + 2):
         for number, (rows, cols, pixels, width, _) in enumerate(in_call_order()):
             run.observe(None, TokenLayout(rows, cols, pixels))
             values = torch.ones(BATCH, 2, rows * cols, width // 2)
