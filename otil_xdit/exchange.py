@@ -95,21 +95,6 @@ class Pending(Generic[T]):
         return self._output
 
 
-class ExchangedLayer(Generic[T]):
-    """What the exchange of every layer has: its calls in this generation, and at most one message under way."""
-
-    def __init__(self) -> None:
-        self.visits = 0
-        self._pending: Pending[T] | None = None
-
-    def drain(self) -> T | None:
-        """Wait for what is under way, after which nothing writes to the buffers; what it brought, or None."""
-        if self._pending is None:
-            return None
-        pending, self._pending = self._pending, None
-        return pending.wait()
-
-
 class Exchange:
     """Collectives over one group of ranks, with counters and timeouts.
 

@@ -264,8 +264,9 @@ class KVStack:
         ranks, width = self._ranks, self.shape[-1]
         vectors = self.shape.numel() // width
         shape = (ranks, *self.shape)
-        known = self._room("known", shape, torch.float32).zero_()
-        if self._predictor is not None:
+        if self._predictor is None:
+            known = self._room("known", shape, torch.float32).zero_()
+        else:
             known = self._predictor.known(layer)
         changes = self._room("residual", tuple(self.shape), torch.float32).copy_(fresh).sub_(known[self._rank])
         payload = self._room("payload", (codec.size(vectors, width),), torch.uint8)

@@ -11,6 +11,7 @@ Shapes: P ranks that answer on a lane: 1 neighbour, or all R.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ class Slot:
         self._post.release(self._parcel)
 
 
-class ParcelLayer:
+class ParcelLayer(ABC):
     """What the exchange of every layer that appends to parcels has: its calls in this generation, and its slot."""
 
     def __init__(self) -> None:
@@ -100,9 +101,9 @@ class ParcelLayer:
                 self._keep(lane, received)
             slot.release()
 
+    @abstractmethod
     def _keep(self, lane: Lane, received: torch.Tensor) -> None:
         """Copy what came on a lane, [P, *shape]."""
-        raise NotImplementedError
 
 
 class Post:

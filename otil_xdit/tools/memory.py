@@ -10,10 +10,8 @@ import torch
 
 from otil_xdit.config import Copies, OtilConfig
 from otil_xdit.evaluation.memory import Memory, memory_of
-from otil_xdit.planner.networks import PUBLISHED, Network, attention_layers, find_network
+from otil_xdit.planner.networks import DTYPES, PUBLISHED, Network, attention_layers, find_network
 from otil_xdit.registry import get_strategy
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 TITLES = ("model", "ranks", "preset", "largest layer", "all layers", "values", "velocities", "payloads", "in turn")
 """The last one is what all layers use in turn, besides what they keep."""

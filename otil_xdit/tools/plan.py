@@ -13,13 +13,11 @@ from otil_xdit.planner.asks import Composition, Job
 from otil_xdit.planner.fit import TERMS, WITHIN, compare, fit, orders, read_machine, write_machine
 from otil_xdit.planner.latency import Machine
 from otil_xdit.planner.links import LINKS, parse_link
-from otil_xdit.planner.networks import PUBLISHED, check_size, find_network
+from otil_xdit.planner.networks import DTYPES, PUBLISHED, check_size, find_network
 from otil_xdit.planner.observations import LOOPBACK, Observation, read_bench
 from otil_xdit.planner.options import Option, compositions, fastest_of_each, options_of, timed
 from otil_xdit.planner.tables import as_data, bytes_table, command_of, comparison_table, memory_table, time_table
 from otil_xdit.planner.work import flops_of
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 MISSING = (
     "give --step_time SECONDS (measured: one process's step) or --flops RATE (operations a second that one process "
