@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from otil_xdit.codec import CODECS, Quantised, Raw, make_codec
+from otil_xdit.config import CodecName, OtilConfig, Predict
+from otil_xdit.grid import Segment, block_table
+from otil_xdit.kv import PayloadLayout
 from otil_xdit.workspace import Workspace
 
 LOSSY = [name for name in CODECS if name != "raw"]
@@ -100,6 +105,67 @@ def test_layers_and_ranks_are_coded_at_once(name: str) -> None:
         alone, decoded_alone = coded(name, vectors[layer, rank])
         assert torch.equal(payloads[layer, rank], alone)
         assert torch.equal(decoded[layer, rank], decoded_alone)
+
+
+@settings(deadline=None)
+@given(
+    name=st.sampled_from(CODECS),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 41)),
+    size=st.floats(-12, 12),
+    seed=st.integers(0, 999),
+)
+def test_a_round_trip_is_bounded_and_the_same_whatever_is_around_it(
+    name: str, dtype: torch.dtype, shape: tuple[int, int, int], size: float, seed: int
+) -> None:
+    """Any shape, size and distribution: each vector's error is below what sending nothing would leave, the more bits
+    the less; and other vectors or layers in the message change nothing."""
+    noise = torch.Generator().manual_seed(seed)
+    spiky = torch.randn(shape, generator=noise) ** (1 + 2 * (seed % 2))
+    vectors = (2**size * spiky).to(dtype if name == "raw" else torch.float32)
+    payload, decoded = coded(name, vectors)
+    assert torch.equal(decoded[-1, -1:], coded(name, vectors[-1, -1:])[1])
+    if name == "raw":
+        assert torch.equal(decoded, vectors)
+        return
+    assert payload.shape == (shape[0], make_codec(name, dtype).size(*shape[1:]))
+    error, whole = ((tensor.square().sum(-1)) ** 0.5 for tensor in (decoded - vectors, vectors))
+    assert (error <= BOUNDS[name] * whole).all()
+
+
+BOUNDS = {"int8": 1.13 / 254 * 41**0.5, "int4": 0.75, "2bit": 0.9, "1bit": 1.13}
+"""Largest error of a vector, as a share of it; of Gaussian levels for the worst of distributions: one spike."""
+
+
+@given(
+    shape=st.tuples(st.just(2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 41)),
+    side=st.integers(1, 9),
+    ratio=st.floats(0.01, 1.0),
+    codec=st.sampled_from(CODECS),
+    predict=st.sampled_from(["none", "measured"]),
+    tolerance=st.sampled_from([0.0, 0.1]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_the_parts_of_a_payload_do_not_overlap(
+    shape: tuple[int, ...],
+    side: int,
+    ratio: float,
+    codec: CodecName,
+    predict: Predict,
+    tolerance: float,
+    dtype: torch.dtype,
+) -> None:
+    table = block_table([Segment(1, shape[2])], side)
+    config = OtilConfig(ratio=ratio, codec=codec, predict=predict, tolerance=tolerance)
+    layout = PayloadLayout.of(torch.Size(shape), dtype, table, config)
+    assert layout.gains == (8 if predict == "measured" else 0) and layout.error - layout.gains == (
+        4 if tolerance else 0
+    )
+    assert layout.indices - layout.error == 4 * layout.count and layout.count <= len(table)
+    assert (layout.count == 0) == (ratio >= 1) and layout.vectors >= 2 * shape[1]
+    needed = make_codec(codec, dtype).size(layout.vectors, shape[3])
+    assert 0 <= layout.coded - layout.indices < 16 and 0 <= layout.size - layout.coded - needed < 16
+    assert layout.coded % 16 == layout.size % 16 == 0
 
 
 def test_kinds() -> None:

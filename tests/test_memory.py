@@ -88,11 +88,10 @@ def test_a_count_by_hand() -> None:
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     line = "memory --models tiny-dit SD1.5 --size 512 --ranks 2 --text_tokens 77 --copies small --dtype float32"
     assert tools.main(line.split()) == 0
-    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    lines = [line.strip("| ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert [row[:3] for row in rows[2:]] == [
-        [f"| {model}", "2", preset]
-        for model in ("tiny-dit", "SD1.5")
-        for preset in ("distrifusion", "otil, copies small")
+        [model, "2", preset] for model in ("tiny-dit", "SD1.5") for preset in ("distrifusion", "otil, copies small")
     ]
     # SD1.5 at 512: 5 layers each of 64 x 64 tokens with 320 features, 32 x 32 with 640, 16 x 16 with 1280; 1 of 8 x 8.
     numbers = 2 * 2 * (5 * (4096 * 320 + 1024 * 640 + 256 * 1280) + 64 * 1280)
@@ -106,8 +105,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("--models SDXL --size 1001", "--size 1001 is not possible with SDXL; give a multiple of 8"),
         ("--models SDXL --size 64 --ranks 8", "--size 64 on 8 ranks with SDXL.*fewer ranks"),
         ("--models FLUX --ranks 3", "--size 1024 on 3 ranks with FLUX.*4096 image tokens and 512 text tokens"),
-        ("--ranks 1", "--ranks 1; give a whole number from 2 up"),
-        ("--batch 0", "--batch 0; give a whole number from 1 up"),
+        ("--ranks 1", "--ranks 1: give a whole number from 2 up"),
+        ("--batch 0", "--batch 0: give a whole number from 1 up"),
     ],
 )
 def test_wrong_arguments_are_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

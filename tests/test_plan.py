@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation.matrix import parse_variant
+from otil_xdit.planner import asks
 from otil_xdit.planner.advice import advise, bar_of
 from otil_xdit.planner.asks import Composition, Job
 from otil_xdit.planner.fit import Comparison, fit, least_squares, orders, read_machine
@@ -63,6 +65,22 @@ def test_modes_are_those_of_the_schedule() -> None:
     assert modes_of(config, 12) == ("warm-up", *("fresh",) * 3, "sync", *("fresh",) * 3, "sync", *("displaced",) * 3)
     with pytest.raises(ValueError, match=r"tolerance is 0.1: .*give 0"):
         modes_of(OtilConfig(tolerance=0.1), 12)
+
+
+@pytest.mark.parametrize("model", ["tiny-sd", "tiny-dit"])
+def test_what_is_left_out_on_meta_changes_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = find_network(model)
+    job = Job(network, 128, 128, 2, torch.float16, network.text)
+
+    def counted() -> list[tuple[dict[str, int], dict[str, int], int]]:
+        traffic = Traffic(job, Composition(patches=2))
+        variants = ("otil:copies=small,codec=int4", "otil-paper", "distrifusion")
+        runs = [traffic.of_run(parse_variant(text).config, 12) for text in variants]
+        return [(run.sent_bytes, run.messages, run.buffer_bytes) for run in runs]
+
+    without = counted()
+    monkeypatch.setattr(asks, "ShapesOnly", nullcontext)
+    assert counted() == without
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -294,7 +312,7 @@ def test_flops_are_counted() -> None:
         ("--gpus 2", "--model is missing; give SDXL, SD1.5, FLUX"),
         ("--model nothing --gpus 2", "nothing: no such model; choose from .*published networks are SDXL"),
         ("--model tiny-sd", "--gpus is missing; give a whole number from 2 up"),
-        ("--model tiny-sd --gpus 1", "--gpus 1; give a whole number from 2 up"),
+        ("--model tiny-sd --gpus 1", "--gpus 1: give a whole number from 2 up"),
         ("--model tiny-sd --gpus 2 --size 129", "--size 129 is not possible with tiny-sd; give a multiple of 4"),
         ("--model tiny-sd --gpus 2 --size 128 --height 64", "--size 128 and --height or --width contradict"),
         ("--model tiny-sd --gpus 2 --link fast", "--link fast: give nvlink, pcie4-x16"),

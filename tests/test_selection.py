@@ -61,6 +61,35 @@ def test_no_sub_block_gets_older_than_its_bound(total: int, ratio: float, max_ag
     assert ratio == 1 or all(0 not in starving.pick(scores).tolist() for _ in range(50))
 
 
+@settings(deadline=None)
+@given(
+    total=st.integers(1, 60),
+    ratio=st.floats(0.01, 1.0),
+    polling=st.floats(0.0, 1.0),
+    max_age=st.integers(1, 40),
+    levels=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_every_layer_keeps_the_bound_whatever_its_scores_are(
+    total: int, ratio: float, polling: float, max_age: int, levels: int, seed: int
+) -> None:
+    """Scores with many equal ones, and the same few in front at every step; two layers, called in turn or together."""
+    selector = Selector(total, ratio, polling, max_age, torch.device("cpu"), layers=2)
+    bound = max(max_age, math.ceil(total / selector.count))  # more than k a step cannot be sent
+    generator = torch.Generator().manual_seed(seed)
+    last = [[0] * total for _ in range(2)]
+    for step in range(1, 3 * bound + 2):
+        scores = torch.randint(levels, (2, total), generator=generator).float()
+        scores[:, : total // 2] += levels
+        runs = [slice(0, 2)] if step % 3 else [slice(1, 2), slice(0, 1)]
+        for run in runs:
+            for layer, picked in zip(range(2)[run], selector.pick(scores[run], run).tolist(), strict=True):
+                assert len(set(picked)) == len(picked) == selector.count and set(picked) <= set(range(total))
+                for block in picked:
+                    last[layer][block] = step
+        assert all(step - oldest < bound for oldest in map(min, last))
+
+
 def test_without_polling_the_best_scores_win() -> None:
     scores = torch.tensor([0.1, 5.0, 0.2, 3.0, 0.0, 0.0, 0.0, 4.0])
     assert sorted(make_selector(8, 3 / 8, 0.0).pick(scores).tolist()) == [1, 3, 7]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from otil_xdit.evaluation.matrix import Variant, parse_variant
 from otil_xdit.evaluation.models import OWN, Model
+from otil_xdit.xdit.degrees import check_at_least
 from otil_xdit.xdit.schedulers import SCHEDULERS
 
 Peer = Literal["one-process", "cfg", "ulysses", "ring", "pipefusion"]
@@ -129,11 +130,11 @@ class Plan:
     def __post_init__(self) -> None:
         at_least = {"width": 1, "steps": 1, "rounds": 1, "warmup_rounds": 0}
         for name, least in at_least.items():
-            _check_at_least(name, least, getattr(self, name))
+            check_at_least(name, getattr(self, name), least)
         for ranks in self.ranks:
-            _check_at_least("ranks", 1, ranks)
+            check_at_least("ranks", ranks, 1)
         for side in self.latents:
-            _check_at_least("latent", 1, side)
+            check_at_least("latent", side, 1)
         if not self.limit > 0:
             raise ValueError(f"--limit {self.limit:g}: give a number of seconds above 0")
         if self.sampler not in (OWN, *SCHEDULERS):
@@ -182,8 +183,3 @@ def parse_strategy(text: str) -> Strategy:
     except ValueError as error:
         others = f", or from {', '.join(PEERS)}" if "is not a preset" in str(error) else ""
         raise ValueError(f"{str(error).replace('--presets', '--strategies', 1)}{others}") from error
-
-
-def _check_at_least(flag: str, least: int, value: int) -> None:
-    if value < least:
-        raise ValueError(f"--{flag} {value}: give a whole number from {least} up")

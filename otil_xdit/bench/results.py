@@ -15,7 +15,7 @@ from otil_xdit.bench.plan import Cell, Plan, Strategy
 from otil_xdit.bench.tasks import Answer
 from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation.rows import versions
-from otil_xdit.schedule import Schedule
+from otil_xdit.planner.traffic import modes_of
 
 BYTE_KINDS = ("kv", "small", "output")
 """As a report has them, with ``_bytes_per_step`` behind."""
@@ -108,8 +108,7 @@ class Run:
         config = self._config
         if config is None:
             return None
-        schedule = Schedule.from_config(config)
-        modes = [schedule.mode(step, step, self.steps) for step in range(self.steps)]
+        modes = modes_of(config.replace(tolerance=0.0), self.steps)
         return self._over(self.step_seconds, [step for step, mode in enumerate(modes) if mode == "displaced"])
 
     def computing(self) -> tuple[float, float] | None:

@@ -21,6 +21,9 @@ from otil_xdit.xdit.unet_models import SHIPPED as SHIPPED_UNETS
 
 SHIPPED = (*SHIPPED_UNETS, TINY_DIT)
 
+MODELS_HELP = f"{', '.join(SHIPPED)}, or folders in diffusers format (default tiny-sd)"
+"""Of ``--models`` in the tools that run them."""
+
 DIT_PIPELINES = ("StableDiffusion3Pipeline",)
 """DiTs whose rows of tokens are cut evenly, at a size that the caller chooses."""
 

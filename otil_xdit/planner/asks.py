@@ -21,7 +21,7 @@ from otil_xdit.dit.layouts import architecture_of
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout
 from otil_xdit.planner.networks import META, Layer, Network, check_size, layers_in_order
-from otil_xdit.planner.recorder import FOREIGN, Log, Message, Pattern
+from otil_xdit.planner.recorder import FOREIGN, Log, Message, Pattern, ShapesOnly
 from otil_xdit.run import OtilRun
 from otil_xdit.schedule import Clock
 from otil_xdit.unet.patches import UnetGroups, UnetPatches
@@ -108,6 +108,11 @@ def replay(asks: list[Ask], run: OtilRun, log: Log) -> None:
     Where a norm's convolution cannot have its rows together with the moments, both are asked for by themselves, as
     `otil_xdit.unet.patches` does.
     """
+    with ShapesOnly():
+        _replay(asks, run, log)
+
+
+def _replay(asks: list[Ask], run: OtilRun, log: Log) -> None:
     rows: dict[str, Beyond] = {}
     for method, args in asks:
         log.ask += 1

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 from otil_xdit.exchange import Exchange, Neighbours, PatchGroup, Pending, Traffic, Transfer
 
@@ -93,6 +94,44 @@ class RecordedExchange(Exchange):
         message = Message(self._kind, pattern, nbytes, self.group.world_size, self._log.ask)
         self._log.messages.append(message)
         return _Arrived(self._log, message)
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Leaves out what only fills tensors of shapes that are known: functions with ``out``, methods that work in place,
+    and arithmetic between tensors of one shape and type. On "meta" there is nothing to fill, and torch's way to tell
+    the shapes again takes most of a plan's time."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        out = given.get("out")
+        if isinstance(out, torch.Tensor):
+            return out
+        name = getattr(func, "__name__", "")
+        if name in _IN_PLACE and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return args[0]
+        if name in _ARITHMETIC and not given and _are_alike(args):
+            return torch.empty_like(args[0])
+        return func(*args, **given)
+
+
+def _are_alike(operands: tuple[Any, ...]) -> bool:
+    """Whether they are floating-point tensors on "meta", all of one shape and type."""
+    return all(isinstance(one, torch.Tensor) and one.is_meta and one.is_floating_point() for one in operands) and (
+        len({(one.shape, one.dtype) for one in operands}) == 1
+    )
+
+
+_ARITHMETIC = frozenset(("add", "sub", "mul", "square"))
+
+
+_IN_PLACE = frozenset(
+    "abs_ add_ addcdiv_ addcmul_ bitwise_and_ bitwise_left_shift_ bitwise_or_ bitwise_right_shift_ ceil_ clamp_ "
+    "clamp_max_ clamp_min_ copy_ div_ exp2_ fill_ floor_ lerp_ log2_ masked_fill_ mul_ neg_ nan_to_num_ pow_ "
+    "reciprocal_ round_ rsqrt_ sign_ sqrt_ square_ sub_ where_ zero_".split()
+)
+"""Methods that keep the shape of what they work on."""
 
 
 @dataclass(frozen=True)

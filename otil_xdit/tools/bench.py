@@ -18,7 +18,7 @@ from otil_xdit.bench.report import plot, table
 from otil_xdit.bench.results import Results
 from otil_xdit.bench.scaling import plot_over_latents, plot_over_ranks
 from otil_xdit.evaluation.generate import Interrupted
-from otil_xdit.evaluation.models import OWN, SHIPPED, find_model
+from otil_xdit.evaluation.models import MODELS_HELP, OWN, find_model
 from otil_xdit.registry import get_strategy, strategies
 from otil_xdit.xdit.schedulers import SCHEDULERS
 
@@ -36,13 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared, how often, and over which link."""
     plan = Plan.__dataclass_fields__
     add = parser.add_argument
-    add(
-        "--models",
-        nargs="+",
-        default=["tiny-sd"],
-        metavar="MODEL",
-        help=f"{', '.join(SHIPPED)}, or folders in diffusers format (default tiny-sd)",
-    )
+    add("--models", nargs="+", default=["tiny-sd"], metavar="MODEL", help=MODELS_HELP)
     add(
         "--width",
         type=int,

@@ -15,13 +15,14 @@ from typing import TypeVar
 from otil_xdit.cli import visible_devices
 from otil_xdit.evaluation.generate import Failures, Interrupted, make_pictures
 from otil_xdit.evaluation.matrix import Case, Matrix, make_calls, parse_sampler, parse_variant
-from otil_xdit.evaluation.models import OWN, SHIPPED, find_model
+from otil_xdit.evaluation.models import MODELS_HELP, OWN, find_model
 from otil_xdit.evaluation.report import plot, table
 from otil_xdit.evaluation.rows import Row, as_json, make_rows
 from otil_xdit.evaluation.sheets import Column, sheet
 from otil_xdit.evaluation.store import Store
 from otil_xdit.evaluation.weights import absences
 from otil_xdit.registry import strategies
+from otil_xdit.xdit.degrees import check_at_least
 from otil_xdit.xdit.flags import OPTIONS
 from otil_xdit.xdit.schedulers import SCHEDULERS
 
@@ -38,13 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The matrix, the pictures, and how they are made."""
     settings = ", ".join(option.setting for option in OPTIONS if option.setting is not None)
     add = parser.add_argument
-    add(
-        "--models",
-        nargs="+",
-        default=["tiny-sd"],
-        metavar="MODEL",
-        help=f"{', '.join(SHIPPED)}, or folders in diffusers format (default tiny-sd)",
-    )
+    add("--models", nargs="+", default=["tiny-sd"], metavar="MODEL", help=MODELS_HELP)
     add(
         "--presets",
         nargs="+",
@@ -213,8 +208,7 @@ def lora_file(path: Path) -> Path:
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
     for name in ("sheet_rows", "jobs"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: give a whole number from 1 up")
+        check_at_least(name, getattr(arguments, name), 1)
     if not arguments.timeout > 0:
         raise ValueError(f"--timeout {arguments.timeout:g}: give a number of seconds above 0")
     devices = visible_devices()

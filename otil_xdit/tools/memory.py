@@ -11,7 +11,9 @@ import torch
 from otil_xdit.config import Copies, OtilConfig
 from otil_xdit.evaluation.memory import Memory, memory_of
 from otil_xdit.planner.networks import DTYPES, PUBLISHED, Network, attention_layers, find_network
+from otil_xdit.planner.tables import markdown
 from otil_xdit.registry import get_strategy
+from otil_xdit.xdit.degrees import check_at_least
 
 TITLES = ("model", "ranks", "preset", "largest layer", "all layers", "values", "velocities", "payloads", "in turn")
 """The last one is what all layers use in turn, besides what they keep."""
@@ -49,18 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: for arguments that no run could have.
     """
-    _check_at_least("ranks", 2, *arguments.ranks)
-    _check_at_least("batch", 1, *([] if arguments.batch is None else [arguments.batch]))
-    _check_at_least("text_tokens", 1, arguments.text_tokens)
+    for ranks in arguments.ranks:
+        check_at_least("ranks", ranks, 2)
+    if arguments.batch is not None:
+        check_at_least("batch", arguments.batch, 1)
+    check_at_least("text_tokens", arguments.text_tokens, 1)
     rows = [row for name in arguments.models for row in rows_of(find_network(name), arguments)]
     print(f"{arguments.size} x {arguments.size} pixels, {arguments.dtype}. MB (10^6 bytes) on each rank:\n")
-    print_markdown(rows)
-
-
-def _check_at_least(flag: str, least: int, *values: int) -> None:
-    for value in values:
-        if value < least:
-            raise ValueError(f"--{flag} {value}; give a whole number from {least} up")
+    print(markdown(TITLES, rows, text=3))
 
 
 def presets(copies: list[str]) -> dict[str, OtilConfig]:
@@ -84,10 +82,3 @@ def cells(memory: Memory) -> tuple[str, ...]:
     """The figures of a row, in the order of `TITLES`."""
     figures = (memory.largest, memory.total, memory.values, memory.velocities, memory.buffers)
     return tuple(f"{figure / MEGABYTE:.1f}" for figure in (*figures, sum(memory.rooms.values())))
-
-
-def print_markdown(rows: list[tuple[str, ...]]) -> None:
-    """A table with figures to the right."""
-    lines = [TITLES, tuple("---" if column in (0, 2) else "---:" for column in range(len(TITLES))), *rows]
-    for line in lines:
-        print(f"| {' | '.join(line)} |")

@@ -18,6 +18,7 @@ from otil_xdit.planner.observations import LOOPBACK, Observation, read_bench
 from otil_xdit.planner.options import Option, compositions, fastest_of_each, options_of, timed
 from otil_xdit.planner.tables import as_data, bytes_table, command_of, comparison_table, memory_table, time_table
 from otil_xdit.planner.work import flops_of
+from otil_xdit.xdit.degrees import check_at_least
 
 MISSING = (
     "give --step_time SECONDS (measured: one process's step) or --flops RATE (operations a second that one process "
@@ -105,8 +106,8 @@ def job_of(arguments: argparse.Namespace) -> Job:
         value = getattr(arguments, flag)
         if value is None and flag == "gpus":
             raise ValueError("--gpus is missing; give a whole number from 2 up")
-        if value is not None and value < least:
-            raise ValueError(f"--{flag} {value}; give a whole number from {least} up")
+        if value is not None:
+            check_at_least(flag, value, least)
     for flag in ("step_time", "flops"):
         value = getattr(arguments, flag)
         if value is not None and not 0 < value < float("inf"):

@@ -117,7 +117,7 @@ class OverridingFinder(MetaPathFinder):
             execute(module)
             self.apply(module)
 
-        spec.loader.exec_module = execute_then_override  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_then_override  # type: ignore[method-assign]  # of this loader only
         return spec
 
     def apply(self, module: ModuleType) -> None:

@@ -14,6 +14,16 @@ class FlagError(ValueError):
     """A command line that cannot be run; the message is one line that names flag, value and what is accepted."""
 
 
+def check_at_least(flag: str, value: int, least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        FlagError: naming flag, value and what is accepted.
+    """
+    if value < least:
+        raise FlagError(f"--{flag} {value}: give a whole number from {least} up")
+
+
 class UngivenDegree(int):
     """A parser's default for a degree: an ordinary int that can be told from the same number given by the user."""
 
