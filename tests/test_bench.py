@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from otil_xdit.bench.tasks import GatherTask, ImageTask
 from otil_xdit.evaluation.models import find_model
 from otil_xdit.planner.networks import attention_layers, find_network
 from otil_xdit.tools import main as tools
+from tests.test_bench_link import namespaces_of, no_link
 
 PATIENCE = 120.0  # seconds; a rank loads in 8 on an idle machine
 
@@ -41,6 +41,8 @@ REFUSED = {
     "setting": ("--strategies otil:ratio=2", "--strategies otil:ratio=2: ratio=2: ratio is 2; give a number in (0, 1]"),
     "block": ("--strategies otil:block=20", "block 20 is larger than a patch"),
     "width": ("--width 0", "--width 0: give a whole number from 1 up"),
+    "latent": ("--latent 0", "--latent 0: give a whole number from 1 up"),
+    "latent and size": ("--latent 32 --sizes 128", "--sizes 128 and --latent 32 both say how large pictures are"),
     "ranks": ("--ranks 0", "--ranks 0: give a whole number from 1 up"),
     "one rank": ("--ranks 1 --strategies otil", "--ranks 1: only one-process runs on one rank"),
     "rows": ("--ranks 5", "cannot be cut into 5 patches"),
@@ -58,6 +60,7 @@ REFUSED = {
     "ratio": ("--link ratio=0", "--link ratio=0: give a ratio above 0"),
     "several ranks": ("--link 1gbit --ranks 2 4", "--link 1gbit with --ranks 2 4: a link has one number of ranks"),
     "several models": ("--link ratio=1 --models tiny-sd tiny-sdxl", "--link ratio=1 with several --models"),
+    "several latents": ("--link ratio=1 --latent 32 64", "--link ratio=1 with several --latent"),
     "few steps": ("--link ratio=1 --steps 2", "--link ratio=1 with --steps 2: give more than 2"),
 }
 
@@ -72,33 +75,6 @@ def test_bad_input_is_refused_before_anything_starts(
         tools.main(["bench", "--out", str(out), *line.split()])
     assert ended.value.code == 2 and not out.exists()
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("no_start")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("os.geteuid", lambda: 1000), "--link 1gbit needs root"),
-        (("sys.platform", "darwin"), "--link 1gbit needs Linux's network namespaces; this is darwin"),
-        (("shutil.which", lambda name: None), "--link 1gbit needs iproute2; ip and tc not found"),
-    ],
-)
-def test_a_link_that_cannot_be_made_is_refused(
-    change: tuple[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(shutil, "which", lambda name: name)
-    monkeypatch.setattr(change[0], change[1])
-    with pytest.raises(SystemExit):
-        tools.main(["bench", "--link", "1gbit"])
-    assert message in capsys.readouterr().err
-
-
-def test_a_link_is_asked_for_by_rate_or_ratio() -> None:
-    assert link.parse_link("20MB/s").rate == 20e6
-    assert link.parse_link("1gbit").rate == 125e6
-    assert link.parse_link(".5mbit").rate == 62500
-    assert link.parse_link("ratio=2.5") == link.LinkRequest("ratio=2.5", ratio=2.5)
 
 
 def plan(*strategies: str, **changes: Any) -> Plan:
@@ -142,7 +118,12 @@ def run_of(strategy: str, *rounds: list[list[float]]) -> Run:
         reports = [
             {**report, "output_bytes_per_step": 0.0, "waited_seconds": float(rank)} for rank in range(len(ranks))
         ]
-        run.add([{"step_seconds": steps, "report": report} for steps, report in zip(ranks, reports, strict=True)])
+        run.add(
+            [
+                {"step_seconds": steps, "cpu_step_seconds": [step / 2 for step in steps], "report": report}
+                for steps, report in zip(ranks, reports, strict=True)
+            ]
+        )
     return run
 
 
@@ -154,6 +135,8 @@ def test_figures_are_of_the_slowest_rank_and_the_median_round() -> None:
     assert (image.median, image.least, image.most) == (4, 2, 9)
     assert after is not None and (after.median, after.least, after.most) == (4, 2, 9)
     assert run.displaced() == after, "DistriFusion displaces every step after warm-up"
+    cpu = run.steady_cpu()
+    assert run.steady() == after and cpu is not None and (cpu.median, cpu.least, cpu.most) == (2, 1, 4.5)
 
 
 def test_displaced_steps_are_told_from_the_schedule() -> None:
@@ -218,7 +201,7 @@ class FakeJobs:
 
     def ask(self, job: Any) -> list[dict[str, Any]]:
         self.asked.append(job.name)
-        return [{"step_seconds": [1.0], "report": None}] * job.ranks
+        return [{"step_seconds": [1.0], "cpu_step_seconds": None, "report": None}] * job.ranks
 
     def close(self, job: Any) -> None:
         self.alive.remove(job.name)
@@ -253,123 +236,6 @@ def test_what_memory_does_not_hold_takes_turns_later(monkeypatch: pytest.MonkeyP
     assert "- Not all fitted into memory at once: otil took turns after the others were done." in table(results)
 
 
-class Recorder:
-    """Takes the place of a shell; `fails` is a word at which it fails."""
-
-    def __init__(self, there: list[str], fails: str = "") -> None:
-        self.there, self.fails = there, fails
-        self.commands: list[link.Command] = []
-
-    def __call__(self, command: link.Command) -> str:
-        if self.fails and self.fails in command:
-            raise link.LinkError("no such thing")
-        self.commands.append(command)
-        if command[:3] == ("ip", "netns", "add"):
-            self.there.append(command[3])
-        if command[:3] == ("ip", "netns", "delete"):
-            self.there.remove(command[3])
-        return "\n".join(f"{name} (id: 3)" for name in self.there)
-
-
-def test_two_ranks_share_a_cable_and_four_a_switch() -> None:
-    two, four = Recorder([]), Recorder([])
-    with link.Namespaces(2, two) as spaces:
-        spaces.shape(20e6)
-        assert spaces.inside(1) == ("ip", "netns", "exec", f"otil-bench-{os.getpid()}-1")
-    with link.Namespaces(4, four) as spaces:
-        spaces.shape(20e6)
-    cables = [command for command in two.commands if "veth" in command]
-    assert len(cables) == 1 and not any("bridge" in command for command in two.commands)
-    assert sum("veth" in command for command in four.commands) == 4
-    assert sum("master" in command for command in four.commands) == 4
-    for recorder, ends in ((two, 2), (four, 8)):
-        buckets = [" ".join(command) for command in recorder.commands if "tbf" in command]
-        assert len(set(buckets)) == ends and all("rate 160000000bit burst 20000b" in bucket for bucket in buckets)
-        assert not recorder.there
-
-
-def test_what_was_made_is_removed_when_the_rest_fails() -> None:
-    shell = Recorder([], fails="veth")
-    with pytest.raises(link.LinkError), link.Namespaces(2, shell):
-        pass
-    assert not shell.there and any("add" in command for command in shell.commands)
-
-
-def test_only_namespaces_of_ended_benches_are_stale() -> None:
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    shell = Recorder([f"otil-bench-{ended.pid}-0", f"otil-bench-{os.getppid()}-0", "somebody-elses"])
-    link.remove_stale(shell)
-    assert shell.there == [f"otil-bench-{os.getppid()}-0", "somebody-elses"]
-
-
-def no_link() -> str:
-    """Why this machine cannot make namespaces and shape them, or an empty string."""
-    try:
-        link.check_possible("1gbit")
-        with link.Namespaces(2) as spaces:
-            spaces.shape(1e6)
-    except (ValueError, link.LinkError) as error:
-        return str(error)
-    return ""
-
-
-@pytest.fixture
-def can_link() -> None:
-    reason = no_link()
-    if reason:
-        pytest.skip(reason)
-
-
-@pytest.mark.usefixtures("can_link")
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_real_link_is_made_shaped_and_removed(ranks: int) -> None:
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    link.run_command(("ip", "netns", "add", f"otil-bench-{ended.pid}-0"))
-    with link.Namespaces(ranks) as spaces:
-        assert sorted(namespaces_of(os.getpid()))[:ranks] == spaces.names and not namespaces_of(ended.pid)
-        spaces.shape(10e6)
-        spaces.shape(20e6)
-        listed = link.run_command(("tc", "-n", spaces.names[1], "qdisc", "show", "dev", link.DEVICE))
-        assert "tbf" in listed and "rate 160Mbit" in listed
-        assert throughput(spaces) < 1.3 * 20e6
-    assert not namespaces_of(os.getpid())
-
-
-SEND = """
-import socket, sys
-with socket.create_connection((sys.argv[1], 4000), timeout=20) as sender:
-    sender.sendall(bytes(4_000_000)); sender.shutdown(socket.SHUT_WR); sender.recv(1)
-"""
-RECEIVE = """
-import socket, sys, time
-with socket.create_server((sys.argv[1], 4000)) as server:
-    server.settimeout(20)
-    print("listening", flush=True)
-    sender, _ = server.accept()
-    started, received = time.perf_counter(), 0
-    while part := sender.recv(1 << 16):
-        received += len(part)
-    print(received / (time.perf_counter() - started)); sender.sendall(b"x")
-"""
-
-
-def throughput(spaces: link.Namespaces) -> float:
-    """Bytes per second of one TCP connection from the first rank's namespace to the second's."""
-    receive = [*spaces.inside(1), sys.executable, "-c", RECEIVE, link.address(1)]
-    with subprocess.Popen(receive, stdout=subprocess.PIPE, text=True) as receiver:
-        assert receiver.stdout is not None and receiver.stdout.readline() == "listening\n"
-        subprocess.run([*spaces.inside(0), sys.executable, "-c", SEND, link.address(1)], check=True, timeout=30)
-        return float(receiver.stdout.read())
-
-
-def namespaces_of(owner: int) -> list[str]:
-    if shutil.which("ip") is None:
-        return []
-    return [name for name in link.existing(link.run_command) if name.startswith(f"{link.PREFIX}{owner}-")]
-
-
 def test_two_strategies_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = "--strategies one-process distrifusion:warmup_steps=1 ring --steps 2 --rounds 2 --warmup_rounds 0 --limit 120"
     assert tools.main(["bench", *job.split(), "--out", str(tmp_path)]) == 0
@@ -381,6 +247,8 @@ def test_two_strategies_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (shared["ranks"], shared["latent"], shared["degrees"]["patch"]) == (2, [32, 32], 2)
     assert shared["settings"]["warmup_steps"] == 1 and len(shared["waited_seconds"]) == 2
     for run in (alone, shared):
+        cpu = [sum(steps) for steps in run["cpu_step_seconds"]]
+        assert all(0 < computed < 2 * total for computed, total in zip(cpu, run["seconds"], strict=True))
         assert len(run["seconds"]) == 2 and [len(steps) for steps in run["step_seconds"]] == [2, 2]
         assert all(
             0 < total <= sum(steps) + 1e-9 for total, steps in zip(run["seconds"], run["step_seconds"], strict=True)
@@ -388,6 +256,7 @@ def test_two_strategies_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture
     layers = attention_layers(find_network("tiny-sd"), 128, 2, 0)
     expected = sum(2 * 2 * layer.tokens * layer.width * 4 for layer in layers)
     assert shared["report"]["kv_bytes_per_step"] == shared["report"]["sent_bytes"]["kv"] == expected
+    assert [sent["kv"] for sent in shared["rank_bytes"]] == [expected, expected] and alone["rank_bytes"] is None
     text = (tmp_path / "table.md").read_text()
     assert f"| {expected / 1e3:.1f} |" in text and text.strip() == capsys.readouterr().out.strip()
     assert (tmp_path / "bench.png").is_file()

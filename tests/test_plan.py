@@ -20,7 +20,7 @@ from otil_xdit.planner.fit import Comparison, fit, least_squares, orders, read_m
 from otil_xdit.planner.latency import Load, Machine, share_of, step_time
 from otil_xdit.planner.links import LINKS, Link, parse_link
 from otil_xdit.planner.networks import find_network
-from otil_xdit.planner.observations import read_bench
+from otil_xdit.planner.observations import IN_FLIGHT, read_bench
 from otil_xdit.planner.options import Option
 from otil_xdit.planner.recorder import Message
 from otil_xdit.planner.traffic import RunTraffic, Traffic, modes_of
@@ -69,14 +69,18 @@ def test_modes_are_those_of_the_schedule() -> None:
 
 
 def test_the_time_of_a_step_by_hand() -> None:
-    machine = Machine(Link("", rate=100.0, latency=0.1), 1.5, per_message=0.01, per_byte=0.001, per_number=0.0001)
-    load = Load(2, 0.5, messages=7, numbers=1000, waits=3, waited_bytes=40, travels=2, travelling_bytes=160)
+    link = Link("", rate=100.0, latency=0.1, swapping=2.0)
+    machine = Machine(link, 1.5, per_ask=0.003, per_message=0.01, per_byte=0.001, per_layer=0.05, per_number=0.0001)
+    load = Load(
+        2, 0.5, asks=9, messages=7, layers=2, numbers=1000, waited=(10, 20), swapped=(10,), travels=2,
+        travelling_bytes=160,
+    )  # fmt: skip
     found = step_time(load, machine, 0.8)
     assert found.computing == pytest.approx(0.8 * 0.5 * 1.5)
-    assert found.handling == pytest.approx(7 * 0.01 + 200 * 0.001 + 1000 * 0.0001)
-    assert found.waiting == pytest.approx(3 * 0.1 + 40 / 100)
-    assert found.late == pytest.approx(2 * 0.1 + 160 / 100 - 0.6 - 0.37)
-    assert found.total == pytest.approx(0.6 + 0.37 + 0.7 + 0.83)
+    assert found.handling == pytest.approx(9 * 0.003 + 7 * 0.01 + 200 * 0.001 + 2 * 0.05 + 1000 * 0.0001)
+    assert found.waiting == pytest.approx(0.1 + 10 / 100 + 0.1 + 20 / 100 + 2 * (0.1 + 10 / 100))
+    assert found.late == pytest.approx(2 * 0.1 + 160 / 100 - 0.6 - 0.497)
+    assert found.total == pytest.approx(0.6 + 0.497 + 0.9 + 0.703)
     crowded = step_time(load, Machine(machine.link, cores=1), 0.8)
     assert crowded.computing == pytest.approx(0.8), "two ranks on one core"
 
@@ -86,6 +90,12 @@ def test_the_tallest_patch_is_the_slowest() -> None:
     # 32 rows of the latent are 4 at the lowest resolution: 2, 1 and 1 for three ranks.
     assert share_of(job, Composition(patches=3)) == pytest.approx(1 / 2)
     assert share_of(job, Composition(cfg=2, patches=2)) == pytest.approx(1 / 4)
+
+
+def test_messages_that_were_measured() -> None:
+    link = Link("", 1e3, 0.1, ((100.0, 0.5), (200.0, 0.7), (400.0, 2.0)))
+    sizes = (0, 100, 150, 400, 600)
+    assert [link.seconds(size) for size in sizes] == pytest.approx([0.5, 0.5, 0.6, 2.0, 3.0])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +127,9 @@ def test_least_squares_stays_above_zero() -> None:
     assert least_squares(rows, falling) == pytest.approx([3.0, 0.0])
 
 
-MACHINE = Machine(Link("", 20e6, 1e-3), 1.3, per_message=4e-4, per_byte=3e-9, per_number=2e-8, cores=2)
+SAMPLES = ((1024.0, 1e-3), (65536.0, 4e-3), (1048576.0, 0.07))
+COSTS = {"per_ask": 2e-4, "per_message": 4e-4, "per_byte": 3e-9, "per_layer": 5e-3, "per_number": 2e-8}
+MACHINE = Machine(Link("", 20e6, 1e-3, SAMPLES, 2.0), 1.3, **COSTS, cores=2)
 ALONE = 0.08
 DEGREES = {"patch": 1, "cfg": 1, "ulysses": 1, "ring": 1, "pipefusion": 1}
 STRATEGIES = ("sync", "distrifusion", "otil", "naive", "cfg")
@@ -143,19 +155,21 @@ def bench(folder: Path, name: str, model: str, link: Link | None) -> Path:
         one = {"strategy": text, "settings": settings, "ranks": 2, "degrees": {**DEGREES, way: 2}}
         runs.append({**known, **one, "seconds": [sum(steps)], "step_seconds": [steps]})
     runs.append({**runs[-1], "strategy": "ring", "degrees": {**DEGREES, "ring": 2}})
-    shaped = None if link is None else {"alpha_seconds": link.latency, "beta_bytes_per_second": link.rate}
+    # A smaller message that took longer than a larger one is noise.
+    shaped = None if link is None else {"rate_bytes": link.rate / IN_FLIGHT, "samples": [(512, 2e-3), *link.samples]}
     path = folder / name
     path.write_text(json.dumps({"machine": {"cores": 2}, "link": shaped, "runs": runs}))
     return path
 
 
 def terms_of(machine: Machine) -> tuple[float, ...]:
-    return machine.slowdown, machine.per_message, machine.per_byte, machine.per_number
+    return machine.slowdown, *machine.costs
 
 
 def test_the_fit_finds_the_machine_that_made_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Loopback, and a link over which some steps end with their messages, which say nothing of the terms."""
-    files = [bench(tmp_path, "1.json", "tiny-sd", None), bench(tmp_path, "2.json", "tiny-sd", MACHINE.link)]
+    """Two networks, which layers and values are told apart by; and a link over which some steps end with their
+    messages, which say nothing of the terms."""
+    files = [bench(tmp_path, "1.json", "tiny-sd", MACHINE.link), bench(tmp_path, "2.json", "tiny-dit", None)]
     observations = [one for path in files for one in read_bench(str(path))[0]]
     assert any(
         step_time(load, one.placed(MACHINE), ALONE).late > 0 for one in observations for load in one.loads.values()
@@ -195,7 +209,7 @@ def test_a_link_gives_every_rank_the_payloads_of_all_others(tmp_path: Path) -> N
         json.dumps({**four, "runs": [runs[0], {**runs[1], "ranks": 4, "degrees": {**DEGREES, "patch": 4}}]})
     )
     ((observation,), left) = read_bench(str(path))
-    assert observation.link.rate == pytest.approx(3 * MACHINE.link.rate) and not left
+    assert observation.link.samples[-1] == (3 * SAMPLES[-1][0], SAMPLES[-1][1]) and not left
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Link:
         rate_bytes: nominal rate of each direction of each rank's cable, bytes per second.
         samples: payload bytes of one rank, and seconds of an all-gather: median, on the slowest rank.
         alpha_seconds, beta_bytes_per_second: of the line seconds = alpha + bytes / beta.
+        ratio: where one was asked for, how long the keys and values of a synchronous step take at beta, in computing
+            times of a step.
     """
 
     kind: str
@@ -46,6 +48,7 @@ class Link:
     samples: tuple[tuple[int, float], ...]
     alpha_seconds: float
     beta_bytes_per_second: float
+    ratio: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

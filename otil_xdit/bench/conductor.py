@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -148,7 +149,8 @@ def _make_slow(
     assert request.ratio is not None
     namespaces.shape(UNSHAPED)
     kv_bytes, seconds = _computing(plan, cell, namespaces, jobs)
-    results.link = calibrate_to(jobs, namespaces, kv_bytes / (request.ratio * seconds), request.text)
+    link = calibrate_to(jobs, namespaces, kv_bytes / (request.ratio * seconds), request.text)
+    results.link = replace(link, ratio=kv_bytes / seconds / link.beta_bytes_per_second)
 
 
 def _computing(plan: Plan, cell: Cell, namespaces: Namespaces, jobs: Jobs) -> tuple[float, float]:
@@ -160,6 +162,6 @@ def _computing(plan: Plan, cell: Cell, namespaces: Namespaces, jobs: Jobs) -> tu
         if number >= plan.warmup_rounds:
             run.add(answers)
     jobs.close(job)
-    after = run.after_warmup()
-    assert run.report is not None and after is not None, "the tool has seen to enough steps"
-    return run.report["sent_bytes"]["kv-warmup"] / run.report["warmup_steps"], after.median
+    found = run.computing()
+    assert found is not None, "the tool has seen to enough steps"
+    return found

@@ -99,6 +99,7 @@ class Plan:
     Attributes:
         models, sizes, ranks: their product is the cells. A cell of more than one rank has the strategies that use one,
             too, so 1 among several numbers of ranks adds nothing.
+        latents: sides of the latent; where there are any, they take the place of `sizes`.
         strategies: compared in every cell, in the order of the rows.
         width: times the channels of every model.
         steps: denoising steps of an image.
@@ -116,6 +117,7 @@ class Plan:
     strategies: tuple[Strategy, ...]
     ranks: tuple[int, ...] = (2,)
     sizes: tuple[int, ...] = (128,)
+    latents: tuple[int, ...] = ()
     width: int = 1
     steps: int = 15
     sampler: str = "dpm-solver"
@@ -130,6 +132,8 @@ class Plan:
             _check_at_least(name, least, getattr(self, name))
         for ranks in self.ranks:
             _check_at_least("ranks", 1, ranks)
+        for side in self.latents:
+            _check_at_least("latent", 1, side)
         if not self.limit > 0:
             raise ValueError(f"--limit {self.limit:g}: give a number of seconds above 0")
         if self.sampler not in (OWN, *SCHEDULERS):
@@ -150,9 +154,13 @@ class Plan:
         alone = any(strategy.text == ALONE for strategy in self.strategies)
         several = [ranks for ranks in self.ranks if ranks > 1]
         for model in self.models:
-            for size in self.sizes:
+            for size in self.sizes_of(model):
                 for ranks in several or ([1] if alone else []):
                     yield Cell(model, self.width, size, ranks)
+
+    def sizes_of(self, model: Model) -> tuple[int, ...]:
+        """Height and width of the pictures, in pixels."""
+        return tuple(side * model.vae for side in self.latents) or self.sizes
 
     def strategies_of(self, cell: Cell) -> tuple[Strategy, ...]:
         return tuple(strategy for strategy in self.strategies if cell.ranks > 1 or strategy.text == ALONE)

@@ -111,7 +111,7 @@ def _images(task: ImageTask) -> Callable[[], Answer]:
             callback_on_step_end_tensor_inputs=[],
         )
         report = None if session is None else session.communicator.report().to_dict()
-        return {"step_seconds": watch.seconds(), "report": report}
+        return {"step_seconds": watch.seconds(), "cpu_step_seconds": watch.cpu_seconds(), "report": report}
 
     return image
 
@@ -122,9 +122,11 @@ class Stopwatch:
     def __init__(self, cuda: bool) -> None:
         self._cuda = cuda
         self._marks: list[Any] = []
+        self._cpu_marks: list[float] = []
 
     def reset(self) -> None:
         self._marks.clear()
+        self._cpu_marks.clear()
 
     def begin(self) -> None:
         """Called before every call of the network; the first one counts."""
@@ -144,9 +146,17 @@ class Stopwatch:
         self._marks[-1].synchronize()
         return [before.elapsed_time(after) / 1e3 for before, after in pairs]
 
+    def cpu_seconds(self) -> list[float] | None:
+        """What the calling thread computed in each step, waiting and other ranks' turns on its core left out; None
+        where a GPU computes."""
+        if self._cuda:
+            return None
+        return [after - before for before, after in zip(self._cpu_marks, self._cpu_marks[1:], strict=False)]
+
     def _mark(self) -> None:
         if not self._cuda:
             self._marks.append(time.perf_counter())
+            self._cpu_marks.append(time.thread_time())
             return
         import torch
 

@@ -24,6 +24,7 @@ COLUMNS = (
     "ms, displaced steps",
     "waited, ms per step",
     "own work, ms per step",
+    "CPU, ms per step",
     "kB of K/V a step",
     "kB of halo, moments a step",
     "kB of output a step",
@@ -35,7 +36,9 @@ one image of {steps} steps, in an order that changes; the others are loaded and 
 timed, a step on its slowest rank. "ms per step": the whole loop, the strategy's own synchronous warm-up steps
 included, over its steps; "times as fast": one process's over it; "after warm-up": without those warm-up steps;
 "displaced steps": only those that use payloads of the step before. "Waited": for messages, whole loop, mean of the
-ranks; "own work": in the exchange's calls besides (predict, pick, code, copy, send). kB: 1000 bytes that rank 0 hands
+ranks; "own work": in the exchange's calls besides (predict, pick, code, copy, send). "CPU": what the main thread of the
+busiest rank computed, waiting left out, in the steps after warm-up, or in all where there is none: also where ranks
+share cores. kB: 1000 bytes that rank 0 hands
 to collectives in a step, mean over the steps after warm-up. Empty: there is no such step, or nobody counts. float32,
 guidance {guidance:g} (two passes in a batch), one image.
 """
@@ -51,6 +54,7 @@ def table(results: Results) -> str:
     lines = [f"    {results.command}", "", header.rstrip(), ""]
     lines += [f"{where['cpu']}, {where['cores']} cores; {where['pinned']}. {known}.", ""]
     lines += [_describe(results.link) if results.link is not None else "Link: this machine's loopback.", ""]
+    lines += _reached(results)
     for runs in by_cell(results.runs):
         lines += [f"### {title(runs[0], results)}", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
         lines += [_line(run, runs) for run in runs if run.skipped is None]
@@ -71,6 +75,11 @@ def alone(runs: Sequence[Run]) -> Run | None:
     return next((run for run in runs if run.strategy.text == ALONE and run.skipped is None), None)
 
 
+def name_of(link: Link | None) -> str:
+    """The link in a few words."""
+    return "loopback" if link is None else f"link of {link.beta_bytes_per_second / 1e6:.1f} MB/s (all-gathers)"
+
+
 def _describe(link: Link) -> str:
     samples = ", ".join(f"{size} B in {1e3 * seconds:.2f} ms" for size, seconds in link.samples)
     line = f"{1e3 * link.alpha_seconds:.2f} ms + bytes / ({link.beta_bytes_per_second / 1e6:.2f} MB/s)"
@@ -79,6 +88,21 @@ def _describe(link: Link) -> str:
         f"{link.rate_bytes / 1e6:.2f} MB/s; no delay is emulated. All-gathers of gloo on it, bytes of one rank's "
         f"payload: {samples}; fitted: {line}."
     )
+
+
+def _reached(results: Results) -> list[str]:
+    """What the wished ratio of the link came to: seconds of a synchronous step's keys and values over those that naive
+    computes."""
+    link = results.link
+    if link is None or link.ratio is None:
+        return []
+    text = f"Ratio reached: {link.ratio:.2f} by the naive images before the run"
+    naive = [run.computing() for run in results.runs if run.strategy.text == "naive" and run.skipped is None]
+    known = [found for found in naive if found is not None]
+    if known:
+        kv_bytes, seconds = known[0]
+        text += f", {kv_bytes / link.beta_bytes_per_second / seconds:.2f} by naive's steps after warm-up in the run"
+    return [f"{text}.", ""]
 
 
 def _line(run: Run, runs: Sequence[Run]) -> str:
@@ -98,6 +122,7 @@ def _line(run: Run, runs: Sequence[Run]) -> str:
         _milliseconds(run.displaced()),
         _milliseconds(waited),
         _milliseconds(worked),
+        _milliseconds(run.steady_cpu()),
         *(f"{report[kind] / 1e3:.1f}" if kind in report else "" for kind in kinds),
     )
     return f"| {' | '.join(cells)} |"
@@ -131,10 +156,8 @@ def plot(results: Results, path: Path) -> None:
     for axes, runs in zip(panels, cells, strict=True):
         axes.set_title(title(runs[0], results), fontsize=10)
         _panel(axes, runs)
-    link = results.link
-    asked = "loopback" if link is None else f"link of {link.beta_bytes_per_second / 1e6:.1f} MB/s (all-gathers)"
-    about = f"ms per step of the whole image; {asked}; median, least and most of {results.plan.rounds} rounds"
-    figure.supxlabel(about, fontsize=9)
+    spread = f"median, least and most of {results.plan.rounds} rounds"
+    figure.supxlabel(f"ms per step of the whole image; {name_of(results.link)}; {spread}", fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -16,6 +16,9 @@ from otil_xdit.bench.tasks import Answer
 from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation.rows import versions
 from otil_xdit.schedule import Schedule
+
+BYTE_KINDS = ("kv", "small", "output")
+"""As a report has them, with ``_bytes_per_step`` behind."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,12 @@ class Run:
         alternation: a number that the runs share which took turns with each other.
         seconds: of the denoising loop of one image, on the slowest rank.
         step_seconds: of each of its steps, on the slowest rank of the step.
+        cpu_step_seconds: what the main thread of the busiest rank computed in each step; None where a GPU computes.
         waited_seconds: for others' messages, in the image, mean of the ranks; None where nobody counts it.
         worked_seconds: of the exchange's own work on the host, waiting left out; likewise.
         report: of rank 0's last image, None where nobody counts.
+        rank_bytes: by rank, what it handed to collectives in a step of its last image, mean over the steps after
+            warm-up, by ``kv``, ``small`` (halo rows, moments) and ``output``; likewise.
         skipped: why there are no figures, or None.
     """
 
@@ -51,9 +57,11 @@ class Run:
     alternation: int = 0
     seconds: list[float] = field(default_factory=list)
     step_seconds: list[list[float]] = field(default_factory=list)
+    cpu_step_seconds: list[list[float]] | None = None
     waited_seconds: list[float] | None = None
     worked_seconds: list[float] | None = None
     report: dict[str, Any] | None = None
+    rank_bytes: list[dict[str, float]] | None = None
     skipped: str | None = None
 
     @property
@@ -64,9 +72,15 @@ class Run:
         """A round's answers, by rank."""
         steps = [answer["step_seconds"] for answer in answers]
         self.seconds.append(max(map(sum, steps)))
-        self.step_seconds.append([max(step) for step in zip(*steps, strict=True)])
+        self.step_seconds.append(_slowest(steps))
+        cpu = [answer["cpu_step_seconds"] for answer in answers]
+        if cpu[0] is not None:
+            self.cpu_step_seconds = [*(self.cpu_step_seconds or []), _slowest(cpu)]
         self.report = answers[0]["report"]
         if self.report is not None:
+            self.rank_bytes = [
+                {kind: answer["report"][f"{kind}_bytes_per_step"] for kind in BYTE_KINDS} for answer in answers
+            ]
             waited = fmean(answer["report"]["waited_seconds"] for answer in answers)
             spent = fmean(answer["report"]["exchange_seconds"] for answer in answers)
             self.waited_seconds = [*(self.waited_seconds or []), waited]
@@ -78,10 +92,16 @@ class Run:
 
     def after_warmup(self) -> Spread | None:
         """Seconds per step over the steps after the strategy's warm-up; None without one, or where no step is left."""
-        config = self._config
-        return (
-            None if config is None or config.freshness == "sync" else self._over(range(config.warmup_steps, self.steps))
-        )
+        return self._over(self.step_seconds, self._after()) if self._has_warmup else None
+
+    def steady(self) -> Spread | None:
+        """Seconds per step over the steps after the strategy's warm-up if it has any, else over all; None where no step
+        is left."""
+        return self._over(self.step_seconds, self._after())
+
+    def steady_cpu(self) -> Spread | None:
+        """CPU seconds of the busiest rank's main thread in a step, over the same steps; None where a GPU computes."""
+        return None if self.cpu_step_seconds is None else self._over(self.cpu_step_seconds, self._after())
 
     def displaced(self) -> Spread | None:
         """Seconds per step over the steps that use payloads of the step before; None where there are none."""
@@ -90,7 +110,15 @@ class Run:
             return None
         schedule = Schedule.from_config(config)
         modes = [schedule.mode(step, step, self.steps) for step in range(self.steps)]
-        return self._over([step for step, mode in enumerate(modes) if mode == "displaced"])
+        return self._over(self.step_seconds, [step for step, mode in enumerate(modes) if mode == "displaced"])
+
+    def computing(self) -> tuple[float, float] | None:
+        """Of `naive`: bytes of keys and values that a rank sends in a synchronous step, and seconds of a step without
+        any; None where there are no such steps."""
+        after, report = self.after_warmup(), self.report
+        if after is None or not report or not report["warmup_steps"]:
+            return None
+        return report["sent_bytes"]["kv-warmup"] / report["warmup_steps"], after.median
 
     @property
     def steps(self) -> int:
@@ -101,11 +129,23 @@ class Run:
         config = None if self.strategy.variant is None else self.strategy.variant.config
         return config if isinstance(config, OtilConfig) else None
 
-    def _over(self, steps: Iterable[int]) -> Spread | None:
-        numbers = list(steps)
-        return (
-            Spread.of([fmean(seconds[step] for step in numbers) for seconds in self.step_seconds]) if numbers else None
-        )
+    @property
+    def _has_warmup(self) -> bool:
+        config = self._config
+        return config is not None and config.freshness != "sync"
+
+    def _after(self) -> range:
+        config = self._config
+        return range(config.warmup_steps if config is not None and self._has_warmup else 0, self.steps)
+
+    @staticmethod
+    def _over(rounds: Sequence[Sequence[float]], steps: Sequence[int]) -> Spread | None:
+        return Spread.of([fmean(seconds[step] for step in steps) for seconds in rounds]) if steps else None
+
+
+def _slowest(ranks: Sequence[Sequence[float]]) -> list[float]:
+    """Of each step, by the rank that took longest."""
+    return [max(step) for step in zip(*ranks, strict=True)]
 
 
 @dataclass
@@ -146,9 +186,11 @@ def _as_dict(run: Run, plan: Plan) -> dict[str, Any]:
         "degrees": run.strategy.degrees(cell.ranks),
         "seconds": run.seconds,
         "step_seconds": run.step_seconds,
+        "cpu_step_seconds": run.cpu_step_seconds,
         "waited_seconds": run.waited_seconds,
         "worked_seconds": run.worked_seconds,
         "report": run.report,
+        "rank_bytes": run.rank_bytes,
         "skipped": run.skipped,
         "alternation": run.alternation,
     }

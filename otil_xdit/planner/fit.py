@@ -1,8 +1,8 @@
 """What a machine's terms are, fitted to runs of `otil-xdit bench`; and the model against other runs.
 
-The time of a step (`otil_xdit.planner.latency`) is linear in `slowdown`, `per_message`, `per_byte` and `per_number` but
-for what travels late, which does not depend on them: for a step that ends with its messages, they are what counts. So
-the terms are found by least squares of relative errors, none below 0, and it is repeated until the same steps are late.
+The time of a step (`otil_xdit.planner.latency`) is linear in `TERMS` but for what travels late, which does not depend
+on them: for a step that ends with its messages, they are what counts. So the terms are found by least squares of
+relative errors, none below 0, and it is repeated until the same steps are late.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from otil_xdit.planner.latency import Load, Machine, step_time
 from otil_xdit.planner.links import Link
 from otil_xdit.planner.observations import LOOPBACK, Observation
 
-TERMS = ("slowdown", "per_message", "per_byte", "per_number")
+TERMS = ("slowdown", "per_ask", "per_message", "per_byte", "per_layer", "per_number")
 
 _ROUNDS = 50
 _TIE = 0.02
@@ -110,8 +110,7 @@ def least_squares(rows: torch.Tensor, targets: torch.Tensor) -> list[float]:
 def _features(observation: Observation, load: Load) -> list[float]:
     """What the terms are multiplied by, in the order of `TERMS`."""
     crowding = Machine(observation.link, cores=observation.cores).crowding(load.ranks)
-    computing = observation.one_process * load.share
-    return [crowding * value for value in (computing, load.messages, load.wire_bytes, load.numbers)]
+    return [crowding * value for value in (observation.one_process * load.share, *load.counts)]
 
 
 def _is_late(observation: Observation, load: Load, machine: Machine) -> bool:
@@ -163,9 +162,13 @@ def read_machine(path: str) -> tuple[Machine, list[str]]:
     """
     try:
         data: dict[str, Any] = json.loads(Path(path).read_text())
-        link = LOOPBACK if data["link"] is None else Link(**data["link"])
+        link = LOOPBACK if data["link"] is None else _link(data["link"])
         machine = Machine(link, *(float(data[term]) for term in TERMS), cores=data["cores"])
         return machine, list(data["fitted_on"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"--machine {path} is not what --fit writes ({said})") from error
+
+
+def _link(data: dict[str, Any]) -> Link:
+    return Link(**{**data, "samples": tuple((float(size), float(seconds)) for size, seconds in data["samples"])})

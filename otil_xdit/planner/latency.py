@@ -8,19 +8,21 @@ computing
     `slowdown` is what is lost by computing on a part: smaller matrices, what every rank does by itself (text, time),
     memory shared by the ranks of one host. 1 is a perfect split.
 handling
-    What the exchange costs a rank besides waiting: `per_message` seconds for each message, `per_byte` for each byte
-    that it puts on the wire (copies), and `per_number` for each key and value, of all patches, in steps in which they
-    are predicted, picked or coded (not under `sync`, `distrifusion`, `naive`).
+    What the exchange costs a rank besides waiting: `per_ask` seconds for each request of a layer (halo rows, moments,
+    keys and values), whether anything is sent for it or not; `per_message` for each message, `per_byte` for each byte
+    that it puts on the wire (copies); and in steps in which keys and values are predicted, picked or coded (not under
+    `sync`, `distrifusion`, `naive`) `per_layer` for each attention layer and `per_number` for each of them, of all
+    patches.
 waiting
-    For messages that a layer waits for at once: one latency, and what its messages put on the wire over the link's
-    rate. An all-gather on N ranks brings N - 1 payloads to each rank. Messages of one request go together.
+    For messages that a layer waits for at once: what the link takes for each request, one after the other. Messages of
+    one request go together. An all-gather on N ranks brings N - 1 payloads to each rank.
 travelling
-    The same of what is sent for the next step. It is hidden behind the step's own work as far as that lasts, so only
-    the rest counts.
+    A latency for each message that is sent for the next step, and their bytes over the link's rate. It is hidden behind
+    the step's own work as far as that lasts, so only the rest counts.
 
-Work takes `ranks / cores` times as long where ranks outnumber the cores of their host. Link, `slowdown`, `per_message`,
-`per_byte`, `per_number` and `cores` are a `Machine`; without measurements nothing is lost and nothing costs anything
-but the link. Not in the model: ranks that wait for a slower one, and requests that share the link at one moment.
+Work takes `ranks / cores` times as long where ranks outnumber the cores of their host. Link, `cores` and the terms are
+a `Machine`; without measurements nothing is lost and nothing costs anything but the link. Not in the model: ranks that
+wait for a slower one, and requests that share the link at one moment.
 """
 
 from __future__ import annotations
@@ -44,16 +46,23 @@ class Machine:
     Attributes:
         link: what joins the ranks.
         slowdown: of computing on a part.
-        per_message, per_byte, per_number: seconds.
+        per_ask, per_message, per_byte, per_layer, per_number: seconds.
         cores: that all ranks share; None where each has its own device.
     """
 
     link: Link
     slowdown: float = 1.0
+    per_ask: float = 0.0
     per_message: float = 0.0
     per_byte: float = 0.0
+    per_layer: float = 0.0
     per_number: float = 0.0
     cores: int | None = field(default=None, kw_only=True)
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Of handling, in the order above."""
+        return self.per_ask, self.per_message, self.per_byte, self.per_layer, self.per_number
 
     def crowding(self, ranks: int) -> float:
         """Ranks of a core, as far as there are more of them."""
@@ -67,33 +76,40 @@ class Load:
     Attributes:
         ranks: that work on the image.
         share: of one process's computing that the busiest one does; 1 on one process.
+        asks: requests of layers.
         messages: that a rank sends.
-        numbers: keys and values that are predicted and coded.
-        waits: requests that are waited for at once.
-        waited_bytes: on the wire, of those.
+        layers, numbers: attention layers whose keys and values are predicted and coded, and those.
+        waited: of each request that is waited for at once the bytes on the wire.
+        swapped: the same of all-to-alls.
         travels: messages for the next step.
         travelling_bytes: on the wire, of those.
     """
 
     ranks: int
     share: float
+    asks: int = 0
     messages: int = 0
+    layers: int = 0
     numbers: int = 0
-    waits: int = 0
-    waited_bytes: float = 0.0
+    waited: tuple[float, ...] = ()
+    swapped: tuple[float, ...] = ()
     travels: int = 0
     travelling_bytes: float = 0.0
 
     @property
     def wire_bytes(self) -> float:
-        return self.waited_bytes + self.travelling_bytes
+        return sum(self.waited) + sum(self.swapped) + self.travelling_bytes
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """What the costs of handling are multiplied by, in their order in `Machine`."""
+        return self.asks, self.messages, self.wire_bytes, self.layers, self.numbers
 
     def on(self, link: Link) -> tuple[float, float]:
         """Seconds of waiting and of travelling."""
-        return (
-            self.waits * link.latency + self.waited_bytes / link.rate,
-            self.travels * link.latency + self.travelling_bytes / link.rate,
-        )
+        swapping = link.swapping * sum(map(link.seconds, self.swapped))
+        travelling = self.travels * link.latency + self.travelling_bytes / link.rate
+        return sum(map(link.seconds, self.waited)) + swapping, travelling
 
 
 @dataclass(frozen=True)
@@ -124,20 +140,25 @@ def share_of(job: Job, composition: Composition) -> float:
 def load_of(traffic: StepTraffic, ranks: int, share: float) -> Load:
     """What the model reads of a step in which one of `ranks` ranks sends `traffic`."""
     waits: defaultdict[int, float] = defaultdict(float)
+    swapped: list[float] = []
     travelling: list[Message] = []
     for place, message in enumerate(traffic.log):
-        if message.awaited:
+        if not message.awaited:
+            travelling.append(message)
+        elif message.pattern == "all-to-all":
+            swapped.append(message.wire_bytes)
+        else:
             alone = message.ask == FOREIGN
             waits[-1 - place if alone else message.ask] += message.wire_bytes
-        else:
-            travelling.append(message)
     return Load(
         ranks,
         share,
+        traffic.asks,
         len(traffic.log),
+        traffic.layers,
         traffic.numbers,
-        len(waits),
-        sum(waits.values()),
+        tuple(waits.values()),
+        tuple(swapped),
         len(travelling),
         sum(message.wire_bytes for message in travelling),
     )
@@ -147,9 +168,7 @@ def step_time(load: Load, machine: Machine, one_process: float) -> StepTime:
     """The time of a step whose computing takes one process `one_process` seconds."""
     crowding = machine.crowding(load.ranks)
     computing = crowding * one_process * load.share * (machine.slowdown if load.ranks > 1 else 1.0)
-    costs = (machine.per_message, machine.per_byte, machine.per_number)
-    counts = (load.messages, load.wire_bytes, load.numbers)
-    handling = crowding * sum(cost * count for cost, count in zip(costs, counts, strict=True))
+    handling = crowding * sum(cost * count for cost, count in zip(machine.costs, load.counts, strict=True))
     waiting, travelling = load.on(machine.link)
     return StepTime(computing, handling, waiting, max(0.0, travelling - computing - handling))
 

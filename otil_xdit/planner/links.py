@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -15,11 +16,29 @@ class Link:
         name: as the user gave it.
         rate: bytes a second that a rank sends, and receives at the same time.
         latency: seconds of a collective of hardly any bytes.
+        samples: bytes and seconds of single messages where they were measured, both ascending: a message that nothing
+            else travels beside may not reach the rate, and a small one may pass faster.
+        swapping: how many times as long an all-to-all takes as another message of as many bytes.
     """
 
     name: str
     rate: float
     latency: float
+    samples: tuple[tuple[float, float], ...] = ()
+    swapping: float = 1.0
+
+    def seconds(self, nbytes: float) -> float:
+        """Of one message that puts `nbytes` on the wire while nothing else travels."""
+        if not self.samples:
+            return self.latency + nbytes / self.rate
+        least, least_seconds = self.samples[0]
+        if nbytes <= least:
+            return least_seconds
+        for (size, seconds), (next_size, next_seconds) in pairwise(self.samples):
+            if nbytes <= next_size:
+                return seconds + (next_seconds - seconds) * (nbytes - size) / (next_size - size)
+        most, most_seconds = self.samples[-1]
+        return most_seconds * nbytes / most
 
 
 _GIGA, _MICRO = 1e9, 1e-6

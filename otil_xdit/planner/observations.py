@@ -25,6 +25,13 @@ from otil_xdit.registry import get_strategy
 LOOPBACK = Link("loopback", math.inf, 0.0)
 """Where nothing was shaped: whatever messages cost there is the host's work."""
 
+IN_FLIGHT = 0.87
+"""Share of a shaped rate that four of gloo's all-gathers reach that are under way at once; measured, 64 kB to 4 MB."""
+
+SWAPPING = 2.0
+"""gloo's all-to-all posts its sends before its receives. So the rank that comes later sends first and lets the other
+one send afterwards: one direction at a time. Measured, 64 kB to 4 MB: half of the rate, unless both come at once."""
+
 _ALONE = "one process"
 
 _CELL = ("model", "width", "size", "batch", "guidance", "dtype", "sampler", "steps")
@@ -155,12 +162,19 @@ def _group(run: dict[str, Any], link: Link) -> str:
 
 
 def _link_of(link: dict[str, Any] | None, ranks: int) -> Link:
-    """The bench gathers on as many ranks as its largest run has, and its rate is that of one rank's payload, of which
-    every rank receives ranks - 1."""
+    """The bench gathers on as many ranks as its largest run has, and its samples' bytes are those of one rank's
+    payload, of which every rank receives ranks - 1.
+
+    Small messages are the noisiest samples; none may take longer than a larger one.
+    """
     if link is None:
         return LOOPBACK
-    rate = float(link["beta_bytes_per_second"]) * max(1, ranks - 1)
-    return Link(f"{rate / 1e6:.1f} MB/s", rate, max(0.0, float(link["alpha_seconds"])))
+    rate, samples = IN_FLIGHT * float(link["rate_bytes"]), list[tuple[float, float]]()
+    for size, seconds in sorted(link["samples"], reverse=True):
+        least = min(seconds, samples[-1][1]) if samples else seconds
+        samples.append((float(size) * max(1, ranks - 1), float(least)))
+    samples.reverse()
+    return Link(f"{float(link['rate_bytes']) / 1e6:.1f} MB/s", rate, samples[0][1], tuple(samples), SWAPPING)
 
 
 @lru_cache(maxsize=64)

@@ -30,12 +30,16 @@ class StepTraffic:
     Attributes:
         sent, messages: by counter, as `otil_xdit.run.Report` has them.
         log: all of it in order, xDiT's own messages at the end.
-        numbers: keys and values, of all patches, that predictor and codec handle in the step.
+        asks: requests of layers.
+        layers, numbers: attention layers whose keys and values predictor and codec handle in the step, and those of all
+            patches.
     """
 
     sent: Mapping[str, int]
     messages: Mapping[str, int]
     log: tuple[Message, ...]
+    asks: int = 0
+    layers: int = 0
     numbers: int = 0
 
     def bytes_of(self, what: str) -> int:
@@ -140,19 +144,26 @@ class Traffic:
                 steps.append((Counter(traffic.sent), Counter(traffic.messages), messages))
                 run.clock.tick()
             run.end()
-            ends = zip((steps[0], steps[-1]), self._numbers(config), strict=True)
-            first_step, last_step = (StepTraffic(*step, numbers) for step, numbers in ends)
+            ends = zip((steps[0], steps[-1]), self._coded(config), strict=True)
+            first_step, last_step = (StepTraffic(*step, self._count, *coded) for step, coded in ends)
             kept = run.report().buffer_bytes - sum(run.rooms.values())
             self._known[config, count] = (first_step, last_step, kept, Counter(run.rooms))
         return self._known[config, count]
 
-    def _numbers(self, config: OtilConfig) -> tuple[int, int]:
-        """Keys and values that predictor and codec handle in a warm-up step and in one after it."""
-        own = sum(2 * args[1].numel() for method, args in self._asks if method == "gather")
-        whole = own * self.composition.patches
+    @property
+    def _count(self) -> int:
+        """Of the layers' requests; a norm's moments and its convolution's rows are two, however they travel."""
+        return sum({"observe": 0, "norm_halo": 2}.get(method, 1) for method, _ in self._asks)
+
+    def _coded(self, config: OtilConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Attention layers, and their keys and values, that predictor and codec handle in a warm-up step and in one
+        after it."""
+        own = [2 * args[1].numel() for method, args in self._asks if method == "gather"]
+        whole = len(own), sum(own) * self.composition.patches
         codes = config.codec != "raw" or config.predict != "none" or config.ratio < 1
-        warmup = whole if config.warmup_codec != "raw" and config.freshness != "sync" else 0
-        return warmup, whole if codes and config.freshness in ("fresh", "displaced") and not config.refresh else 0
+        warmup = config.warmup_codec != "raw" and config.freshness != "sync"
+        later = codes and config.freshness in ("fresh", "displaced") and not config.refresh
+        return whole if warmup else (0, 0), whole if later else (0, 0)
 
     def _group(self) -> PatchGroup:
         nobody: Any = None

@@ -16,6 +16,7 @@ from otil_xdit.bench.link import LinkError, LinkRequest, check_possible, parse_l
 from otil_xdit.bench.plan import DEFAULT, PEERS, Plan, parse_strategy
 from otil_xdit.bench.report import plot, table
 from otil_xdit.bench.results import Results
+from otil_xdit.bench.scaling import plot_over_latents, plot_over_ranks
 from otil_xdit.evaluation.generate import Interrupted
 from otil_xdit.evaluation.models import OWN, SHIPPED, find_model
 from otil_xdit.registry import get_strategy, strategies
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{'; '.join(f'{name}: {about}' for name, about in PEERS.items())} (default {' '.join(DEFAULT)})",
     )
     add("--ranks", nargs="+", type=int, default=[2], metavar="N", help="numbers of ranks (default 2)")
-    add("--sizes", nargs="+", type=int, default=[128], metavar="PIXELS", help="height and width (default 128)")
+    add("--sizes", nargs="+", type=int, metavar="PIXELS", help="height and width (default 128)")
+    add("--latent", nargs="+", type=int, metavar="N", help="in place of --sizes: height and width of the latent")
     add("--steps", type=int, default=plan["steps"].default, metavar="N", help="of an image (default 15)")
     add(
         "--sampler",
@@ -87,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and write `bench.json`, `table.md`, `bench.png` and the ranks' logs.
+    """Measure, and write `bench.json`, `table.md`, `bench.png` and the ranks' logs; `ranks.png` and `latents.png`
+    where there are several of them.
 
     Returns:
         1 where a rank or the link failed, 0 otherwise.
@@ -121,6 +124,8 @@ def write(results: Results, out: Path) -> None:
     (out / "bench.json").write_text(json.dumps(results.to_dict(), indent=1) + "\n")
     (out / "table.md").write_text(table(results))
     plot(results, out / "bench.png")
+    plot_over_ranks(results, out / "ranks.png")
+    plot_over_latents(results, out / "latents.png")
 
 
 def read_plan(arguments: argparse.Namespace) -> Plan:
@@ -129,11 +134,15 @@ def read_plan(arguments: argparse.Namespace) -> Plan:
     Raises:
         ValueError: naming the flag, its value and what is accepted.
     """
+    if arguments.sizes is not None and arguments.latent is not None:
+        given = f"--sizes {' '.join(map(str, arguments.sizes))} and --latent {' '.join(map(str, arguments.latent))}"
+        raise ValueError(f"{given} both say how large pictures are; give one of them")
     return Plan(
         models=tuple(find_model(name) for name in dict.fromkeys(arguments.models)),
         strategies=tuple(parse_strategy(text) for text in dict.fromkeys(arguments.strategies)),
         ranks=tuple(dict.fromkeys(arguments.ranks)),
-        sizes=tuple(dict.fromkeys(arguments.sizes)),
+        sizes=tuple(dict.fromkeys(arguments.sizes or (128,))),
+        latents=tuple(dict.fromkeys(arguments.latent or ())),
         **{name: getattr(arguments, name) for name in _NUMBERS},
     )
 
@@ -158,8 +167,8 @@ def read_link(arguments: argparse.Namespace) -> LinkRequest | None:
             f"--link {request.text} with --ranks {given}: a link has one number of ranks; give one above 1"
         )
     if request.ratio is not None:
-        for flag in ("models", "sizes"):
-            if len(set(getattr(arguments, flag))) > 1:
+        for flag in ("models", "sizes", "latent"):
+            if len(set(getattr(arguments, flag) or ())) > 1:
                 raise ValueError(f"--link {request.text} with several --{flag}: each would have its own rate; give one")
         warmup = get_strategy("naive").make_config({}).warmup_steps
         if arguments.steps <= warmup:
