@@ -19,6 +19,9 @@ Beyond = tuple[torch.Tensor | None, torch.Tensor | None]
 class HaloLayer(ParcelLayer):
     """The rows next to this rank's that one convolution needs: `above` of the rank before, `below` of the one after.
 
+    What a displaced step takes for this step's rows r of a neighbour are those of the two steps before, moved on:
+    ``r'' + (1 + gain) (r' - r'')``.
+
     Args:
         exchange: reaches the ranks that hold rows.
         post: carries to them what nobody waits for.
@@ -26,6 +29,8 @@ class HaloLayer(ParcelLayer):
         name: the layer's name in error messages.
         like: this rank's map, [B, C, rows, W].
         above, below: number of rows.
+        gain: 0 takes the last rows as they were.
+        coded: whether rows that nobody waits for travel in 8 bits a number.
     """
 
     def __init__(
@@ -37,35 +42,41 @@ class HaloLayer(ParcelLayer):
         like: torch.Tensor,
         above: int,
         below: int,
+        gain: float,
+        coded: bool,
     ) -> None:
         batch, channels, _, width = like.shape
         super().__init__()
         self.key = halo_key(like, above, below)
         self._exchange, self._post, self._room, self._name = exchange, post, room, name
-        self._above, self._below = above, below
+        self._above, self._below, self._gain = above, below, gain
         self._first = exchange.group.rank == 0
         self._last = exchange.group.rank == exchange.group.world_size - 1
+        up, down = (batch, channels, above, width), (batch, channels, below, width)
         # Zeros at the image's edges, where nothing is ever received.
-        self._received: Neighbours = (
-            like.new_zeros(batch, channels, above, width),
-            like.new_zeros(batch, channels, below, width),
-        )
-        up, down = (tuple(rows.shape) for rows in self._received)
+        self._received: Neighbours = like.new_zeros(up), like.new_zeros(down)
+        self._before: Neighbours = like.new_zeros(up), like.new_zeros(down)
+        self._receptions = 0
         # The rank before is sent as many rows as come from the one after.
-        parts = Part("previous", down, up, like.dtype), Part("next", up, down, like.dtype)
+        dtype = torch.float32 if coded else like.dtype
+        parts = Part("previous", down, up, dtype, coded), Part("next", up, down, dtype, coded)
         self._parts = parts[self._first : 1 if self._last else 2]
 
     @property
     def nbytes(self) -> int:
-        return sum(rows.nbytes for rows in self._received)
+        return sum(rows.nbytes for rows in (*self._received, *self._before))
+
+    def begin(self) -> None:
+        super().begin()
+        self._receptions = 0
 
     def widen(self, x: torch.Tensor, mode: Mode, step: int, kind: str) -> torch.Tensor:
         """`x` with the halo above and below it, [B, C, above + rows + below, W]; zeros beyond the image's edges.
 
         Args:
             x: [B, C, rows, W] with at least max(above, below) rows.
-            mode: ``sync`` waits for the neighbours' rows of this step; ``displaced`` takes those that were sent a step
-                earlier and sends this step's; ``frozen`` keeps what there is.
+            mode: ``sync`` waits for the neighbours' rows of this step; ``displaced`` moves those on that were sent a
+                step earlier and sends this step's; ``frozen`` keeps what there is.
             step: for error messages, and to part parcels.
             kind: the counter that the bytes go to.
 
@@ -75,35 +86,37 @@ class HaloLayer(ParcelLayer):
         where = f"the halo of layer {self._name} at step {step}"
         self.drain()
         if mode == "sync":
-            self._send(x, kind, where).wait()
+            self._turn()
+            self._send(x, self._received, kind, where).wait()
         elif mode == "displaced":
             self._slot = self._post.append(self._parts, step, kind, where, x.device)
             outgoing = (rows for rows in self.rows_to_send(x) if rows is not None)
             for room, rows in zip(self._slot.outgoing, outgoing, strict=True):
                 room.copy_(rows)
         self.visits += 1
-        return self._widened(x)
+        return self._widened(x, self._moved_on() if mode == "displaced" else self._received)
 
     def put(self, x: torch.Tensor, given: Beyond) -> torch.Tensor:
         """`widen` with rows that are known already: no message. They are kept as those of a synchronous step are."""
         self.drain()
+        self._turn()
         for kept, rows in zip(self._received, given, strict=True):
             if rows is not None:
                 kept.copy_(rows)
         self.visits += 1
-        return self._widened(x)
+        return self._widened(x, self._received)
 
     def request(self, x: torch.Tensor, kind: str, where: str) -> Pending[Neighbours]:
         """Start exchanging rows of another map of this shape, which `beyond` gives after the wait.
 
-        No other layer may ask for anything in between: what is sent lies in room that all use.
+        No other layer may ask for anything in between: what is sent and received lies in room that all use.
         """
-        self.drain()
-        return self._send(x, kind, where)
+        return self._send(x, self._passing(), kind, where)
 
     def beyond(self) -> Beyond:
-        """The rows that were received last; valid until the next exchange."""
-        return None if self._first else self._received[0], None if self._last else self._received[1]
+        """Where `request` puts the rows of the neighbours there are; valid until the next exchange."""
+        above, below = self._passing()
+        return None if self._first else above, None if self._last else below
 
     def rows_to_send(self, x: torch.Tensor) -> Beyond:
         """The rows of `x` that the ranks before and after this one need."""
@@ -111,18 +124,39 @@ class HaloLayer(ParcelLayer):
         return to_previous, None if self._last else x[:, :, x.shape[2] - self._above :]
 
     def _keep(self, lane: Lane, received: torch.Tensor) -> None:
+        if lane == self._parts[0].lane:  # the first of what a step brings
+            self._turn()
         self._received[lane == "next"].copy_(received[0])
 
-    def _widened(self, x: torch.Tensor) -> torch.Tensor:
+    def _turn(self) -> None:
+        """The rows of another step are about to come: the last become those before."""
+        self._received, self._before = self._before, self._received
+        self._receptions += 1
+
+    def _moved_on(self) -> Neighbours:
+        """The last rows, if they go on moving as between the last two steps that are known."""
+        if not self._gain or self._receptions < 2:
+            return self._received
+        for last, before, moved in zip(self._received, self._before, self._passing(), strict=True):
+            torch.lerp(before, last, 1 + self._gain, out=moved)  # zeros stay zeros
+        return self._passing()
+
+    def _passing(self) -> Neighbours:
+        """Room for rows above and below that are not kept."""
+        above, below = self._received
+        room, dtype = self._room, above.dtype
+        return room("rows above", tuple(above.shape), dtype), room("rows below", tuple(below.shape), dtype)
+
+    def _widened(self, x: torch.Tensor, beyond: Neighbours) -> torch.Tensor:
         batch, channels, rows, width = x.shape
         shape = (batch, channels, self._above + rows + self._below, width)
-        return torch.cat([self._received[0], x, self._received[1]], dim=2, out=self._room("wide", shape, x.dtype))
+        return torch.cat([beyond[0], x, beyond[1]], dim=2, out=self._room("wide", shape, x.dtype))
 
-    def _send(self, x: torch.Tensor, kind: str, where: str) -> Pending[Neighbours]:
+    def _send(self, x: torch.Tensor, into: Neighbours, kind: str, where: str) -> Pending[Neighbours]:
         up, down = self.rows_to_send(x)
         to_previous, to_next = self._packed("rows up", up, x), self._packed("rows down", down, x)
         shares = {kind: to_previous.nbytes}, {kind: to_next.nbytes}
-        return self._exchange.neighbours(to_previous, to_next, self._received, shares, where)
+        return self._exchange.neighbours(to_previous, to_next, into, shares, where)
 
     def _packed(self, room: str, rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """A contiguous copy; empty for None."""
@@ -144,15 +178,18 @@ class MomentsLayer(ParcelLayer):
         post: carries to them what nobody waits for.
         name: the layer's name in error messages.
         like: this rank's means, float32 [B, G].
+        gain: the most that a displaced step goes on, in the change between the two steps before; 0 takes the last.
     """
 
-    def __init__(self, exchange: Exchange, post: Post, name: str, like: torch.Tensor) -> None:
+    def __init__(self, exchange: Exchange, post: Post, name: str, like: torch.Tensor, gain: float) -> None:
         own, ranks = exchange.group.rank, exchange.group.world_size
         super().__init__()
         self.key = moments_key(like)
-        self._exchange, self._post, self._name = exchange, post, name
+        self._exchange, self._post, self._name, self._gain = exchange, post, name, gain
         self._sent = like.new_zeros(2, *like.shape)
         self._all = like.new_zeros(ranks, 2, *like.shape)
+        self._before = torch.zeros_like(self._all)
+        self._receptions = 0
         # Two ranks are each other's only neighbour: moments travel with the rows.
         lane: Lane = "everybody" if ranks != 2 else "next" if own == 0 else "previous"
         self._parts = (Part(lane, tuple(self._sent.shape), tuple(self._sent.shape), like.dtype),)
@@ -161,7 +198,11 @@ class MomentsLayer(ParcelLayer):
     @property
     def nbytes(self) -> int:
         packets = self._packets.nbytes if self._packets is not None else 0
-        return self._sent.nbytes + self._all.nbytes + packets
+        return self._sent.nbytes + self._all.nbytes + self._before.nbytes + packets
+
+    def begin(self) -> None:
+        super().begin()
+        self._receptions = 0
 
     def combine(
         self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, mode: Mode, step: int, kind: str
@@ -171,7 +212,8 @@ class MomentsLayer(ParcelLayer):
         ``sync`` combines this step's moments of every rank (exact). ``displaced`` and ``frozen`` combine the moments
         that were sent a step earlier, or last, and correct them by how this rank's own have moved since (DistriFusion,
         CVPR 2024, section 4.3): mean and mean square of all + (own fresh - own stale); where the variance would be
-        negative, this rank's own.
+        negative, this rank's own. ``displaced`` moves all of them on before, as far as this rank's own moved (the
+        least-squares fit of its change by its change of the step before), `gain` at most.
 
         Args:
             mean, var: this rank's, float32 [B, G], the variance biased.
@@ -185,20 +227,21 @@ class MomentsLayer(ParcelLayer):
         self.drain()
         weights = share[:, None, None]
         if mode == "sync":
+            self._turn()
             self._send(mean, var, kind, where).wait()
             result = self._combined(weights)
         else:
-            means, squares = self._all[:, 0], self._all[:, 1] + self._all[:, 0].square()
+            torch.stack([mean, var], out=self._sent)
+            moved = self._moved_on() if mode == "displaced" else self._all
+            means, squares = moved[:, 0], moved[:, 1] + moved[:, 0].square()
             own = self._exchange.group.rank
             whole = (weights * means).sum(0) + mean - means[own]
             square = (weights * squares).sum(0) + var + mean.square() - squares[own]
             corrected = square - whole.square()
             result = whole, torch.where(corrected < 0, var, corrected)
         if mode == "displaced":
-            # After the result: what is sent now is what this rank's own moments have moved from at the next step.
             self._slot = self._post.append(self._parts, step, kind, where, mean.device)
-            torch.stack([mean, var], out=self._all[self._exchange.group.rank])
-            self._slot.outgoing[0].copy_(self._all[self._exchange.group.rank])
+            self._slot.outgoing[0].copy_(self._sent)
         self.visits += 1
         return result
 
@@ -228,6 +271,7 @@ class MomentsLayer(ParcelLayer):
         """
         where = f"the moments of layer {self._name} and rows of its map at step {step}"
         self.drain()
+        self._turn()
         if self._exchange.group.world_size == 2:
             beyond = self._swap(mean, var, halo, x, kinds, where)
         else:
@@ -271,10 +315,30 @@ class MomentsLayer(ParcelLayer):
         return (None, received.rows) if own == 0 else (received.rows, None)
 
     def _keep(self, lane: Lane, received: torch.Tensor) -> None:
+        self._turn()
         if lane == "everybody":
             self._all.copy_(received)
         else:
-            self._all[1 - self._exchange.group.rank].copy_(received[0])
+            own = self._exchange.group.rank
+            self._all[1 - own].copy_(received[0])
+            self._all[own].copy_(self._sent)
+
+    def _turn(self) -> None:
+        """The moments of another step are about to come: the last become those before."""
+        self._all, self._before = self._before, self._all
+        self._receptions += 1
+
+    def _moved_on(self) -> torch.Tensor:
+        """All ranks' last moments, [R, 2, B, G], moved on as far as this rank's own, which are in `_sent`, have."""
+        if not self._gain or self._receptions < 2:
+            return self._all
+        own = self._exchange.group.rank
+        velocity = self._all[own] - self._before[own]
+        along = (self._sent - self._all[own]).mul_(velocity).sum(-1, keepdim=True)
+        gain = along.div_(velocity.square_().sum(-1, keepdim=True).clamp_min_(1e-30)).clamp_(0, self._gain)
+        moved = torch.lerp(self._before, self._all, gain.add_(1))
+        moved[:, 1].clamp_(min=0)
+        return moved
 
     def _send(self, mean: torch.Tensor, var: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
         torch.stack([mean, var], out=self._sent)

@@ -61,9 +61,10 @@ class OtilConfig:
             as under ``fresh``, in [0, 1], and the first 8 at least unless it is 0: while the large shapes settle, an
             old value does most harm.
         ratio: share k/K of a patch's sub-blocks that a rank sends each step after warm-up, in (0, 1]. ``1`` sends all.
-        codec: how it sends them.
+        codec: how it sends them. Halo rows that nobody waits for are sent as they are under ``raw``, else in 8 bits.
         predict: how copies are carried to the next step (`otil_xdit.predictor.Predictor`).
-        gain: the constant of ``predict="constant"``, in [0, 1].
+        gain: the constant of ``predict="constant"``, in [0, 1]; also that of halo rows and moments that are a step old,
+            unless ``predict="none"``.
         damping: what is left after a step of the velocity of a token that was not sent, in [0, 1].
         block: side b of a b x b sub-block, in latent pixels.
         select: which change picks the sub-blocks (Otil, CVPR 2026, compares the latent by cosine similarity).
@@ -103,8 +104,8 @@ class OtilConfig:
     warmup_codec: CodecName = "int8"
     refresh: int = 0
     tolerance: float = 0.0
-    halo: SmallFreshness = "fresh"
-    moments: SmallFreshness = "fresh"
+    halo: SmallFreshness = "displaced"
+    moments: SmallFreshness = "displaced"
     copies: Copies = "full"
     check: bool = False
     timeout: float = 300.0

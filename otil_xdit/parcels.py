@@ -5,7 +5,9 @@ open parcel in the order of their calls, which is the order in which the next st
 layer's next call waits for its own parcel only. Which layers share one follows from settings, shapes and the order of
 the calls alone, so it is the same on all ranks.
 
-Shapes: P ranks that answer on a lane: 1 neighbour, or all R.
+Rows may be coded: all of a parcel's at once, in 8 bits a number, when it is sent.
+
+Shapes: P ranks that answer on a lane: 1 neighbour, or all R. V vectors of `_VECTOR` numbers.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from otil_xdit.codec import Quantised
 from otil_xdit.exchange import Exchange, ExchangeTimeout, Pending
+from otil_xdit.workspace import Workspace
 
 LAYERS_PER_PARCEL = 24
 """A step of SD1.5's topology appends 113 times, of SDXL's about 85: five parcels and four. Fewer layers a parcel are
@@ -32,10 +36,18 @@ PADDING = "padding"
 Lane = Literal["previous", "next", "everybody"]
 """Where a part goes, and whence the answer comes: the rank before, the rank after, or all ranks."""
 
+Sizes = Counter[tuple[Literal["out", "in"], Lane, Literal["message", "values"]]]
+"""Bytes of the buffers of a parcel: of what is sent and received, and of what is coded in it."""
+
 _LANES: tuple[Lane, ...] = ("previous", "next", "everybody")
 
 _ALIGNMENT = 16
 """Bytes; a buffer's length is a multiple of it, so that it can be viewed in any dtype."""
+
+_CODEC = Quantised(8)
+
+_VECTOR = 64
+"""Numbers that share a scale: the largest that divides the rows of most maps, so that no two layers share one."""
 
 _MOST_VIEWS = 1024
 """Views that a buffer keeps; a network asks for a few hundred, and pictures of other sizes for others."""
@@ -47,12 +59,17 @@ class Part:
 
     Sizes may differ and be 0, but what one rank sends is what the other expects: `sent` of the rank before on ``next``
     is `received` of this one on ``previous``.
+
+    Attributes:
+        dtype: as it is written and read; float32 if it is coded.
+        coded: whether it travels in 8 bits a number and a byte for `_VECTOR` of them; to a neighbour only.
     """
 
     lane: Lane
     sent: tuple[int, ...]
     received: tuple[int, ...]
     dtype: torch.dtype
+    coded: bool = False
 
 
 class Slot:
@@ -78,8 +95,8 @@ class Slot:
         """
         if not self._post.arrived(self._parcel):
             return []
-        buffers = self._parcel.incoming
-        return [(part.lane, buffers[part.lane].at(place, part.received, part.dtype)) for part, place in self._places]
+        incoming = self._parcel.incoming
+        return [(part.lane, incoming[part.lane].at(place, part.received, part)) for part, place in self._places]
 
     def release(self) -> None:
         """Have read it; the buffers are used again when all layers of the parcel have."""
@@ -92,6 +109,10 @@ class ParcelLayer(ABC):
     def __init__(self) -> None:
         self.visits = 0
         self._slot: Slot | None = None
+
+    def begin(self) -> None:
+        """Start a generation."""
+        self.visits = 0
 
     def drain(self) -> None:
         """Wait for what is under way, if anything is, and keep it."""
@@ -111,15 +132,16 @@ class Post:
 
     Args:
         exchange: carries them.
+        rooms: gives the room for what is needed for a moment only, on a device.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
+    def __init__(self, exchange: Exchange, rooms: Callable[[torch.device], Workspace]) -> None:
+        self._exchange, self._rooms = exchange, rooms
         self._open: _Parcel | None = None
         self._sent: list[_Parcel] = []
         self._free: list[_Parcel] = []
         # Bytes of the largest parcel so far. Parcels are used for any layers, so each grows to that once.
-        self._largest: Counter[tuple[str, Lane]] = Counter()
+        self._largest: Sizes = Counter()
 
     @property
     def nbytes(self) -> int:
@@ -141,9 +163,9 @@ class Post:
             self.send()
         if self._open is None:
             self._open = self._free.pop() if self._free else _Parcel(self._exchange.group.world_size)
-            self._open.start(step, where, device, self._largest)
+            self._open.start(step, where, self._rooms(device), self._largest)
         parcel = self._open
-        places, outgoing = parcel.append(parts, kind, device)
+        places, outgoing = parcel.append(parts, kind)
         return Slot(self, parcel, places, outgoing)
 
     def send(self) -> None:
@@ -195,15 +217,15 @@ class Post:
 
 
 class _Parcel:
-    """Buffers for every lane, and who is in them; used again and again.
+    """What goes and comes on every lane, and who is in it; used again and again.
 
     Args:
         ranks: R.
     """
 
     def __init__(self, ranks: int) -> None:
-        self.outgoing = {lane: _Buffer(1) for lane in _LANES}
-        self.incoming = {lane: _Buffer(ranks if lane == "everybody" else 1) for lane in _LANES}
+        self.outgoing = {lane: _Mail(1) for lane in _LANES}
+        self.incoming = {lane: _Mail(ranks if lane == "everybody" else 1) for lane in _LANES}
         self.step, self.layers, self.unread = -1, 0, 0
         self._shares: dict[Lane, Counter[str]] = {lane: Counter() for lane in _LANES}
         self._where = ""
@@ -211,63 +233,132 @@ class _Parcel:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffers in (self.outgoing, self.incoming) for buffer in buffers.values())
+        return sum(mail.nbytes for ways in (self.outgoing, self.incoming) for mail in ways.values())
 
-    def start(self, step: int, where: str, device: torch.device, largest: Counter[tuple[str, Lane]]) -> None:
+    def start(self, step: int, where: str, room: Workspace, largest: Sizes) -> None:
         """Empty it for the layers of a step; `where` is the first one."""
         self.step, self.layers, self.unread, self._where = step, 0, 0, f"{where} and what is sent with it"
+        self._room = room
         for lane in _LANES:
-            self.outgoing[lane].start(device)
-            self.incoming[lane].start(device)
+            self.outgoing[lane].start(room.device, largest["out", lane, "message"], largest["out", lane, "values"])
+            self.incoming[lane].start(room.device, largest["in", lane, "message"], largest["in", lane, "values"])
             self._shares[lane].clear()
-        self.fit(largest)
 
-    def append(
-        self, parts: Sequence[Part], kind: str, device: torch.device
-    ) -> tuple[list[tuple[Part, int]], list[torch.Tensor]]:
+    def append(self, parts: Sequence[Part], kind: str) -> tuple[list[tuple[Part, int]], list[torch.Tensor]]:
         """Each part's place among what will come, and where to write what is sent."""
         places, outgoing = [], []
         for part in parts:
-            buffer, shares = self.outgoing[part.lane], self._shares[part.lane]
-            place, padding = buffer.reserve(part.sent, part.dtype)
-            shares[kind] += math.prod(part.sent) * part.dtype.itemsize
+            mail, shares = self.outgoing[part.lane], self._shares[part.lane]
+            place, size, padding = mail.reserve(part.sent, part)
+            shares[kind] += size
             if padding:
                 shares[PADDING] += padding
-            buffer.fit(buffer.used)
-            outgoing.append(buffer.at(place, part.sent, part.dtype)[0])
-            places.append((part, self.incoming[part.lane].reserve(part.received, part.dtype)[0]))
+            outgoing.append(mail.at(place, part.sent, part)[0])
+            places.append((part, self.incoming[part.lane].reserve(part.received, part)[0]))
         self.layers += 1
         self.unread += 1
         return places, outgoing
 
-    def send(self, exchange: Exchange) -> Counter[tuple[str, Lane]]:
-        """Start all messages; the bytes of each buffer."""
-        sizes: Counter[tuple[str, Lane]] = Counter()
+    def send(self, exchange: Exchange) -> Sizes:
+        """Code what is to be coded, and start all messages; how large everything is."""
+        sizes: Sizes = Counter()
+        out, into = {}, {}
         for lane in _LANES:
-            self.incoming[lane].fit(self.incoming[lane].used)
-            sizes["outgoing", lane], sizes["incoming", lane] = self.outgoing[lane].used, self.incoming[lane].used
-        out, into = ({lane: buffers[lane].message() for lane in _LANES} for buffers in (self.outgoing, self.incoming))
-        if sizes["outgoing", "everybody"]:
+            sent, received = self.outgoing[lane], self.incoming[lane]
+            out[lane], into[lane] = sent.sealed(), received.sealed()
+            sent.encode(self._room)
+            sizes["out", lane, "message"], sizes["out", lane, "values"] = sent.sizes
+            sizes["in", lane, "message"], sizes["in", lane, "values"] = received.sizes
+        if out["everybody"].numel():
             # Displaced steps come after every warm-up and nothing but float32 moments goes here: one kind, no padding.
             ((kind, _),) = self._shares["everybody"].items()
             gathered = exchange.all_gather(out["everybody"][0], into["everybody"], kind, self._where)
             self._pending.append(gathered)
         shares = self._shares["previous"], self._shares["next"]
         if any(shares):
-            sent, received = out["previous"][0], (into["previous"][0], into["next"][0])
-            self._pending.append(exchange.neighbours(sent, out["next"][0], received, shares, self._where))
+            fill = into["previous"][0], into["next"][0]
+            self._pending.append(exchange.neighbours(out["previous"][0], out["next"][0], fill, shares, self._where))
         return sizes
 
     def wait(self) -> None:
-        """Wait for all messages, the first time."""
+        """Wait for all messages and decode them, the first time."""
+        if not self._pending:
+            return
         while self._pending:
             self._pending.pop().wait()
+        for mail in self.incoming.values():
+            mail.decode(self._room)
 
-    def fit(self, largest: Counter[tuple[str, Lane]]) -> None:
-        """Make room for parcels as large as these."""
-        for lane in _LANES:
-            self.outgoing[lane].fit(largest["outgoing", lane])
-            self.incoming[lane].fit(largest["incoming", lane])
+
+class _Mail:
+    """What goes, or comes, on one lane: tensors as they are, and behind them the codes of all others.
+
+    Args:
+        ranks: P.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._message, self._values = _Buffer(ranks), _Buffer(ranks)
+        self._codes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._message.nbytes + self._values.nbytes
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the message, and of the numbers that are coded in it before they are."""
+        return self._message.used, self._values.used
+
+    def start(self, device: torch.device, message: int, values: int) -> None:
+        """Begin a new message, with room for so many bytes of each."""
+        for buffer, size in ((self._message, message), (self._values, values)):
+            buffer.start(device)
+            buffer.fit(size)
+
+    def reserve(self, shape: tuple[int, ...], part: Part) -> tuple[int, int, int]:
+        """The place of a tensor in bytes, what it adds to the message, and what is added before it as padding."""
+        if not part.coded:
+            place, padding = self._message.reserve(shape, part.dtype)
+            self._message.fit(self._message.used)
+            return place, math.prod(shape) * part.dtype.itemsize, padding
+        vectors = -(-math.prod(shape) // _VECTOR)
+        place, _ = self._values.reserve((vectors, _VECTOR), torch.float32)
+        self._values.fit(self._values.used)
+        if vectors * _VECTOR != math.prod(shape):  # what nobody writes must not raise the last scale
+            self._values.at(place, (vectors, _VECTOR), torch.float32)[0, -1].zero_()
+        return place, _CODEC.size(vectors, _VECTOR), 0
+
+    def at(self, place: int, shape: tuple[int, ...], part: Part) -> torch.Tensor:
+        """The tensors at a place, [P, *shape]."""
+        return (self._values if part.coded else self._message).at(place, shape, part.dtype)
+
+    def sealed(self) -> torch.Tensor:
+        """The message, uint8 [P, bytes]; nothing can be reserved any more."""
+        self._codes, _ = self._message.reserve((_CODEC.size(self._vectors, _VECTOR),), torch.uint8)
+        self._message.fit(self._message.used)
+        return self._message.message()
+
+    def encode(self, room: Workspace) -> None:
+        """Write the codes."""
+        if vectors := self._vectors:
+            numbers = self._values.at(0, (vectors, _VECTOR), torch.float32)[0]
+            _CODEC.encode(numbers, self._coded()[0], room)
+
+    def decode(self, room: Workspace) -> None:
+        """Read the codes."""
+        if vectors := self._vectors:
+            scales, codes = _CODEC.split(self._coded()[0], vectors, _VECTOR)
+            numbers = self._values.at(0, (vectors, _VECTOR), torch.float32)[0]
+            torch.mul(_CODEC.levels(codes, _VECTOR, room), _CODEC.scales(scales)[:, None], out=numbers)
+
+    @property
+    def _vectors(self) -> int:
+        """V."""
+        return self._values.used // (_VECTOR * torch.float32.itemsize)
+
+    def _coded(self) -> torch.Tensor:
+        return self._message.at(self._codes, (_CODEC.size(self._vectors, _VECTOR),), torch.uint8)
 
 
 @dataclass

@@ -84,11 +84,13 @@ class OtilRun:
         self.config, self.group = config, group
         self.exchange = make_exchange(group, config.timeout)
         self._rows = make_exchange(group.rows or group, config.timeout, self.exchange.traffic)
-        self._post = Post(self._rows)
+        self._post = Post(self._rows, self._room)
         self._replica = make_exchange(group.replica or group, config.timeout, self.exchange.traffic)
         self._spent = 0.0
         self.clock = Clock()
         self._schedule = Schedule.from_config(config)
+        # Of halo rows and moments that are a step old; keys and values have one of each layer and step.
+        self._gain = 0.0 if config.predict == "none" else config.gain
         self._picker = Picker(config, self.clock, group)
         self._layers: dict[str, tuple[KVStack, int]] = {}
         self.stacks: list[KVStack] = []
@@ -107,9 +109,9 @@ class OtilRun:
         for stack in self.stacks:
             stack.begin()
         for halo in self._halos.values():
-            halo.visits = 0
+            halo.begin()
         for moments in self._moments.values():
-            moments.visits = 0
+            moments.begin()
 
     def end(self) -> None:
         """Finish what is still under way; also after an exception, before buffers are used again."""
@@ -230,14 +232,16 @@ class OtilRun:
         if layer is None or layer.key != halo_key(x, above, below):
             self._discard(layer)
             room = self._room(x.device)
-            layer = self._halos[name] = HaloLayer(self._rows, self._post, room, name, x, above, below)
+            coded = self.config.codec != "raw"
+            layer = HaloLayer(self._rows, self._post, room, name, x, above, below, self._gain, coded)
+            self._halos[name] = layer
         return layer
 
     def _moments_layer(self, name: str, mean: torch.Tensor) -> MomentsLayer:
         layer = self._moments.get(name)
         if layer is None or layer.key != moments_key(mean):
             self._discard(layer)
-            layer = self._moments[name] = MomentsLayer(self._rows, self._post, name, mean)
+            layer = self._moments[name] = MomentsLayer(self._rows, self._post, name, mean, self._gain)
         return layer
 
     @_timed

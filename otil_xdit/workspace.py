@@ -17,7 +17,7 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._rooms: dict[str, torch.Tensor] = {}
         # As they were asked for: three views in a row cost more than many a computation in them.
         self._seen: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
@@ -43,6 +43,6 @@ class Workspace:
         size = math.prod(shape) * dtype.itemsize
         room = self._rooms.get(name)
         if room is None or room.nbytes < size:
-            room = self._rooms[name] = torch.empty(size, dtype=torch.uint8, device=self._device)
+            room = self._rooms[name] = torch.empty(size, dtype=torch.uint8, device=self.device)
             self._seen = {key: view for key, view in self._seen.items() if key[0] != name}
         return room[:size].view(dtype).view(shape)

@@ -14,6 +14,15 @@ from tests.ranks import run_ranks
 ROWS = (3, 2, 4)
 """Rows of each rank, more and fewer than its neighbours'."""
 
+PLAIN = {
+    "halo": "fresh",
+    "moments": "fresh",
+    "codec": "raw",
+    "predict": "none",
+    "fresh_share": 0.0,
+    "timeout": 20.0,
+}
+
 
 def whole_map(step: int) -> torch.Tensor:
     """[2, 8, rows of everybody, 5]; changes by a tenth of itself at each step."""
@@ -30,7 +39,7 @@ def own_rows(x: torch.Tensor) -> slice:
 
 def make_run(**settings: object) -> OtilRun:
     group = PatchGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    return OtilRun(OtilConfig(**{"timeout": 20.0, "fresh_share": 0.0, **settings}), group)
+    return OtilRun(OtilConfig(**{**PLAIN, **settings}), group)
 
 
 def widened(own: torch.Tensor, remote: torch.Tensor, above: int, below: int) -> torch.Tensor:
@@ -64,6 +73,36 @@ def check_halos() -> None:
                 assert torch.equal(seen, widened(whole_map(step), remote, above, below)), step
         frozen = halos(make_run(freshness="frozen", warmup_steps=2), above, below)
         assert torch.equal(frozen[-1], widened(whole_map(4), whole_map(1), above, below))
+
+
+def check_moved_on() -> None:
+    """What moves evenly is known exactly from the two steps before, at a gain of 1."""
+    moving = {"halo": "displaced", "moments": "displaced", "predict": "measured", "gain": 1.0, "warmup_steps": 1}
+    for codec, tolerance in (("raw", 1e-5), ("2bit", 0.1)):
+        run = make_run(codec=codec, **moving)
+        for _ in range(2):  # the second image must not go on from the first
+            for step, seen in enumerate(halos(run, 1, 2)):
+                remote = whole_map(max(step - 1, 0) if step < 2 else step)
+                expected = widened(whole_map(step), remote, 1, 2)
+                assert torch.allclose(seen, expected, atol=tolerance), (codec, step, (seen - expected).abs().max())
+                own = own_rows(whole_map(step))
+                kept = seen[:, :, 1 : 1 + own.stop - own.start]
+                assert torch.equal(kept, whole_map(step)[:, :, own]), "own rows are neither moved nor coded"
+        for step, (mean, _) in enumerate(moments(run)):
+            if step >= 2:
+                assert torch.allclose(mean, groups(whole_map(step))[1], atol=1e-5), step
+
+
+def check_coded() -> None:
+    """A row that is sent in 8 bits is off by half a step of its vector's largest number at most."""
+    run = make_run(codec="int8", halo="displaced", warmup_steps=1)
+    for step, seen in enumerate(halos(run, 1, 1)):
+        stale = whole_map(max(step - 1, 0))
+        expected = widened(whole_map(step), stale, 1, 1)
+        bound = stale.abs().max() * 2 ** (1 / 6) / 127 / 2 * 1.01
+        error = (seen - expected).abs().max()
+        assert error <= (0.0 if step < 2 else bound), (step, error)
+        assert step < 2 or error > 0, "rows were not coded"
 
 
 def check_bytes() -> tuple[int, int]:
@@ -214,6 +253,15 @@ def test_two_ranks_send_moments_and_rows_in_one_message() -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_halos(ranks: int) -> None:
     run_ranks(ranks, check_halos)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_is_a_step_old_is_moved_on(ranks: int) -> None:
+    run_ranks(ranks, check_moved_on)
+
+
+def test_rows_that_nobody_waits_for_are_sent_in_8_bits() -> None:
+    run_ranks(2, check_coded)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -32,8 +32,11 @@ STALE: dict[str, Any] = {
     "moments": "displaced",
     "warmup_steps": 1,
     "fresh_share": 0.0,
+    "codec": "raw",
+    "predict": "none",
     "timeout": 20.0,
 }
+CODED: dict[str, Any] = {"codec": "2bit", "predict": "measured"}
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,23 @@ def counted(steps: int, count: int, ulysses: int) -> tuple[dict[str, int], dict[
     return messages, sent
 
 
+def coded() -> dict[str, int]:
+    """Bytes of one displaced step whose rows are coded: 3 vectors and a part of one, less than one, and 2."""
+    run = make_run(**CODED)
+    run.begin()
+    share = torch.tensor(own_rows()) / sum(own_rows())
+    convs = [Conv(f"c{index}", channels, 5, 1, 1, torch.float32) for index, channels in enumerate((20, 6))]
+    convs.append(Conv("half", 8, 8, 1, 1, torch.float16))
+    for call in range(2):
+        for conv in convs:
+            run.moments(conv.name, *moments_of(conv.name, call)[dist.get_rank()], share)
+            run.halo(conv.name, conv.whole(call)[:, :, : own_rows()[dist.get_rank()]], 1, 1)
+        run.collect(torch.zeros(1))
+        run.clock.tick()
+    run.end()
+    return run.report().sent_bytes
+
+
 def padded() -> dict[str, int]:
     walk = Walk(make_run())
     walk.begin()
@@ -224,8 +244,8 @@ def padded() -> dict[str, int]:
     return walk.run.report().sent_bytes
 
 
-def counted_and_padded(steps: int, count: int) -> tuple[tuple[dict[str, int], dict[str, int]], dict[str, int]]:
-    return counted(steps, count, 1), padded()
+def all_counted(steps: int, count: int) -> tuple[tuple[dict[str, int], dict[str, int]], dict[str, int], dict[str, int]]:
+    return counted(steps, count, 1), padded(), coded()
 
 
 def test_a_step_sends_few_messages_and_the_same_bytes() -> None:
@@ -234,10 +254,12 @@ def test_a_step_sends_few_messages_and_the_same_bytes() -> None:
     assert parcels == 5
     row, moments = BATCH * 2 * 5 * 4, 2 * BATCH * GROUPS * 4
     sent = {"halo": steps * count * row, "moments": steps * count * moments}
-    for found, small in run_ranks(2, counted_and_padded, steps, count):
+    for found, small, in_codes in run_ranks(2, all_counted, steps, count):
         assert found == ({"halo": steps * parcels}, sent)
         # Padding is counted apart: after 12 bytes, to a multiple of 8.
         assert small["halo"] == 2 * BATCH * (3 * 2 + 8) and small["padding"] == 2 * 4
+        # Rows of 200, 60 and 128 numbers are 4, 1 and 2 vectors of 64 codes and a scale.
+        assert in_codes["halo"] == (4 + 1 + 2) * 65 and in_codes["moments"] == 3 * moments
     for rank, (messages, size) in enumerate(run_ranks(4, counted, steps, count, 2)):
         neighbours = 2 if rank in (1, 2) else 1
         assert messages == {"halo": steps * parcels * neighbours, "moments": steps * parcels}
@@ -279,7 +301,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def allocated() -> list[list[list[int]]]:
-    return [allocated_by(), allocated_by(freshness="sync")]
+    return [allocated_by(), allocated_by(**CODED), allocated_by(freshness="sync")]
 
 
 def allocated_by(**settings: Any) -> list[list[int]]:
@@ -307,10 +329,12 @@ def allocated_by(**settings: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_after_two_displaced_steps_nothing_is_allocated(ranks: int) -> None:
-    for steps in (steps for both in run_ranks(ranks, allocated) for steps in both):
+    for steps in (steps for all_steps in run_ranks(ranks, allocated) for steps in all_steps):
         assert max(steps[0]) >= BATCH * 8 * 4 * 16 * 4, "the first step makes room"
-        # What is left is arithmetic on moments, [R, B, G]; a row is [B, 8, 1, 16] of 4 bytes.
-        most = ranks * BATCH * GROUPS * 4
+        # What is left is arithmetic on moments, [R, 2, B, G], and on scales, one for 64 numbers of a parcel's rows; a
+        # row is [B, 8, 1, 16] of 4 bytes.
+        scales = sum(BATCH * channels * 16 for channels in [8] * (LAYERS_PER_PARCEL // 2)) // 64
+        most = max(2 * ranks * BATCH * GROUPS, scales) * 4
         assert most < BATCH * 8 * 16 * 4
         for made in steps[3:]:
             assert max(made) <= most, sorted(set(made))

@@ -83,12 +83,13 @@ class RecordedExchange(Exchange):
     def _waits_on_host(self) -> bool:
         return True
 
-    def _start_gather(self, payload: torch.Tensor, output: torch.Tensor) -> dist.Work:
-        return self._note("all-gather", payload.nbytes)
+    def _start_gather(self, payload: torch.Tensor, output: torch.Tensor) -> list[dist.Work]:
+        return [self._note("all-gather", payload.nbytes)]
 
-    def _start_transfers(self, transfers: list[Transfer]) -> list[dist.Work]:
-        sent = sum(tensor.nbytes for way, tensor, _ in transfers if way is dist.isend)
-        return [self._note("neighbours", sent)]
+    def _start_transfers(self, receives: list[Transfer], sends: list[Transfer]) -> list[dist.Work]:
+        if not receives and not sends:
+            return []
+        return [self._note("neighbours", sum(tensor.nbytes for _, tensor, _ in sends))]
 
     def _note(self, pattern: Pattern, nbytes: int) -> Any:
         message = Message(self._kind, pattern, nbytes, self.group.world_size, self._log.ask)
