@@ -6,6 +6,7 @@ from the tensor that is handed to it.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -213,7 +214,7 @@ class Exchange:
     def timed_out(self, where: str, error: BaseException) -> ExchangeTimeout:
         """What to raise for a collective's own error: with rank, layer and step, and who is to blame."""
         watch = self.group.watch
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         if watch is None:
             me, blamed = f"rank {self.group.rank} of {self.group.world_size}", f"({reason})"
         else:
@@ -221,6 +222,11 @@ class Exchange:
         return ExchangeTimeout(
             f"{me}: no answer from the other patches for {where} within {self._timeout:g} s {blamed}"
         )
+
+
+def reason_of(error: BaseException) -> str:
+    """The gist of a collective's error: its first sentence, without the place in torch's sources."""
+    return re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).partition(". ")[0]
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from otil_xdit.agreement import RANDOM_STATE, Facts, NetworkFacts, differences, facts_of_call
 from otil_xdit.dit.layers import LayerNames
 from otil_xdit.dit.layouts import read_call, refuse_unsupported
-from otil_xdit.exchange import ExchangeTimeout, PatchGroup, is_lost_connection
+from otil_xdit.exchange import ExchangeTimeout, PatchGroup, is_lost_connection, reason_of
 from otil_xdit.grid import TokenLayout
 from otil_xdit.registry import Communicator
 from otil_xdit.schedule import Clock
@@ -193,7 +193,7 @@ class PatchSession:
                 raise
             # A collective of xDiT's own.
             place = f"rank {watch.rank}: no answer from the other ranks after {watch.where}"
-            raise ExchangeTimeout(f"{place} ({str(error).splitlines()[0]}); {watch.blame()}") from error
+            raise ExchangeTimeout(f"{place} ({reason_of(error)}); {watch.blame()}") from error
 
     def _agree(self, pipe: Any, networks: dict[str, nn.Module], call: Facts) -> None:
         """Raise `ValueError` on every rank where what must be equal is not."""
@@ -252,9 +252,9 @@ def _with_origin(error: NotFinite, notes: Mapping[int, Note], rank: int) -> NotF
     """The error, with the ranks that had it first: what is not finite spreads to all in a step or two."""
     orders = {other: note.order for other, note in notes.items() if note.order is not None}
     first = min([error.order, *orders.values()])
-    origins = [f"rank {other} {notes[other].error}" for other, order in orders.items() if order == first]
+    origins = [notes[other].error.partition(": ")[2] for other, order in orders.items() if order == first]
     if first < error.order:
-        return NotFinite(f"rank {rank}: NaN or Inf from another rank: {'; '.join(origins)}", first)
+        return NotFinite(f"rank {rank} stops with {'; '.join(origins)}", first)
     return NotFinite(f"{error}{''.join(f'; {origin}' for origin in origins)}", first)
 
 

@@ -109,6 +109,7 @@ class Watch:
         rank: this one.
         timeout: seconds that a rank waits for the others to begin a generation.
         store: where the ranks found each other; `Watch` uses a connection of its own to it.
+        host: who keeps it, for messages.
         sever: breaks this rank's connections, so that every wait on them, here and there, ends at once.
     """
 
@@ -120,6 +121,7 @@ class Watch:
         rank: int,
         timeout: float,
         store: Store,
+        host: str,
         sever: Callable[[], None],
     ) -> None:
         self.rank, self.timeout = rank, timeout
@@ -128,10 +130,11 @@ class Watch:
         self.why_broken = ""
         self._name, self._broken_key = name, f"otil/broken/{groups}"
         self._others = [other for other in ranks if other != rank]
-        self._store, self._sever = store, sever
+        self._store, self._host, self._sever = store, host, sever
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._polling = self._alarmed = self._store_is_silent = False
+        self._polling = self._store_is_silent = False
+        self._alarmed_in = 0
 
     # ---- a generation ----------------------------------------------------------------------------------------------
 
@@ -147,7 +150,7 @@ class Watch:
             self._thread = threading.Thread(target=self._talk, name="otil-xdit watch", daemon=True)
             self._thread.start()
         self.generation += 1
-        self.where, self.calls, self.waiting, self._alarmed = _START, 0, False, False
+        self.where, self.calls, self.waiting = _START, 0, False
         self._polling = True
         self._jobs.put(lambda: None)
 
@@ -159,8 +162,7 @@ class Watch:
     def done(self) -> None:
         """The generation ended, and nothing of it is under way."""
         self._polling = False
-        note = self._note("done")
-        self._jobs.put(lambda: self._write(note))
+        self._jobs.put(partial(self._write, self.generation, self._note("done")))
 
     def failed(self, error: BaseException) -> dict[int, Note]:
         """This rank leaves the generation with an exception of its own.
@@ -174,19 +176,23 @@ class Watch:
         if self.why_broken:
             return {}
         mine = self._note("failed", _described(error), getattr(error, "order", None))
-        self._asked(lambda: self._write(mine))
+        self._asked(partial(self._write, self.generation, mine))
         over = time.monotonic() + min(GRACE_SECONDS, self.timeout)
         while True:
             notes = self._notes()
             settled = all(other in notes and notes[other].kind in ("failed", "done") for other in self._others)
             self._asked(self._look)
-            if settled or self._alarmed or self._store_is_silent or time.monotonic() > over:
+            if settled or self.is_alarmed or self._store_is_silent or time.monotonic() > over:
                 break
             time.sleep(0.01)
         self._polling = False
         if not settled or any(note.kind == "failed" and note.calls != mine.calls for note in notes.values()):
-            self._give_up(mine, f"rank {self.rank} {mine}")
-            notes = self._answers()
+            with _sigterm_held_back() as held:
+                self._give_up(mine, f"rank {self.rank} {mine}")
+                notes = self._answers()
+                self._leave_last(notes)
+                if held:
+                    print(f"rank {self.rank} {mine}", file=sys.stderr, flush=True)
         return notes
 
     def blame(self) -> str:
@@ -201,7 +207,9 @@ class Watch:
             mine = self._note("waits")
             self._give_up(mine, f"rank {self.rank} {mine}")
             self._polling = False
-            self.why_broken = self._verdict(self._answers())
+            notes = self._answers()
+            self.why_broken = self._verdict(notes)
+            self._leave_last(notes)
             if held:
                 # torchrun ends every rank when one has died; what this one knows must be said before.
                 print(f"rank {self.rank} stops at {self.where}: {self.why_broken}", file=sys.stderr, flush=True)
@@ -209,13 +217,14 @@ class Watch:
 
     def close(self) -> None:
         """End the thread."""
-        self._jobs.put(None)
-        self._thread = None
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread = None
 
     @property
     def is_alarmed(self) -> bool:
         """Whether another rank raised the alarm in this generation."""
-        return self._alarmed
+        return self._alarmed_in == self.generation
 
     # ---- agreement -------------------------------------------------------------------------------------------------
 
@@ -229,7 +238,7 @@ class Watch:
         self._asked(lambda: self._store.set(self._key(self.rank, "facts"), json.dumps(dict(facts))))
         over = time.monotonic() + self.timeout
         while (found := self._asked(lambda: self._gathered(keys))) is None:
-            if self._alarmed or self._store_is_silent:
+            if self.is_alarmed or self._store_is_silent:
                 raise ExchangeTimeout(f"rank {self.rank}: before the first step: {self.blame()}")
             self._refuse((self._asked(lambda: self._read(self._broken_key)) or b"").decode())
             if time.monotonic() > over:
@@ -264,11 +273,12 @@ class Watch:
 
     def _look(self) -> None:
         """Say how far this rank is; after an alarm, answer it."""
-        self._store.set(self._key(self.rank, "at"), self.where)
-        if not self._alarmed and self._store.check([self._key("alarm")]):
-            self._alarmed = True
-            if not self._store.check([self._key(self.rank)]):
-                self._write(self._note("waits" if self.waiting else "computes"))
+        at = self.generation  # the main thread may go on to the next meanwhile
+        self._store.set(self._key(self.rank, "at", at=at), self.where)
+        if self._alarmed_in != at and self._store.check([self._key("alarm", at=at)]):
+            self._alarmed_in = at
+            if not self._store.check([self._key(self.rank, at=at)]):
+                self._write(at, self._note("waits" if self.waiting else "computes"))
             self._sever()
 
     def _gathered(self, keys: Mapping[int, str]) -> dict[int, dict[str, str]] | None:
@@ -283,14 +293,14 @@ class Watch:
     def _read(self, key: str) -> bytes | None:
         return self._store.get(key) if self._store.check([key]) else None
 
-    def _write(self, note: Note) -> None:
-        self._store.set(self._key(self.rank), json.dumps(asdict(note)))
+    def _write(self, at: int, note: Note) -> None:
+        self._store.set(self._key(self.rank, at=at), json.dumps(asdict(note)))
 
     def _forget_last(self) -> None:
         """Everybody has begun this generation, so nobody reads any more what was written in the last."""
         for what in ((), ("facts",), ("at",)):
             with suppress(RuntimeError):
-                self._store.delete_key(self._key(self.rank, *what, generation=self.generation - 1))
+                self._store.delete_key(self._key(self.rank, *what, at=self.generation - 1))
 
     # ---- what asks the thread --------------------------------------------------------------------------------------
 
@@ -323,7 +333,7 @@ class Watch:
     def _give_up(self, mine: Note, reason: str) -> None:
         """No more generations: tell the others, and end their waits."""
         self.why_broken = reason
-        self._asked(lambda: self._write(mine))
+        self._asked(partial(self._write, self.generation, mine))
         self._asked(lambda: self._store.set(self._key("alarm"), ""))
         self._asked(lambda: self._store.set(self._broken_key, reason))
         self._sever()
@@ -340,10 +350,21 @@ class Watch:
                 return notes
             time.sleep(0.02)
 
+    def _leave_last(self, notes: Mapping[int, Note]) -> None:
+        """Wait until all who answered know who is to blame: with this process the store may go, and torchrun ends all
+        others."""
+        over = time.monotonic() + ANSWER_SECONDS
+        self._asked(lambda: self._store.set(self._key(self.rank, "knows"), ""))
+        keys = [self._key(other, "knows") for other in notes if notes[other].kind != "done"]
+        while keys and not self._asked(lambda: self._store.check(keys)):
+            if self._store_is_silent or time.monotonic() > over:
+                return
+            time.sleep(0.02)
+
     def _verdict(self, notes: Mapping[int, Note]) -> str:
         silent = [other for other in self._others if other not in notes]
         if self._store_is_silent:
-            return "who failed is not known: the ranks' store (torchrun's, or rank 0's) does not answer"
+            return f"{self._host}, which keeps the ranks' store, does not answer: it has died, hangs or is stopped"
         culprits = [f"rank {other} {note}" for other, note in notes.items() if note.kind == "failed"]
         for other in silent:
             at = self._asked(partial(self._read, self._key(other, "at")))
@@ -360,9 +381,9 @@ class Watch:
                 "start all processes again"
             )
 
-    def _key(self, *what: object, generation: int | None = None) -> str:
-        at = self.generation if generation is None else generation
-        return "/".join(["otil", self._name, str(at), *map(str, what)])
+    def _key(self, *what: object, at: int | None = None) -> str:
+        generation = self.generation if at is None else at
+        return "/".join(["otil", self._name, str(generation), *map(str, what)])
 
 
 @contextmanager

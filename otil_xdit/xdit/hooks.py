@@ -130,8 +130,9 @@ def _watch_over(replica: Any, groups: list[dist.ProcessGroup], timeout: float) -
     dist.all_gather_object(names, uuid.uuid4().hex, group=replica.cpu_group)
     connections = replica.device_group.group_name
     store = distributed_c10d._get_default_store()  # torch has no public way to it
+    host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     sever = partial(break_connections, groups)
-    return Watch(names[0], connections, replica.ranks, dist.get_rank(), timeout, store, sever)
+    return Watch(names[0], connections, replica.ranks, dist.get_rank(), timeout, store, host, sever)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
