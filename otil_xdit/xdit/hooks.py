@@ -51,6 +51,9 @@ _CHOICE = "otil_choice"
 _SESSION = "otil_session"
 _MARK = "_otil_xdit_registered"
 
+_SETUP_SECONDS = 1800.0
+"""What ranks wait for each other before the first generation, while they load weights: torch's default for gloo."""
+
 
 def register() -> None:
     """Teach xfuser the parallel strategies; calling it again changes nothing.
@@ -84,16 +87,11 @@ def connect(choice: ParallelChoice) -> PatchSession:
     from yunchang.globals import PROCESS_GROUP
 
     ring, sequence = PROCESS_GROUP.RING_PG, parallel_state.get_sp_group()
-    replica, cfg = parallel_state.get_model_replica_group(), parallel_state.get_cfg_group()
+    replica = parallel_state.get_model_replica_group()
+    connections = _connections(ring, PROCESS_GROUP.ULYSSES_PG, sequence, replica, parallel_state.get_cfg_group())
+    limit_waits(connections, _SETUP_SECONDS)
     timeout = getattr(choice.config, "timeout", OtilConfig.timeout)
-    device_groups = [ring, PROCESS_GROUP.ULYSSES_PG, *(group.device_group for group in (sequence, replica, cfg))]
-    shared = [
-        group
-        for group in (*device_groups, *(group.cpu_group for group in (sequence, replica, cfg)))
-        if dist.get_world_size(group) > 1
-    ]
-    limit_waits(shared, timeout)
-    watch = _watch_over(replica, shared, timeout)
+    watch = _watch_over(replica, connections, timeout)
     rows = PatchGroup(sequence.device_group, sequence.rank_in_group, sequence.world_size, watch=watch)
     place = dist.get_rank(ring) * choice.ulysses_degree + sequence.ulysses_rank
     assert rows.rank == place, "xDiT's sequence ranks are expected in the order ring x Ulysses"
@@ -112,6 +110,7 @@ def connect(choice: ParallelChoice) -> PatchSession:
     dist.all_gather_object(places, (half, place), group=replica.cpu_group)
     unets = UnetGroups(rows, choice.ulysses_degree, halves, half, tuple(places))
     communicator = choice.strategy.connect(choice.config, group)
+    limit_waits(connections, timeout)
     facts = {
         **versions(),
         **facts_of_settings(choice.strategy.name, choice.config),
@@ -120,6 +119,14 @@ def connect(choice: ParallelChoice) -> PatchSession:
         "the CFG degree": str(halves),
     }
     return PatchSession(communicator, group, _reporter(choice), (unets, _attend), facts)
+
+
+def _connections(*groups: Any) -> list[dist.ProcessGroup]:
+    """The process groups, among them those of xDiT's coordinators, on which this rank may wait for others."""
+    found: list[dist.ProcessGroup] = []
+    for group in groups:
+        found += [group.device_group, group.cpu_group] if hasattr(group, "device_group") else [group]
+    return [group for group in found if dist.get_world_size(group) > 1]
 
 
 def _watch_over(replica: Any, groups: list[dist.ProcessGroup], timeout: float) -> Watch | None:
