@@ -6,15 +6,21 @@ from the tensor that is handed to it.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from otil_xdit.watch import ExchangeTimeout as ExchangeTimeout
+from otil_xdit.watch import Watch
 
 T = TypeVar("T")
 
@@ -26,6 +32,9 @@ Shares = Mapping[str, int]
 
 Transfer = tuple[Callable[..., Any], torch.Tensor, int]
 """`dist.isend` or `dist.irecv`, what is sent or filled, and the other rank's place in the group."""
+
+_NEVER_SENT = 2**20 + 1
+"""A tag that no message has."""
 
 # torch 2.13 renamed the collective and warns under the old name; older versions know only that.
 _all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -42,6 +51,7 @@ class PatchGroup:
         ulysses_degree: ranks that share a patch's heads; a patch's sequence is that many rows' chunks in turn.
         rows: the ranks that hold rows (patch x Ulysses), in the order of the rows; None where nobody needs them.
         replica: all ranks that work on the image (rows x CFG); None where nobody needs them.
+        watch: knows who failed when a wait does; None for nobody.
     """
 
     process_group: dist.ProcessGroup
@@ -50,6 +60,7 @@ class PatchGroup:
     ulysses_degree: int = 1
     rows: PatchGroup | None = None
     replica: PatchGroup | None = None
+    watch: Watch | None = None
 
 
 @dataclass
@@ -68,10 +79,6 @@ class Traffic:
             counter.clear()
 
 
-class ExchangeTimeout(RuntimeError):
-    """The other ranks did not answer in time, or the connection to them broke."""
-
-
 class Pending(Generic[T]):
     """Messages under way; `wait` gives what they bring."""
 
@@ -86,12 +93,17 @@ class Pending(Generic[T]):
             ExchangeTimeout: naming the rank, the layer and the step.
         """
         started = time.perf_counter()
+        exchange, watch = self._exchange, self._exchange.group.watch
+        if watch is not None:
+            watch.waiting = True
         try:
             for work in self._works:
-                self._exchange.wait_for(work)
+                exchange.wait_for(work)
         except RuntimeError as error:
-            raise ExchangeTimeout(self._exchange.failure(self._where, error)) from error
-        self._exchange.traffic.waited[self._kind] += time.perf_counter() - started
+            raise exchange.timed_out(self._where, error) from error
+        if watch is not None:
+            watch.waiting = False
+        exchange.traffic.waited[self._kind] += time.perf_counter() - started
         return self._output
 
 
@@ -124,10 +136,11 @@ class Exchange:
         """
         assert payload.is_contiguous() and output.is_contiguous(), f"{where}: collectives need contiguous tensors"
         self._count({kind: payload.nbytes})
+        self._tell(where)
         try:
             works = self._start_gather(payload.view(-1), output.view(-1))
         except RuntimeError as error:
-            raise ExchangeTimeout(self.failure(where, error)) from error
+            raise self.timed_out(where, error) from error
         return Pending(self, works, output, kind, where)
 
     def neighbours(
@@ -160,10 +173,11 @@ class Exchange:
                 self._count(bytes_of)
             if received.numel():
                 receives.append((dist.irecv, received, peer))
+        self._tell(where)
         try:
             works = self._start_transfers(receives, sends)
         except RuntimeError as error:
-            raise ExchangeTimeout(self.failure(where, error)) from error
+            raise self.timed_out(where, error) from error
         return Pending(self, works, output, _most(shares[0]) or _most(shares[1]), where)
 
     # What reaches the process group; the planner (otil_xdit.planner.recorder) has others here.
@@ -207,12 +221,56 @@ class Exchange:
             self.traffic.sent[kind] += size
         self.traffic.messages[_most(shares)] += 1
 
-    def failure(self, where: str, error: BaseException) -> str:
-        reason = str(error).splitlines()[0]
-        return (
-            f"rank {self.group.rank} of {self.group.world_size}: no answer from the other patches for {where} "
-            f"within {self._timeout:g} s ({reason})"
+    def _tell(self, where: str) -> None:
+        if self.group.watch is not None:
+            self.group.watch.begun(where)
+
+    def timed_out(self, where: str, error: BaseException) -> ExchangeTimeout:
+        """What to raise for a collective's own error: with rank, layer and step, and who is to blame."""
+        watch = self.group.watch
+        reason = reason_of(error)
+        if watch is None:
+            me, blamed = f"rank {self.group.rank} of {self.group.world_size}", f"({reason})"
+        else:
+            me, blamed = f"rank {watch.rank} of {dist.get_world_size()}", f"({reason}); {watch.blame()}"
+        return ExchangeTimeout(
+            f"{me}: no answer from the other patches for {where} within {self._timeout:g} s {blamed}"
         )
+
+
+def reason_of(error: BaseException) -> str:
+    """The gist of a collective's error: its first sentence, without the place in torch's sources."""
+    return re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).partition(". ")[0]
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective of anybody's failed because of another rank, by what gloo, NCCL and torch say then."""
+    return any(sign in str(error) for sign in ("/gloo/", "Application timeout", "Operation timed out", "NCCL"))
+
+
+def break_connections(groups: Iterable[dist.ProcessGroup]) -> None:
+    """End every wait on these groups at once, on this rank and on those that it is connected to.
+
+    gloo has no call for that. A wait for a message that runs into its own timeout closes all connections of its
+    group, so one is made to. NCCL's abort ends what this rank has under way; the others must do the same.
+    """
+    for group in groups:
+        with suppress(RuntimeError):
+            if dist.get_backend(group) == "gloo":
+                other = dist.get_global_rank(group, (dist.get_rank(group) + 1) % dist.get_world_size(group))
+                never = dist.irecv(torch.zeros(1), other, group, _NEVER_SENT)
+                assert never is not None, "this rank is in the group"
+                never.wait(timedelta(milliseconds=1))
+            elif hasattr(group, "abort"):
+                group.abort()
+
+
+def limit_waits(groups: Iterable[dist.ProcessGroup], seconds: float) -> None:
+    """Give every collective of these groups a timeout, those too that others start; idle groups are not concerned."""
+    for group in groups:
+        set_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)  # torch has no public way
+        if set_timeout is not None:
+            set_timeout(timedelta(seconds=seconds), group)
 
 
 def _most(shares: Shares) -> str:

@@ -17,7 +17,8 @@ import torch
 
 from otil_xdit.borders import Beyond, HaloLayer, MomentsLayer, halo_key, moments_key
 from otil_xdit.config import OtilConfig, SmallFreshness
-from otil_xdit.exchange import Exchange, PatchGroup
+from otil_xdit.exchange import Exchange, ExchangeTimeout, PatchGroup
+from otil_xdit.finite import FiniteCheck
 from otil_xdit.grid import TokenLayout
 from otil_xdit.kv import KVStack
 from otil_xdit.parcels import Post
@@ -88,6 +89,8 @@ class OtilRun:
         self._replica = make_exchange(group.replica or group, config.timeout, self.exchange.traffic)
         self._spent = 0.0
         self.clock = Clock()
+        self._finite = FiniteCheck()
+        self.clock.after_step.append(self._look)
         self._schedule = Schedule.from_config(config)
         # Of halo rows and moments that are a step old; keys and values have one of each layer and step.
         self._gain = 0.0 if config.predict == "none" else config.gain
@@ -103,6 +106,7 @@ class OtilRun:
         """Start a generation: nothing of the last one may show in it."""
         self.end()
         self.clock.reset()
+        self._finite.begin()
         self._spent = 0.0
         self.exchange.traffic.clear()
         self._picker.begin()
@@ -121,7 +125,8 @@ class OtilRun:
 
     def free(self) -> None:
         """Give the buffers back."""
-        self.end()
+        if self.exchange.group.watch is None or not self.exchange.group.watch.why_broken:
+            self.end()
         self._layers.clear()
         self.stacks.clear()
         self._called = None
@@ -152,6 +157,7 @@ class OtilRun:
         Returns:
             Two [B, H, N * S, D], to be read before the next call of any layer; this rank's part is fresh.
         """
+        self._finite.see(name, key, value)
         stack, layer = self._place(name, key)
         if self._called is not None and self._called is not stack:
             self._called.flush()
@@ -193,6 +199,7 @@ class OtilRun:
             mean, var: float32 [B, G].
             share: [R], every rank's share of the rows.
         """
+        self._finite.see(name, var)
         layer = self._moments_layer(name, mean)
         mode = self._small_mode(self.config.moments, layer.visits)
         return layer.combine(mean, var, share, mode, self.clock.step, self._kind("moments", layer.visits))
@@ -224,6 +231,7 @@ class OtilRun:
         modes = self._small_mode(self.config.moments, norm.visits), self._small_mode(self.config.halo, conv.visits)
         if modes != ("sync", "sync"):
             return None
+        self._finite.see(names[0], var)
         kinds = self._kind("moments", norm.visits), self._kind("halo", conv.visits)
         return norm.combine_with_rows(mean, var, share, conv, x, self.clock.step, kinds)
 
@@ -253,6 +261,8 @@ class OtilRun:
             kind: the counter that the bytes go to, and its name in error messages.
         """
         step = self.clock.step
+        if kind == "output":
+            self._finite.see("the output", part)
         gathered = part.new_empty(self._replica.group.world_size, *part.shape)
         counter = f"{kind}-warmup" if step < self.config.warmup_steps else kind
         collected = self._replica.all_gather(part, gathered, counter, f"the {kind} at step {step}").wait()
@@ -286,6 +296,17 @@ class OtilRun:
         for room in self._rooms.values():
             sizes.update(room.sizes)
         return dict(sizes)
+
+    def _look(self, step: int, is_last: bool) -> None:
+        """After a step: has another rank given up, and were this one's numbers finite?
+
+        Raises:
+            ExchangeTimeout, NotFinite
+        """
+        watch, group = self.group.watch, self.group
+        if watch is not None and watch.is_alarmed:
+            raise ExchangeTimeout(f"rank {watch.rank}: given up after step {step}: {watch.blame()}")
+        self._finite.look(step, group.rank if watch is None else watch.rank, is_last)
 
     def _all_layers(self) -> list[KVStack | HaloLayer | MomentsLayer]:
         return [*self.stacks, *self._halos.values(), *self._moments.values()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 from otil_xdit.config import OtilConfig
@@ -25,13 +26,23 @@ class Clock:
         step: the number of steps done.
         total: how many there will be, None while that is not known: before the first is done, and where the scheduler
             does not say.
+        after_step: called when a step is done, and again when it is known to have been the last: with its number, and
+            with that knowledge.
     """
 
     step: int = 0
     total: int | None = None
+    after_step: list[Callable[[int, bool], None]] = field(default_factory=list)
 
     def tick(self) -> None:
         self.step += 1
+        for call in self.after_step:
+            call(self.step - 1, False)
+
+    def finish(self) -> None:
+        """No step follows in this generation."""
+        for call in self.after_step:
+            call(self.step - 1, True)
 
     def reset(self) -> None:
         self.step, self.total = 0, None

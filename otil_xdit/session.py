@@ -8,24 +8,27 @@ subclass whose ``step`` ticks the clock. `detach` undoes it all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from otil_xdit.agreement import RANDOM_STATE, Facts, NetworkFacts, differences, facts_of_call
 from otil_xdit.dit.layers import LayerNames
 from otil_xdit.dit.layouts import read_call, refuse_unsupported
-from otil_xdit.exchange import PatchGroup
+from otil_xdit.exchange import ExchangeTimeout, PatchGroup, is_lost_connection, reason_of
 from otil_xdit.grid import TokenLayout
 from otil_xdit.registry import Communicator
 from otil_xdit.schedule import Clock
 from otil_xdit.subclass import restore_class, subclass_of, swap_class
 from otil_xdit.unet.patches import Attend, UnetGroups, UnetPatches, is_unet
+from otil_xdit.watch import Note, NotFinite
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class PatchSession:
         group: the ranks that hold the patches.
         finished: called after every generation, with this session.
         unets: who shares a U-Net, and the attention across them; None where no pipeline may hold one.
+        facts: what else must be equal on all ranks, besides what a pipeline and its calls tell.
     """
 
     def __init__(
@@ -51,12 +55,14 @@ class PatchSession:
         group: PatchGroup,
         finished: Callable[[PatchSession], None] | None = None,
         unets: tuple[UnetGroups, Attend] | None = None,
+        facts: Facts | None = None,
     ) -> None:
         self.communicator, self.group = communicator, group
         self.kept_keys: torch.Tensor | None = None
         self._layer = ""
         self._finished = finished
         self._unets = unets
+        self._facts, self._network_facts = facts or {}, NetworkFacts()
         self._unet_patches: dict[int, UnetPatches] = {}
         self._names = LayerNames()
         self._watched: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
@@ -101,6 +107,8 @@ class PatchSession:
             patches.release()
         self._unet_patches.clear()
         self.communicator.free()
+        if self.group.watch is not None:
+            self.group.watch.close()
 
     def gather(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Every patch's keys and values for the attention call under way; see `OtilRun.gather`."""
@@ -124,8 +132,16 @@ class PatchSession:
             self._layer, self.kept_keys = "", None
 
     @contextmanager
-    def generation(self, pipe: Any) -> Iterator[None]:
-        """One call of a pipeline; calls inside it (a wrapper calls what it wraps) belong to it."""
+    def generation(self, pipe: Any, call: Facts | None = None) -> Iterator[None]:
+        """One call of a pipeline; calls inside it (a wrapper calls what it wraps) belong to it.
+
+        Args:
+            call: of its arguments what must be equal on all ranks.
+
+        Raises:
+            ValueError: when the ranks do not agree.
+            ExchangeTimeout: when another rank fails or does not answer.
+        """
         if self.is_active:
             yield
             return
@@ -134,21 +150,68 @@ class PatchSession:
         networks = {name: getattr(net, "_orig_mod", net) for name, net in networks.items()}
         token = _ACTIVE.set(self)
         try:
-            with ExitStack() as stack:
+            with ExitStack() as stack, self._told():
+                self._agree(pipe, networks, call or {})
                 self._watch(networks)
                 for net in networks.values():
                     stack.enter_context(self._names.follow_contexts(net))
                 stack.enter_context(_ticking(getattr(pipe, "scheduler", None), self.communicator.clock))
                 self._names.begin()
                 self.communicator.begin()
-                stack.callback(self.communicator.end)
+                stack.callback(self._end_exchange)
                 if self._unet_patches:
                     self._share_random_state()
                 yield
+                self.communicator.clock.finish()
         finally:
             _ACTIVE.reset(token)
+        if self.group.watch is not None:
+            self.group.watch.done()
         if self._finished is not None:
             self._finished(self)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """A generation, and its end by an exception, of which the other ranks are told.
+
+        They are told before anything of the exchange is waited for, which they might not send any more.
+        """
+        watch = self.group.watch
+        if watch is None:
+            yield
+            return
+        watch.begin()
+        try:
+            yield
+        except ExchangeTimeout:
+            raise
+        except NotFinite as error:
+            raise _with_origin(error, watch.failed(error), watch.rank) from error
+        except BaseException as error:
+            if not (isinstance(error, RuntimeError) and (watch.is_alarmed or is_lost_connection(error))):
+                watch.failed(error)
+                raise
+            # A collective of xDiT's own.
+            place = f"rank {watch.rank}: no answer from the other ranks after {watch.where}"
+            raise ExchangeTimeout(f"{place} ({reason_of(error)}); {watch.blame()}") from error
+
+    def _agree(self, pipe: Any, networks: dict[str, nn.Module], call: Facts) -> None:
+        """Raise `ValueError` on every rank where what must be equal is not."""
+        watch = self.group.watch
+        if watch is None:
+            return
+        facts = {**self._facts, **self._network_facts.of(pipe, networks), **call}
+        if any(is_unet(net) for net in networks.values()):
+            facts.pop(RANDOM_STATE, None)  # they are made to draw alike
+        by_rank = watch.meet(facts)
+        found = differences(by_rank)
+        if found:
+            raise ValueError(f"rank {watch.rank}: the ranks do not agree: {found}")
+
+    def _end_exchange(self) -> None:
+        watch = self.group.watch
+        if watch is None or not watch.why_broken:
+            self.communicator.end()
 
     def _watch(self, networks: dict[str, nn.Module]) -> None:
         """Hook the networks that are not hooked yet; a pipeline may have been given a new one since."""
@@ -185,6 +248,16 @@ class PatchSession:
             self.communicator.observe(*read_call(network, args, kwargs, chunks, chunks * self.group.world_size))
 
 
+def _with_origin(error: NotFinite, notes: Mapping[int, Note], rank: int) -> NotFinite:
+    """The error, with the ranks that had it first: what is not finite spreads to all in a step or two."""
+    orders = {other: note.order for other, note in notes.items() if note.order is not None}
+    first = min([error.order, *orders.values()])
+    origins = [notes[other].error.partition(": ")[2] for other, order in orders.items() if order == first]
+    if first < error.order:
+        return NotFinite(f"rank {rank} stops with {'; '.join(origins)}", first)
+    return NotFinite(f"{error}{''.join(f'; {origin}' for origin in origins)}", first)
+
+
 @contextmanager
 def _ticking(scheduler: Any, clock: Clock) -> Iterator[None]:
     """Let every `scheduler.step` tick `clock`.
@@ -206,9 +279,14 @@ def _ticking(scheduler: Any, clock: Clock) -> Iterator[None]:
 
 @cache
 def _bracketed(kind: type) -> type:
+    call = signature(kind.__call__)
+
     @wraps(kind.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._otil_session.generation(self):
+        session: PatchSession = self._otil_session
+        if session.is_active:
+            return kind.__call__(self, *args, **kwargs)
+        with session.generation(self, facts_of_call(call, (self, *args), kwargs)):
             return kind.__call__(self, *args, **kwargs)
 
     return subclass_of(kind, {"__call__": __call__})

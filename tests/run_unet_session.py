@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ DISPLACED = get_strategy("otil-paper").make_config({"ratio": 0.5, "warmup_steps"
 def main() -> None:
     otil_xdit.register()
     torch.set_num_threads(1)
-    checks = (repeats, noise, interrupted, shared_network, undone, counted, paired)
+    checks = (repeats, idle, noise, interrupted, shared_network, undone, counted, paired)
     if "--compile" in sys.argv:
         checks = (compiled,)
     found = {check.__name__: check() for check in checks}
@@ -70,6 +71,16 @@ def repeats() -> list[str]:
     made = [digest(image(pipe, **size)) for size in sizes]
     session_of(pipe).detach()
     return [made[0], made[-1], *made[1:-1]]
+
+
+def idle() -> bool:
+    """Ranks that nobody calls for longer than the timeout, and that are called one after the other, go on."""
+    pipe = otil_xdit.parallelize(pipeline(), OtilConfig(timeout=1.0))
+    before = image(pipe)
+    time.sleep(1.5 + 0.5 * dist.get_rank())
+    same = torch.equal(image(pipe), before)
+    session_of(pipe).detach()
+    return same
 
 
 def noise() -> list[str]:

@@ -26,6 +26,10 @@ def test_without_a_generator_all_ranks_draw_as_the_first(found: dict[str, list[A
     assert first == second and first[0] != first[1]
 
 
+def test_an_idle_server_lives(found: dict[str, list[Any]]) -> None:
+    assert found["idle"] == [True, True]
+
+
 def test_an_interrupted_generation_leaves_nothing(found: dict[str, list[Any]]) -> None:
     assert found["interrupted"] == [True, True]
 

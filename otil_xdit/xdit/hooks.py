@@ -22,19 +22,24 @@ import json
 import logging
 import os
 import sys
+import uuid
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from otil_xdit.agreement import facts_of_settings, versions
+from otil_xdit.config import OtilConfig
 from otil_xdit.dit.attention import over_patches, without_padding
-from otil_xdit.exchange import PatchGroup
+from otil_xdit.exchange import PatchGroup, break_connections, limit_waits
 from otil_xdit.registry import SYNC
 from otil_xdit.session import PatchSession
 from otil_xdit.unet.patches import UnetGroups
+from otil_xdit.watch import Watch
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.flags import ParallelChoice, add_otil_args, choose
 from otil_xdit.xdit.unets import check_unet_pipeline
@@ -45,6 +50,9 @@ logger = logging.getLogger("otil_xdit")
 _CHOICE = "otil_choice"
 _SESSION = "otil_session"
 _MARK = "_otil_xdit_registered"
+
+_SETUP_SECONDS = 1800.0
+"""What ranks wait for each other before the first generation, while they load weights: torch's default for gloo."""
 
 
 def register() -> None:
@@ -79,17 +87,22 @@ def connect(choice: ParallelChoice) -> PatchSession:
     from yunchang.globals import PROCESS_GROUP
 
     ring, sequence = PROCESS_GROUP.RING_PG, parallel_state.get_sp_group()
-    rows = PatchGroup(sequence.device_group, sequence.rank_in_group, sequence.world_size)
+    replica = parallel_state.get_model_replica_group()
+    connections = _connections(ring, PROCESS_GROUP.ULYSSES_PG, sequence, replica, parallel_state.get_cfg_group())
+    limit_waits(connections, _SETUP_SECONDS)
+    timeout = getattr(choice.config, "timeout", OtilConfig.timeout)
+    watch = _watch_over(replica, connections, timeout)
+    rows = PatchGroup(sequence.device_group, sequence.rank_in_group, sequence.world_size, watch=watch)
     place = dist.get_rank(ring) * choice.ulysses_degree + sequence.ulysses_rank
     assert rows.rank == place, "xDiT's sequence ranks are expected in the order ring x Ulysses"
-    replica = parallel_state.get_model_replica_group()
     group = PatchGroup(
         ring,
         dist.get_rank(ring),
         dist.get_world_size(ring),
         choice.ulysses_degree,
         rows,
-        PatchGroup(replica.device_group, replica.rank_in_group, replica.world_size),
+        PatchGroup(replica.device_group, replica.rank_in_group, replica.world_size, watch=watch),
+        watch,
     )
     half = parallel_state.get_classifier_free_guidance_rank()
     halves = parallel_state.get_classifier_free_guidance_world_size()
@@ -97,7 +110,36 @@ def connect(choice: ParallelChoice) -> PatchSession:
     dist.all_gather_object(places, (half, place), group=replica.cpu_group)
     unets = UnetGroups(rows, choice.ulysses_degree, halves, half, tuple(places))
     communicator = choice.strategy.connect(choice.config, group)
-    return PatchSession(communicator, group, _reporter(choice), (unets, _attend))
+    limit_waits(connections, timeout)
+    facts = {
+        **versions(),
+        **facts_of_settings(choice.strategy.name, choice.config),
+        "the number of patches": str(group.world_size),
+        "the Ulysses degree": str(choice.ulysses_degree),
+        "the CFG degree": str(halves),
+    }
+    return PatchSession(communicator, group, _reporter(choice), (unets, _attend), facts)
+
+
+def _connections(*groups: Any) -> list[dist.ProcessGroup]:
+    """The process groups, among them those of xDiT's coordinators, on which this rank may wait for others."""
+    found: list[dist.ProcessGroup] = []
+    for group in groups:
+        found += [group.device_group, group.cpu_group] if hasattr(group, "device_group") else [group]
+    return [group for group in found if dist.get_world_size(group) > 1]
+
+
+def _watch_over(replica: Any, groups: list[dist.ProcessGroup], timeout: float) -> Watch | None:
+    """What tells the ranks of an image of each other's failures; None for a single rank."""
+    if replica.world_size == 1:
+        return None
+    names: list[Any] = [None] * replica.world_size
+    dist.all_gather_object(names, uuid.uuid4().hex, group=replica.cpu_group)
+    connections = replica.device_group.group_name
+    store = distributed_c10d._get_default_store()  # torch has no public way to it
+    host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+    sever = partial(break_connections, groups)
+    return Watch(names[0], connections, replica.ranks, dist.get_rank(), timeout, store, host, sever)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
