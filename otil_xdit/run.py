@@ -136,6 +136,10 @@ class OtilRun:
             latent: this rank's rows of the latent, [B, C, rows, cols], or None where they are not known; the second
                 call within a step (a separate pass without the prompt) changes nothing.
             layout: what this rank's attention sequences are made of, until the next call.
+
+        Raises:
+            ValueError: where the score that picks sub-blocks means nothing for such small ones. A session shows every
+                kind of layer before a generation begins, so that no rank finds out after it has sent something.
         """
         self._picker.observe(latent, layout)
 
@@ -310,7 +314,7 @@ class OtilRun:
                 stack.seal()
             return stack, layer
         if stack is not None:
-            self._leave(name, stack)
+            self._leave(stack)
         table = self._picker.table(tokens, key.device)
         stack = self.stacks[-1] if self.stacks else None
         if stack is None or not stack.fits(shape, key.dtype, table):
@@ -332,13 +336,16 @@ class OtilRun:
             self._rooms[device] = Workspace(device)
         return self._rooms[device]
 
-    def _leave(self, name: str, stack: KVStack) -> None:
-        """A layer has another shape now; a stack that has lost all layers goes, once nothing of it is under way."""
-        del self._layers[name]
-        if all(found is not stack for found, _ in self._layers.values()):
-            stack.drain()
-            self.stacks.remove(stack)
-            self._called = None if self._called is stack else self._called
+    def _leave(self, stack: KVStack) -> None:
+        """A layer has another shape now: its stack goes, once nothing of it is under way.
+
+        The stack's other layers join others when they are called next, as they would in a run that has just begun:
+        otherwise they would keep its buffers, and its name for picking, beside those of the layer that has left.
+        """
+        stack.drain()
+        self.stacks.remove(stack)
+        self._layers = {key: place for key, place in self._layers.items() if place[0] is not stack}
+        self._called = None if self._called is stack else self._called
 
     def _compare(self, stack: KVStack, layer: int) -> None:
         """Raise `RuntimeError` on every rank where the ranks' copies of a layer are not the same, bit for bit."""

@@ -12,7 +12,7 @@ from otil_xdit.registry import get_strategy
 from otil_xdit.xdit.degrees import resolve_patch_degree
 from otil_xdit.xdit.flags import ParallelChoice
 from otil_xdit.xdit.geometry import check_heads
-from otil_xdit.xdit.hooks import carry, register
+from otil_xdit.xdit.hooks import carry, register, undo
 from otil_xdit.xdit.unet_facts import heads_of
 from otil_xdit.xdit.unets import check_unet_pipeline
 
@@ -63,3 +63,19 @@ def parallelize(
         return wrapper(pipe, engine_config)
     initialize_runtime_state(pipe, engine_config)
     return pipe
+
+
+def restore(pipe: Any) -> Any:
+    """Undo `parallelize`: give classes, hooks, layers and attributes back as they were, and free the buffers.
+
+    Every rank that called `parallelize` calls this; nothing is sent. Process groups stay, for the next `parallelize`.
+
+    Args:
+        pipe: what `parallelize` returned, or the pipeline of any other call that was attached to a strategy.
+
+    Returns:
+        The diffusers pipeline, which computes on this rank alone what it did before. Around a U-Net it is `pipe`; of
+        an xDiT wrapper it is the pipeline that was wrapped, and the wrapper is of no use any more. LoRA that was loaded
+        in between stays loaded. A pipeline that is not parallelized is given back as it is.
+    """
+    return undo(pipe)
