@@ -18,7 +18,6 @@ from otil_xdit.schedule import Clock
 from otil_xdit.scores import CHANGE_SCORES, check_score, l2_of_difference
 from otil_xdit.selection import Selector
 
-
 MOST_GEOMETRIES = 64
 """Kinds of sequences that are remembered from picture to picture: a U-Net has three or four for each size."""
 
@@ -95,7 +94,7 @@ class Picker:
         return self._geometry(tokens, device).table
 
     def shared(self, table: torch.Tensor, tokens: int) -> torch.Tensor | None:
-        """The sub-blocks that this rank sends of every layer of the present layout at this step; None where layers differ.
+        """The sub-blocks that this rank sends of all layers of the present layout at this step; None where they differ.
 
         To be asked when a layer is called: a message may leave only after the next layer's layout has been observed.
 

@@ -25,6 +25,8 @@ from otil_xdit.picking import Picker
 from otil_xdit.schedule import Clock, Mode, Schedule
 from otil_xdit.workspace import Workspace
 
+OutOfMemory: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # 2.4 has the latter
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -56,17 +58,26 @@ class Report:
 
 
 def _timed(call: Callable[Concatenate[OtilRun, P], T]) -> Callable[Concatenate[OtilRun, P], T]:
-    """A method of `OtilRun` whose time is added up."""
+    """A method of `OtilRun` whose time is added up, and which says what to do where there is no room for buffers."""
 
     @wraps(call)
     def timed(run: OtilRun, *args: P.args, **kwargs: P.kwargs) -> T:
         started = time.perf_counter()
         try:
             return call(run, *args, **kwargs)
+        except RuntimeError as error:  # OutOfMemory is one
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(run.no_room(error)) from error
         finally:
             run._spent += time.perf_counter() - started
 
     return timed
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator raises a plain RuntimeError.
+    return isinstance(error, OutOfMemory) or "can't allocate memory" in str(error)
 
 
 class OtilRun:
@@ -286,6 +297,16 @@ class OtilRun:
         for room in self._rooms.values():
             sizes.update(room.sizes)
         return dict(sizes)
+
+    def no_room(self, error: Exception) -> str:
+        """What to say when a buffer cannot be made."""
+        reason = str(error).partition("\n")[0]
+        return (
+            f"rank {self.group.rank} of {self.group.world_size}: no room for the exchange's buffers at step "
+            f"{self.clock.step}, which take {self.report().buffer_bytes / 1e6:.1f} MB so far ({reason}); give "
+            "--otil_copies small, a smaller picture or batch, --use_cfg_parallel, or --parallel sync, which keeps no "
+            "copies (`otil-xdit memory` tells beforehand)"
+        )
 
     def _all_layers(self) -> list[KVStack | HaloLayer | MomentsLayer]:
         return [*self.stacks, *self._halos.values(), *self._moments.values()]

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-
 MOST_VIEWS = 1024
 """Views that are kept; a network asks for a few hundred, and pictures of other sizes for others."""
 

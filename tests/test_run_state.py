@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from otil_xdit import kv
 from otil_xdit.config import OtilConfig
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout
 from otil_xdit.picking import MOST_GEOMETRIES
-from otil_xdit.run import OtilRun
+from otil_xdit.planner.recorder import Log, RecordedExchange
+from otil_xdit.run import OtilRun, OutOfMemory
 from otil_xdit.workspace import MOST_VIEWS, Workspace
 from tests.ranks import run_ranks
 
@@ -87,6 +91,24 @@ def many_sizes() -> tuple[int, int, int]:
 def test_sizes_that_came_once_are_forgotten() -> None:
     for geometries, selectors, stacks in run_ranks(2, many_sizes):
         assert geometries <= MOST_GEOMETRIES + 1 and selectors <= MOST_GEOMETRIES + 1 and stacks == 1
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("CUDA out of memory"), RuntimeError("you can't allocate memory")])
+def test_where_copies_find_no_room_the_error_names_the_flag(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(kv, "Predictor", fail)
+    nobody: Any = None
+    run = OtilRun(OtilConfig(), PatchGroup(nobody, 0, 2), partial(RecordedExchange, log=Log()))
+    run.begin()
+    keys = torch.empty(1, HEADS, 8, SIZE, device="meta")
+    run.gather("a", keys, keys)
+    run.clock.tick()
+    with pytest.raises(OutOfMemory, match=r"rank 0 of 2.*at step 1.*--otil_copies small"):
+        run.gather("a", keys, keys)
 
 
 def test_a_workspace_keeps_few_views() -> None:
