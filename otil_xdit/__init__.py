@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from otil_xdit.config import OtilConfig
     from otil_xdit.registry import Strategy, get_strategy, register_strategy, strategies
-    from otil_xdit.xdit.api import parallelize
+    from otil_xdit.xdit.api import parallelize, restore
     from otil_xdit.xdit.hooks import register
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ _HOMES = {
     "parallelize": "otil_xdit.xdit.api",
     "register": "otil_xdit.xdit.hooks",
     "register_strategy": "otil_xdit.registry",
+    "restore": "otil_xdit.xdit.api",
     "strategies": "otil_xdit.registry",
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "parallelize",
     "register",
     "register_strategy",
+    "restore",
     "strategies",
 ]
 

@@ -24,6 +24,7 @@ from otil_xdit.xdit.degrees import OTHER_DEGREES, FlagError, degree, given_patch
 from otil_xdit.xdit.flags import choose
 from otil_xdit.xdit.launch import free_port, run_to_end
 from otil_xdit.xdit.support import ULYSSES_ONLY, refusal
+from otil_xdit.xdit.trust import check_trust
 from otil_xdit.xdit.unet_models import check_source, register_folder
 
 RUNNER = "otil_xdit.runner"
@@ -184,6 +185,7 @@ def _check_model(values: Mapping[str, Any]) -> None:
     register_folder(name)
     if name not in registry:
         raise FlagError(unknown_model(name, registry))
+    check_trust(name, registry[name], values)
     can = registry[name].capabilities
     why_not = refusal(name) if can.ring_degree else ULYSSES_ONLY
     if values.get("parallel") is not None and why_not is not None:

@@ -104,6 +104,7 @@ class KVStack:
         self._predictor: Predictor | None = None
         self._previous: torch.Tensor | None = None
         self._errors: torch.Tensor | None = None
+        self._picked: torch.Tensor | None = None
         self._unsent: list[int] = []
         self._unsent_at = ("", "")
         self._pending: list[tuple[slice, Pending[torch.Tensor]]] = []
@@ -284,6 +285,8 @@ class KVStack:
         predictor = self._predictor
         assert predictor is not None, "the first step is synchronous, and the stack sealed after it"
         gain = predictor.gain(layer, fresh)
+        if self._layout.count and mode != "frozen":
+            self._picked = self._picker.shared(self.table, self.shape[2])
         if mode == "fresh":
             self.flush()
             alone = slice(layer, layer + 1)
@@ -298,7 +301,8 @@ class KVStack:
             self._gains[layer] = gain
             self._unsent.append(layer)
             self._unsent_at = (where, kind)
-            if len(self._unsent) == len(self.names):
+            # Not all of the stack's layers: those of another pass may not be called in this generation.
+            if len(self._unsent) == sum(visits > 0 for visits in self.visits):
                 self.flush()
 
     # ---- payloads --------------------------------------------------------------------------------------------------
@@ -333,8 +337,11 @@ class KVStack:
             payload[:, layout.gains : layout.error].view(torch.float32).copy_(error[:, None])
         if layout.count:
             reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
-            layers = self.names[0], len(self.names)
-            picked = self._picker.pick(layers, self.table, fresh, reference, difference, run)
+            if self._picked is None:
+                layers = self.names[0], len(self.names)
+                picked = self._picker.pick(layers, self.table, fresh, reference, difference, run)
+            else:
+                picked = self._picked.expand(len(fresh), -1)
             payload[:, layout.error : layout.indices].view(torch.int32).copy_(picked)
             tokens = self._taken(tokens, self._tokens(picked))
         if self._previous is not None:

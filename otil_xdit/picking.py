@@ -18,6 +18,9 @@ from otil_xdit.schedule import Clock
 from otil_xdit.scores import CHANGE_SCORES, check_score, l2_of_difference
 from otil_xdit.selection import Selector
 
+MOST_GEOMETRIES = 64
+"""Kinds of sequences that are remembered from picture to picture: a U-Net has three or four for each size."""
+
 
 @dataclass
 class _Geometry:
@@ -55,6 +58,8 @@ class Picker:
         self._latent = self._previous_latent = None
         self._latent_at = -1
         self._generator.manual_seed(self._config.seed + self._rank)
+        if len(self._geometries) > MOST_GEOMETRIES:
+            self._forget_geometries()
         for selector in self._selectors.values():
             selector.reset()
         for geometry in self._geometries.values():
@@ -66,12 +71,19 @@ class Picker:
         self._selectors.clear()
         self._latent = self._previous_latent = None
 
+    def _forget_geometries(self) -> None:
+        """Forget what follows from the sizes of pictures; it is found again when one of them comes again."""
+        self._geometries.clear()
+        self._selectors = {key: found for key, found in self._selectors.items() if isinstance(key, str)}
+
     def forget(self, name: str) -> None:
         """Forget one layer, whose sub-blocks are others now."""
         self._selectors.pop(name, None)
 
     def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None:
         """See `otil_xdit.run.OtilRun.observe`."""
+        if self._source == "kv":
+            check_score(self._criterion, self._side(layout))
         self.layout = layout
         if latent is not None and self._source == "latent" and self._latent_at != self._clock.step:
             self._previous_latent, self._latent = self._latent, latent.detach().clone()
@@ -80,6 +92,27 @@ class Picker:
     def table(self, tokens: int, device: torch.device) -> torch.Tensor:
         """Tokens of each sub-block in a sequence of `tokens` tokens of the present layout, int64 [K, T]."""
         return self._geometry(tokens, device).table
+
+    def shared(self, table: torch.Tensor, tokens: int) -> torch.Tensor | None:
+        """The sub-blocks that this rank sends of all layers of the present layout at this step; None where they differ.
+
+        To be asked when a layer is called: a message may leave only after the next layer's layout has been observed.
+
+        Args:
+            table: the layers', as `table` gave it.
+            tokens: S.
+
+        Returns:
+            int64 [1, k], the same for all calls of a step.
+        """
+        if self._source == "kv":
+            return None
+        geometry = self._geometry(tokens, table.device)
+        if geometry.picked is None or geometry.picked_at != self._clock.step:
+            scores = self._random_scores(geometry) if self._source == "random" else self._latent_scores(geometry)
+            geometry.picked = self._selector((self.layout, tokens), 1, table).pick(scores[None])
+            geometry.picked_at = self._clock.step
+        return geometry.picked
 
     def pick(
         self,
@@ -90,7 +123,7 @@ class Picker:
         difference: torch.Tensor | None,
         run: slice,
     ) -> torch.Tensor:
-        """The sub-blocks that this rank sends of some layers now.
+        """The sub-blocks that this rank sends of some layers now, by their keys and values.
 
         Args:
             layers: a name for all L layers, and L.
@@ -103,32 +136,26 @@ class Picker:
         Returns:
             int64 [l, k].
         """
-        if self._source == "kv":
-            if self._criterion == "l2" and difference is not None:
-                scores = l2_of_difference(difference, table)
-            else:
-                score = CHANGE_SCORES[self._criterion]
-                scores = torch.stack([score(new, old, table) for new, old in zip(fresh, reference, strict=True)])
-            return self._selector(*layers, table).pick(scores, run)
-        geometry = self._geometry(fresh.shape[3], fresh.device)
-        if geometry.picked is None or geometry.picked_at != self._clock.step:
-            scores = self._random_scores(geometry) if self._source == "random" else self._latent_scores(geometry)
-            geometry.picked = self._selector((self.layout, fresh.shape[3]), 1, table).pick(scores[None])
-            geometry.picked_at = self._clock.step
-        return geometry.picked.expand(len(fresh), -1)
+        if self._criterion == "l2" and difference is not None:
+            scores = l2_of_difference(difference, table)
+        else:
+            score = CHANGE_SCORES[self._criterion]
+            scores = torch.stack([score(new, old, table) for new, old in zip(fresh, reference, strict=True)])
+        return self._selector(*layers, table).pick(scores, run)
 
     def _geometry(self, tokens: int, device: torch.device) -> _Geometry:
         found = self._geometries.get((self.layout, tokens))
         if found is None:
             segments = self.layout.segments(tokens)
-            side = max(1, self._config.block // self.layout.pixels)
-            if self._source == "kv":
-                check_score(self._criterion, side)
-            table = block_table(segments, side)
+            table = block_table(segments, self._side(self.layout))
             image_token = image_positions(segments)
             found = _Geometry(table.to(device), image_token.to(device), int(image_token.max()) + 1)
             self._geometries[self.layout, tokens] = found
         return found
+
+    def _side(self, layout: TokenLayout) -> int:
+        """Tokens a side of a sub-block."""
+        return max(1, self._config.block // layout.pixels)
 
     def _selector(self, key: object, layers: int, table: torch.Tensor) -> Selector:
         if key not in self._selectors:

@@ -26,6 +26,8 @@ from otil_xdit.picking import Picker
 from otil_xdit.schedule import Clock, Mode, Schedule
 from otil_xdit.workspace import Workspace
 
+OutOfMemory: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # 2.4 has the latter
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -57,17 +59,26 @@ class Report:
 
 
 def _timed(call: Callable[Concatenate[OtilRun, P], T]) -> Callable[Concatenate[OtilRun, P], T]:
-    """A method of `OtilRun` whose time is added up."""
+    """A method of `OtilRun` whose time is added up, and which says what to do where there is no room for buffers."""
 
     @wraps(call)
     def timed(run: OtilRun, *args: P.args, **kwargs: P.kwargs) -> T:
         started = time.perf_counter()
         try:
             return call(run, *args, **kwargs)
+        except RuntimeError as error:  # OutOfMemory is one
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(run.no_room(error)) from error
         finally:
             run._spent += time.perf_counter() - started
 
     return timed
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator raises a plain RuntimeError.
+    return isinstance(error, OutOfMemory) or "can't allocate memory" in str(error)
 
 
 class OtilRun:
@@ -143,6 +154,10 @@ class OtilRun:
             latent: this rank's rows of the latent, [B, C, rows, cols], or None where they are not known; the second
                 call within a step (a separate pass without the prompt) changes nothing.
             layout: what this rank's attention sequences are made of, until the next call.
+
+        Raises:
+            ValueError: where the score that picks sub-blocks means nothing for such small ones. A session shows every
+                kind of layer before a generation begins, so that no rank finds out after it has sent something.
         """
         self._picker.observe(latent, layout)
 
@@ -308,6 +323,16 @@ class OtilRun:
             raise ExchangeTimeout(f"rank {watch.rank}: given up after step {step}: {watch.blame()}")
         self._finite.look(step, group.rank if watch is None else watch.rank, is_last)
 
+    def no_room(self, error: Exception) -> str:
+        """What to say when a buffer cannot be made."""
+        reason = str(error).partition("\n")[0]
+        return (
+            f"rank {self.group.rank} of {self.group.world_size}: no room for the exchange's buffers at step "
+            f"{self.clock.step}, which take {self.report().buffer_bytes / 1e6:.1f} MB so far ({reason}); give "
+            "--otil_copies small, a smaller picture or batch, --use_cfg_parallel, or --parallel sync, which keeps no "
+            "copies (`otil-xdit memory` tells beforehand)"
+        )
+
     def _all_layers(self) -> list[KVStack | HaloLayer | MomentsLayer]:
         return [*self.stacks, *self._halos.values(), *self._moments.values()]
 
@@ -335,7 +360,7 @@ class OtilRun:
                 stack.seal()
             return stack, layer
         if stack is not None:
-            self._leave(name, stack)
+            self._leave(stack)
         table = self._picker.table(tokens, key.device)
         stack = self.stacks[-1] if self.stacks else None
         if stack is None or not stack.fits(shape, key.dtype, table):
@@ -357,13 +382,16 @@ class OtilRun:
             self._rooms[device] = Workspace(device)
         return self._rooms[device]
 
-    def _leave(self, name: str, stack: KVStack) -> None:
-        """A layer has another shape now; a stack that has lost all layers goes, once nothing of it is under way."""
-        del self._layers[name]
-        if all(found is not stack for found, _ in self._layers.values()):
-            stack.drain()
-            self.stacks.remove(stack)
-            self._called = None if self._called is stack else self._called
+    def _leave(self, stack: KVStack) -> None:
+        """A layer has another shape now: its stack goes, once nothing of it is under way.
+
+        The stack's other layers join others when they are called next, as they would in a run that has just begun:
+        otherwise they would keep its buffers, and its name for picking, beside those of the layer that has left.
+        """
+        stack.drain()
+        self.stacks.remove(stack)
+        self._layers = {key: place for key, place in self._layers.items() if place[0] is not stack}
+        self._called = None if self._called is stack else self._called
 
     def _compare(self, stack: KVStack, layer: int) -> None:
         """Raise `RuntimeError` on every rank where the ranks' copies of a layer are not the same, bit for bit."""

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,9 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from otil_xdit.agreement import RANDOM_STATE, Facts, NetworkFacts, differences, facts_of_call
 from otil_xdit.dit.layers import LayerNames
-from otil_xdit.dit.layouts import read_call, refuse_unsupported
+from otil_xdit.dit.layouts import read_call, refuse_unsupported, token_layout
 from otil_xdit.exchange import ExchangeTimeout, PatchGroup, is_lost_connection, reason_of
 from otil_xdit.grid import TokenLayout
+from otil_xdit.refusals import NetworkLook, refuse_gradients, refuse_unread
 from otil_xdit.registry import Communicator
 from otil_xdit.schedule import Clock
 from otil_xdit.subclass import restore_class, subclass_of, swap_class
@@ -31,6 +32,8 @@ from otil_xdit.unet.patches import Attend, UnetGroups, UnetPatches, is_unet
 from otil_xdit.watch import Note, NotFinite
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NETWORKS = ("transformer", "transformer_2", "unet")
 """Attributes of a pipeline that may hold a denoising network."""
@@ -66,7 +69,10 @@ class PatchSession:
         self._unet_patches: dict[int, UnetPatches] = {}
         self._names = LayerNames()
         self._watched: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
+        self._looks: dict[int, NetworkLook] = {}
         self._attached: list[Any] = []
+        self._pipe: Any = None
+        self._undo = ExitStack()
 
     @staticmethod
     def active() -> PatchSession | None:
@@ -92,6 +98,14 @@ class PatchSession:
         swap_class(pipe, _bracketed)
         vars(pipe)["_otil_session"] = self
         self._attached.append(pipe)
+        for name, net in _networks_of(pipe).items():
+            # Such a network has the processors that xDiT gave it, and nobody has changed them yet.
+            if type(net).__module__.startswith("xfuser."):
+                self._look_at(name, net)
+
+    def on_detach(self, undo: Callable[[], object]) -> None:
+        """Have `undo` called by `detach`, the last one given first."""
+        self._undo.callback(undo)
 
     def detach(self) -> None:
         """Give every attached pipeline its own class back, remove the hooks, free the buffers."""
@@ -99,16 +113,16 @@ class PatchSession:
             restore_class(pipe)
             del vars(pipe)["_otil_session"]
         self._attached.clear()
-        for _, handles in self._watched.values():
-            for handle in handles:
-                handle.remove()
-        self._watched.clear()
-        for patches in self._unet_patches.values():
-            patches.release()
-        self._unet_patches.clear()
+        self._forget(set())
+        self._undo.close()
         self.communicator.free()
         if self.group.watch is not None:
             self.group.watch.close()
+
+    def planned_steps(self) -> int | None:
+        """How many steps the pipeline under way says it will do; None where it does not say."""
+        planned = vars(self._pipe).get("_num_timesteps") if self._pipe is not None else None
+        return planned if isinstance(planned, int) else None
 
     def gather(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Every patch's keys and values for the attention call under way; see `OtilRun.gather`."""
@@ -145,10 +159,9 @@ class PatchSession:
         if self.is_active:
             yield
             return
-        networks = {name: net for name in NETWORKS if isinstance(net := getattr(pipe, name, None), nn.Module)}
-        # torch.compile(network) is a module round the network, whose layers are the ones that count.
-        networks = {name: getattr(net, "_orig_mod", net) for name, net in networks.items()}
+        networks = _networks_of(pipe)
         token = _ACTIVE.set(self)
+        self._pipe = pipe
         try:
             with ExitStack() as stack, self._told():
                 self._agree(pipe, networks, call or {})
@@ -165,6 +178,7 @@ class PatchSession:
                 self.communicator.clock.finish()
         finally:
             _ACTIVE.reset(token)
+            self._pipe = None
         if self.group.watch is not None:
             self.group.watch.done()
         if self._finished is not None:
@@ -214,14 +228,31 @@ class PatchSession:
             self.communicator.end()
 
     def _watch(self, networks: dict[str, nn.Module]) -> None:
-        """Hook the networks that are not hooked yet; a pipeline may have been given a new one since."""
+        """Look at the networks and hook those that are not hooked yet: a pipeline may have been given a new one."""
+        self._forget({id(net) for pipe in self._attached for net in _networks_of(pipe).values()})
         for name, net in networks.items():
+            self._look_at(name, net).check()
             if is_unet(net):
                 self._patches_of(net).prepare()
             elif id(net) not in self._watched:
                 refuse_unsupported(name, net)
+                self.communicator.observe(None, token_layout(net))
                 observe = net.register_forward_pre_hook(self._observe, with_kwargs=True)
                 self._watched[id(net)] = (net, [observe, *self._names.watch(name, net)])
+
+    def _look_at(self, name: str, network: nn.Module) -> NetworkLook:
+        if id(network) not in self._looks:
+            self._looks[id(network)] = NetworkLook(name, network, patched=is_unet(network))
+        return self._looks[id(network)]
+
+    def _forget(self, kept: set[int]) -> None:
+        """Let go of all networks but those whose `id` is in `kept`."""
+        for _, handles in _taken_out(self._watched, kept):
+            for handle in handles:
+                handle.remove()
+        for patches in _taken_out(self._unet_patches, kept):
+            patches.release()
+        _taken_out(self._looks, kept)
 
     def _patches_of(self, unet: nn.Module) -> UnetPatches:
         found = self._unet_patches.get(id(unet))
@@ -244,6 +275,7 @@ class PatchSession:
 
     def _observe(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_active:
+            refuse_gradients(network, *args, *kwargs.values())
             chunks = self.group.ulysses_degree
             self.communicator.observe(*read_call(network, args, kwargs, chunks, chunks * self.group.world_size))
 
@@ -258,6 +290,18 @@ def _with_origin(error: NotFinite, notes: Mapping[int, Note], rank: int) -> NotF
     return NotFinite(f"{error}{''.join(f'; {origin}' for origin in origins)}", first)
 
 
+def _networks_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's denoising networks by attribute."""
+    networks = {name: net for name in NETWORKS if isinstance(net := getattr(pipe, name, None), nn.Module)}
+    # torch.compile(network) is a module round the network, whose layers are the ones that count.
+    return {name: getattr(net, "_orig_mod", net) for name, net in networks.items()}
+
+
+def _taken_out(found: dict[int, T], kept: set[int]) -> list[T]:
+    """Take all entries but those of `kept` out of `found`."""
+    return [found.pop(key) for key in [*found] if key not in kept]
+
+
 @contextmanager
 def _ticking(scheduler: Any, clock: Clock) -> Iterator[None]:
     """Let every `scheduler.step` tick `clock`.
@@ -268,6 +312,11 @@ def _ticking(scheduler: Any, clock: Clock) -> Iterator[None]:
     if scheduler is None:
         yield
         return
+    if "step" in vars(scheduler):
+        raise ValueError(
+            f"--parallel does not support a {type(scheduler).__name__} whose step has been replaced: nobody would "
+            "count the steps; undo that, or subclass the scheduler"
+        )
     swap_class(scheduler, _ticked)
     vars(scheduler)["_otil_clock"] = clock
     try:
@@ -286,6 +335,9 @@ def _bracketed(kind: type) -> type:
         session: PatchSession = self._otil_session
         if session.is_active:
             return kind.__call__(self, *args, **kwargs)
+        wrapped = vars(self).get("module")  # the pipeline, where this is xDiT's wrapper of one
+        if wrapped is not None:
+            refuse_unread(kind.__call__, type(wrapped).__call__, kwargs)
         with session.generation(self, facts_of_call(call, (self, *args), kwargs)):
             return kind.__call__(self, *args, **kwargs)
 
@@ -299,19 +351,20 @@ def _ticked(kind: Any) -> type:
         out = kind.step(self, *args, **kwargs)
         clock: Clock = self._otil_clock
         if clock.step == 0:
-            clock.total = _steps_of(self, kwargs.get("timestep", args[1] if len(args) > 1 else None))
+            first = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+            clock.total = _steps_of(self, first, PatchSession.active())
         clock.tick()
         return out
 
     return subclass_of(kind, {"step": step})
 
 
-def _steps_of(scheduler: Any, first: Any) -> int | None:
+def _steps_of(scheduler: Any, first: Any, session: PatchSession | None = None) -> int | None:
     """The number of `step` calls of a generation whose first one is for the timestep `first`; None if it is not known.
 
     Image-to-image begins in the middle of the scheduler's timesteps; where a scheduler of second order has one twice,
-    with the second, as diffusers does. A pipeline that ends early (SDXL's `denoising_end`) does fewer. Reads the
-    timesteps from the device, once a generation.
+    with the second, as diffusers does. A pipeline that ends early (SDXL's `denoising_end`) does fewer, and says how
+    many before it begins. Reads the timesteps from the device, once a generation.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, torch.Tensor) or first is None:
@@ -319,4 +372,6 @@ def _steps_of(scheduler: Any, first: Any) -> int | None:
     known = timesteps.flatten().tolist()
     at = float(torch.as_tensor(first).flatten()[0])
     places = [place for place, timestep in enumerate(known) if timestep == at]
-    return len(known) - [0, *places[:2]][-1]
+    to_the_end = len(known) - [0, *places[:2]][-1]
+    planned = None if session is None else session.planned_steps()
+    return to_the_end if planned is None else min(planned, to_the_end)

@@ -6,6 +6,9 @@ import math
 
 import torch
 
+MOST_VIEWS = 1024
+"""Views that are kept; a network asks for a few hundred, and pictures of other sizes for others."""
+
 
 class Workspace:
     """Rooms by name that all layers use in turn; each grows to the largest that was asked of it.
@@ -36,6 +39,8 @@ class Workspace:
         """The room `name` as a contiguous tensor of that shape and dtype, with whatever it holds."""
         found = self._seen.get((name, shape, dtype))
         if found is None:
+            if len(self._seen) >= MOST_VIEWS:
+                self._seen.clear()
             found = self._seen[name, shape, dtype] = self._view(name, shape, dtype)
         return found
 

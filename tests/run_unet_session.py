@@ -176,7 +176,7 @@ def paired() -> dict[str, dict[str, float]]:
         sent = session_of(pipe).communicator.report().messages
         session_of(pipe).detach()
         found[name] = {"error": error, "saved": alone - sent["halo"] - sent.get("moments", 0)}
-    return {**found, "dropout": {"saved": saved_with_dropout()}}
+    return found
 
 
 def plain(unet: nn.Module) -> None:
@@ -198,21 +198,6 @@ def adapted_twice(unet: nn.Module) -> None:
 def hooked(unet: nn.Module) -> None:
     """A hook between norm and convolution that changes what the convolution reads."""
     unet.mid_block.resnets[0].norm1.register_forward_hook(lambda module, inputs, output: output + 1)
-
-
-def saved_with_dropout() -> int:
-    """Messages saved in one call of a network with active dropout."""
-    pipe = pipeline()
-    alone = small_messages(pipe)
-    for module in pipe.unet.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.1
-    pipe.unet.train()
-    otil_xdit.parallelize(pipe, OtilConfig(freshness="sync", warmup_steps=1))
-    image(pipe, steps=2)
-    sent = session_of(pipe).communicator.report().messages
-    session_of(pipe).detach()
-    return alone - sent["halo"] - sent["moments"]
 
 
 def small_messages(pipe: Any) -> int:

@@ -51,7 +51,7 @@ REFUSED = {
     "jobs": ("--jobs 0", "--jobs 0: give a whole number from 1 up"),
     "timeout": ("--timeout 0", "--timeout 0: give a number of seconds above 0"),
     "LoRA": ("--lora none", "--lora none: give a file of LoRA weights"),
-    "LoRA for two": ("--lora pyproject.toml --models tiny-sd tiny-sdxl", "--lora fits one architecture"),
+    "LoRA for two": ("--lora otil_xdit/models/tiny-sd-lora --models tiny-sd tiny-sdxl", "--lora fits one architecture"),
 }
 
 

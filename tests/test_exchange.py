@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from otil_xdit.config import Selector
+from otil_xdit.config import OtilConfig, Selector
 from otil_xdit.exchange import ExchangeTimeout, PatchGroup
 from otil_xdit.grid import TokenLayout
 from otil_xdit.registry import get_strategy

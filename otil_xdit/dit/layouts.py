@@ -65,6 +65,12 @@ def refuse_unsupported(name: str, network: nn.Module) -> None:
         raise ValueError(f"--parallel does not support {kind} (the pipeline's {name}): {reason}")
 
 
+def token_layout(network: Any) -> TokenLayout:
+    """What is known of the attention sequences of a network before it is called: how large a token is."""
+    facts = architecture_of(network)
+    return TokenLayout(pixels=network.config.patch_size, text=facts.text) if facts.rows else TokenLayout()
+
+
 def read_call(
     network: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chunks: int, ranks: int
 ) -> tuple[torch.Tensor | None, TokenLayout]:

@@ -16,6 +16,7 @@ from otil_xdit.xdit.geometry import check_geometry
 from otil_xdit.xdit.models import TINY_DIT
 from otil_xdit.xdit.schedulers import make_scheduler
 from otil_xdit.xdit.shipped import absent_parts, model_folder
+from otil_xdit.xdit.trust import check_folder, check_lora
 from otil_xdit.xdit.unet_facts import TEXT_TO_IMAGE, read_folder
 from otil_xdit.xdit.unet_models import SHIPPED as SHIPPED_UNETS
 
@@ -117,10 +118,14 @@ def load_pipe(folder: str, sampler: str, lora: str | None) -> Any:
         lora: a file of LoRA weights, or None.
     """
     diffusers = importlib.import_module("diffusers")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **absent_parts(folder))
+    check_folder(folder)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, use_safetensors=True, **absent_parts(folder)
+    )
     if sampler != OWN:
         pipe.scheduler = make_scheduler(sampler, pipe.scheduler)
     if lora is not None:
+        check_lora(lora)
         pipe.load_lora_weights(str(Path(lora).parent), weight_name=Path(lora).name)
         if getattr(pipe, "unet", None) is None:
             # xDiT's wrappers of transformers take plain linear layers only. Fused for one process too: the same sums.

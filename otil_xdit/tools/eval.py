@@ -15,7 +15,7 @@ from typing import TypeVar
 from otil_xdit.cli import visible_devices
 from otil_xdit.evaluation.generate import Failures, Interrupted, make_pictures
 from otil_xdit.evaluation.matrix import Case, Matrix, make_calls, parse_sampler, parse_variant
-from otil_xdit.evaluation.models import MODELS_HELP, OWN, find_model
+from otil_xdit.evaluation.models import MODELS_HELP, OWN, Model, find_model
 from otil_xdit.evaluation.report import plot, table
 from otil_xdit.evaluation.rows import Row, as_json, make_rows
 from otil_xdit.evaluation.sheets import Column, sheet
@@ -25,6 +25,7 @@ from otil_xdit.registry import strategies
 from otil_xdit.xdit.degrees import check_at_least
 from otil_xdit.xdit.flags import OPTIONS
 from otil_xdit.xdit.schedulers import SCHEDULERS
+from otil_xdit.xdit.trust import check_folder, check_lora
 
 EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplotlib"}
 """Modules that are not among the plugin's own dependencies, and their packages."""
@@ -165,7 +166,7 @@ def read_matrix(arguments: argparse.Namespace) -> Matrix:
         ValueError: naming the flag, its value and what is accepted.
     """
     return Matrix(
-        models=_each(find_model, arguments.models),
+        models=_each(_trusted_model, arguments.models),
         variants=_each(parse_variant, arguments.presets),
         ranks=tuple(dict.fromkeys(arguments.ranks)),
         samplers=_each(parse_sampler, arguments.samplers),
@@ -192,15 +193,24 @@ def _prompts(file: Path | None) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def _trusted_model(name: str) -> Model:
+    """A model whose files run no code."""
+    model = find_model(name)
+    check_folder(model.folder)
+    return model
+
+
 def lora_file(path: Path) -> Path:
     """The file of LoRA weights that a path names.
 
     Raises:
-        ValueError: for a path that is neither a file nor a folder with one ``.safetensors``, or without peft.
+        ValueError: for a path that is neither a file nor a folder with one ``.safetensors``, a file that can run code,
+            or without peft.
     """
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(found) != 1 or not found[0].is_file():
         raise ValueError(f"--lora {path}: give a file of LoRA weights, or a folder with one .safetensors file")
+    check_lora(str(found[0]))
     if find_spec("peft") is None:
         raise ValueError(f"--lora {path}: peft is not installed; pip install peft")
     return found[0].resolve()

@@ -226,12 +226,12 @@ def _keep_rows(seat: Seat, x: torch.Tensor, beyond: Beyond, normalise: Callable[
 
 
 def _check_processor(attention: Attention, name: str) -> None:
-    processor = type(attention.processor).__name__
+    processor = type(attention.processor)
     known = TEXT_PROCESSORS if attention.is_cross_attention else PLAIN_PROCESSORS
-    if processor not in known:
+    if processor.__name__ not in known or not processor.__module__.startswith("diffusers."):
         raise ValueError(
-            f"--parallel does not support the attention processor {processor} of the layer {name}; it knows "
-            f"{', '.join(known)}"
+            f"--parallel does not support the attention processor {processor.__module__}.{processor.__name__} of the "
+            f"layer {name}; it knows diffusers' {', '.join(known)}"
         )
 
 

@@ -16,12 +16,14 @@ from inspect import signature
 from typing import Any, Protocol
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
 from torch.nn import functional
 
 from otil_xdit.borders import Beyond, halo_key
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import LevelGrid, TokenLayout, kept_tokens
+from otil_xdit.refusals import refuse_gradients
 from otil_xdit.subclass import is_swapped, subclass_of, swap_class
 from otil_xdit.unet.layers import Seat, halo_rows, is_spatial, unwrap_layer, wrap_layer
 from otil_xdit.unet.pairs import RowsForConv, find_pairs
@@ -103,18 +105,23 @@ class UnetPatches:
         """Wrap the network and its layers, those too that are new since the last time (LoRA); forget the text.
 
         Raises:
-            ValueError: naming the layer that patches cannot serve.
+            ValueError: naming the layer that patches cannot serve, or the setting that means nothing at its resolution.
         """
         if not is_swapped(self.network):
             swap_class(self.network, _patched_unet)
         vars(self.network)["_otil_seat"] = Seat(self, "", 0)
         _refuse_freeu(self.network)
-        _refuse_shadowed(self.network)
-        pairs = find_pairs(self.network)
+        pairs, levels = find_pairs(self.network), set[int]()
         for path, module in self.network.named_modules():
             if is_spatial(module):
-                wrap_layer(module, self, path, self._levels.of(path), pairs.get(path))
+                level = self._levels.of(path)
+                wrap_layer(module, self, path, level, pairs.get(path))
                 self._check_heads(path, module)
+                if isinstance(module, Attention) and not module.is_cross_attention:
+                    levels.add(level)
+        patches = self.groups.rows.world_size // self.groups.ulysses_degree
+        for level in levels if patches > 1 else ():
+            self.session.communicator.observe(None, TokenLayout(pixels=2**level))
         self.text.clear()
         self._step = -1
 
@@ -226,6 +233,7 @@ class UnetPatches:
             ValueError: for arguments that patches cannot serve, and sizes that the ranks cannot share.
         """
         _refuse_arguments(kwargs)
+        refuse_gradients(self.network, sample, *kwargs.values())
         return_dict = kwargs.pop("return_dict", True)
         cut = self._cut(sample)
         self._count_call()
@@ -369,16 +377,6 @@ def _refuse_arguments(kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"--parallel does not support {', '.join(sorted(unknown))} in cross_attention_kwargs; it knows "
             f"{', '.join(_PASSED_KWARGS)}"
-        )
-
-
-def _refuse_shadowed(network: Any) -> None:
-    """CPU offload (accelerate) gives modules a `forward` of their own, which would hide the patched one."""
-    shadowed = next((path or "the U-Net" for path, one in network.named_modules() if "forward" in vars(one)), None)
-    if shadowed is not None:
-        raise ValueError(
-            f"--parallel does not support a U-Net whose forward has been replaced ({shadowed}), as CPU offload does; "
-            "keep the U-Net on the device"
         )
 
 

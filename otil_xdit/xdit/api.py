@@ -12,7 +12,7 @@ from otil_xdit.registry import get_strategy
 from otil_xdit.xdit.degrees import resolve_patch_degree
 from otil_xdit.xdit.flags import ParallelChoice
 from otil_xdit.xdit.geometry import check_heads
-from otil_xdit.xdit.hooks import carry, register
+from otil_xdit.xdit.hooks import carry, register, undo
 from otil_xdit.xdit.unet_facts import heads_of
 from otil_xdit.xdit.unets import check_unet_pipeline
 
@@ -57,9 +57,29 @@ def parallelize(
         return pipe
     args = xFuserArgs(model=type(pipe).__name__, ring_degree=patch_degree, **degrees)
     carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree))
+    if dist.get_rank() == 0 and patch_degree > 1:
+        from otil_xdit.xdit.footprint import tell_footprint
+
+        tell_footprint(pipe, config, patch_degree, ulysses_degree, 1 + use_cfg_parallel)
     engine_config, _ = args.create_config()
     engine_config.runtime_config.dtype = getattr(pipe, "dtype", torch.float32)
     if wrapper is not None:
         return wrapper(pipe, engine_config)
     initialize_runtime_state(pipe, engine_config)
     return pipe
+
+
+def restore(pipe: Any) -> Any:
+    """Undo `parallelize`: give classes, hooks, layers and attributes back as they were, and free the buffers.
+
+    Every rank that called `parallelize` calls this; nothing is sent. Process groups stay, for the next `parallelize`.
+
+    Args:
+        pipe: what `parallelize` returned, or the pipeline of any other call that was attached to a strategy.
+
+    Returns:
+        The diffusers pipeline, which computes on this rank alone what it did before. Around a U-Net it is `pipe`; of
+        an xDiT wrapper it is the pipeline that was wrapped, and the wrapper is of no use any more. LoRA that was loaded
+        in between stays loaded. A pipeline that is not parallelized is given back as it is.
+    """
+    return undo(pipe)

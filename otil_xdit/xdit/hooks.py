@@ -36,12 +36,14 @@ from otil_xdit.agreement import facts_of_settings, versions
 from otil_xdit.config import OtilConfig
 from otil_xdit.dit.attention import over_patches, without_padding
 from otil_xdit.exchange import PatchGroup, break_connections, limit_waits
+from otil_xdit.refusals import refuse_own_processors
 from otil_xdit.registry import SYNC
-from otil_xdit.session import PatchSession
+from otil_xdit.session import NETWORKS, PatchSession
 from otil_xdit.unet.patches import UnetGroups
 from otil_xdit.watch import Watch
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.flags import ParallelChoice, add_otil_args, choose
+from otil_xdit.xdit.undo import parts_of, unwrap
 from otil_xdit.xdit.unets import check_unet_pipeline
 from otil_xdit.xdit.versions import warn_if_untested
 
@@ -49,6 +51,7 @@ logger = logging.getLogger("otil_xdit")
 
 _CHOICE = "otil_choice"
 _SESSION = "otil_session"
+_UNDO = "_otil_undo"
 _MARK = "_otil_xdit_registered"
 
 _SETUP_SECONDS = 1800.0
@@ -79,6 +82,21 @@ def register() -> None:
 def session_of(pipe: Any) -> PatchSession | None:
     """The session that a pipeline (or xDiT wrapper of one) was attached to."""
     return vars(pipe).get("_otil_session")
+
+
+def undo(pipe: Any) -> Any:
+    """The pipeline as it was before it was attached to a strategy and xDiT wrapped it; see `otil_xdit.restore`."""
+    inner = vars(pipe).get("module", pipe)
+    for one in (pipe, inner):
+        session = session_of(one)
+        if session is not None:
+            session.detach()
+    vars(pipe).pop(_UNDO, _nothing)()
+    return inner
+
+
+def _nothing() -> None:
+    """What there is to undo of a pipeline that xDiT has not wrapped."""
 
 
 def connect(choice: ParallelChoice) -> PatchSession:
@@ -187,6 +205,8 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
     if parallel is None:
         return None
     choice = getattr(parallel, _CHOICE, None)
+    if choice is not None:
+        _check_groups(parallel)
     if getattr(pipeline, "unet", None) is not None:
         if parallel.sp_degree * parallel.cfg_degree == 1:
             return None
@@ -199,10 +219,40 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
     return getattr(parallel, _SESSION)
 
 
+def _check_groups(parallel: Any) -> None:
+    """xDiT makes its process groups once a process, whatever later pipelines ask for."""
+    from xfuser.core.distributed import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    sequence = parallel_state.get_sp_group()
+    wanted = (parallel.ring_degree, parallel.ulysses_degree, parallel.cfg_degree)
+    made = (
+        sequence.ring_world_size,
+        sequence.ulysses_world_size,
+        parallel_state.get_classifier_free_guidance_world_size(),
+    )
+    if wanted != made:
+        raise ValueError(
+            "this pipeline is to run on {} patches x {} Ulysses x {} CFG, and this process's groups were made for {} x "
+            "{} x {}; xDiT makes them once: give all pipelines of a process the same degrees".format(*wanted, *made)
+        )
+
+
 def _attach(session: PatchSession, pipe: Any) -> None:
     session.attach(pipe)
     if dist.get_rank() != 0 and hasattr(pipe, "set_progress_bar_config"):
+        owner = pipe.set_progress_bar_config.__self__  # the pipeline that an xDiT wrapper holds
+        session.on_detach(partial(_put_back, owner, "_progress_bar_config", vars(owner).get("_progress_bar_config")))
         pipe.set_progress_bar_config(**{**getattr(pipe, "_progress_bar_config", {}), "disable": True})
+
+
+def _put_back(owner: Any, attribute: str, value: Any) -> None:
+    """Give an attribute its value back; None for one that was not there."""
+    if value is None:
+        vars(owner).pop(attribute, None)
+    else:
+        setattr(owner, attribute, value)
 
 
 def _hook_args(args_class: Any) -> None:
@@ -297,11 +347,21 @@ def _hook_pipelines() -> None:
     init = xFuserPipelineBaseWrapper.__init__
 
     @wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        session = _session_for(self.engine_config, self)
-        if session is not None:
-            _attach(session, self)
+    def __init__(self: Any, pipeline: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(getattr(engine_config, "parallel_config", None), _CHOICE, None) is not None:
+            for name in NETWORKS:
+                if isinstance(network := getattr(pipeline, name, None), torch.nn.Module):
+                    refuse_own_processors(name, network)
+        vars(self)[_UNDO] = partial(unwrap, pipeline, parts_of(pipeline))
+        vars(self)["module"] = pipeline  # as xDiT's own last line does; for `undo`, should it not get there
+        try:
+            init(self, pipeline, engine_config, *args, **kwargs)
+            session = _session_for(self.engine_config, self)
+            if session is not None:
+                _attach(session, self)
+        except Exception:
+            undo(self)
+            raise
 
     xFuserPipelineBaseWrapper.__init__ = __init__
 

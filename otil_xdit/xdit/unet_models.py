@@ -14,6 +14,7 @@ from otil_xdit.xdit.degrees import FlagError
 from otil_xdit.xdit.flags import add_unet_args
 from otil_xdit.xdit.schedulers import make_scheduler
 from otil_xdit.xdit.shipped import model_folder
+from otil_xdit.xdit.trust import add_trust_args, check_trust
 from otil_xdit.xdit.unet_facts import UNETS, UnetFacts, facts_of, read_folder
 from otil_xdit.xdit.unets import check_unet_pipeline
 
@@ -36,6 +37,7 @@ def register_unet_models() -> None:
     def add(parser: Any) -> Any:
         parser = add_runner_args(parser)
         add_unet_args(parser)
+        add_trust_args(parser)
         return parser
 
     xFuserArgs.add_runner_args = staticmethod(add)
@@ -143,10 +145,21 @@ def _runner_class() -> Any:
         def _customize_settings(self, config: Any) -> None:
             self.settings.model_name = source_of(config.model, self.facts)
 
+        def initialize(self, input_args: dict[str, Any]) -> None:
+            self._values = input_args
+            super().initialize(input_args)
+
         def _load_model(self) -> Any:
             dtype = torch.float16 if has_accelerator() else torch.float32
+            name, values = self.settings.model_name, self._values
+            check_trust(name, type(self), values)
             try:
-                pipe = DiffusionPipeline.from_pretrained(self.settings.model_name, torch_dtype=dtype)
+                pipe = DiffusionPipeline.from_pretrained(
+                    name,
+                    torch_dtype=dtype,
+                    use_safetensors=None if values.get("allow_pickle") else True,
+                    trust_remote_code=bool(values.get("trust_remote_code")),
+                )
             except OSError as error:
                 raise _not_found(self.config.model, self.settings.model_name, error) from error
             check_unet_pipeline(pipe)

@@ -1,0 +1,63 @@
+"""Pipelines that live long, on real ranks: every image is a fresh pipeline's, and `restore` leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.torchrun import lines_of
+
+KINDS = ("unet", "dit")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[Any]]:
+    return {line["name"]: line["ranks"] for line in lines_of(2, "run_state.py")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", ["otil", "paper"])
+def test_every_image_is_that_of_a_fresh_pipeline(kind: str, config: str, found: dict[str, list[Any]]) -> None:
+    """Calls of every kind, after images of every other kind that were broken off in every way."""
+    for rank in found[f"{kind}, {config}"]:
+        assert rank["wrong"] == [] and rank["compared"] >= 6
+        assert rank["like plain"] in (["plain"], []), "a call that changes nothing shows nothing"
+    assert any(rank["like plain"] for rank in found[f"{kind}, {config}"]), "no rank had images"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restore_leaves_the_pipeline_as_it_was(kind: str, found: dict[str, list[Any]]) -> None:
+    for rank in found[f"{kind}, restored"]:
+        assert rank["while"] == [True, True], "parallelize changed nothing that this test sees"
+        assert rank["changed"] == [] and rank["same image"] == [True, True] and rank["buffers"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_that_means_nothing_is_refused_before_anything_is_sent(kind: str, found: dict[str, list[Any]]) -> None:
+    for rank in found[f"{kind}, score"]:
+        assert "dhash needs sub-blocks of at least 2 x 2 tokens" in rank["refused"] and rank["messages"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_told_before_and_after(kind: str, found: dict[str, list[Any]]) -> None:
+    first, second = found[f"{kind}, told"]
+    before, after = first["lines"]
+    expected = float(re.search(r"about ([\d.]+) MB on each rank", before)[1])
+    assert float(re.search(r"buffers ([\d.]+) MB", after)[1]) == pytest.approx(first["buffers"], abs=0.06)
+    # A U-Net's halo rows and moments are not in it.
+    assert first["buffers"] * (0.8 if kind == "unet" else 0.97) <= expected <= first["buffers"] * 1.01
+    assert second["lines"] == []
+
+
+def test_the_clock_knows_that_an_image_ends_early(found: dict[str, list[Any]]) -> None:
+    for whole, steps, half, half_steps in found["denoising_end"]:
+        assert whole == steps == 8 and half == half_steps == 4
+
+
+@pytest.mark.slow
+def test_every_kind_of_call_after_every_other() -> None:
+    for line in lines_of(2, "run_state.py", "--all", timeout=1800):
+        for rank in line["ranks"] if "otil" in line["name"] or "paper" in line["name"] else ():
+            assert rank["wrong"] == [], line["name"]
