@@ -10,9 +10,9 @@ from otil_xdit.planner.options import CFG, ULYSSES, Option
 PSNR: dict[str, dict[str, tuple[float, ...]]] = {
     "U-Net": {
         "otil high": (62.7, 66.9),
-        "otil": (59.1, 62.8),
+        "otil": (57.6, 57.7),
         "compact-2bit": (53.8, 59.2),
-        "otil draft": (48.5, 53.6),
+        "otil draft": (48.1, 52.2),
         "distrifusion": (45.9, 47.1),
         "otil-paper 1/8": (38.4, 41.8),
         "naive": (28.8,),
