@@ -53,6 +53,7 @@ WRONG = {
     "no --parallel": ("--otil_ratio 1/8", "--otil_ratio given without --parallel"),
     "no such flag": ("--otil_ration 1/8", "unrecognized arguments: --otil_ration"),
     "no value": ("--parallel otil --nproc_per_node", "--nproc_per_node needs a value"),
+    "no value after =": ("--parallel otil --otil_ratio=--", "--otil_ratio=--: '--' is not a value"),
     "nodes": ("--parallel otil --nnodes x", "--nnodes is 'x'; give a whole number"),
     "nodes and world": (
         "--parallel otil --nnodes 2 --patch_degree 3 --height 192",

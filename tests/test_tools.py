@@ -41,6 +41,18 @@ def test_an_unknown_tool_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 2 and "models" in capsys.readouterr().err
 
 
+def test_two_dashes_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse would make an empty list of them."""
+    with pytest.raises(SystemExit) as ended:
+        tools.main(["bench", "--limit=--"])
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("error: --limit=--: '--' is not a value; give --limit another one")
+    )
+
+
 def test_the_table_names_what_xfuser_has() -> None:
     known = {name.rsplit("/", 1)[-1].lower() for name in model_registry()}
     assert {name for entry in support.RUNNERS for name in entry.models} <= known

@@ -22,7 +22,7 @@ travelling
 
 Work takes `ranks / cores` times as long where ranks outnumber the cores of their host. Link, `cores` and the terms are
 a `Machine`; without measurements nothing is lost and nothing costs anything but the link. Not in the model: ranks that
-wait for a slower one, and requests that share the link at one moment.
+wait for a slower one, requests that share the link at one moment, and when in a step a message leaves and is wanted.
 """
 
 from __future__ import annotations

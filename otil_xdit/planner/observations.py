@@ -25,8 +25,9 @@ from otil_xdit.registry import get_strategy
 LOOPBACK = Link("loopback", math.inf, 0.0)
 """Where nothing was shaped: whatever messages cost there is the host's work."""
 
-IN_FLIGHT = 0.87
-"""Share of a shaped rate that four of gloo's all-gathers reach that are under way at once; measured, 64 kB to 4 MB."""
+IN_FLIGHT = 1448 / 1514
+"""Share of a shaped rate that messages reach of which several are under way at once, so that the cable never waits:
+TCP's payload in a full Ethernet frame, as `tc` counts it."""
 
 SWAPPING = 2.0
 """gloo's all-to-all posts its sends before its receives. So the rank that comes later sends first and lets the other

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from otil_xdit import __version__
+from otil_xdit.xdit.degrees import check_values
 
 TOOLS = {
     "models": "list the models: what runs under --parallel, how, and what is refused",
@@ -37,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = import_module(f"otil_xdit.tools.{name}")
             module.add_arguments(tool)
             tool.set_defaults(run=module.run, tool=tool)
+    try:
+        check_values(given)
+    except ValueError as error:
+        parser.error(str(error))
     parsed = parser.parse_args(given)
     try:
         code: int = parsed.run(parsed) or 0
