@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 tests/run_state.py [--all]
 
 Rank 0 prints a JSON line for each network and setting: the names of the images that differ from a fresh pipeline's, by
-rank, and what differs after `restore`. With --all each kind of call is followed by each other one, and by every kind of
-interruption.
+rank, and what differs after `restore`. With --all there are all networks and settings, and each kind of call is followed
+by each other one.
 """
 
 from __future__ import annotations
@@ -66,10 +66,12 @@ def main() -> None:
     kinds: dict[str, Any] = {"unet": (pipeline, draw_unet, UNET_CALLS), "dit": (load, draw_dit, DIT_CALLS)}
     for kind, (make, draw, calls) in kinds.items():
         for name, config in CONFIGS.items():
-            tell(f"{kind}, {name}", compared(make, draw, calls, config))
+            if "--all" in sys.argv or (kind, name) == ("unet", "otil"):
+                tell(f"{kind}, {name}", compared(make, draw, calls, config))
         tell(f"{kind}, restored", restored(make, draw))
         tell(f"{kind}, score", refused_score(make, draw))
-        tell(f"{kind}, told", told(make, draw))
+        if "--all" in sys.argv or kind == "dit":
+            tell(f"{kind}, told", told(make, draw))
     tell("denoising_end", counted_steps())
     dist.barrier()
     dist.destroy_process_group()
@@ -257,6 +259,8 @@ def _told(value: Any) -> Any:
     """An attribute's value as far as it can be compared."""
     if isinstance(value, dict):
         return {key: id(one) if isinstance(one, torch.nn.Module) else _told(one) for key, one in value.items()}
+    if isinstance(value, torch.Tensor) and value.numel() <= 1000:  # a scheduler makes its own anew for each image
+        return value.tolist()
     if isinstance(value, (torch.Tensor, torch.nn.Module)) or callable(value):
         return id(value)
     return repr(value)

@@ -8,12 +8,16 @@ from typing import Any
 
 from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation.memory import memory_of
-from otil_xdit.planner.networks import Network, layers_in_order
+from otil_xdit.planner.networks import T5_TOKENS, Network, layers_in_order
 
 logger = logging.getLogger("otil_xdit")
 
-ONE_PASS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
-"""Networks whose guidance needs no second pass."""
+DITS = {
+    "SD3Transformer2DModel": (2, 77 + T5_TOKENS, 2),
+    "PixArtTransformer2DModel": (2, 0, 2),
+    "FluxTransformer2DModel": (2, 512, 1),
+}
+"""Latent pixels of a token a side, text tokens in self-attention by diffusers' defaults, and passes under guidance."""
 
 
 def tell_footprint(pipe: Any, config: Any, patches: int, ulysses_degree: int, cfg_degree: int) -> None:
@@ -51,16 +55,18 @@ def footprint(
     """
     unet = getattr(pipe, "unet", None)
     module = pipe.transformer if unet is None else unet
-    sample = module.config.sample_size
+    kind = type(module).__name__
+    if unet is None and kind not in DITS:
+        raise ValueError(f"how much text {kind} is given is not known")
+    patch, text, passes = DITS[kind] if unet is None else (1, 0, 2)
+    sample = module.config.get("sample_size") or pipe.default_sample_size
     rows, cols = sample if isinstance(sample, (list, tuple)) else (sample, sample)
     height, width = rows * pipe.vae_scale_factor, cols * pipe.vae_scale_factor
-    network = Network(
-        type(pipe).__name__, module, pipe.vae_scale_factor, 1 if unet is not None else module.config.patch_size
-    )
-    batch = 1 if cfg_degree > 1 or type(module).__name__ in ONE_PASS else 2
+    network = Network(type(pipe).__name__, module, pipe.vae_scale_factor, patch)
     layers = [
         replace(layer, width=layer.width // ulysses_degree, heads=layer.heads // ulysses_degree)
-        for layer in layers_in_order(network, height, width, patches, network.text)
+        for layer in layers_in_order(network, height, width, patches, text)
     ]
+    batch = 1 if cfg_degree > 1 else passes
     memory = memory_of(layers, patches, batch, module.dtype, config)
     return (height, width), memory.total + sum(memory.rooms.values())
