@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from otil_xdit.config import OtilConfig
-from otil_xdit.evaluation.memory import memory_of
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout
+from otil_xdit.planner.memory import memory_of
 from otil_xdit.planner.networks import attention_layers, find_network
 from otil_xdit.registry import get_strategy
 from otil_xdit.run import OtilRun

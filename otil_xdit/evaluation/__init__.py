@@ -7,6 +7,5 @@ worker.py     what each rank of a torchrun runs
 generate.py   starts the torchruns, watches them, says what failed
 metrics.py    PSNR, SSIM, seam; weights.py: metrics that need weights
 rows.py       one row of figures for each variant
-memory.py     bytes that a rank keeps for the exchange (`otil-xdit memory`)
 report.py     the table and the plot; sheets.py: pictures beside each other
 """

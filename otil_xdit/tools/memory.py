@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 
 from otil_xdit.config import Copies, OtilConfig
-from otil_xdit.evaluation.memory import Memory, memory_of
+from otil_xdit.planner.memory import Memory, memory_of
 from otil_xdit.planner.networks import DTYPES, PUBLISHED, Network, attention_layers, find_network
 from otil_xdit.planner.tables import markdown
 from otil_xdit.registry import get_strategy

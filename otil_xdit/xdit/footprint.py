@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from otil_xdit.config import OtilConfig
-from otil_xdit.evaluation.memory import memory_of
+from otil_xdit.planner.memory import memory_of
 from otil_xdit.planner.networks import T5_TOKENS, Network, layers_in_order
 
 logger = logging.getLogger("otil_xdit")
