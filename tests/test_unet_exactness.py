@@ -37,32 +37,21 @@ CASES = tuple(case for case in CONFIGS if case != "resnet sampling")
 
 EXACT = (
     *(Trial(case, PATCH, 40, 24) for case in CASES),
-    Trial("sdxl", PATCH, 64, 64),
     Trial("sd1.5", PATCH, 33, 32, batch=3),
     Trial("sd1.5", PATCH, 33, 27, batch=2, extra="controlnet"),
-    Trial("sd1.5", PATCH, 33, 27, batch=2, extra="adapter"),
-    Trial("sdxl", PATCH, 33, 27, batch=2, extra="controlnet"),
     Trial("sdxl", PATCH, 33, 27, batch=2, extra="adapter"),
     Trial("sd2", PATCH, 20, 20, batch=3, extra="text mask"),
     Trial("sd2", PATCH, 20, 20, batch=3, extra="timestep per item"),
-    Trial("sd2", PATCH, 20, 20, extra="timestep as number"),
     Trial("sd2", PATCH, 20, 20, extra="new text"),
     Trial("sd2", PATCH, 20, 20, extra="text in place"),
     Trial("sd2", ULYSSES, 33, 27),
-    Trial("sdxl", ULYSSES, 40, 24, batch=3),
-    Trial("sd1.5", CFG, 20, 20, batch=2),
     Trial("sd1.5", CFG, 20, 20, batch=3),
-    Trial("sdxl", CFG, 20, 20, batch=2, extra="controlnet"),
     Trial("sdxl", CFG, 20, 20, batch=4, extra="timestep per item"),
     Trial("sd1.5", PATCH_3, 20, 20),
-    Trial("sdxl", PATCH_3, 20, 20, batch=3),
-    Trial("refiner", PATCH_3, 33, 32),
     Trial("sd1.5", PATCH_4, 33, 32),
-    Trial("sd1.5", WITH_CFG, 40, 24, batch=2),
     Trial("sd1.5", WITH_CFG, 40, 24, batch=2, extra="controlnet"),
     Trial("sdxl", WITH_CFG, 33, 32, batch=3),
     Trial("sdxl", WITH_ULYSSES, 40, 24),
-    Trial("sd2", WITH_ULYSSES, 33, 27),
 )
 STALE = (Trial("sd1.5", PATCH, 40, 24, freshness="frozen"), Trial("sdxl", PATCH, 40, 24, freshness="frozen"))
 REFUSED = {
@@ -86,6 +75,13 @@ def slow_trials() -> tuple[Trial, ...]:
             found += [Trial(case, degrees, 33, 27, batch=2, extra=extra) for extra in EXTRAS]
         served = (extra for extra in ALTERATIONS if extra != "fused projections")
         found += [Trial(case, PATCH, 33, 27, batch=2, extra=extra) for extra in served]
+    found += [
+        Trial("sdxl", PATCH, 64, 64),
+        Trial("sd2", PATCH, 20, 20, extra="timestep as number"),
+        Trial("sdxl", CFG, 20, 20, batch=2, extra="controlnet"),
+        Trial("refiner", PATCH_3, 33, 32),
+        Trial("sd2", WITH_ULYSSES, 33, 27),
+    ]
     found += random_trials(60)
     return tuple(trial for trial in dict.fromkeys(found) if trial not in EXACT)
 
