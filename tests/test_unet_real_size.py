@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,9 +39,10 @@ def empty_unet(name: str) -> UNet2DConditionModel:
 
 
 def patches_of(unet: UNet2DConditionModel) -> UnetPatches:
-    """Ready to wrap; wrapping asks neither a session nor a process group for anything."""
+    """Ready to wrap; wrapping shows layouts to the communicator, and asks no process group for anything."""
     nobody: Any = None
-    return UnetPatches(nobody, unet, UnetGroups(PatchGroup(nobody, 0, 2), 1, 1, 0, ((0, 0), (0, 1))), nobody)
+    session: Any = SimpleNamespace(communicator=SimpleNamespace(observe=lambda latent, layout: None))
+    return UnetPatches(session, unet, UnetGroups(PatchGroup(nobody, 0, 2), 1, 1, 0, ((0, 0), (0, 1))), nobody)
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:
