@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 tests/run_state.py [--all]
 
 Rank 0 prints a JSON line for each network and setting: the names of the images that differ from a fresh pipeline's, by
-rank, and what differs after `restore`. With --all there are all networks and settings, and each kind of call is followed
-by each other one.
+rank, and what differs after `restore`. With --all there are all networks and settings, and each kind of call is
+followed by each other one.
 """
 
 from __future__ import annotations
