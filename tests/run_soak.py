@@ -95,7 +95,9 @@ def on_two_ranks(jobs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
         listed.write_text(json.dumps(jobs))
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
         command = [*launch, "--rank-jobs", str(listed), "--out", str(out)]
-        subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the ranks failed: {done.stderr[-6000:]}")
     notes: list[dict[str, Any]] = json.loads(out.read_text())
     return notes
 
@@ -141,9 +143,12 @@ def in_rank(jobs: list[dict[str, Any]], out: Path) -> int:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     service, notes, process = Service(), [], psutil.Process()
-    for job in jobs:
+    for number, job in enumerate(jobs):
         started = time.perf_counter()
-        digest = service.make(job)
+        try:
+            digest = service.make(job)
+        except Exception as error:
+            raise RuntimeError(f"image {number}, {job}") from error
         seconds = time.perf_counter() - started
         gc.collect()
         ranks: list[Any] = [None] * dist.get_world_size()
