@@ -48,7 +48,8 @@ def check_memory(ranks: list[dict[str, Any]], least: float) -> None:
     before, after = first["lines"]
     expected = float(re.search(r"about ([\d.]+) MB on each rank", before)[1])
     assert float(re.search(r"buffers ([\d.]+) MB", after)[1]) == pytest.approx(first["buffers"], abs=0.06)
-    assert first["buffers"] * least <= expected <= first["buffers"] * 1.01
+    # Before, nobody knows how long the prompt will be: the architecture's longest is assumed.
+    assert first["buffers"] * least <= expected <= first["buffers"] * 1.15
     assert second["lines"] == []
 
 
