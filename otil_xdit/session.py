@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, wraps
 from inspect import signature
@@ -73,6 +73,8 @@ class PatchSession:
         self._attached: list[Any] = []
         self._pipe: Any = None
         self._undo = ExitStack()
+        self.surroundings: Callable[[], AbstractContextManager[None]] = nullcontext
+        """What a generation is to take place in."""
 
     @staticmethod
     def active() -> PatchSession | None:
@@ -164,6 +166,7 @@ class PatchSession:
         self._pipe = pipe
         try:
             with ExitStack() as stack, self._told():
+                stack.enter_context(self.surroundings())
                 self._agree(pipe, networks, call or {})
                 self._watch(networks)
                 for net in networks.values():

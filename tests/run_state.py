@@ -72,6 +72,7 @@ def main() -> None:
         tell(f"{kind}, score", refused_score(make, draw))
         if "--all" in sys.argv or kind == "dit":
             tell(f"{kind}, told", told(make, draw))
+    tell("side by side", side_by_side())
     tell("denoising_end", counted_steps())
     dist.barrier()
     dist.destroy_process_group()
@@ -264,6 +265,20 @@ def _told(value: Any) -> Any:
     if isinstance(value, (torch.Tensor, torch.nn.Module)) or callable(value):
         return id(value)
     return repr(value)
+
+
+def side_by_side() -> list[bool]:
+    """Whether a DiT and a U-Net in turns make the images that each makes alone: xDiT has one state for both."""
+    pipes, same = [], []
+    for make, draw in ((load, draw_dit), (pipeline, draw_unet)):
+        pipe = otil_xdit.parallelize(make(), CONFIGS["otil"])
+        pipes.append((pipe, draw, draw(pipe)))
+    for pipe, draw, first in pipes * 2:
+        again = draw(pipe)
+        same.append(again is None or torch.equal(again, first))
+    for pipe, *_ in pipes:
+        otil_xdit.restore(pipe)
+    return same
 
 
 def counted_steps() -> list[int | None]:

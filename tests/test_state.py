@@ -57,6 +57,10 @@ def test_memory_is_told_before_and_after(found: dict[str, list[Any]]) -> None:
     check_memory(found["dit, told"], least=0.97)
 
 
+def test_a_dit_and_a_unet_take_turns(found: dict[str, list[Any]]) -> None:
+    assert found["side by side"] == [[True] * 4] * 2
+
+
 def test_the_clock_knows_that_an_image_ends_early(found: dict[str, list[Any]]) -> None:
     for whole, steps, half, half_steps in found["denoising_end"]:
         assert whole == steps == 8 and half == half_steps == 4

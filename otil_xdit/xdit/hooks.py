@@ -23,7 +23,8 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,16 @@ def _attach(session: PatchSession, pipe: Any) -> None:
         pipe.set_progress_bar_config(**{**getattr(pipe, "_progress_bar_config", {}), "disable": True})
 
 
+@contextmanager
+def _in_state(module: Any, state: Any) -> Iterator[None]:
+    """Let xDiT's one runtime state be that of the pipeline which generates: each new pipeline's replaces it for all."""
+    before, module._RUNTIME = module._RUNTIME, state
+    try:
+        yield
+    finally:
+        module._RUNTIME = before
+
+
 def _put_back(owner: Any, attribute: str, value: Any) -> None:
     """Give an attribute its value back; None for one that was not there."""
     if value is None:
@@ -321,6 +332,7 @@ def _hook_runtime_state() -> None:
         initialize(pipeline, engine_config)
         session = _session_for(engine_config, pipeline)
         if session is not None and pipeline is not None:
+            session.surroundings = partial(_in_state, runtime_state, runtime_state._RUNTIME)
             _attach(session, pipeline)
 
     _replace_everywhere(initialize, initialize_runtime_state)
