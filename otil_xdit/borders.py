@@ -56,7 +56,6 @@ class HaloLayer(ParcelLayer):
         # Zeros at the image's edges, where nothing is ever received.
         self._received: Neighbours = like.new_zeros(up), like.new_zeros(down)
         self._before: Neighbours = like.new_zeros(up), like.new_zeros(down)
-        self._receptions = 0
         # The rank before is sent as many rows as come from the one after.
         dtype = torch.float32 if coded else like.dtype
         parts = Part("previous", down, up, dtype, coded), Part("next", up, down, dtype, coded)
@@ -65,10 +64,6 @@ class HaloLayer(ParcelLayer):
     @property
     def nbytes(self) -> int:
         return sum(rows.nbytes for rows in (*self._received, *self._before))
-
-    def begin(self) -> None:
-        super().begin()
-        self._receptions = 0
 
     def widen(self, x: torch.Tensor, mode: Mode, step: int, kind: str) -> torch.Tensor:
         """`x` with the halo above and below it, [B, C, above + rows + below, W]; zeros beyond the image's edges.
@@ -189,7 +184,6 @@ class MomentsLayer(ParcelLayer):
         self._sent = like.new_zeros(2, *like.shape)
         self._all = like.new_zeros(ranks, 2, *like.shape)
         self._before = torch.zeros_like(self._all)
-        self._receptions = 0
         # Two ranks are each other's only neighbour: moments travel with the rows.
         lane: Lane = "everybody" if ranks != 2 else "next" if own == 0 else "previous"
         self._parts = (Part(lane, tuple(self._sent.shape), tuple(self._sent.shape), like.dtype),)
@@ -199,10 +193,6 @@ class MomentsLayer(ParcelLayer):
     def nbytes(self) -> int:
         packets = self._packets.nbytes if self._packets is not None else 0
         return self._sent.nbytes + self._all.nbytes + self._before.nbytes + packets
-
-    def begin(self) -> None:
-        super().begin()
-        self._receptions = 0
 
     def combine(
         self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, mode: Mode, step: int, kind: str

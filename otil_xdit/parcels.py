@@ -108,11 +108,13 @@ class ParcelLayer(ABC):
 
     def __init__(self) -> None:
         self.visits = 0
+        self._receptions = 0  # of other ranks' tensors in this generation: two tell how they move
         self._slot: Slot | None = None
 
     def begin(self) -> None:
         """Start a generation."""
         self.visits = 0
+        self._receptions = 0
 
     def drain(self) -> None:
         """Wait for what is under way, if anything is, and keep it."""

@@ -105,7 +105,7 @@ def arm(case: Case, rank: int, folder: Path, generation: int) -> None:
             return None
         return None if happened(folder) else happen(case, output, folder)
 
-    PatchSession._watch = armed  # type: ignore[method-assign]
+    PatchSession._watch = armed  # type: ignore[method-assign]  # to hook layers when they are wrapped
     if rank == case.victim and case.kind in ("kill", "stop", "layer", "nan"):
         # For all modules: hooks of one between a norm and its convolution would change what they send.
         nn.modules.module.register_module_forward_hook(hook)
@@ -322,7 +322,7 @@ def launched_rank() -> int:
             hook(session, networks)
             (folder / "happened").write_text(repr(time.time()))
 
-        PatchSession._watch = begun  # type: ignore[method-assign]
+        PatchSession._watch = begun  # type: ignore[method-assign]  # to know when it began
     arm(case, rank, folder, 0)
     from otil_xdit import runner
 
