@@ -103,7 +103,7 @@ class NetworkFacts:
                 if network not in self._known:
                     self._known[network] = _Weights(network)
                 facts[f"weights of the {name}"] = self._known[network].sum()
-                facts.update(_lora(name, network))
+                facts.update(lora_facts(name, network))
         for name, network in networks.items():
             facts.update(_config(f"the {name}'s", network))
         return facts
@@ -169,7 +169,7 @@ def _written(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _lora(name: str, network: nn.Module) -> Facts:
+def lora_facts(name: str, network: nn.Module) -> Facts:
     """Adapters of PEFT: their names, scales, whether they are merged, and a sum of some weights."""
     if not getattr(network, "peft_config", None):
         return {f"LoRA of the {name}": "none"}

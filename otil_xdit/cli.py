@@ -21,7 +21,7 @@ from otil_xdit import __version__
 from otil_xdit.xdit.catalogue import model_registry
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.degrees import OTHER_DEGREES, FlagError, check_values, degree, given_patch_degree
-from otil_xdit.xdit.flags import choose
+from otil_xdit.xdit.flags import choose, implied
 from otil_xdit.xdit.launch import free_port, run_to_end
 from otil_xdit.xdit.support import ULYSSES_ONLY, refusal
 from otil_xdit.xdit.trust import check_trust
@@ -93,7 +93,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
     """
     check_values(arguments)
     torchrun, runner_arguments = split_torchrun_flags(arguments)
-    values = parse(runner_arguments)
+    values = implied(parse(runner_arguments))
     _check_model(values)
     _check_prompts(values)
     note = None

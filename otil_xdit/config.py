@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
+from otil_xdit.guidance import HeldGuidance
 from otil_xdit.scores import check_score
+from otil_xdit.window import AUTO, NONE, WindowSettings
 
 Freshness = Literal["sync", "fresh", "displaced", "frozen"]
 """What a rank knows of the others after warm-up: this step's exact values, what is sent of this step's, what was sent
@@ -79,6 +81,14 @@ class OtilConfig:
         halo: ``fresh`` lets a convolution wait for its neighbours' rows of this step; ``displaced`` takes those of the
             step before (DistriFusion). Read where `freshness` is ``displaced``; U-Nets only.
         moments: the same for the moments of a GroupNorm.
+        window: outside it every step is synchronous, and in it `freshness` says how patches are exchanged from the
+            first step on: ``none`` for no such thing, ``auto`` to find it (`otil_xdit.window`), or ``"FIRST:END"``.
+        window_steps: how many steps one that is found lasts.
+        window_slope, window_span, window_cap: when it begins: where the discrepancy fell by less than this a step over
+            so many steps, or else at that step. None for Hybridiff's: of SDXL for U-Nets, of SD3 for DiTs, the cap
+            lowered where the steps leave no room.
+        window_guidance: what stands for the guidance where it is not computed (`otil_xdit.guidance`).
+        stages: 2 for two stages in the window (`otil_xdit.stages`), which need CFG parallelism.
         copies: what the copies of all patches are stored in.
         check: compare a digest of the copies on all ranks at every layer and step; for debugging, slow.
         timeout: seconds that a rank waits for the others in one collective.
@@ -106,6 +116,13 @@ class OtilConfig:
     tolerance: float = 0.0
     halo: SmallFreshness = "displaced"
     moments: SmallFreshness = "displaced"
+    window: str = NONE
+    window_steps: int = WindowSettings.steps
+    window_slope: float | None = None
+    window_span: int | None = None
+    window_cap: int | None = None
+    window_guidance: HeldGuidance = "held"
+    stages: Literal[1, 2] = 1
     copies: Copies = "full"
     check: bool = False
     timeout: float = 300.0
@@ -120,8 +137,9 @@ class OtilConfig:
         _check_number("tolerance", self.tolerance, above=None, up_to=math.inf)
         _check_integer("block", self.block, low=1, high=MAX_BLOCK)
         _check_integer("warmup_steps", self.warmup_steps, low=1)
-        for name in ("refresh", "seed", "max_age"):
+        for name in ("refresh", "seed", "max_age", "window_steps"):
             _check_integer(name, getattr(self, name), low=0)
+        self._check_window()
         if self.max_age and self.max_age * self.ratio < 1:
             least = math.ceil(1 / self.ratio)
             raise ValueError(f"max_age is {self.max_age}; at a ratio of {self.ratio:g} give at least {least}, or 0")
@@ -133,6 +151,26 @@ class OtilConfig:
         _check_number("timeout", self.timeout, above=0.0, up_to=math.inf)
         if self.timeout < _SHORTEST_WAIT:
             raise ValueError(f"timeout is {self.timeout:g}; give a number from {_SHORTEST_WAIT:g} up")
+
+    def _check_window(self) -> None:
+        for name in ("window_span", "window_cap"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), low=1)
+        if self.window_slope is not None:
+            _check_number("window_slope", self.window_slope, above=0.0, up_to=math.inf)
+        _ = self.window_settings.given
+        if self.stages == 2 and self.window == NONE:
+            raise ValueError("window is 'none'; two stages work in a window: give auto, or FIRST:END")
+
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether both predictions of classifier-free guidance are needed."""
+        return self.stages == 2 or self.window == AUTO
+
+    @property
+    def window_settings(self) -> WindowSettings:
+        """The settings that begin with ``window``, but for the guidance."""
+        return WindowSettings(self.window, self.window_steps, self.window_slope, self.window_span, self.window_cap)
 
     @classmethod
     def of_quality(cls, quality: str | None, **settings: Any) -> OtilConfig:
@@ -166,7 +204,9 @@ _CHOICES = {
     "against": Against,
     "halo": SmallFreshness,
     "moments": SmallFreshness,
+    "window_guidance": HeldGuidance,
     "copies": Copies,
+    "stages": Literal[1, 2],
 }
 
 
@@ -180,9 +220,9 @@ def parse_ratio(text: str) -> float:
     return value
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose from {', '.join(choices)}")
+        raise ValueError(f"{name} is {value!r}; choose from {', '.join(map(str, choices))}")
 
 
 def _check_number(name: str, value: Any, above: float | None, up_to: float) -> None:

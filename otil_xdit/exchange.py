@@ -180,6 +180,30 @@ class Exchange:
             raise self.timed_out(where, error) from error
         return Pending(self, works, output, _most(shares[0]) or _most(shares[1]), where)
 
+    def send(self, payload: torch.Tensor, peer: int, kind: str, where: str) -> Pending[torch.Tensor]:
+        """Start sending `payload`, contiguous and unchanged until the wait, to one rank of the group, which `receive`s.
+
+        Args:
+            peer: its place in the group.
+            kind, where: as in `all_gather`.
+        """
+        self._count({kind: payload.nbytes})
+        return self._one_way([], [(dist.isend, payload, peer)], payload, kind, where)
+
+    def receive(self, output: torch.Tensor, peer: int, kind: str, where: str) -> Pending[torch.Tensor]:
+        """Start receiving what the rank `peer` of the group `send`s: of the shape and dtype of `output`, contiguous."""
+        return self._one_way([(dist.irecv, output, peer)], [], output, kind, where)
+
+    def _one_way(
+        self, receives: list[Transfer], sends: list[Transfer], tensor: torch.Tensor, kind: str, where: str
+    ) -> Pending[torch.Tensor]:
+        self._tell(where)
+        try:
+            works = self._start_transfers(receives, sends)
+        except RuntimeError as error:
+            raise self.timed_out(where, error) from error
+        return Pending(self, works, tensor, kind, where)
+
     # What reaches the process group; the planner (otil_xdit.planner.recorder) has others here.
 
     def _waits_on_host(self) -> bool:

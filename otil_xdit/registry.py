@@ -20,8 +20,10 @@ from otil_xdit.borders import Beyond
 from otil_xdit.config import OtilConfig
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout
+from otil_xdit.halves import Halves
 from otil_xdit.run import OtilRun, Report
 from otil_xdit.schedule import Clock
+from otil_xdit.window import AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class Communicator(Protocol):
     """What a strategy puts between the patches; `otil_xdit.run.OtilRun` documents each method."""
 
     clock: Clock
+    halves: Halves
 
     def begin(self) -> None: ...
     def end(self) -> None: ...
@@ -53,6 +56,7 @@ class Communicator(Protocol):
         below: int,
     ) -> tuple[torch.Tensor, torch.Tensor, Beyond] | None: ...
     def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor: ...
+    def count(self, part: torch.Tensor, kind: str) -> None: ...
     def report(self) -> Report: ...
 
 
@@ -66,12 +70,14 @@ class Strategy:
         make_config: builds the strategy's settings from those that the user gave (names as in `OtilConfig`, only the
             given ones). Raises `ValueError` for what it cannot do; called before any process group exists.
         connect: builds the communicator of one pipeline from the settings and the ranks that hold its patches.
+        in_halves: whether it needs CFG parallelism, which is then taken as given.
     """
 
     name: str
     summary: str
     make_config: Callable[[Mapping[str, Any]], Any]
     connect: Callable[[Any, PatchGroup], Communicator] = OtilRun
+    in_halves: bool = False
 
     degree_args: ClassVar[tuple[str, ...]] = ("--patch_degree",)
     """Flags that multiply the number of processes, for a launcher that knows only xDiT's own (see ``patches/``)."""
@@ -89,6 +95,7 @@ def _preset(
     fixed: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     unread: tuple[str, ...] = (),
+    in_halves: bool = False,
 ) -> Strategy:
     """A named point of `OtilConfig`.
 
@@ -108,10 +115,11 @@ def _preset(
         chosen = {setting: value for setting, value in given.items() if setting not in unread}
         return OtilConfig.of_quality(chosen.pop("quality", None), **{**defaults, **chosen, **fixed})
 
-    return Strategy(name, summary, make_config)
+    return Strategy(name, summary, make_config, in_halves=in_halves)
 
 
 _PICKING = ("block", "select", "against", "polling", "max_age", "seed")
+_WINDOW = ("window", "window_steps", "window_slope", "window_span", "window_cap")
 _MOVING = ("gain", "damping", "fresh_share", "tolerance", "quality")
 _NOT_PREDICTED: dict[str, Any] = {"predict": "none", "tolerance": 0.0, "warmup_codec": "raw"}
 _ALL_VALUES: dict[str, Any] = {"ratio": 1.0, "codec": "raw"}
@@ -147,7 +155,7 @@ SYNC = _preset(
     "sync",
     "every step waits for everybody: exact",
     fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync"},
-    unread=(*_PICKING, *_MOVING, "halo", "moments", "warmup_steps", "refresh", "copies", "check"),
+    unread=(*_PICKING, *_MOVING, *_WINDOW, "halo", "moments", "warmup_steps", "refresh", "copies", "check"),
 )
 NAIVE = _preset(
     "naive",
@@ -156,8 +164,18 @@ NAIVE = _preset(
     unread=(*_PICKING, *_MOVING, "halo", "moments", "refresh"),
 )
 
+HYBRIDIFF = _preset(
+    "hybridiff",
+    "Hybridiff: one half of the ranks computes with the prompt, one without; in a window each half of the network",
+    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync", "stages": 2},
+    defaults={"window": AUTO},
+    unread=(*_PICKING, *_MOVING, "halo", "moments", "warmup_steps", "refresh", "copies", "check"),
+    in_halves=True,
+)
+
 _STRATEGIES = {
-    strategy.name: strategy for strategy in (OTIL, OTIL_PAPER, DISTRIFUSION, COMPACT_1BIT, COMPACT_2BIT, SYNC, NAIVE)
+    strategy.name: strategy
+    for strategy in (OTIL, OTIL_PAPER, DISTRIFUSION, COMPACT_1BIT, COMPACT_2BIT, HYBRIDIFF, SYNC, NAIVE)
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -20,6 +20,7 @@ from otil_xdit.config import OtilConfig, SmallFreshness
 from otil_xdit.exchange import Exchange, ExchangeTimeout, PatchGroup
 from otil_xdit.finite import FiniteCheck
 from otil_xdit.grid import TokenLayout
+from otil_xdit.halves import Halves
 from otil_xdit.kv import KVStack
 from otil_xdit.parcels import Post
 from otil_xdit.picking import Picker
@@ -40,7 +41,9 @@ class Report:
     strategies are compared by; `small_bytes_per_step` of a U-Net's halo rows and moments; `output_bytes_per_step` of
     its noise prediction, which is the same whatever the strategy. `waited_seconds` is the host's waiting for messages,
     `exchange_seconds` its time in the calls of the exchange with that waiting; less it, what predicting, picking,
-    coding, copying and sending takes.
+    coding, copying and sending takes. `discrepancy` is the denoising discrepancy of each step (`otil_xdit.guidance`),
+    None for one that was not computed with and without the prompt; `window` the window's first step and the one after
+    its last, None where there was none.
     """
 
     steps: int
@@ -53,6 +56,8 @@ class Report:
     waited_seconds: float
     exchange_seconds: float
     buffer_bytes: int
+    discrepancy: list[float | None] = field(default_factory=list)
+    window: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,6 +107,7 @@ class OtilRun:
         self.clock = Clock()
         self._finite = FiniteCheck()
         self.clock.after_step.append(self._look)
+        self.halves = Halves(config, self.clock, self._replica, self.collect)
         self._schedule = Schedule.from_config(config)
         # Of halo rows and moments that are a step old; keys and values have one of each layer and step.
         self._gain = 0.0 if config.predict == "none" else config.gain
@@ -118,6 +124,7 @@ class OtilRun:
         self.end()
         self.clock.reset()
         self._finite.begin()
+        self.halves.begin()
         self._spent = 0.0
         self.exchange.traffic.clear()
         self._picker.begin()
@@ -131,6 +138,7 @@ class OtilRun:
     def end(self) -> None:
         """Finish what is still under way; also after an exception, before buffers are used again."""
         self._post.drop()
+        self.halves.drain()
         for layer in self._all_layers():
             layer.drain()
 
@@ -178,7 +186,7 @@ class OtilRun:
             self._called.flush()
         self._called = stack
         visits, step = stack.visits[layer], self.clock.step
-        mode = self._schedule.mode(step, visits, self.clock.total)
+        mode = self._mode(visits)
         if mode == "displaced" and self.config.tolerance > 0:
             stack.absorb()
             mode = "fresh" if stack.error(layer) > self.config.tolerance else mode
@@ -279,12 +287,19 @@ class OtilRun:
         if kind == "output":
             self._finite.see("the output", part)
         gathered = part.new_empty(self._replica.group.world_size, *part.shape)
-        counter = f"{kind}-warmup" if step < self.config.warmup_steps else kind
-        collected = self._replica.all_gather(part, gathered, counter, f"the {kind} at step {step}").wait()
+        collected = self._replica.all_gather(part, gathered, self._step_kind(kind), f"the {kind} at step {step}").wait()
         # The network is done: whoever is in the open parcel comes again at the next step only. On a slow link what is
         # waited for must not queue behind it.
         self._post.send()
         return collected
+
+    def count(self, part: torch.Tensor, kind: str) -> None:
+        """Count what xDiT itself hands to a collective of its own."""
+        self.exchange.traffic.sent[self._step_kind(kind)] += part.nbytes
+        self.exchange.traffic.messages[self._step_kind(kind)] += 1
+
+    def _step_kind(self, kind: str) -> str:
+        return f"{kind}-warmup" if self.clock.step < self.config.warmup_steps else kind
 
     def report(self) -> Report:
         """Counters of the last (or current) generation, for this rank."""
@@ -301,7 +316,11 @@ class OtilRun:
             messages=dict(traffic.messages),
             waited_seconds=sum(traffic.waited.values()),
             exchange_seconds=self._spent,
-            buffer_bytes=sum(holder.nbytes for holder in (*self._all_layers(), self._post, *self._rooms.values())),
+            buffer_bytes=sum(
+                holder.nbytes for holder in (*self._all_layers(), self._post, self.halves, *self._rooms.values())
+            ),
+            discrepancy=self.halves.curve,
+            window=self.halves.window.found,
         )
 
     @property
@@ -340,8 +359,13 @@ class OtilRun:
         """The counter that a layer's bytes go to: those of warm-up steps are kept apart."""
         return f"{what}-warmup" if min(self.clock.step, visits) < self.config.warmup_steps else what
 
+    def _mode(self, visits: int) -> Mode:
+        """How a layer that was called `visits` times before exchanges at this step."""
+        step, window = self.clock.step, self.halves.window
+        return self._schedule.mode(step, visits, self.clock.total, window.holds(step) if window.exists else None)
+
     def _small_mode(self, freshness: SmallFreshness, visits: int) -> Mode:
-        mode = self._schedule.mode(self.clock.step, visits, self.clock.total)
+        mode = self._mode(visits)
         return "sync" if mode == "fresh" or (mode == "displaced" and freshness == "fresh") else mode
 
     @staticmethod

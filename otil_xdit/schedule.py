@@ -61,12 +61,17 @@ class Schedule:
     def from_config(cls, config: OtilConfig) -> Schedule:
         return cls(config.freshness, config.warmup_steps, config.refresh, config.fresh_share)
 
-    def mode(self, step: int, visits: int, total: int | None) -> Mode:
+    def mode(self, step: int, visits: int, total: int | None, window: bool | None = None) -> Mode:
         """How a layer exchanges at `step` of `total` when it was called `visits` times before in this generation.
 
         A layer has its own warm-up besides the run's: a second transformer that starts halfway (Wan 2.2) has no
         remote values yet, whatever the step is.
+
+        Args:
+            window: whether `step` is in the window; None where the run has none.
         """
+        if window is not None:
+            return self.freshness if window and visits > 0 else "sync"
         done = min(step, visits)
         if self.freshness == "sync" or done < self.warmup_steps or self.is_refresh(step):
             return "sync"

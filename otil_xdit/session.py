@@ -11,16 +11,18 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache, wraps
-from inspect import signature
+from functools import cache, partial, wraps
+from inspect import Signature, signature
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from otil_xdit.agreement import RANDOM_STATE, Facts, NetworkFacts, differences, facts_of_call
+from otil_xdit.agreement import RANDOM_STATE, Facts, NetworkFacts, differences, facts_of_call, lora_facts
 from otil_xdit.dit.layers import LayerNames
+from otil_xdit.dit.layers import blocks_of as dit_blocks
 from otil_xdit.dit.layouts import read_call, refuse_unsupported, token_layout
 from otil_xdit.exchange import ExchangeTimeout, PatchGroup, is_lost_connection, reason_of
 from otil_xdit.grid import TokenLayout
@@ -29,6 +31,7 @@ from otil_xdit.registry import Communicator
 from otil_xdit.schedule import Clock
 from otil_xdit.subclass import restore_class, subclass_of, swap_class
 from otil_xdit.unet.patches import Attend, UnetGroups, UnetPatches, is_unet
+from otil_xdit.unet.structure import blocks_of as unet_blocks
 from otil_xdit.watch import Note, NotFinite
 
 logger = logging.getLogger(__name__)
@@ -175,6 +178,7 @@ class PatchSession:
                 self._names.begin()
                 self.communicator.begin()
                 stack.callback(self._end_exchange)
+                self._begin_halves(networks)
                 if self._unet_patches:
                     self._share_random_state()
                 yield
@@ -241,7 +245,8 @@ class PatchSession:
                 refuse_unsupported(name, net)
                 self.communicator.observe(None, token_layout(net))
                 observe = net.register_forward_pre_hook(self._observe, with_kwargs=True)
-                self._watched[id(net)] = (net, [observe, *self._names.watch(name, net)])
+                saw = net.register_forward_hook(self._saw)
+                self._watched[id(net)] = (net, [observe, saw, *self._names.watch(name, net)])
 
     def _look_at(self, name: str, network: nn.Module) -> NetworkLook:
         if id(network) not in self._looks:
@@ -253,6 +258,9 @@ class PatchSession:
         for _, handles in _taken_out(self._watched, kept):
             for handle in handles:
                 handle.remove()
+        for network in self.communicator.halves.forget(kept):
+            if not is_unet(network):
+                restore_class(network)
         for patches in _taken_out(self._unet_patches, kept):
             patches.release()
         _taken_out(self._looks, kept)
@@ -264,6 +272,30 @@ class PatchSession:
                 raise ValueError("this session was not made for a pipeline with a U-Net")
             found = self._unet_patches[id(unet)] = UnetPatches(self, unet, *self._unets)
         return found
+
+    def _saw(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A DiT's prediction; with CFG groups of ranks, `gathered` sees both."""
+        if self.is_active and (self._unets is None or self._unets[0].halves == 1):
+            found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
+            if found is not None:
+                self.communicator.halves.guidance.note(found)
+
+    def gathered(self, shown: torch.Tensor | list[torch.Tensor], dim: int, own: torch.Tensor) -> Any:
+        """What xDiT has gathered of both CFG groups (see `Halves.gathered`); this rank sent `own`."""
+        self.communicator.count(own, "guidance")
+        return self.communicator.halves.gathered(shown, dim)
+
+    def _begin_halves(self, networks: dict[str, nn.Module]) -> None:
+        """Put networks in two stages, where the strategy does that, and begin anew."""
+        halves = self.communicator.halves
+        halves.guidance.has_parts = self.group.world_size > 1 and not any(map(is_unet, networks.values()))
+        for name, net in networks.items():
+            unet = is_unet(net)
+            if self._unets is not None and self._unets[0].halves == 2:
+                groups, blocks = self._unets[0], unet_blocks(net) if unet else dit_blocks(net)
+                if halves.join(net, name, blocks, groups.half == 1, groups.peer) and not unet:
+                    swap_class(net, _staged_network)
+            halves.begin_network(net, unet, lora_facts(name, net))
 
     def _share_random_state(self) -> None:
         """Let every rank draw as the first one does where a call gives no generator: one image, one noise."""
@@ -341,6 +373,7 @@ def _bracketed(kind: type) -> type:
         wrapped = vars(self).get("module")  # the pipeline, where this is xDiT's wrapper of one
         if wrapped is not None:
             refuse_unread(kind.__call__, type(wrapped).__call__, kwargs)
+        session.communicator.halves.check_call(_arguments(call, (self, *args), kwargs))
         with session.generation(self, facts_of_call(call, (self, *args), kwargs)):
             return kind.__call__(self, *args, **kwargs)
 
@@ -349,17 +382,46 @@ def _bracketed(kind: type) -> type:
 
 @cache
 def _ticked(kind: Any) -> type:
+    call = signature(kind.step)
+
     @wraps(kind.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        session = PatchSession.active()
+        if session is not None:
+            session.communicator.halves.settle(_arguments(call, (self, *args), kwargs).get("sample"))
         out = kind.step(self, *args, **kwargs)
         clock: Clock = self._otil_clock
         if clock.step == 0:
             first = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-            clock.total = _steps_of(self, first, PatchSession.active())
+            clock.total = _steps_of(self, first, session)
         clock.tick()
         return out
 
     return subclass_of(kind, {"step": step})
+
+
+@cache
+def _staged_network(kind: Any) -> type:
+    @wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = partial(kind.forward, self, *args, **kwargs)
+        session = PatchSession.active()
+        if session is None:
+            return call()
+        session.communicator.halves.is_staged(self)
+        return session.communicator.halves.call(self, call, (args, kwargs))
+
+    return subclass_of(kind, {"forward": forward})
+
+
+def _arguments(call: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, however they are given; none where they do not fit: the call will say so."""
+    try:
+        bound = call.bind(*args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    return {**bound.arguments, **bound.arguments.get("kwargs", {})}
 
 
 def _steps_of(scheduler: Any, first: Any, session: PatchSession | None = None) -> int | None:

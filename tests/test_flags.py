@@ -11,8 +11,9 @@ from hypothesis import strategies as some
 from otil_xdit.evaluation.matrix import parse_variant
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.degrees import FlagError, resolve_patch_degree
-from otil_xdit.xdit.flags import ParallelChoice, add_otil_args, choose
+from otil_xdit.xdit.flags import ParallelChoice, choose
 from otil_xdit.xdit.geometry import GEOMETRIES, geometry_of
+from otil_xdit.xdit.options import add_otil_args
 
 
 def parser() -> argparse.ArgumentParser:

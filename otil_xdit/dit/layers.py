@@ -98,6 +98,13 @@ class LayerNames:
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a DiT, or of xDiT's wrapper of one: what its lists hold, where that attends."""
+    inner = getattr(network, "module", network)
+    lists = [child for child in inner.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks if any(map(is_attention, block.modules()))]
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether `module` may call attention: diffusers' attention modules carry a processor, others say it by name."""
     kind = type(module).__name__

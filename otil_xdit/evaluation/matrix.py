@@ -13,7 +13,7 @@ from typing import Any
 
 from otil_xdit.evaluation.models import OWN, Model
 from otil_xdit.registry import get_strategy, strategies
-from otil_xdit.xdit.flags import OPTIONS
+from otil_xdit.xdit.options import OPTIONS
 from otil_xdit.xdit.schedulers import SCHEDULERS
 
 

@@ -23,7 +23,7 @@ from otil_xdit.evaluation.store import Store
 from otil_xdit.evaluation.weights import absences
 from otil_xdit.registry import strategies
 from otil_xdit.xdit.degrees import check_at_least
-from otil_xdit.xdit.flags import OPTIONS
+from otil_xdit.xdit.options import OPTIONS
 from otil_xdit.xdit.schedulers import SCHEDULERS
 from otil_xdit.xdit.trust import check_folder, check_lora
 

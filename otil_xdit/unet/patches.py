@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, lru_cache, wraps
+from functools import cache, lru_cache, partial, wraps
 from inspect import signature
 from typing import Any, Protocol
 
@@ -65,6 +65,11 @@ class UnetGroups:
     halves: int
     half: int
     places: tuple[tuple[int, int], ...]
+
+    @property
+    def peer(self) -> int:
+        """The rank with the same rows in the other CFG group, by its place in the replica."""
+        return self.places.index((1 - self.half, self.rows.rank))
 
 
 def is_unet(network: Any) -> bool:
@@ -235,7 +240,9 @@ class UnetPatches:
         _refuse_arguments(kwargs)
         refuse_gradients(self.network, sample, *kwargs.values())
         return_dict = kwargs.pop("return_dict", True)
-        cut = self._cut(sample)
+        # In two stages both segments are of the pass with the prompt, which the last CFG group computes.
+        half = self.groups.halves - 1 if self.session.communicator.halves.is_staged(self.network) else self.groups.half
+        cut = self._cut(sample, half)
         self._count_call()
         latent = cut.rows(cut.batch(sample))
         layout = TokenLayout(max(cut.grid.rows[0]), cut.grid.widths[0], chunks=self.groups.ulysses_degree)
@@ -243,19 +250,21 @@ class UnetPatches:
         # CFG parallelism alone cuts no rows: the layers have everything they need.
         self._grid, self.running = cut.grid, self.groups.rows.world_size > 1
         try:
-            (part,) = plain(latent, **{name: cut.argument(name, value) for name, value in kwargs.items()})
+            arguments = {name: cut.argument(name, value) for name, value in kwargs.items()}
+            call = partial(plain, latent, **arguments)
+            (part,) = self.session.communicator.halves.call(self.network, call, (latent, arguments))
         finally:
             self._grid, self._rows, self.running = None, None, False
-        whole = self._whole(part, sample, cut)
+        whole = self.session.communicator.halves.predicted(self._whole(part, sample, cut))
         return UNet2DConditionOutput(sample=whole) if return_dict else (whole,)
 
-    def _cut(self, sample: torch.Tensor) -> _Cut:
+    def _cut(self, sample: torch.Tensor, half: int) -> _Cut:
         batch, _, height, width = sample.shape
         grid = _grid(height, width, self._levels.count, self.groups.rows.world_size)
         # Images of a batch do not see each other, so any halving is right, not only that into the two CFG passes. An
         # odd batch (one image without guidance) is computed by all CFG groups alike.
         size = batch // self.groups.halves if batch % self.groups.halves == 0 else batch
-        start = self.groups.half * size if size < batch else 0
+        start = half * size if size < batch else 0
         return _Cut(grid, self.groups.rows.rank, batch, slice(start, start + size))
 
     def _whole(self, part: torch.Tensor, sample: torch.Tensor, cut: _Cut) -> torch.Tensor:

@@ -23,6 +23,9 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 """Settings of a `UNet2DConditionModel` and the values under which patches give what one device gives."""
 
+_PARTS = ("resnets", "attentions", "downsamplers", "upsamplers")
+"""Lists of a block that hold what it is made of."""
+
 _SPATIAL = (
     nn.ConvTranspose2d,
     nn.AvgPool2d,
@@ -59,6 +62,13 @@ def check_supported(network: Any) -> None:
     for path, module in network.named_modules():
         if isinstance(module, _SPATIAL):
             raise ValueError(f"--parallel does not support the layer {path} ({type(module).__name__}) of a U-Net")
+
+
+def blocks_of(network: Any) -> list[nn.Module]:
+    """The parts that a U-Net's pass goes through one after the other: residual blocks, transformers, resampling."""
+    blocks = [*network.down_blocks, *([] if network.mid_block is None else [network.mid_block]), *network.up_blocks]
+    lists = (getattr(block, name, None) for block in blocks for name in _PARTS)
+    return [part for parts in lists for part in parts or () if part is not None]
 
 
 class Levels:

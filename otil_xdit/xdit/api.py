@@ -27,7 +27,8 @@ def parallelize(
             for, on this rank's device. It is changed in place: use only what is returned.
         how: settings of the exchange, or the name of a strategy (`otil_xdit.strategies`) with its defaults.
         ulysses_degree: ranks that share the attention heads of a patch.
-        use_cfg_parallel: compute the passes with and without the prompt on different halves of the ranks.
+        use_cfg_parallel: compute the passes with and without the prompt on different halves of the ranks; ``hybridiff``
+            does so in any case.
 
     Returns:
         A pipeline that is called like `pipe`, on every rank with the same arguments. Around a U-Net it is `pipe`
@@ -43,8 +44,9 @@ def parallelize(
     from xfuser.core.distributed import init_distributed_environment, initialize_runtime_state
     from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
-    strategy = get_strategy(how if isinstance(how, str) else "otil")
+    strategy = get_strategy(how if isinstance(how, str) else "otil" if how.stages == 1 else "hybridiff")
     config = strategy.make_config({}) if isinstance(how, str) else how
+    use_cfg_parallel = use_cfg_parallel or strategy.in_halves
     unet = getattr(pipe, "unet", None)
     if unet is not None:
         check_unet_pipeline(pipe)

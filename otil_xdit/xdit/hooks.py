@@ -10,6 +10,7 @@
 | `xFuserPipelineBaseWrapper.__init__` (model_executor/pipelines/base_pipeline.py) | its calls are generations |
 | `usp.ring_attn` (model_executor/layers/usp.py) | gathers over the patches while a generation runs |
 | `usp._get_attention_function` (same file) | its backends leave out keys that are padding |
+| `GroupCoordinator.all_gather` (core/distributed/group_coordinator.py) | shows the predictions of CFG parallelism |
 
 Without ``--parallel`` none of them changes anything.
 """
@@ -43,7 +44,8 @@ from otil_xdit.session import NETWORKS, PatchSession
 from otil_xdit.unet.patches import UnetGroups
 from otil_xdit.watch import Watch
 from otil_xdit.xdit.cpu import enable_cpu_ranks
-from otil_xdit.xdit.flags import ParallelChoice, add_otil_args, choose
+from otil_xdit.xdit.flags import ParallelChoice, choose, implied
+from otil_xdit.xdit.options import add_otil_args
 from otil_xdit.xdit.undo import parts_of, unwrap
 from otil_xdit.xdit.unets import check_unet_pipeline
 from otil_xdit.xdit.versions import warn_if_untested
@@ -74,6 +76,7 @@ def register() -> None:
     _hook_runtime_state()
     _hook_pipelines()
     _hook_attention()
+    _hook_guidance()
     from otil_xdit.xdit.models import register_models
 
     register_models()
@@ -213,7 +216,7 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
             return None
         check_unet_pipeline(pipeline)
         choice = choice or ParallelChoice(SYNC, SYNC.make_config({}), parallel.ring_degree, parallel.ulysses_degree)
-    elif choice is None or choice.patch_degree == 1:
+    elif choice is None or (choice.patch_degree == 1 and not choice.strategy.in_halves):
         return None
     if getattr(parallel, _SESSION, None) is None:
         setattr(parallel, _SESSION, connect(choice))
@@ -312,7 +315,7 @@ def _resolved(values: dict[str, Any]) -> tuple[ParallelChoice | None, dict[str, 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     choice = choose(values, world_size)
     ring = choice.patch_degree if choice is not None else values.get("ring_degree") or 1
-    return choice, {**values, "ring_degree": ring}
+    return choice, {**implied(values), "ring_degree": ring}
 
 
 def carry(args: Any, choice: ParallelChoice | None) -> Any:
@@ -383,6 +386,24 @@ def _hook_attention() -> None:
 
     usp.ring_attn = over_patches(usp.ring_attn)
     usp._get_attention_function = without_padding(usp._get_attention_function)
+
+
+def _hook_guidance() -> None:
+    """CFG groups of ranks show each other their predictions by this alone."""
+    from xfuser.core.distributed import parallel_state
+    from xfuser.core.distributed.group_coordinator import GroupCoordinator
+
+    all_gather = GroupCoordinator.all_gather
+
+    @wraps(all_gather)
+    def gather(self: Any, input_: torch.Tensor, dim: int = 0, separate_tensors: bool = False) -> Any:
+        gathered = all_gather(self, input_, dim, separate_tensors)
+        session = PatchSession.active()
+        if session is None or self.world_size == 1 or self is not parallel_state.get_cfg_group():
+            return gathered
+        return session.gathered(gathered, dim, input_)
+
+    GroupCoordinator.all_gather = gather
 
 
 def _replace_everywhere(old: object, new: object) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.degrees import FlagError
-from otil_xdit.xdit.flags import add_unet_args
+from otil_xdit.xdit.options import add_unet_args
 from otil_xdit.xdit.schedulers import make_scheduler
 from otil_xdit.xdit.shipped import model_folder
 from otil_xdit.xdit.trust import add_trust_args, check_trust

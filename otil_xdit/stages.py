@@ -1,0 +1,292 @@
+"""Two stages: a network cut in two segments of about equal cost, each computed by one half of the ranks.
+
+Outside the window (`otil_xdit.window`) both halves compute the whole network, one with the prompt and one without. In
+it the half without the prompt computes the first segment and the other half the second one, from what the first
+segment gave a step before (AsyncDiff, NeurIPS 2024; Hybridiff, CVPR 2026); what it gives now travels meanwhile. At the
+first step of the window the second half takes its own of the step before, and nothing needs to be sent for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
+
+from otil_xdit.exchange import Exchange, Pending
+from otil_xdit.subclass import restore_class, subclass_of, swap_class
+from otil_xdit.trace import Cut, Form, NotInStages, Tracer
+
+_SEAT = "_otil_unit"
+
+_ALIGNMENT = 16
+"""Bytes; where a tensor may begin in a message, whatever its type."""
+
+
+CallUnit = Callable[[int, Callable[[], Any]], Any]
+"""How a unit is called: its number, and what makes its own call."""
+
+
+class Boundary:
+    """The tensors between the segments in one piece of memory, which is one message."""
+
+    def __init__(self, forms: Sequence[Form]) -> None:
+        ends = [0, *accumulate(-(-form.nbytes // _ALIGNMENT) * _ALIGNMENT for form in forms)]
+        self.memory = torch.zeros(ends[-1], dtype=torch.uint8, device=forms[0].device)
+        self.tensors = [
+            self.memory[start : start + form.nbytes].view(form.dtype).view(form.shape)
+            for start, form in zip(ends, forms, strict=False)
+        ]
+        self._pending: Pending[torch.Tensor] | None = None
+
+    def travels(self, pending: Pending[torch.Tensor]) -> None:
+        """Its message is under way."""
+        self._pending = pending
+
+    def settle(self) -> None:
+        """Wait for what is under way."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+
+@dataclass(frozen=True)
+class Side:
+    """One rank's part in two stages.
+
+    Attributes:
+        is_second: whether it computes the second segment, and is the one with the prompt.
+        peer: the rank with the same rows in the other half, by its place among the ranks of the image.
+        exchange: of those ranks.
+        add_up: gives the sum over all of them of an int64 tensor, on every rank.
+    """
+
+    is_second: bool
+    peer: int
+    exchange: Exchange
+    add_up: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Stages:
+    """One network in two stages.
+
+    Args:
+        name: of the network, for messages.
+        units: its blocks, in any order; each has its own `forward` again after `release`.
+        side: this rank's part.
+    """
+
+    def __init__(self, name: str, units: Sequence[nn.Module], side: Side) -> None:
+        self._name, self._units, self._side = name, list(units), side
+        self._state: object = None
+        self._cuts: dict[tuple[Any, ...], Cut] = {}
+        self._cut: Cut | None = None
+        self._places: dict[int, int] = {}
+        self._call_unit: CallUnit | None = None
+        self._buffers: tuple[Boundary, ...] = ()
+        self._known: Boundary | None = None
+        self._known_at = -1
+        self._blanks: dict[Form, torch.Tensor] = {}
+        for number, unit in enumerate(self._units):
+            swap_class(unit, _staged_unit)
+            vars(unit)[_SEAT] = (self, number)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stages:
+        return self  # process groups cannot be copied, and a copied network is nobody's stage
+
+    def release(self) -> None:
+        """Give the units their own classes back, and the buffers; nothing may be under way."""
+        for unit in self._units:
+            restore_class(unit)
+            del vars(unit)[_SEAT]
+        self._units.clear()
+        self._buffers, self._known, self._cut = (), None, None
+        self._cuts.clear()
+        self._blanks.clear()
+
+    def begin(self, state: object) -> None:
+        """Forget an earlier generation, of which nothing is under way.
+
+        Args:
+            state: what else than the inputs' shapes says what units cost (LoRA); equal where nothing has changed.
+        """
+        if state != self._state:
+            self._cuts.clear()
+        self._state = state
+        self._known, self._known_at = None, -1
+
+    def drain(self) -> None:
+        """Wait for what is under way."""
+        for buffer in self._buffers:
+            buffer.settle()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers."""
+        return sum(buffer.memory.nbytes for buffer in self._buffers)
+
+    @property
+    def cut(self) -> Cut | None:
+        """Of the last whole call."""
+        return self._cut
+
+    def can_be_staged(self, step: int) -> bool:
+        """Whether it is known what the first segment gave at the step before `step`."""
+        return self._known_at == step - 1 >= 0
+
+    def whole(self, call: Callable[[], Any], inputs: Any, step: int, keep: bool) -> Any:
+        """The network's own call, all of it.
+
+        Args:
+            call: makes it.
+            inputs: with what; their shapes tell whether the cut is known.
+            step: of the generation.
+            keep: whether it may be the one before the window, so that what the segments share is kept.
+
+        Raises:
+            NotInStages: naming the network and why it cannot be cut.
+        """
+        key = tuple((leaf.shape, leaf.dtype) for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+        keeps = keep and self._side.is_second
+        if key not in self._cuts:
+            output = self._traced(call, key, keeps)
+        else:
+            self._use(self._cuts[key])
+            output = self._called(partial(self._copying, self._buffers[0]) if keeps else None, call)
+        if keep:
+            self._known, self._known_at = self._buffers[0], step
+        return output
+
+    def staged(self, call: Callable[[], Any], step: int, goes_on: bool) -> Any:
+        """The network's call with this rank's segment alone computed.
+
+        Args:
+            call: makes it; what it gives means something on ranks of the second segment only.
+            step: of the generation.
+            goes_on: whether the step after it is in the window too.
+        """
+        known, exchange, peer = self._known, self._side.exchange, self._side.peer
+        assert known is not None and self.can_be_staged(step), "the step before has been computed"
+        where = f"the boundary of {self._name} at step {step}"
+        following = self._buffers[known is self._buffers[0]]
+        following.settle()
+        if self._side.is_second:
+            known.settle()
+            if goes_on:
+                following.travels(exchange.receive(following.memory, peer, "stages", where))
+            output = self._called(partial(self._second, known), call)
+        else:
+            output = self._called(partial(self._first, following), call)
+            if goes_on:
+                following.travels(exchange.send(following.memory, peer, "stages", where))
+        self._known, self._known_at = following, step if goes_on else -1
+        return output
+
+    def unit(self, number: int, call: Callable[[], Any]) -> Any:
+        """What the block of this number gives in the call of the network that is under way.
+
+        Args:
+            call: makes the block's own.
+        """
+        return call() if self._call_unit is None else self._call_unit(number, call)
+
+    def _called(self, call_unit: CallUnit | None, call: Callable[[], Any]) -> Any:
+        self._call_unit = call_unit
+        try:
+            return call()
+        finally:
+            self._call_unit = None
+
+    def _traced(self, call: Callable[[], Any], key: tuple[Any, ...], keeps: bool) -> Any:
+        """A whole call that finds the cut."""
+        tracer, given = Tracer(), dict[int, Any]()
+
+        def call_unit(number: int, call: Callable[[], Any]) -> Any:
+            output = tracer.unit(number, call)
+            if keeps:  # which of it will be wanted is not known yet
+                given[number] = tree_map_only(torch.Tensor, torch.clone, output)
+            return output
+
+        with tracer:
+            output = self._called(call_unit, call)
+        counts = torch.tensor([*tracer.flops, tracer.glue], device=tracer.device)
+        try:
+            self._cuts[key] = Cut.of(tracer, self._side.add_up(counts).tolist())
+        except NotInStages as error:
+            raise NotInStages(f"--parallel hybridiff cannot cut the pipeline's {self._name} in two: {error}") from None
+        self._use(self._cuts[key])
+        for number, unit_output in given.items():
+            self._copy(self._buffers[0], self._places[number], unit_output)
+        return output
+
+    def _use(self, cut: Cut) -> None:
+        if cut is self._cut:
+            return
+        if self._cut is None or cut.forms != self._cut.forms:
+            self.drain()
+            self._buffers = Boundary(cut.forms), Boundary(cut.forms)
+        self._cut = cut
+        self._places = {number: place for place, number in enumerate(cut.order)}
+
+    def _copy(self, buffer: Boundary, place: int, output: Any) -> None:
+        """Put what of a unit's output the second segment reads into a buffer, before anybody changes it in place."""
+        assert self._cut is not None, "a whole call has found the cut"
+        leaves = tree_leaves(output)
+        for (unit, leaf), tensor in zip(self._cut.boundary, buffer.tensors, strict=True):
+            if unit == place:
+                tensor.copy_(leaves[leaf])
+
+    def _copying(self, buffer: Boundary, number: int, call: Callable[[], Any]) -> Any:
+        output = call()
+        self._copy(buffer, self._places[number], output)
+        return output
+
+    def _first(self, buffer: Boundary, number: int, call: Callable[[], Any]) -> Any:
+        assert self._cut is not None, "a whole call has found the cut"
+        if self._places[number] < self._cut.place:
+            return self._copying(buffer, number, call)
+        return self._blank(self._places[number], {})
+
+    def _second(self, buffer: Boundary, number: int, call: Callable[[], Any]) -> Any:
+        assert self._cut is not None, "a whole call has found the cut"
+        place = self._places[number]
+        if place >= self._cut.place:
+            return call()
+        known = {
+            leaf: tensor
+            for (unit, leaf), tensor in zip(self._cut.boundary, buffer.tensors, strict=True)
+            if unit == place
+        }
+        return self._blank(place, known)
+
+    def _blank(self, place: int, known: Mapping[int, torch.Tensor]) -> Any:
+        """The output of a unit that is not computed: what of it is known, and zeros that nobody reads who matters."""
+        assert self._cut is not None, "a whole call has found the cut"
+        form = self._cut.outputs[place]
+        leaves = [known.get(number, self._zeros(leaf)) for number, leaf in enumerate(form.leaves)]
+        return tree_unflatten(leaves, form.spec)
+
+    def _zeros(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Form):
+            return leaf
+        if leaf not in self._blanks:
+            self._blanks[leaf] = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        return self._blanks[leaf]
+
+
+@cache
+def _staged_unit(kind: Any) -> type:
+    @wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seat = vars(self).get(_SEAT)
+        if seat is None:
+            return kind.forward(self, *args, **kwargs)
+        stages, number = seat
+        return stages.unit(number, partial(kind.forward, self, *args, **kwargs))
+
+    return subclass_of(kind, {"forward": forward})
