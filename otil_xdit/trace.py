@@ -14,15 +14,19 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
-FLOPS: dict[Any, Any] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention
-    ],
-}
-"""What torch's FlopCounterMode counts by, and attention on the CPU, which it does not know."""
+
+def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Of attention between [B, H, S, D]; torch's own count, by shapes."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+CPU_ATTENTION: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+"""What torch's FlopCounterMode does not know, as its `custom_mapping`."""
+
+FLOPS: dict[Any, Any] = {**flop_registry, **{call: shape_wrapper(flops) for call, flops in CPU_ATTENTION.items()}}
+"""What an operation costs."""
 
 Place = tuple[int, int]
 """A tensor that a unit gives: the unit's place in the order of calls, and the tensor's among what the unit gives."""

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig, get_strategy  # noqa: E402
 from otil_xdit.evaluation.models import load_pipe  # noqa: E402
-from otil_xdit.trace import FLOPS  # noqa: E402
+from otil_xdit.trace import CPU_ATTENTION  # noqa: E402
 from otil_xdit.xdit.hooks import session_of  # noqa: E402
 from otil_xdit.xdit.shipped import model_folder  # noqa: E402
 
@@ -83,7 +83,7 @@ def latents(pipe: Any, **call: Any) -> torch.Tensor | None:
 
 def run(pipe: Any) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
-    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         made = latents(pipe)
     session = session_of(pipe)
     report = session.communicator.report().to_dict()

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from otil_xdit.config import OtilConfig
 from otil_xdit.dit.attention import over_patches
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout
+from otil_xdit.halves import Halves
 from otil_xdit.schedule import Clock
 from otil_xdit.session import PatchSession
 
@@ -22,6 +24,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.clock = Clock()
+        self.halves = Halves(OtilConfig(), self.clock, None, self.collect)
         self.calls: list[tuple[int, str]] = []
         self.begun = self.ended = 0
 
@@ -39,6 +42,9 @@ class Recorder:
     def gather(self, name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.calls.append((self.clock.step, name))
         return key, value
+
+    def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor:
+        return part[None]
 
     def report(self) -> Any: ...
 

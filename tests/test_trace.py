@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from otil_xdit.stages import _SEAT, _staged_unit
 from otil_xdit.subclass import restore_class, swap_class
-from otil_xdit.trace import FLOPS, Cut, NotInStages, Tracer
+from otil_xdit.trace import CPU_ATTENTION, Cut, NotInStages, Tracer
 from otil_xdit.unet.structure import blocks_of
 from tests.unets import Trial, build_unet
 
@@ -70,8 +70,7 @@ def test_skip_connections_are_found_whatever_is_made_of_them() -> None:
         third = units[2](torch.cat((second, second), 1))
         units[3](torch.cat((third, scaled.view(2, 8)), 1))
 
-    trace = traced(units, call)
-    cut = Cut.of(trace, [*trace.flops, trace.glue])
+    cut = Cut.of(traced(units, call), [1, 1, 1, 3, 0])
     assert cut.place == 3
     assert cut.boundary == ((0, 0), (2, 0))
 
@@ -94,7 +93,9 @@ def test_outputs_that_nobody_reads_later_do_not_travel() -> None:
         units[3](image + 1)
 
     trace = traced(units, call)
-    by_place = {place: Cut.of(trace, [1 if unit == place - 1 else 0 for unit in range(4)] + [0]) for place in (1, 2, 3)}
+    by_place = {
+        place: Cut.of(trace, [int(unit in (place - 1, place)) for unit in range(4)] + [0]) for place in (1, 2, 3)
+    }
     assert by_place[1].boundary == ((0, 0), (0, 1))
     assert by_place[2].boundary == ((0, 1), (1, 0))
     assert by_place[3].boundary == ((2, 0),)
@@ -134,7 +135,7 @@ def test_a_unets_blocks_are_all_of_it_and_its_skips_are_found(case: str) -> None
     unet: UNet2DConditionModel = build_unet(case)
     trial = Trial.parse(f"{case}/1,1,1/32x32/2/plain/sync")
     arguments = next(trial.calls(unet))
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         unet(**arguments)
     blocks = blocks_of(unet)
     trace = traced(blocks, lambda: unet(**arguments))

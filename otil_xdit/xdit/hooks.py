@@ -216,7 +216,7 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
             return None
         check_unet_pipeline(pipeline)
         choice = choice or ParallelChoice(SYNC, SYNC.make_config({}), parallel.ring_degree, parallel.ulysses_degree)
-    elif choice is None or (choice.patch_degree == 1 and not choice.strategy.in_halves):
+    elif choice is None or choice.patch_degree * parallel.cfg_degree == 1:
         return None
     if getattr(parallel, _SESSION, None) is None:
         setattr(parallel, _SESSION, connect(choice))
