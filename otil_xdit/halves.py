@@ -106,7 +106,9 @@ class Halves:
 
     # ---- two stages ----------------------------------------------------------------------------------------------
 
-    def join(self, network: nn.Module, name: str, blocks: Sequence[nn.Module], is_second: bool, peer: int) -> bool:
+    def join(
+        self, network: nn.Module, name: str, blocks: Sequence[nn.Module], is_second: bool, peer: int, needs_prompt: bool
+    ) -> bool:
         """Put a network in two stages, if the settings want that and it is not.
 
         Args:
@@ -115,6 +117,7 @@ class Halves:
             blocks: its blocks, in any order.
             is_second: whether this rank computes the second stage, and is one with the prompt.
             peer: the rank with the same rows in the other half, by its place among the ranks of the image.
+            needs_prompt: as in `Stages`.
 
         Returns:
             Whether it has been done now.
@@ -127,7 +130,8 @@ class Halves:
         def add_up(counts: torch.Tensor) -> torch.Tensor:
             return self._collect(counts, "stages").sum(0)
 
-        self._stages[id(network)] = network, Stages(name, blocks, Side(is_second, peer, self._exchange, add_up))
+        side = Side(is_second, peer, self._exchange, add_up)
+        self._stages[id(network)] = network, Stages(name, blocks, side, needs_prompt)
         return True
 
     def begin_network(self, network: nn.Module, is_unet: bool, state: object) -> None:
@@ -148,20 +152,20 @@ class Halves:
         self.guidance.is_staged = staged
         return staged
 
-    def call(self, network: nn.Module, call: Callable[[], Any], inputs: Any) -> Any:
+    def call(self, network: nn.Module, call: Callable[[Any], Any], inputs: Any) -> Any:
         """A network's call, after `is_staged` has been asked.
 
         Args:
             call: makes it.
-            inputs: what it is made with.
+            inputs: what it is made with, if nothing else is better.
         """
         stages = self.stages_of(network)
         if stages is None:
-            return call()
+            return call(inputs)
         step, total = self._clock.step, self._clock.total
         goes_on = self.window.holds(step + 1) and step + 1 != total
         if self.guidance.is_staged:
-            return stages.staged(call, step, goes_on)
+            return stages.staged(call, inputs, step, goes_on)
         return stages.whole(call, inputs, step, goes_on or self.window.may_begin_at(step + 1, total))
 
     def forget(self, kept: set[int]) -> list[nn.Module]:

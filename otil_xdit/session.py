@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from inspect import Signature, signature
 from typing import Any, TypeVar
 
@@ -293,7 +293,7 @@ class PatchSession:
             unet = is_unet(net)
             if self._unets is not None and self._unets[0].halves == 2:
                 groups, blocks = self._unets[0], unet_blocks(net) if unet else dit_blocks(net)
-                if halves.join(net, name, blocks, groups.half == 1, groups.peer) and not unet:
+                if halves.join(net, name, blocks, groups.half == 1, groups.peer, not unet) and not unet:
                     swap_class(net, _staged_network)
             halves.begin_network(net, unet, lora_facts(name, net))
 
@@ -404,10 +404,13 @@ def _ticked(kind: Any) -> type:
 def _staged_network(kind: Any) -> type:
     @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = partial(kind.forward, self, *args, **kwargs)
         session = PatchSession.active()
         if session is None:
-            return call()
+            return kind.forward(self, *args, **kwargs)
+
+        def call(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+            return kind.forward(self, *inputs[0], **inputs[1])
+
         session.communicator.halves.is_staged(self)
         return session.communicator.halves.call(self, call, (args, kwargs))
 

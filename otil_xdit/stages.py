@@ -1,9 +1,10 @@
 """Two stages: a network cut in two segments of about equal cost, each computed by one half of the ranks.
 
 Outside the window (`otil_xdit.window`) both halves compute the whole network, one with the prompt and one without. In
-it the half without the prompt computes the first segment and the other half the second one, from what the first
-segment gave a step before (AsyncDiff, NeurIPS 2024; Hybridiff, CVPR 2026); what it gives now travels meanwhile. At the
-first step of the window the second half takes its own of the step before, and nothing needs to be sent for it.
+it only the pass with the prompt is computed: its first segment by the half that was without, the second by the other
+half, from what the first segment gave a step before (AsyncDiff, NeurIPS 2024; Hybridiff, CVPR 2026); what it gives now
+travels meanwhile. At the first step of the window the second half takes its own of the step before, and nothing needs
+to be sent for it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from otil_xdit.exchange import Exchange, Pending
 from otil_xdit.subclass import restore_class, subclass_of, swap_class
@@ -33,7 +34,7 @@ CallUnit = Callable[[int, Callable[[], Any]], Any]
 
 
 class Boundary:
-    """The tensors between the segments in one piece of memory, which is one message."""
+    """Tensors in one piece of memory, which is one message: those between the segments, or the prompt's."""
 
     def __init__(self, forms: Sequence[Form]) -> None:
         ends = [0, *accumulate(-(-form.nbytes // _ALIGNMENT) * _ALIGNMENT for form in forms)]
@@ -79,10 +80,15 @@ class Stages:
         name: of the network, for messages.
         units: its blocks, in any order; each has its own `forward` again after `release`.
         side: this rank's part.
+        needs_prompt: whether the first half is called without the prompt, so that the second one must show it its own:
+            the first segment is of the pass with the prompt, like the second.
     """
 
-    def __init__(self, name: str, units: Sequence[nn.Module], side: Side) -> None:
+    def __init__(self, name: str, units: Sequence[nn.Module], side: Side, needs_prompt: bool) -> None:
         self._name, self._units, self._side = name, list(units), side
+        self._needs_prompt = needs_prompt
+        self._inputs: list[Any] = []
+        self._prompt: tuple[list[int], Boundary] | None = None
         self._state: object = None
         self._cuts: dict[tuple[Any, ...], Cut] = {}
         self._cut: Cut | None = None
@@ -119,10 +125,11 @@ class Stages:
             self._cuts.clear()
         self._state = state
         self._known, self._known_at = None, -1
+        self._inputs, self._prompt = [], None
 
     def drain(self) -> None:
         """Wait for what is under way."""
-        for buffer in self._buffers:
+        for buffer in self._buffers if self._prompt is None else (*self._buffers, self._prompt[1]):
             buffer.settle()
 
     @property
@@ -139,39 +146,42 @@ class Stages:
         """Whether it is known what the first segment gave at the step before `step`."""
         return self._known_at == step - 1 >= 0
 
-    def whole(self, call: Callable[[], Any], inputs: Any, step: int, keep: bool) -> Any:
+    def whole(self, call: Callable[[Any], Any], inputs: Any, step: int, keep: bool) -> Any:
         """The network's own call, all of it.
 
         Args:
             call: makes it.
-            inputs: with what; their shapes tell whether the cut is known.
+            inputs: what it is made with; their shapes tell whether the cut is known.
             step: of the generation.
             keep: whether it may be the one before the window, so that what the segments share is kept.
 
         Raises:
             NotInStages: naming the network and why it cannot be cut.
         """
-        key = tuple((leaf.shape, leaf.dtype) for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
-        keeps = keep and self._side.is_second
+        self._inputs = tree_leaves(inputs)
+        key = tuple((leaf.shape, leaf.dtype) for leaf in self._inputs if isinstance(leaf, torch.Tensor))
+        keeps, make = keep and self._side.is_second, partial(call, inputs)
         if key not in self._cuts:
-            output = self._traced(call, key, keeps)
+            output = self._traced(make, key, keeps)
         else:
             self._use(self._cuts[key])
-            output = self._called(partial(self._copying, self._buffers[0]) if keeps else None, call)
+            output = self._called(partial(self._copying, self._buffers[0]) if keeps else None, make)
         if keep:
             self._known, self._known_at = self._buffers[0], step
         return output
 
-    def staged(self, call: Callable[[], Any], step: int, goes_on: bool) -> Any:
+    def staged(self, call: Callable[[Any], Any], inputs: Any, step: int, goes_on: bool) -> Any:
         """The network's call with this rank's segment alone computed.
 
         Args:
             call: makes it; what it gives means something on ranks of the second segment only.
+            inputs: what it is made with.
             step: of the generation.
             goes_on: whether the step after it is in the window too.
         """
         known, exchange, peer = self._known, self._side.exchange, self._side.peer
         assert known is not None and self.can_be_staged(step), "the step before has been computed"
+        make = partial(call, self._with_prompt(inputs, step) if self._needs_prompt else inputs)
         where = f"the boundary of {self._name} at step {step}"
         following = self._buffers[known is self._buffers[0]]
         following.settle()
@@ -179,9 +189,9 @@ class Stages:
             known.settle()
             if goes_on:
                 following.travels(exchange.receive(following.memory, peer, "stages", where))
-            output = self._called(partial(self._second, known), call)
+            output = self._called(partial(self._second, known), make)
         else:
-            output = self._called(partial(self._first, following), call)
+            output = self._called(partial(self._first, following), make)
             if goes_on:
                 following.travels(exchange.send(following.memory, peer, "stages", where))
         self._known, self._known_at = following, step if goes_on else -1
@@ -194,6 +204,39 @@ class Stages:
             call: makes the block's own.
         """
         return call() if self._call_unit is None else self._call_unit(number, call)
+
+    def _with_prompt(self, inputs: Any, step: int) -> Any:
+        """The inputs, on ranks of the first half with those of the second one where a step's are the last step's own.
+
+        That is the prompt, in whatever form; the latent and the time are new objects at every step.
+        """
+        leaves, spec = tree_flatten(inputs)
+        if self._prompt is None:
+            pairs = enumerate(zip(leaves, self._inputs, strict=True))
+            same = [place for place, (now, before) in pairs if now is before and isinstance(now, torch.Tensor)]
+            if not same:
+                raise NotInStages(f"--parallel hybridiff cannot tell the prompt among what {self._name} is called with")
+            self._prompt = same, self._shown([leaves[place] for place in same], step)
+        places, prompt = self._prompt
+        prompt.settle()
+        if self._side.is_second:
+            return inputs
+        for place, tensor in zip(places, prompt.tensors, strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, spec)
+
+    def _shown(self, own: list[torch.Tensor], step: int) -> Boundary:
+        """What the second half's tensors are, sent or on their way; `own` has the same forms."""
+        exchange, peer = self._side.exchange, self._side.peer
+        where = f"the prompt of {self._name} at step {step}"
+        message = Boundary([Form.of(tensor) for tensor in own])
+        if self._side.is_second:
+            for tensor, there in zip(own, message.tensors, strict=True):
+                there.copy_(tensor)
+            message.travels(exchange.send(message.memory, peer, "prompt", where))
+        else:
+            message.travels(exchange.receive(message.memory, peer, "prompt", where))
+        return message
 
     def _called(self, call_unit: CallUnit | None, call: Callable[[], Any]) -> Any:
         self._call_unit = call_unit

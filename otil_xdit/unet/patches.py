@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial, wraps
+from functools import cache, lru_cache, wraps
 from inspect import signature
 from typing import Any, Protocol
 
@@ -251,8 +251,8 @@ class UnetPatches:
         self._grid, self.running = cut.grid, self.groups.rows.world_size > 1
         try:
             arguments = {name: cut.argument(name, value) for name, value in kwargs.items()}
-            call = partial(plain, latent, **arguments)
-            (part,) = self.session.communicator.halves.call(self.network, call, (latent, arguments))
+            inputs = {"latent": latent, **arguments}
+            (part,) = self.session.communicator.halves.call(self.network, lambda given: plain(**given), inputs)
         finally:
             self._grid, self._rows, self.running = None, None, False
         whole = self.session.communicator.halves.predicted(self._whole(part, sample, cut))
