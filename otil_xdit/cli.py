@@ -21,7 +21,7 @@ from otil_xdit import __version__
 from otil_xdit.xdit.catalogue import model_registry
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.degrees import OTHER_DEGREES, FlagError, check_values, degree, given_patch_degree
-from otil_xdit.xdit.flags import choose, implied
+from otil_xdit.xdit.flags import choose, implied, works_in_halves
 from otil_xdit.xdit.launch import free_port, run_to_end
 from otil_xdit.xdit.support import ULYSSES_ONLY, refusal
 from otil_xdit.xdit.trust import check_trust
@@ -224,10 +224,10 @@ def _processes(values: Mapping[str, Any], torchrun: Mapping[str, str]) -> tuple[
     elif patch_degree is not None:
         world_size = patch_degree * others
     else:
-        world_size = nodes * devices if devices else PATCHES_ON_CPU * others
-        note = f"no --patch_degree and no --nproc_per_node: {world_size} processes, " + (
-            "one for each visible device" if devices else f"{PATCHES_ON_CPU} patches, as there is no accelerator"
-        )
+        patches = 1 if works_in_halves(values) else PATCHES_ON_CPU
+        world_size = nodes * devices if devices else patches * others
+        reason = "one for each visible device" if devices else f"{patches} for the patches, as there is no accelerator"
+        note = f"no --patch_degree and no --nproc_per_node: {world_size} processes, {reason}"
     choose(values, world_size)
     here, rest = divmod(world_size, nodes)
     if rest:

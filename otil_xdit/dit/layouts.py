@@ -22,18 +22,20 @@ class Architecture:
         text: where the text tokens stand in a rank's attention sequence.
         even: xDiT computes something else than one device does when these tokens cannot be shared out evenly.
         refused: why it cannot run on patches at all; empty where it can.
+        stages: whether it has been compared in two stages (`otil_xdit.stages`).
     """
 
     rows: bool = False
     text: TextPosition = "none"
     even: tuple[str, ...] = ()
     refused: str = ""
+    stages: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "SD3Transformer2DModel": Architecture(rows=True, text="rear"),
-    "PixArtTransformer2DModel": Architecture(rows=True),
-    "HunyuanDiT2DModel": Architecture(rows=True),
+    "SD3Transformer2DModel": Architecture(rows=True, text="rear", stages=True),
+    "PixArtTransformer2DModel": Architecture(rows=True, stages=True),
+    "HunyuanDiT2DModel": Architecture(rows=True, stages=True),
     "FluxTransformer2DModel": Architecture(text="front", even=("text", "image")),
     "Flux2Transformer2DModel": Architecture(text="front", even=("text", "image")),
     "QwenImageTransformer2DModel": Architecture(text="front", even=("text", "image")),
@@ -55,6 +57,17 @@ def architecture_of(network: nn.Module) -> Architecture:
     return next(
         (ARCHITECTURES[base.__name__] for base in kind.__mro__ if base.__name__ in ARCHITECTURES), Architecture()
     )
+
+
+def refuse_stages(network: nn.Module) -> None:
+    """Raises `ValueError` for a DiT that has not been compared in two stages."""
+    if not architecture_of(network).stages:
+        kind = getattr(network, "module_type", type(network)).__name__
+        known = ", ".join(name for name, architecture in ARCHITECTURES.items() if architecture.stages)
+        raise ValueError(
+            f"--parallel hybridiff has not been compared with one process for {kind}; it has for U-Nets and {known}. "
+            "Choose another strategy, with --use_cfg_parallel where the model has it"
+        )
 
 
 def refuse_unsupported(name: str, network: nn.Module) -> None:

@@ -114,10 +114,15 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     return ParallelChoice(strategy, config, patch_degree, ulysses_degree, values.get("otil_report"))
 
 
+def works_in_halves(values: Mapping[str, Any]) -> bool:
+    """Whether ``--parallel`` names a strategy whose ranks share the passes with and without the prompt."""
+    strategy = strategies().get(values.get("parallel") or "")
+    return strategy is not None and strategy.in_halves
+
+
 def implied(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Flags, with those that ``--parallel`` takes as given."""
-    strategy = strategies().get(values.get("parallel") or "")
-    return {**values, "use_cfg_parallel": True} if strategy is not None and strategy.in_halves else values
+    return {**values, "use_cfg_parallel": True} if works_in_halves(values) else values
 
 
 def _check_window(config: Any, values: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ from torch.distributed import distributed_c10d
 from otil_xdit.agreement import facts_of_settings, versions
 from otil_xdit.config import OtilConfig
 from otil_xdit.dit.attention import over_patches, without_padding
+from otil_xdit.dit.layouts import refuse_stages
 from otil_xdit.exchange import PatchGroup, break_connections, limit_waits
 from otil_xdit.refusals import refuse_own_processors
 from otil_xdit.registry import SYNC
@@ -218,6 +219,10 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
         choice = choice or ParallelChoice(SYNC, SYNC.make_config({}), parallel.ring_degree, parallel.ulysses_degree)
     elif choice is None or choice.patch_degree * parallel.cfg_degree == 1:
         return None
+    if choice.strategy.in_halves:
+        for name in ("transformer", "transformer_2"):
+            if isinstance(network := getattr(pipeline, name, None), torch.nn.Module):
+                refuse_stages(network)
     if getattr(parallel, _SESSION, None) is None:
         setattr(parallel, _SESSION, connect(choice))
     return getattr(parallel, _SESSION)

@@ -37,6 +37,13 @@ def plugin_flags(degrees: Degrees) -> list[str]:
     return ["--parallel", "sync", "--patch_degree", str(degrees.patch)] if degrees.patch > 1 else []
 
 
+def stages_flags(*more: str) -> Callable[[Degrees], list[str]]:
+    def flags(degrees: Degrees) -> list[str]:
+        return ["--parallel", "hybridiff", "--patch_degree", str(degrees.patch), *more]
+
+    return flags
+
+
 @contextmanager
 def plugin() -> Iterator[None]:
     otil_xdit.register()
@@ -73,7 +80,9 @@ def _gathered(tensor: torch.Tensor) -> torch.Tensor:
 EXCHANGES = {
     "plugin": Exchange(plugin, plugin_flags),
     "gather": Exchange(partial(attending_to, _gathered), ring_flags),
+    "closed": Exchange(plugin, stages_flags("--otil_window_steps", "0")),
+    "stages": Exchange(plugin, stages_flags("--otil_window", "1:2")),
     "none": Exchange(partial(attending_to, lambda tensor: tensor), ring_flags),
 }
 """`gather` is the plainest exact exchange, to tell what xDiT gets wrong from what the plugin does; `none` exchanges
-nothing, and must not pass for exact."""
+nothing, and must not pass for exact; `closed` and `stages` are Hybridiff without and with a step in two stages."""
