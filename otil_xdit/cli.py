@@ -226,7 +226,8 @@ def _processes(values: Mapping[str, Any], torchrun: Mapping[str, str]) -> tuple[
     else:
         patches = 1 if works_in_halves(values) else PATCHES_ON_CPU
         world_size = nodes * devices if devices else patches * others
-        reason = "one for each visible device" if devices else f"{patches} for the patches, as there is no accelerator"
+        shown = "1 patch" if patches == 1 else f"{patches} patches"
+        reason = "one for each visible device" if devices else f"{shown}, as there is no accelerator"
         note = f"no --patch_degree and no --nproc_per_node: {world_size} processes, {reason}"
     choose(values, world_size)
     here, rest = divmod(world_size, nodes)

@@ -75,9 +75,12 @@ class Guidance:
         Args:
             sample: the latent that the scheduler is about to step, [B, C, ...].
         """
-        if self._calls == 0 and sample is not None:
-            self._pair_outputs(sample.shape[0])
-        self.is_guided = bool(self._calls or self._pairs)
+        if sample is not None:
+            if self._calls == 0:
+                self._pair_outputs(sample.shape[0])
+            # Halves of a batch of three passes, or of two images and one pass, are not what they seem.
+            self._pairs = [pair for pair in self._pairs if pair[0].shape[0] == sample.shape[0]]
+        self.is_guided = bool(self._pairs or (self._calls and self.is_staged))
         sums = [_sums(_like(uncond, sample), _like(cond, sample)) for uncond, cond in self._pairs]
         self._sums.append(torch.stack(sums).sum(0) if sums else None)
         self._forget_step()

@@ -121,9 +121,14 @@ class Halves:
 
         Returns:
             Whether it has been done now.
+
+        Raises:
+            ValueError: for a compiled network, whose blocks are not called one by one.
         """
         if self._config.stages == 1 or id(network) in self._stages:
             return False
+        if getattr(network, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"--parallel hybridiff does not support the compiled {name}: give the one that it was")
         assert self._exchange is not None, "two stages are two ranks"
         self.guidance.is_wanted = True
 

@@ -62,7 +62,9 @@ def measured(model: str) -> dict[str, Any]:
         "scale": 0.0 if alone is None else alone.abs().max().item(),
         **{f"closed_{name}": gathered(closed[name]) for name in ("flops", "report")},
         **{f"open_{name}": gathered(open_[name]) for name in ("flops", "report", "cut")},
+        "windowed": gathered(windowed(model)),
         "differing": [name for found in gathered(again(model)) for name in found],
+        "left": [name for found in gathered(left_behind(model)) for name in found],
     }
 
 
@@ -97,6 +99,33 @@ def run(pipe: Any) -> dict[str, Any]:
         "cut": None
         if cut is None
         else {"flops": cut.flops, "glue": cut.glue, "boundary": sum(form.nbytes for form in cut.forms)},
+    }
+
+
+def windowed(model: str) -> Any:
+    """The report of patches that are displaced in a window only, with its curve."""
+    config = OtilConfig(freshness="displaced", fresh_share=0.0, window=f"{FIRST}:{LAST}")
+    return run(otil_xdit.parallelize(load(model), config))["report"]
+
+
+def left_behind(model: str) -> list[str]:
+    """Modules that `restore` has not given back as they were."""
+    pipe = load(model)
+    network = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+    before = anatomy(network)
+    made = otil_xdit.parallelize(pipe, hybridiff(window=f"{FIRST}:{LAST}"))
+    made.set_progress_bar_config(disable=True)
+    latents(made)
+    during = anatomy(network)
+    restored = otil_xdit.restore(made)
+    after = anatomy(restored.unet if getattr(restored, "unet", None) is not None else restored.transformer)
+    return sorted(before ^ after) + ([] if during != before else ["nothing was wrapped"])
+
+
+def anatomy(network: torch.nn.Module) -> set[str]:
+    return {
+        f"{name}: {id(type(module))} {sorted(vars(module))} {len(module._forward_hooks)} {len(module._forward_pre_hooks)}"
+        for name, module in network.named_modules()
     }
 
 

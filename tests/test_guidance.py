@@ -48,6 +48,13 @@ def test_other_numbers_of_passes_are_no_guidance(guidance: Guidance, passes: int
     assert guidance.curve(None) == [None]
 
 
+def test_halves_of_something_else_are_no_guidance(guidance: Guidance) -> None:
+    guidance.pair(*pair_of(9, 3, 4, 8, 8))  # three passes of two images, cut in the middle
+    guidance.settle(torch.zeros(2, 4, 8, 8))
+    assert not guidance.is_guided
+    assert guidance.curve(None) == [None]
+
+
 def test_a_predicted_variance_does_not_count(guidance: Guidance) -> None:
     uncond, cond = pair_of(2, 1, 8, 4, 4)
     guidance.pair(uncond, cond)
@@ -77,7 +84,7 @@ def test_where_one_is_computed_the_difference_is_held(guidance: Guidance) -> Non
     guidance.is_wanted = True
     uncond, cond = pair_of(4, 1, 4, 8, 8)
     guidance.pair(uncond, cond)
-    guidance.settle(torch.zeros(1))
+    guidance.settle(torch.zeros(1, 4, 8, 8))
     guidance.is_staged = True
     nonsense, later = pair_of(5, 1, 4, 8, 8)
     for _ in range(2):

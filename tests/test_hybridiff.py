@@ -66,8 +66,42 @@ def test_the_report_has_the_curve_and_the_window(on_two: dict[str, Any], model: 
 
 
 @MODELS
+def test_patches_may_be_displaced_in_a_window_only(on_two: dict[str, Any], model: str) -> None:
+    line = on_two[model]
+    first, second = line["windowed"]
+    assert first["window"] == [FIRST, LAST]
+    curve = line["closed_report"][0]["discrepancy"]
+    assert first["discrepancy"] == second["discrepancy"], "of all patches, on every rank"
+    assert first["discrepancy"][: FIRST + 1] == pytest.approx(curve[: FIRST + 1], rel=1e-3), "exact up to the window"
+    assert first["discrepancy"][FIRST + 1] != pytest.approx(curve[FIRST + 1], rel=1e-6), "and not in it"
+
+
+@MODELS
+def test_restore_leaves_nothing(on_two: dict[str, Any], model: str) -> None:
+    assert on_two[model]["left"] == []
+
+
+@MODELS
 def test_image_two_is_image_one(on_two: dict[str, Any], model: str) -> None:
     assert on_two[model]["differing"] == []
+
+
+DITS = ("sd3", "pixart-alpha", "pixart-sigma", "hunyuandit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_other_dits_in_two_stages(ranks: int) -> None:
+    degrees = f"{ranks // 2},1,2"
+    lines = lines_of(
+        ranks, "run_zoo.py", "--cases", *DITS, "--degrees", degrees, "--exchange", "closed", "stages", timeout=400
+    )
+    assert [line["stopped"] for line in lines] == [None] * (2 * len(DITS)), lines
+    for line in lines:
+        if line["exchange"] == "closed":
+            assert line["max_abs_error"] <= EXACT, line
+        else:
+            assert EXACT < line["max_abs_error"] < line["max_abs_reference"], line
 
 
 @pytest.mark.slow
