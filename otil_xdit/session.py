@@ -288,7 +288,8 @@ class PatchSession:
     def _begin_halves(self, networks: dict[str, nn.Module]) -> None:
         """Put networks in two stages, where the strategy does that, and begin anew."""
         halves = self.communicator.halves
-        halves.guidance.has_parts = self.group.world_size > 1 and not any(map(is_unet, networks.values()))
+        rows = self.group.rows or self.group
+        halves.guidance.has_parts = rows.world_size > 1 and not any(map(is_unet, networks.values()))
         for name, net in networks.items():
             unet = is_unet(net)
             if self._unets is not None and self._unets[0].halves == 2:

@@ -123,10 +123,12 @@ def left_behind(model: str) -> list[str]:
 
 
 def anatomy(network: torch.nn.Module) -> set[str]:
-    return {
-        f"{name}: {id(type(module))} {sorted(vars(module))} {len(module._forward_hooks)} {len(module._forward_pre_hooks)}"
-        for name, module in network.named_modules()
-    }
+    """Everything about the modules that `restore` must bring back."""
+    found = set()
+    for name, module in network.named_modules():
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        found.add(f"{name}: {id(type(module))} {sorted(vars(module))} {hooks}")
+    return found
 
 
 def again(model: str) -> list[str]:
