@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -34,6 +34,9 @@ from otil_xdit.watch import Note, NotFinite
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+REFUSAL = "a refusal"
+"""The fact, of a rank that has one, by which the others know why it will not go on."""
 
 NETWORKS = ("transformer", "transformer_2", "unet")
 """Attributes of a pipeline that may hold a denoising network."""
@@ -148,14 +151,15 @@ class PatchSession:
             self._layer, self.kept_keys = "", None
 
     @contextmanager
-    def generation(self, pipe: Any, call: Facts | None = None) -> Iterator[None]:
+    def generation(self, pipe: Any, call: Facts | None = None, check: Callable[[], object] = bool) -> Iterator[None]:
         """One call of a pipeline; calls inside it (a wrapper calls what it wraps) belong to it.
 
         Args:
             call: of its arguments what must be equal on all ranks.
+            check: raises `ValueError` for arguments that cannot be served.
 
         Raises:
-            ValueError: when the ranks do not agree.
+            ValueError: on all ranks, when one of them refuses the networks or the call, or when they do not agree.
             ExchangeTimeout: when another rank fails or does not answer.
         """
         if self.is_active:
@@ -167,11 +171,11 @@ class PatchSession:
         try:
             with ExitStack() as stack, self._told():
                 stack.enter_context(self.surroundings())
-                self._agree(pipe, networks, call or {})
-                self._watch(networks)
+                scheduler = getattr(pipe, "scheduler", None)
+                self._agree(pipe, networks, call or {}, self._refusal(scheduler, networks, check))
                 for net in networks.values():
                     stack.enter_context(self._names.follow_contexts(net))
-                stack.enter_context(_ticking(getattr(pipe, "scheduler", None), self.communicator.clock))
+                stack.enter_context(_ticking(scheduler, self.communicator.clock))
                 self._names.begin()
                 self.communicator.begin()
                 stack.callback(self._end_exchange)
@@ -212,15 +216,37 @@ class PatchSession:
             place = f"rank {watch.rank}: no answer from the other ranks after {watch.where}"
             raise ExchangeTimeout(f"{place} ({reason_of(error)}); {watch.blame()}") from error
 
-    def _agree(self, pipe: Any, networks: dict[str, nn.Module], call: Facts) -> None:
-        """Raise `ValueError` on every rank where what must be equal is not."""
+    def _refusal(
+        self, scheduler: Any, networks: dict[str, nn.Module], check: Callable[[], object]
+    ) -> ValueError | None:
+        """Get the networks ready; why this rank cannot serve them or the call, None where it can."""
+        try:
+            check()
+            _refuse_own_step(scheduler)
+            self._watch(networks)
+        except ValueError as error:
+            return error
+        return None
+
+    def _agree(self, pipe: Any, networks: dict[str, nn.Module], call: Facts, refusal: ValueError | None) -> None:
+        """Raise `ValueError` on every rank where one of them refuses, or what must be equal is not."""
         watch = self.group.watch
         if watch is None:
+            if refusal is not None:
+                raise refusal
             return
         facts = {**self._facts, **self._network_facts.of(pipe, networks), **call}
         if any(is_unet(net) for net in networks.values()):
             facts.pop(RANDOM_STATE, None)  # they are made to draw alike
+        if refusal is not None:
+            facts[REFUSAL] = str(refusal)
         by_rank = watch.meet(facts)
+        if refusal is not None:
+            raise refusal
+        # What a rank refuses is often what is different there: the better message of the two.
+        refused = [f"rank {rank} refuses: {found[REFUSAL]}" for rank, found in by_rank.items() if REFUSAL in found]
+        if refused:
+            raise ValueError(f"rank {watch.rank}: {'; '.join(refused)}")
         found = differences(by_rank)
         if found:
             raise ValueError(f"rank {watch.rank}: the ranks do not agree: {found}")
@@ -305,6 +331,14 @@ def _taken_out(found: dict[int, T], kept: set[int]) -> list[T]:
     return [found.pop(key) for key in [*found] if key not in kept]
 
 
+def _refuse_own_step(scheduler: Any) -> None:
+    if scheduler is not None and "step" in vars(scheduler):
+        raise ValueError(
+            f"--parallel does not support a {type(scheduler).__name__} whose step has been replaced: nobody would "
+            "count the steps; undo that, or subclass the scheduler"
+        )
+
+
 @contextmanager
 def _ticking(scheduler: Any, clock: Clock) -> Iterator[None]:
     """Let every `scheduler.step` tick `clock`.
@@ -315,11 +349,6 @@ def _ticking(scheduler: Any, clock: Clock) -> Iterator[None]:
     if scheduler is None:
         yield
         return
-    if "step" in vars(scheduler):
-        raise ValueError(
-            f"--parallel does not support a {type(scheduler).__name__} whose step has been replaced: nobody would "
-            "count the steps; undo that, or subclass the scheduler"
-        )
     swap_class(scheduler, _ticked)
     vars(scheduler)["_otil_clock"] = clock
     try:
@@ -339,9 +368,8 @@ def _bracketed(kind: type) -> type:
         if session.is_active:
             return kind.__call__(self, *args, **kwargs)
         wrapped = vars(self).get("module")  # the pipeline, where this is xDiT's wrapper of one
-        if wrapped is not None:
-            refuse_unread(kind.__call__, type(wrapped).__call__, kwargs)
-        with session.generation(self, facts_of_call(call, (self, *args), kwargs)):
+        check = bool if wrapped is None else partial(refuse_unread, kind.__call__, type(wrapped).__call__, kwargs)
+        with session.generation(self, facts_of_call(call, (self, *args), kwargs), check):
             return kind.__call__(self, *args, **kwargs)
 
     return subclass_of(kind, {"__call__": __call__})

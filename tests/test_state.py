@@ -71,4 +71,4 @@ def test_every_kind_of_call_after_every_other() -> None:
     found = {line["name"]: line["ranks"] for line in lines_of(2, "run_state.py", "--all", timeout=1800)}
     for name in ("unet, otil", "unet, paper", "dit, otil", "dit, paper"):
         check_images(found[name])
-    check_memory(found["unet, told"], least=0.8)  # without halo rows and moments
+    check_memory(found["unet, told"], least=0.97)
