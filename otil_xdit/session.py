@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, wraps
-from inspect import Signature, signature
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +28,7 @@ from otil_xdit.exchange import ExchangeTimeout, PatchGroup, is_lost_connection, 
 from otil_xdit.grid import TokenLayout
 from otil_xdit.refusals import NetworkLook, refuse_gradients, refuse_unread
 from otil_xdit.registry import Communicator
-from otil_xdit.schedule import Clock
+from otil_xdit.stepping import arguments_of, refuse_own_step, ticking
 from otil_xdit.subclass import restore_class, subclass_of, swap_class
 from otil_xdit.unet.patches import Attend, UnetGroups, UnetPatches, is_unet
 from otil_xdit.unet.structure import blocks_of as unet_blocks
@@ -37,6 +37,9 @@ from otil_xdit.watch import Note, NotFinite
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+REFUSAL = "a refusal"
+"""The fact, of a rank that has one, by which the others know why it will not go on."""
 
 NETWORKS = ("transformer", "transformer_2", "unet")
 """Attributes of a pipeline that may hold a denoising network."""
@@ -151,14 +154,15 @@ class PatchSession:
             self._layer, self.kept_keys = "", None
 
     @contextmanager
-    def generation(self, pipe: Any, call: Facts | None = None) -> Iterator[None]:
+    def generation(self, pipe: Any, call: Facts | None = None, check: Callable[[], object] = bool) -> Iterator[None]:
         """One call of a pipeline; calls inside it (a wrapper calls what it wraps) belong to it.
 
         Args:
             call: of its arguments what must be equal on all ranks.
+            check: raises `ValueError` for arguments that cannot be served.
 
         Raises:
-            ValueError: when the ranks do not agree.
+            ValueError: on all ranks, when one of them refuses the networks or the call, or when they do not agree.
             ExchangeTimeout: when another rank fails or does not answer.
         """
         if self.is_active:
@@ -170,11 +174,11 @@ class PatchSession:
         try:
             with ExitStack() as stack, self._told():
                 stack.enter_context(self.surroundings())
-                self._agree(pipe, networks, call or {})
-                self._watch(networks)
+                scheduler = getattr(pipe, "scheduler", None)
+                self._agree(pipe, networks, call or {}, self._refusal(scheduler, networks, check))
                 for net in networks.values():
                     stack.enter_context(self._names.follow_contexts(net))
-                stack.enter_context(_ticking(getattr(pipe, "scheduler", None), self.communicator.clock))
+                stack.enter_context(ticking(scheduler, self.communicator.clock, self._settle, self.planned_steps))
                 self._names.begin()
                 self.communicator.begin()
                 stack.callback(self._end_exchange)
@@ -216,15 +220,37 @@ class PatchSession:
             place = f"rank {watch.rank}: no answer from the other ranks after {watch.where}"
             raise ExchangeTimeout(f"{place} ({reason_of(error)}); {watch.blame()}") from error
 
-    def _agree(self, pipe: Any, networks: dict[str, nn.Module], call: Facts) -> None:
-        """Raise `ValueError` on every rank where what must be equal is not."""
+    def _refusal(
+        self, scheduler: Any, networks: dict[str, nn.Module], check: Callable[[], object]
+    ) -> ValueError | None:
+        """Get the networks ready; why this rank cannot serve them or the call, None where it can."""
+        try:
+            check()
+            refuse_own_step(scheduler)
+            self._watch(networks)
+        except ValueError as error:
+            return error
+        return None
+
+    def _agree(self, pipe: Any, networks: dict[str, nn.Module], call: Facts, refusal: ValueError | None) -> None:
+        """Raise `ValueError` on every rank where one of them refuses, or what must be equal is not."""
         watch = self.group.watch
         if watch is None:
+            if refusal is not None:
+                raise refusal
             return
         facts = {**self._facts, **self._network_facts.of(pipe, networks), **call}
         if any(is_unet(net) for net in networks.values()):
             facts.pop(RANDOM_STATE, None)  # they are made to draw alike
+        if refusal is not None:
+            facts[REFUSAL] = str(refusal)
         by_rank = watch.meet(facts)
+        if refusal is not None:
+            raise refusal
+        # What a rank refuses is often what is different there: the better message of the two.
+        refused = [f"rank {rank} refuses: {found[REFUSAL]}" for rank, found in by_rank.items() if REFUSAL in found]
+        if refused:
+            raise ValueError(f"rank {watch.rank}: {'; '.join(refused)}")
         found = differences(by_rank)
         if found:
             raise ValueError(f"rank {watch.rank}: the ranks do not agree: {found}")
@@ -279,6 +305,9 @@ class PatchSession:
             found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
             if found is not None:
                 self.communicator.halves.guidance.note(found)
+
+    def _settle(self, sample: Any) -> None:
+        self.communicator.halves.settle(sample)
 
     def gathered(self, shown: torch.Tensor | list[torch.Tensor], dim: int, own: torch.Tensor) -> Any:
         """What xDiT has gathered of both CFG groups (see `Halves.gathered`); this rank sent `own`."""
@@ -338,30 +367,6 @@ def _taken_out(found: dict[int, T], kept: set[int]) -> list[T]:
     return [found.pop(key) for key in [*found] if key not in kept]
 
 
-@contextmanager
-def _ticking(scheduler: Any, clock: Clock) -> Iterator[None]:
-    """Let every `scheduler.step` tick `clock`.
-
-    By class and attribute rather than by a wrapped bound method: some pipelines deep-copy their scheduler, and the
-    copy's steps must neither count nor reach the original.
-    """
-    if scheduler is None:
-        yield
-        return
-    if "step" in vars(scheduler):
-        raise ValueError(
-            f"--parallel does not support a {type(scheduler).__name__} whose step has been replaced: nobody would "
-            "count the steps; undo that, or subclass the scheduler"
-        )
-    swap_class(scheduler, _ticked)
-    vars(scheduler)["_otil_clock"] = clock
-    try:
-        yield
-    finally:
-        restore_class(scheduler)
-        del vars(scheduler)["_otil_clock"]
-
-
 @cache
 def _bracketed(kind: type) -> type:
     call = signature(kind.__call__)
@@ -372,33 +377,16 @@ def _bracketed(kind: type) -> type:
         if session.is_active:
             return kind.__call__(self, *args, **kwargs)
         wrapped = vars(self).get("module")  # the pipeline, where this is xDiT's wrapper of one
-        if wrapped is not None:
-            refuse_unread(kind.__call__, type(wrapped).__call__, kwargs)
-        session.communicator.halves.check_call(_arguments(call, (self, *args), kwargs))
-        with session.generation(self, facts_of_call(call, (self, *args), kwargs)):
+
+        def check() -> None:
+            if wrapped is not None:
+                refuse_unread(kind.__call__, type(wrapped).__call__, kwargs)
+            session.communicator.halves.check_call(arguments_of(call, (self, *args), kwargs))
+
+        with session.generation(self, facts_of_call(call, (self, *args), kwargs), check):
             return kind.__call__(self, *args, **kwargs)
 
     return subclass_of(kind, {"__call__": __call__})
-
-
-@cache
-def _ticked(kind: Any) -> type:
-    call = signature(kind.step)
-
-    @wraps(kind.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = PatchSession.active()
-        if session is not None:
-            session.communicator.halves.settle(_arguments(call, (self, *args), kwargs).get("sample"))
-        out = kind.step(self, *args, **kwargs)
-        clock: Clock = self._otil_clock
-        if clock.step == 0:
-            first = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-            clock.total = _steps_of(self, first, session)
-        clock.tick()
-        return out
-
-    return subclass_of(kind, {"step": step})
 
 
 @cache
@@ -416,31 +404,3 @@ def _staged_network(kind: Any) -> type:
         return session.communicator.halves.call(self, call, (args, kwargs))
 
     return subclass_of(kind, {"forward": forward})
-
-
-def _arguments(call: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, however they are given; none where they do not fit: the call will say so."""
-    try:
-        bound = call.bind(*args, **kwargs)
-    except TypeError:
-        return {}
-    bound.apply_defaults()
-    return {**bound.arguments, **bound.arguments.get("kwargs", {})}
-
-
-def _steps_of(scheduler: Any, first: Any, session: PatchSession | None = None) -> int | None:
-    """The number of `step` calls of a generation whose first one is for the timestep `first`; None if it is not known.
-
-    Image-to-image begins in the middle of the scheduler's timesteps; where a scheduler of second order has one twice,
-    with the second, as diffusers does. A pipeline that ends early (SDXL's `denoising_end`) does fewer, and says how
-    many before it begins. Reads the timesteps from the device, once a generation.
-    """
-    timesteps = getattr(scheduler, "timesteps", None)
-    if not isinstance(timesteps, torch.Tensor) or first is None:
-        return None
-    known = timesteps.flatten().tolist()
-    at = float(torch.as_tensor(first).flatten()[0])
-    places = [place for place, timestep in enumerate(known) if timestep == at]
-    to_the_end = len(known) - [0, *places[:2]][-1]
-    planned = None if session is None else session.planned_steps()
-    return to_the_end if planned is None else min(planned, to_the_end)

@@ -39,7 +39,7 @@ DEADLINE = 60.0
 """Seconds after which ranks that are still there count as left behind."""
 
 HANGING = ("kill", "stop", "layer", "callback", "nan")
-DIFFERING = ("ratio", "seed", "size", "LoRA", "weights", "steps", "scheduler")
+DIFFERING = ("ratio", "seed", "size", "LoRA", "weights", "steps", "scheduler", "forward")
 KINDS = {
     "kill": "SIGKILL",
     "stop": "SIGSTOP for twice the timeout",
@@ -54,6 +54,7 @@ KINDS = {
     "weights": "other weights",
     "steps": "another number of steps",
     "scheduler": "another scheduler",
+    "forward": "a step cache on one rank",
     "interrupt": "Ctrl-C to the launcher",
     "terminate": "SIGTERM to the launcher",
 }
@@ -191,6 +192,11 @@ def rank_main(case: Case, pipe: Any, rank: int, folder: Path) -> int:
         except BaseException as error:
             seen["again"], seen["refused after"] = f"{type(error).__name__}: {error}", time.time() - began
     (folder / f"rank-{rank}.json").write_text(json.dumps(seen))
+    if case.kind not in HANGING:
+        # The store goes with rank 0, and the others may still be asking it.
+        over = time.monotonic() + TIMEOUT
+        while len([*folder.glob("rank-*.json")]) < case.ranks and time.monotonic() < over:
+            time.sleep(0.02)
     return 0 if "missed" in seen else 1
 
 
@@ -213,6 +219,9 @@ def changed(case: Case, pipe: Any, mine: bool, folder: Path) -> dict[str, Any]:
         with torch.no_grad():
             for weights in network.parameters():
                 weights.mul_(1.0009765625)  # exact to undo, but for the last bit
+    if case.kind == "forward":
+        block = some_block(network)
+        block.forward = lambda *args, plain=block.forward, **kwargs: plain(*args, **kwargs)
     if case.kind == "scheduler":
         from diffusers import EulerDiscreteScheduler
 
@@ -220,11 +229,18 @@ def changed(case: Case, pipe: Any, mine: bool, folder: Path) -> dict[str, Any]:
     return {"seed": {"seed": 4}, "size": {"height": 160}, "steps": {"num_inference_steps": 9}}.get(case.kind, {})
 
 
+def some_block(network: Any) -> Any:
+    """What a step cache would put its own `forward` on."""
+    return network.mid_block if hasattr(network, "mid_block") else network.transformer_blocks[1]
+
+
 def restore_weights(case: Case, pipe: Any, mine: bool) -> None:
     if not mine:
         return
     if case.kind == "LoRA":
         pipe.unload_lora_weights()
+    if case.kind == "forward":
+        del some_block(getattr(pipe, "unet", None) or pipe.transformer).forward
     if case.kind == "scheduler":
         from diffusers import DPMSolverMultistepScheduler
 
@@ -369,9 +385,19 @@ def run_launched(case: Case) -> Outcome:
         process.wait(180)
         ended, text = time.time(), (folder / "log").read_text()
         since = float((folder / "happened").read_text()) if happened(folder) else float("nan")
-        pids = [int(path.name[4:]) for path in folder.glob("pid-*")]
-        codes = {number: None if psutil.pid_exists(pid) else process.returncode for number, pid in enumerate(pids)}
+        codes: dict[int, int | None] = dict.fromkeys(range(len([*folder.glob("pid-*")])), process.returncode)
+        left = [found for found in psutil.process_iter() if found.pid != process.pid and _belongs_to(found, folder)]
+        codes |= {-found.pid: None for found in left}
+        for found in left:
+            found.kill()
         return Outcome(case, {}, codes, "xfuser", text, ended - since)
+
+
+def _belongs_to(process: psutil.Process, folder: Path) -> bool:
+    """Whether it was started, by whomever, for the case in that folder: torchrun and its ranks."""
+    with contextlib.suppress(psutil.Error, OSError):
+        return str(folder) in process.environ().get(ENVIRONMENT, "") and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ LAUNCHED = [
 
 
 def cases(seed: int = 0) -> list[Case]:
-    """48 cases, the same every time."""
+    """52 cases, the same every time."""
     draw = random.Random(seed)
     found = []
     shapes: tuple[tuple[int, dict[str, Any]], ...] = (
@@ -82,7 +82,7 @@ def row(number: int, outcome: Outcome, wrong: str) -> str:
     layout = f"{case.ranks}" + "".join(f", {key.removesuffix('_degree')}" for key in case.degrees)
     at = f"rank {case.victim}" + (f", step {case.step}" if case.kind not in DIFFERING else "")
     if outcome.through == "xfuser":
-        detected, seconds = "", f"{outcome.seconds:.1f}"
+        detected, seconds = "", "" if case.kind in DIFFERING else f"{outcome.seconds:.1f}"
         codes = {str(code) for code in outcome.codes.values()}
         message, next_run = shortened(outcome.text), f"exit {', '.join(sorted(codes))}"
     else:
@@ -101,7 +101,8 @@ def row(number: int, outcome: Outcome, wrong: str) -> str:
 
 def shortened(text: str) -> str:
     """The line that says what happened, without its class's module and the details of the socket."""
-    lines = [line.split("]: ", 1)[-1] for line in text.splitlines() if line.strip()]
+    # A progress bar ends no line.
+    lines = [re.sub(r"^.*it/s\]", "", line.split("]: ", 1)[-1]) for line in text.splitlines() if line.strip()]
     signs = ("Error: ", "ExchangeTimeout: ", "NotFinite: ", " stops at ", "all processes stopped")
     named = [line for line in lines if any(sign in line for sign in signs) and "ChildFailedError" not in line]
     line = ([line for line in named if "no answer" in line or " stops " in line] or named or lines or [""])[-1]
@@ -115,7 +116,10 @@ def judged(outcome: Outcome) -> str:
     if outcome.through == "xfuser":
         codes = {"interrupt": 130, "terminate": 143}
         right = all(code == codes.get(case.kind, code) != 0 for code in outcome.codes.values())
-        return "; ".join([*faults, *([] if right and outcome.codes else ["exit code"])])
+        names = {"interrupt": "SIGINT, all processes", "terminate": "SIGTERM, all processes"}
+        named = names.get(case.kind, f"rank {case.victim}") in shortened(outcome.text)
+        faults += ([] if right and outcome.codes else ["exit code"]) + ([] if named else ["what is said"])
+        return "; ".join(faults)
     for rank in range(case.ranks):
         if case.kind != "kill" or rank != case.victim:
             seen = outcome.seen.get(rank)
@@ -131,14 +135,14 @@ def _wrong(case: Case, rank: int, seen: dict[str, Any]) -> Iterator[str]:
     is_over = case.kind == "callback" and case.step == STEPS - 1 and rank != case.victim
     if "missed" in seen and not is_over:
         yield "saw nothing"
-    is_other = "error" in seen and rank != case.victim and case.kind in HANGING
+    is_other = "error" in seen and rank != case.victim and case.kind != "callbacks"
     if is_other and f"rank {case.victim}" not in seen["error"]:
         yield f"does not name rank {case.victim}"
     if not seen["usable"]:
         if case.kind in (*DIFFERING, "callbacks"):
             yield "is broken"
         if not seen.get("refused after", 9) < 1:
-            yield f"did not refuse: {seen['again']}"
+            yield f"did not refuse: {seen.get('again')}"
     elif case.kind != "ratio" and seen["again"] != seen["first"]:
         yield f"made another image afterwards: {seen['again']}"
 

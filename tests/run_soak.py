@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,20 @@ def main() -> int:
 
 
 def draw_jobs(count: int, seed: int) -> list[dict[str, Any]]:
-    """What is made, one after the other; first the largest of each network and strategy, for memory to settle."""
+    """What is made, one after the other; first the largest of each network and strategy, twice, for memory to settle.
+
+    Twice, as the first of them are made before the other network has been loaded.
+    """
     dice = random.Random(seed)
-    jobs = []
-    largest = {"height": 128, "width": 128, "batch": 2, "steps": 8, "guidance": 4.0}
-    for strategy in STRATEGIES:
-        for model in SIZES:
-            jobs.append(
-                {"model": model, "strategy": strategy, "sampler": "own", "seed": len(jobs), "prompt": 0, **largest}
-            )
+    # Twelve steps: under `otil` the first eight of any picture wait, and those that do not have rooms of their own.
+    largest = {"height": 128, "width": 128, "batch": 2, "steps": 12, "guidance": 4.0, "prompt": 0}
+    samplers = {"tiny-sd": "heun", "tiny-dit": "own"}  # of second order: it keeps most
+    jobs = [
+        {"model": model, "strategy": strategy, "sampler": sampler, "seed": turn, **largest}
+        for turn in range(2)
+        for strategy in STRATEGIES
+        for model, sampler in samplers.items()
+    ]
     strategy = "otil"
     while len(jobs) < count:
         if dice.random() < 0.2:
@@ -106,20 +112,46 @@ def compare(jobs: list[dict[str, Any]], out: Path) -> int:
     """Every 10th image by ranks of its own, and the verdict."""
     notes = json.loads(out.read_text())
     different, compared = [], 0
+    prepare()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(EVERY - 1, len(jobs), EVERY):
-            (fresh,) = on_two_ranks([jobs[number]], Path(folder) / "fresh.json")
+            fresh = alone(jobs[number], Path(folder) / f"{number}.json")
             compared += 1
             if fresh["digests"] != notes[number]["digests"]:
                 different.append(number)
                 print(f"image {number} differs: {jobs[number]}", flush=True)
-    growth = grown(notes)
+    growth, before, since = grown(notes), most(notes[:SETTLED]), most(notes[SETTLED:])
     seconds = sum(note["seconds"] for note in notes)
     print(
         f"{len(notes)} images in {seconds:.0f} s; {compared} compared with fresh ranks', {len(different)} different; "
-        f"memory after image {SETTLED}: {', '.join(f'rank {rank} {share:+.2%}' for rank, share in enumerate(growth))}"
+        f"memory after image {SETTLED}: {', '.join(f'rank {rank} {share:+.2%}' for rank, share in enumerate(growth))}; "
+        f"the exchange's buffers: at most {before:.1f} MB until then, {since:.1f} MB since"
     )
     return int(bool(different) or max(growth) >= MOST_GROWTH)
+
+
+def alone(job: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The note of an image that is made by two ranks of its own, forked from this process, which has made none."""
+    from otil_xdit.xdit.launch import free_port
+
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    pids = []
+    for rank in range(2):
+        pid, code = os.fork(), 1
+        if pid:
+            pids.append(pid)
+            continue
+        os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+        try:
+            code = in_rank([job], out)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if any([os.waitpid(pid, 0)[1] for pid in pids]):
+        raise SystemExit(f"the ranks failed with {job}")
+    (note,) = json.loads(out.read_text())
+    return dict(note)
 
 
 def grown(notes: list[dict[str, Any]]) -> list[float]:
@@ -128,20 +160,31 @@ def grown(notes: list[dict[str, Any]]) -> list[float]:
     return [end / start - 1 for start, end in zip(settled, last, strict=True)]
 
 
+def most(notes: list[dict[str, Any]]) -> float:
+    """Of both ranks and all images, in MB."""
+    return max((max(note["buffers"]) for note in notes), default=0) / 1e6
+
+
 # ---- on a rank -------------------------------------------------------------------------------------------------------
 
 
-def in_rank(jobs: list[dict[str, Any]], out: Path) -> int:
-    """Make all jobs; rank 0 writes the notes of both."""
-    import psutil
+def prepare() -> None:
+    """Import what takes long, and say little."""
     import torch
-    import torch.distributed as dist
 
     import otil_xdit
 
     otil_xdit.register()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
+
+
+def in_rank(jobs: list[dict[str, Any]], out: Path) -> int:
+    """Make all jobs; rank 0 writes the notes of both."""
+    import psutil
+    import torch.distributed as dist
+
+    prepare()
     service, notes, process = Service(), [], psutil.Process()
     for number, job in enumerate(jobs):
         started = time.perf_counter()
@@ -152,9 +195,9 @@ def in_rank(jobs: list[dict[str, Any]], out: Path) -> int:
         seconds = time.perf_counter() - started
         gc.collect()
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (digest, process.memory_info().rss))
-        digests, resident = zip(*ranks, strict=True)
-        notes.append({"digests": digests, "resident": resident, "seconds": seconds})
+        dist.all_gather_object(ranks, (digest, process.memory_info().rss, service.buffer_bytes))
+        digests, resident, buffers = zip(*ranks, strict=True)
+        notes.append({"digests": digests, "resident": resident, "buffers": buffers, "seconds": seconds})
     if dist.get_rank() == 0:
         out.write_text(json.dumps(notes))
     dist.barrier()
@@ -168,6 +211,14 @@ class Service:
     def __init__(self) -> None:
         self._plain: dict[str, Any] = {}
         self._parallel: dict[str, tuple[str, Any]] = {}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What the exchanges of both models keep."""
+        from otil_xdit.xdit.hooks import session_of
+
+        sessions = [session_of(pipe) for _, pipe in self._parallel.values()]
+        return sum(session.communicator.report().buffer_bytes for session in sessions if session is not None)
 
     def make(self, job: dict[str, Any]) -> str:
         """The image's digest; "" on a rank that gets none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def table(*flags: str, timeout: float = 550) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def said() -> dict[str, list[str]]:
     """A row each of some kinds, on two ranks."""
-    kinds = ["kill", "layer", "callbacks", "nan", "seed"]
+    kinds = ["kill", "layer", "callbacks", "nan", "seed", "forward"]
     return {row[1]: row for row in table("--ranks", "2", "--each", "1", "--only", *kinds)}
 
 
@@ -49,6 +50,12 @@ def test_nan_is_traced_to_its_rank(said: dict[str, list[str]]) -> None:
 
 def test_a_difference_is_an_error_everywhere(said: dict[str, list[str]]) -> None:
     assert "generator is seed 3" in said["another seed"][7] and said["another seed"][9] == "same image"
+
+
+def test_what_one_rank_refuses_is_told_to_all_before_the_first_step(said: dict[str, list[str]]) -> None:
+    row = said["a step cache on one rank"]
+    assert re.search(r"ValueError: rank (\d): rank (\d) refuses: .* has a forward that has been replaced", row[7])
+    assert row[9] == "same image"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 
 from otil_xdit.config import OtilConfig
 from otil_xdit.schedule import Clock, Schedule
-from otil_xdit.session import _ticking
+from otil_xdit.stepping import ticking
 
 
 def modes(total: int | None, steps: int, **settings: Any) -> str:
@@ -56,7 +56,7 @@ def counted(scheduler: Any, first: int = 0) -> tuple[int | None, int]:
     """The total that the clock was given at the first step, and the number of steps that were done."""
     clock = Clock()
     x = torch.zeros(1, 4, 2, 2)
-    with _ticking(scheduler, clock):
+    with ticking(scheduler, clock):
         for timestep in getattr(scheduler, "timesteps", [0, 1])[first:]:
             scheduler.step(x, timestep, x)
     return clock.total, clock.step

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from otil_xdit.config import OtilConfig
+from otil_xdit.planner.asks import Composition, Job
 from otil_xdit.planner.memory import memory_of
-from otil_xdit.planner.networks import T5_TOKENS, Network, layers_in_order
+from otil_xdit.planner.networks import META, T5_TOKENS, Network, layers_in_order
+from otil_xdit.planner.traffic import Traffic
 
 logger = logging.getLogger("otil_xdit")
 
@@ -19,11 +21,15 @@ DITS = {
 }
 """Latent pixels of a token a side, text tokens in self-attention by diffusers' defaults, and passes under guidance."""
 
+_STEPS = 30
+"""Of the picture: enough for every kind of step that the settings have."""
+
 
 def tell_footprint(pipe: Any, config: Any, patches: int, ulysses_degree: int, cfg_degree: int) -> None:
-    """Log at INFO what keys and values will take in a picture of the pipeline's own size, or that it is unknown.
+    """Log at INFO what the exchange will take in a picture of the pipeline's own size, or that it is unknown.
 
-    From a run on "meta" tensors, which takes a fraction of a second, and none where nobody listens.
+    From a run on "meta" tensors, which takes a fraction of a second (some seconds for SDXL's U-Net), and none where
+    nobody listens.
 
     Args:
         pipe: the diffusers pipeline, before xDiT wraps it.
@@ -34,11 +40,11 @@ def tell_footprint(pipe: Any, config: Any, patches: int, ulysses_degree: int, cf
         return
     try:
         size, bytes_of_rank = footprint(pipe, config, patches, ulysses_degree, cfg_degree)
-    except (AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # of whatever a pipeline that nobody has seen lacks: no picture may fail for a log line
         logger.info("what the exchange's copies will take is not known for %s (%s)", type(pipe).__name__, error)
         return
     logger.info(
-        "copies of keys and values will take about %.1f MB on each rank for a picture of %d x %d pixels; "
+        "the exchange's copies will take about %.1f MB on each rank for a picture of %d x %d pixels; "
         "--otil_copies small takes less",
         bytes_of_rank / 1e6,
         *size,
@@ -48,25 +54,44 @@ def tell_footprint(pipe: Any, config: Any, patches: int, ulysses_degree: int, cf
 def footprint(
     pipe: Any, config: OtilConfig, patches: int, ulysses_degree: int, cfg_degree: int
 ) -> tuple[tuple[int, int], int]:
-    """A pipeline's own height and width in pixels, and the bytes of copies, payloads and rooms in one picture of it.
+    """A pipeline's own height and width in pixels, and the bytes of all the exchange's buffers in one picture of it.
 
     Raises:
-        AttributeError, TypeError, ValueError: where the pipeline does not tell what is needed.
+        AttributeError, RuntimeError, TypeError, ValueError: where the pipeline does not tell what is needed.
     """
     unet = getattr(pipe, "unet", None)
     module = pipe.transformer if unet is None else unet
-    kind = type(module).__name__
-    if unet is None and kind not in DITS:
-        raise ValueError(f"how much text {kind} is given is not known")
-    patch, text, passes = DITS[kind] if unet is None else (1, 0, 2)
     sample = module.config.get("sample_size") or pipe.default_sample_size
     rows, cols = sample if isinstance(sample, (list, tuple)) else (sample, sample)
     height, width = rows * pipe.vae_scale_factor, cols * pipe.vae_scale_factor
-    network = Network(type(pipe).__name__, module, pipe.vae_scale_factor, patch)
+    composition = Composition(cfg_degree, ulysses_degree, patches)
+    taken = _of_dit if unet is None else _of_unet
+    return (height, width), taken(pipe, height, width, composition, config)
+
+
+def _of_unet(pipe: Any, height: int, width: int, composition: Composition, config: OtilConfig) -> int:
+    """Bytes of copies, payloads, halo rows, moments and rooms."""
+    settings = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
+    with META:
+        module = type(pipe.unet)(**settings)
+    network = Network(type(pipe).__name__, module, pipe.vae_scale_factor)
+    job = Job(network, height, width, network.batch, pipe.unet.dtype, network.text)
+    # Which layers wait under a tolerance depends on the picture; that they may takes a number for each layer.
+    return Traffic(job, composition).of_run(config.replace(tolerance=0.0), _STEPS).buffer_bytes
+
+
+def _of_dit(pipe: Any, height: int, width: int, composition: Composition, config: OtilConfig) -> int:
+    """Bytes of copies, payloads and rooms."""
+    kind = type(pipe.transformer).__name__
+    if kind not in DITS:
+        raise ValueError(f"how much text {kind} is given is not known")
+    patch, text, passes = DITS[kind]
+    network = Network(type(pipe).__name__, pipe.transformer, pipe.vae_scale_factor, patch)
+    degree = composition.ulysses
     layers = [
-        replace(layer, width=layer.width // ulysses_degree, heads=layer.heads // ulysses_degree)
-        for layer in layers_in_order(network, height, width, patches, text)
+        replace(layer, width=layer.width // degree, heads=layer.heads // degree)
+        for layer in layers_in_order(network, height, width, composition.patches, text)
     ]
-    batch = 1 if cfg_degree > 1 else passes
-    memory = memory_of(layers, patches, batch, module.dtype, config)
-    return (height, width), memory.total + sum(memory.rooms.values())
+    batch = 1 if composition.cfg > 1 else passes
+    memory = memory_of(layers, composition.patches, batch, pipe.transformer.dtype, config)
+    return memory.total + sum(memory.rooms.values())
