@@ -9,10 +9,12 @@ computing
     memory shared by the ranks of one host. 1 is a perfect split.
 handling
     What the exchange costs a rank besides waiting: `per_ask` seconds for each request of a layer (halo rows, moments,
-    keys and values), whether anything is sent for it or not; `per_message` for each message, `per_byte` for each byte
-    that it puts on the wire (copies); and in steps in which keys and values are predicted, picked or coded (not under
-    `sync`, `distrifusion`, `naive`) `per_layer` for each attention layer and `per_number` for each of them, of all
-    patches.
+    keys and values), whether anything is sent for it or not; `per_message` for each message; `per_byte` for each byte
+    that it sends for the next step: as much comes in, and copying both, by the network stack and by the threads of
+    the collectives' library, takes turns with computing. Bytes that are waited for are copied while nothing is
+    computed, and what the link takes for them has it in. In steps in which keys and values are predicted, picked or
+    coded (not under `sync`, `distrifusion`, `naive`) there are `per_layer` for each attention layer and `per_number`
+    for each of them, of all patches.
 waiting
     For messages that a layer waits for at once: what the link takes for each request, one after the other. Messages of
     one request go together. An all-gather on N ranks brings N - 1 payloads to each rank.
@@ -97,13 +99,9 @@ class Load:
     travelling_bytes: float = 0.0
 
     @property
-    def wire_bytes(self) -> float:
-        return sum(self.waited) + sum(self.swapped) + self.travelling_bytes
-
-    @property
     def counts(self) -> tuple[float, ...]:
         """What the costs of handling are multiplied by, in their order in `Machine`."""
-        return self.asks, self.messages, self.wire_bytes, self.layers, self.numbers
+        return self.asks, self.messages, self.travelling_bytes, self.layers, self.numbers
 
     def on(self, link: Link) -> tuple[float, float]:
         """Seconds of waiting and of travelling."""
