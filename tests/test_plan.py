@@ -88,17 +88,20 @@ def test_what_is_left_out_on_meta_changes_nothing(model: str, monkeypatch: pytes
 
 def test_the_time_of_a_step_by_hand() -> None:
     link = Link("", rate=100.0, latency=0.1, swapping=2.0)
-    machine = Machine(link, 1.5, per_ask=0.003, per_message=0.01, per_byte=0.001, per_layer=0.05, per_number=0.0001)
+    costs = {"per_ask": 0.003, "per_message": 0.01, "per_byte": 0.001, "per_layer": 0.05, "per_number": 0.0001}
+    machine = Machine(link, 1.5, **costs, contention=0.1)
     load = Load(
         2, 0.5, asks=9, messages=7, layers=2, numbers=1000, waited=(10, 20), swapped=(10,), travels=2,
         travelling_bytes=160,
     )  # fmt: skip
     found = step_time(load, machine, 0.8)
     assert found.computing == pytest.approx(0.8 * 0.5 * 1.5)
-    assert found.handling == pytest.approx(9 * 0.003 + 7 * 0.01 + 160 * 0.001 + 2 * 0.05 + 1000 * 0.0001)
+    travelling = 2 * 0.1 + 160 / 100
+    by_counts = 9 * 0.003 + 7 * 0.01 + 160 * 0.001 + 2 * 0.05 + 1000 * 0.0001
+    assert found.handling == pytest.approx(by_counts + 0.1 * travelling)
     assert found.waiting == pytest.approx(0.1 + 10 / 100 + 0.1 + 20 / 100 + 2 * (0.1 + 10 / 100))
-    assert found.late == pytest.approx(2 * 0.1 + 160 / 100 - 0.6 - 0.457)
-    assert found.total == pytest.approx(0.6 + 0.457 + 0.9 + 0.743)
+    assert found.late == pytest.approx(travelling - 0.6 - 0.637)
+    assert found.total == pytest.approx(0.6 + 0.637 + 0.9 + 0.563)
     crowded = step_time(load, Machine(machine.link, cores=1), 0.8)
     assert crowded.computing == pytest.approx(0.8), "two ranks on one core"
 
@@ -146,7 +149,14 @@ def test_least_squares_stays_above_zero() -> None:
 
 
 SAMPLES = ((1024.0, 1e-3), (65536.0, 4e-3), (1048576.0, 0.07))
-COSTS = {"per_ask": 2e-4, "per_message": 4e-4, "per_byte": 3e-9, "per_layer": 5e-3, "per_number": 2e-8}
+COSTS = {
+    "per_ask": 2e-4,
+    "per_message": 4e-4,
+    "per_byte": 3e-9,
+    "per_layer": 5e-3,
+    "per_number": 2e-8,
+    "contention": 0.2,
+}
 MACHINE = Machine(Link("", 20e6, 1e-3, SAMPLES, 2.0), 1.3, **COSTS, cores=2)
 ALONE = 0.08
 DEGREES = {"patch": 1, "cfg": 1, "ulysses": 1, "ring": 1, "pipefusion": 1}

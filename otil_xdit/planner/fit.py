@@ -22,7 +22,7 @@ from otil_xdit.planner.latency import Load, Machine, StepTime, step_time
 from otil_xdit.planner.links import Link
 from otil_xdit.planner.observations import LOOPBACK, Observation
 
-TERMS = ("slowdown", "per_ask", "per_message", "per_byte", "per_layer", "per_number")
+TERMS = ("slowdown", "per_ask", "per_message", "per_byte", "per_layer", "per_number", "contention")
 
 _ROUNDS = 50
 _TIE = 0.02
@@ -163,7 +163,8 @@ def least_squares(rows: torch.Tensor, targets: torch.Tensor) -> list[float]:
 def _features(observation: Observation, load: Load) -> list[float]:
     """What the terms are multiplied by, in the order of `TERMS`."""
     crowding = Machine(observation.link, cores=observation.cores).crowding(load.ranks)
-    return [crowding * value for value in (observation.one_process * load.share, *load.counts)]
+    counts = load.counts(observation.link)
+    return [crowding * value for value in (observation.one_process * load.share, *counts)]
 
 
 def compare(observations: Sequence[Observation], machine: Machine, fitted: Sequence[str]) -> list[Comparison]:
