@@ -164,7 +164,7 @@ STRATEGIES = ("sync", "distrifusion", "otil", "naive", "cfg")
 
 
 def bench(folder: Path, name: str, model: str, link: Link | None, terms: Machine = MACHINE) -> Path:
-    """What a bench would write of a machine with those terms on 2 ranks, over `link` or a loopback that takes no time."""
+    """What a bench would write of a machine with `terms` on 2 ranks, over `link` or a loopback that takes no time."""
     known = {"model": model, "width": 1, "size": 128, "latent": [32, 32], "batch": 1, "guidance": 7.5, "steps": 12}
     known |= {"dtype": "float32", "sampler": "own", "waited_seconds": None, "report": None, "skipped": None}
     alone = {"strategy": "one process", "settings": None, "ranks": 1, "degrees": DEGREES}
