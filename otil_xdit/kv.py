@@ -26,7 +26,11 @@ _ALIGNMENT = 16
 _MOST_LAYERS, _MOST_VALUES = 4, 2**23
 """Bounds of a stack: that many layers, and that many values of one rank (but one layer at least). Layers that travel
 together leave with the last of them and are waited for by the first: a stack of a quarter of a network's layers has
-three quarters of a step to travel, one of all of them has nothing. And what is computed of all at once takes room."""
+three quarters of a step to travel, one of all of them has nothing. And what is computed of all at once takes room.
+
+Besides, a message is never larger than one layer's slice as it is: payloads that are not coded leave layer by layer.
+Small ones save latencies and operations by travelling together; large ones would leave the link idle while they wait
+for their last layer, and the next step waiting for all of them when it wants the first."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,10 @@ class KVStack:
     def fits(self, shape: torch.Size, dtype: torch.dtype, table: torch.Tensor) -> bool:
         """Whether a layer of these may join now."""
         same = self.shape == shape and self.dtype == dtype and self.table is table
-        small = (len(self.names) + 1) * self.shape.numel() <= _MOST_VALUES and len(self.names) < _MOST_LAYERS
-        return same and small and not self._is_sealed
+        layers, values = len(self.names) + 1, self.shape.numel()
+        small = layers <= _MOST_LAYERS and layers * values <= _MOST_VALUES
+        light = layers * self._layout.size <= values * self.dtype.itemsize
+        return same and small and light and not self._is_sealed
 
     def join(self, name: str) -> int:
         """A new layer's place."""

@@ -205,7 +205,8 @@ def test_bytes_are_those_of_the_payloads() -> None:
     counted = run_ranks(2, count_all)[0]
     everything = 2 * torch.Size(SHAPE).numel() * 4 * 2  # keys and values, float32, two layers
     assert counted["sync"] == (everything, {"kv-warmup": 4, "kv": 8})
-    assert counted["all"] == (everything, {"kv-warmup": 4, "kv": 4}), "both layers in one message"
+    assert counted["all"] == (everything, {"kv-warmup": 4, "kv": 8}), "two whole slices do not wait for each other"
+    assert counted["eighth"][1] == {"kv-warmup": 4, "kv": 4}, "both layers in one message"
     assert counted["frozen"] == (0, {"kv-warmup": 4})
     blocks = 2 * 4 + 2  # of 2 x 2 tokens: 4 x 8 of the image, and two runs of text
     for name, count in (("half", blocks // 2), ("eighth", 1)):

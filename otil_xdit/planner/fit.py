@@ -2,14 +2,15 @@
 
 The time of a step (`otil_xdit.planner.latency`) is linear in `TERMS` but for what travels late, which does not depend
 on them: for a step that ends with its messages, they are what counts. So the terms are found by least squares of
-relative errors, none below 0, and it is repeated until the same steps are late.
+relative errors, none below 0, and it is repeated until the same steps are late; of several such ends the one that is
+nearest to all steps, late ones too, is taken.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -17,11 +18,11 @@ from typing import Any
 
 import torch
 
-from otil_xdit.planner.latency import Load, Machine, step_time
+from otil_xdit.planner.latency import Load, Machine, StepTime, step_time
 from otil_xdit.planner.links import Link
 from otil_xdit.planner.observations import LOOPBACK, Observation
 
-TERMS = ("slowdown", "per_ask", "per_message", "per_byte", "per_layer", "per_number")
+TERMS = ("slowdown", "per_ask", "per_message", "per_byte", "per_layer", "per_number", "contention")
 
 _ROUNDS = 50
 _TIE = 0.02
@@ -51,6 +52,28 @@ class Comparison:
         return self.predicted / self.observation.step - 1
 
 
+@dataclass(frozen=True)
+class Point:
+    """The steps of one kind of a run.
+
+    Attributes:
+        observation: the run.
+        load: what the model reads of such a step.
+        measured: seconds.
+        steps: how many there are of it.
+    """
+
+    observation: Observation
+    load: Load
+    measured: float
+    steps: int
+
+    @property
+    def weight(self) -> float:
+        """Of a second's error."""
+        return self.steps**0.5 / self.measured
+
+
 def fit(observations: Sequence[Observation]) -> Machine:
     """The terms of the machine that made them; its link is that of the first, its cores as well.
 
@@ -58,33 +81,63 @@ def fit(observations: Sequence[Observation]) -> Machine:
         ValueError: where there is nothing to fit them to.
     """
     points = [
-        (observation, load, observation.by_mode[mode], observation.run.modes.count(mode))
+        Point(observation, load, observation.by_mode[mode], observation.run.modes.count(mode))
         for observation in observations
         for mode, load in observation.loads.items()
         if mode in observation.by_mode
     ]
     if len(points) < len(TERMS):
         raise ValueError(f"--fit: {len(points)} kinds of steps were measured; {len(TERMS)} terms want as many at least")
-    first = observations[0]
-    machine = Machine(first.link, cores=first.cores)
-    late: list[bool] | None = None
+    found: list[tuple[float, Machine]] = []
+    for start in _starts(points):
+        machine = _settled(points, start)
+        if machine is not None:
+            found.append((sum(_miss(point, machine) for point in points), machine))
+    if not found:
+        raise ValueError("--fit: in nearly all steps the link is what counts; add runs over a faster one")
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _starts(points: Sequence[Point]) -> Iterator[list[bool]]:
+    """Which steps are late, to begin with: the n that have most to send beside their measured time, for every n.
+
+    What is called late says nothing of the terms, and terms that make too little of work call it late again. So one
+    start may end where another one fits better.
+    """
+    travelling = [point.load.on(point.observation.link)[1] / point.measured for point in points]
+    order = sorted(range(len(points)), key=lambda place: -travelling[place])
+    for count in range(sum(share > 0 for share in travelling) + 1):
+        yield [place in order[:count] for place in range(len(points))]
+
+
+def _settled(points: Sequence[Point], late: list[bool]) -> Machine | None:
+    """The terms after repeating the fit until the same steps are late; None where too few are not."""
+    first = points[0].observation
+    machine = None
     for _ in range(_ROUNDS):
-        now = [_is_late(observation, load, machine) for observation, load, _, _ in points]
-        if now == late:
-            break
-        late = now
         rows, targets = [], []
-        for (observation, load, measured, steps), is_late in zip(points, late, strict=True):
-            if is_late:
-                continue
-            weight = steps**0.5 / measured
-            rows.append([weight * value for value in _features(observation, load)])
-            targets.append(weight * (measured - load.on(observation.link)[0]))
+        for point, is_late in zip(points, late, strict=True):
+            if not is_late:
+                rows.append([point.weight * value for value in _features(point.observation, point.load)])
+                waiting = point.load.on(point.observation.link)[0]
+                targets.append(point.weight * (point.measured - waiting))
         if len(rows) < len(TERMS):
-            raise ValueError("--fit: in nearly all steps the link is what counts; add runs over a faster one")
+            return None
         terms = least_squares(torch.tensor(rows, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64))
         machine = Machine(first.link, *terms, cores=first.cores)
+        before, late = late, [_time(point, machine).late > 0 for point in points]
+        if late == before:
+            break
     return machine
+
+
+def _time(point: Point, machine: Machine) -> StepTime:
+    return step_time(point.load, point.observation.placed(machine), point.observation.one_process)
+
+
+def _miss(point: Point, machine: Machine) -> float:
+    """Squared, and weighted as in the fit."""
+    return (point.weight * (_time(point, machine).total - point.measured)) ** 2
 
 
 def least_squares(rows: torch.Tensor, targets: torch.Tensor) -> list[float]:
@@ -110,11 +163,8 @@ def least_squares(rows: torch.Tensor, targets: torch.Tensor) -> list[float]:
 def _features(observation: Observation, load: Load) -> list[float]:
     """What the terms are multiplied by, in the order of `TERMS`."""
     crowding = Machine(observation.link, cores=observation.cores).crowding(load.ranks)
-    return [crowding * value for value in (observation.one_process * load.share, *load.counts)]
-
-
-def _is_late(observation: Observation, load: Load, machine: Machine) -> bool:
-    return step_time(load, observation.placed(machine), observation.one_process).late > 0
+    counts = load.counts(observation.link)
+    return [crowding * value for value in (observation.one_process * load.share, *counts)]
 
 
 def compare(observations: Sequence[Observation], machine: Machine, fitted: Sequence[str]) -> list[Comparison]:

@@ -9,10 +9,12 @@ computing
     memory shared by the ranks of one host. 1 is a perfect split.
 handling
     What the exchange costs a rank besides waiting: `per_ask` seconds for each request of a layer (halo rows, moments,
-    keys and values), whether anything is sent for it or not; `per_message` for each message, `per_byte` for each byte
-    that it puts on the wire (copies); and in steps in which keys and values are predicted, picked or coded (not under
-    `sync`, `distrifusion`, `naive`) `per_layer` for each attention layer and `per_number` for each of them, of all
-    patches.
+    keys and values), whether anything is sent for it or not; `per_message` for each message; for what is sent for the
+    next step, while the rank computes, `per_byte` for each byte (copies) and `contention` for each second of
+    travelling: as long as the link is busy, the network stack and the threads of the collectives' library take turns
+    with computing on the rank's core. What is waited for is handled while nothing is computed, so the link's time has
+    that in it. In steps in which keys and values are predicted, picked or coded (not under `sync`, `distrifusion`,
+    `naive`) there are `per_layer` for each attention layer and `per_number` for each of them, of all patches.
 waiting
     For messages that a layer waits for at once: what the link takes for each request, one after the other. Messages of
     one request go together. An all-gather on N ranks brings N - 1 payloads to each rank.
@@ -47,6 +49,7 @@ class Machine:
         link: what joins the ranks.
         slowdown: of computing on a part.
         per_ask, per_message, per_byte, per_layer, per_number: seconds.
+        contention: seconds for a second of travelling.
         cores: that all ranks share; None where each has its own device.
     """
 
@@ -57,12 +60,13 @@ class Machine:
     per_byte: float = 0.0
     per_layer: float = 0.0
     per_number: float = 0.0
+    contention: float = 0.0
     cores: int | None = field(default=None, kw_only=True)
 
     @property
     def costs(self) -> tuple[float, ...]:
         """Of handling, in the order above."""
-        return self.per_ask, self.per_message, self.per_byte, self.per_layer, self.per_number
+        return self.per_ask, self.per_message, self.per_byte, self.per_layer, self.per_number, self.contention
 
     def crowding(self, ranks: int) -> float:
         """Ranks of a core, as far as there are more of them."""
@@ -96,14 +100,9 @@ class Load:
     travels: int = 0
     travelling_bytes: float = 0.0
 
-    @property
-    def wire_bytes(self) -> float:
-        return sum(self.waited) + sum(self.swapped) + self.travelling_bytes
-
-    @property
-    def counts(self) -> tuple[float, ...]:
+    def counts(self, link: Link) -> tuple[float, ...]:
         """What the costs of handling are multiplied by, in their order in `Machine`."""
-        return self.asks, self.messages, self.wire_bytes, self.layers, self.numbers
+        return self.asks, self.messages, self.travelling_bytes, self.layers, self.numbers, self.on(link)[1]
 
     def on(self, link: Link) -> tuple[float, float]:
         """Seconds of waiting and of travelling."""
@@ -168,7 +167,9 @@ def step_time(load: Load, machine: Machine, one_process: float) -> StepTime:
     """The time of a step whose computing takes one process `one_process` seconds."""
     crowding = machine.crowding(load.ranks)
     computing = crowding * one_process * load.share * (machine.slowdown if load.ranks > 1 else 1.0)
-    handling = crowding * sum(cost * count for cost, count in zip(machine.costs, load.counts, strict=True))
+    handling = crowding * sum(
+        cost * count for cost, count in zip(machine.costs, load.counts(machine.link), strict=True)
+    )
     waiting, travelling = load.on(machine.link)
     return StepTime(computing, handling, waiting, max(0.0, travelling - computing - handling))
 
