@@ -110,7 +110,7 @@ WRONG = [
     (
         "--parallel foo",
         "--parallel foo: no such strategy; choose from otil, otil-paper, distrifusion, compact-1bit, "
-        "compact-2bit, sync, naive",
+        "compact-2bit, hybridiff, sync, naive",
     ),
     ("--parallel otil --otil_ratio 0", r"--otil_ratio.* is 0; give a number in \(0, 1\]"),
     ("--parallel otil --otil_ratio 1.5", r"--otil_ratio.* is 1.5; give a number in \(0, 1\]"),

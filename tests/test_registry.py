@@ -14,7 +14,7 @@ from otil_xdit.registry import Strategy, get_strategy, register_strategy, strate
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.flags import choose
 
-BUILT_IN = ["otil", "otil-paper", "distrifusion", "compact-1bit", "compact-2bit", "sync", "naive"]
+BUILT_IN = ["otil", "otil-paper", "distrifusion", "compact-1bit", "compact-2bit", "hybridiff", "sync", "naive"]
 
 PLUGIN = """
 from otil_xdit.config import OtilConfig
@@ -60,7 +60,8 @@ def test_another_package_brings_a_strategy(
     choice = choose({"parallel": "lazy", "otil_ratio": 0.25}, 2)
     assert choice is not None and choice.config == OtilConfig(ratio=0.25, refresh=3)
     with pytest.raises(
-        ValueError, match="choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, sync, naive, lazy"
+        ValueError,
+        match="choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, hybridiff, sync, naive, lazy",
     ):
         get_strategy("broken")
     said = [record.getMessage() for record in caplog.records]
