@@ -21,7 +21,8 @@ MODEL = ["--model", "tiny-dit", "--prompt", "a red circle"]
 WRONG = {
     "strategy": (
         "--parallel foo",
-        "no such strategy; choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, hybridiff, sync, naive",
+        "no such strategy; choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, hybridiff, sync, "
+        "naive",
     ),
     "ratio 0": ("--parallel otil --otil_ratio 0", "give a number in (0, 1]"),
     "ratio 1.5": ("--parallel otil --otil-ratio=1.5", "give a number in (0, 1]"),
