@@ -25,6 +25,7 @@ from otil_xdit.evaluation.models import load_pipe  # noqa: E402
 from otil_xdit.trace import CPU_ATTENTION  # noqa: E402
 from otil_xdit.xdit.hooks import session_of  # noqa: E402
 from otil_xdit.xdit.shipped import model_folder  # noqa: E402
+from tests.in_rank import leave_groups  # noqa: E402
 
 STEPS, FIRST, LAST = 10, 4, 6
 CALL = {
@@ -104,8 +105,11 @@ def run(pipe: Any) -> dict[str, Any]:
 
 def windowed(model: str) -> Any:
     """The report of patches that are displaced in a window only, with its curve."""
+    leave_groups()
     config = OtilConfig(freshness="displaced", fresh_share=0.0, window=f"{FIRST}:{LAST}")
-    return run(otil_xdit.parallelize(load(model), config))["report"]
+    report = run(otil_xdit.parallelize(load(model), config))["report"]
+    leave_groups()
+    return report
 
 
 def left_behind(model: str) -> list[str]:
