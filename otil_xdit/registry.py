@@ -105,13 +105,15 @@ def _preset(
         defaults: its own defaults where they are not those of `OtilConfig`.
     """
     fixed, defaults = fixed or {}, defaults or {}
+    unread += () if in_halves else ("window_guidance",)
 
     def make_config(given: Mapping[str, Any]) -> OtilConfig:
         useless = {
             setting for setting in given if setting in unread or fixed.get(setting, given[setting]) != given[setting]
         }
         for setting in sorted(useless):
-            logger.warning("--otil_%s has no effect with --parallel %s", setting.removesuffix("_steps"), name)
+            flag = "warmup" if setting == "warmup_steps" else setting
+            logger.warning("--otil_%s has no effect with --parallel %s", flag, name)
         chosen = {setting: value for setting, value in given.items() if setting not in unread}
         return OtilConfig.of_quality(chosen.pop("quality", None), **{**defaults, **chosen, **fixed})
 

@@ -106,7 +106,7 @@ def run(pipe: Any) -> dict[str, Any]:
 def windowed(model: str) -> Any:
     """The report of patches that are displaced in a window only, with its curve."""
     leave_groups()
-    config = OtilConfig(freshness="displaced", fresh_share=0.0, window=f"{FIRST}:{LAST}")
+    config = OtilConfig(warmup_codec="raw", window=f"{FIRST}:{LAST}")
     report = run(otil_xdit.parallelize(load(model), config))["report"]
     leave_groups()
     return report
