@@ -10,6 +10,7 @@ of the first picture: bytes as handed to collectives, FLOPs of the denoising net
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -104,6 +105,11 @@ def rows_of(model: str, steps: int, variants: list[str], pictures: list[Picture]
 
 
 def parallel(model: str, text: str) -> Any:
+    from xfuser.core.distributed.parallel_state import destroy_model_parallel, model_parallel_is_initialized
+
+    gc.collect()
+    if model_parallel_is_initialized():
+        destroy_model_parallel()  # the last one's may be of other degrees, and xDiT makes none while it has some
     variant = parse_variant(text)
     pipe = otil_xdit.parallelize(load_pipe(model_folder(model), OWN, None), variant.config)
     pipe.set_progress_bar_config(disable=True)
