@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from otil_xdit import __version__
@@ -96,6 +97,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
     values = implied(parse(runner_arguments))
     _check_model(values)
     _check_prompts(values)
+    _check_output(values.get("output_directory"))
     note = None
     if values.get("parallel") is None:
         choose(values, None)
@@ -203,6 +205,12 @@ def _check_prompts(values: Mapping[str, Any]) -> None:
             f"--data_parallel_degree {replicas} needs as many prompts, and {len(prompts)} given; "
             'give --prompt "..." "..." or a smaller degree'
         )
+
+
+def _check_output(folder: str | None) -> None:
+    """xDiT would find out when the pictures are done."""
+    if folder and not Path(folder).is_dir():
+        raise FlagError(f"--output_directory {folder}: no such directory")
 
 
 def _processes_of_xdit(runner_arguments: Sequence[str]) -> str:
