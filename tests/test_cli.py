@@ -24,7 +24,7 @@ WRONG = {
         "no such strategy; choose from otil, otil-paper, distrifusion, compact-1bit, compact-2bit, hybridiff, sync, "
         "naive",
     ),
-    "folder": ("--parallel otil --output_directory /nowhere", "--output_directory /nowhere: no such directory"),
+    "output folder": ("--parallel otil --output_directory /nowhere", "--output_directory /nowhere: no such directory"),
     "ratio 0": ("--parallel otil --otil_ratio 0", "give a number in (0, 1]"),
     "ratio 1.5": ("--parallel otil --otil-ratio=1.5", "give a number in (0, 1]"),
     "ratio abc": ("--parallel otil --otil_ratio abc", "give a fraction such as 1/8"),
