@@ -66,7 +66,7 @@ class OtilConfig:
         codec: how it sends them. Halo rows that nobody waits for are sent as they are under ``raw``, else in 8 bits.
         predict: how copies are carried to the next step (`otil_xdit.predictor.Predictor`).
         gain: the constant of ``predict="constant"``, in [0, 1]; also that of halo rows and moments that are a step old,
-            unless ``predict="none"``, and of what is a step old between two stages.
+            unless ``predict="none"``.
         damping: what is left after a step of the velocity of a token that was not sent, in [0, 1].
         block: side b of a b x b sub-block, in latent pixels.
         select: which change picks the sub-blocks (Otil, CVPR 2026, compares the latent by cosine similarity).

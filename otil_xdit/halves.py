@@ -136,7 +136,7 @@ class Halves:
             return self._collect(counts, "stages").sum(0)
 
         side = Side(is_second, peer, self._exchange, add_up)
-        self._stages[id(network)] = network, Stages(name, blocks, side, needs_prompt, self._config.gain)
+        self._stages[id(network)] = network, Stages(name, blocks, side, needs_prompt)
         return True
 
     def begin_network(self, network: nn.Module, is_unet: bool, state: object) -> None:
@@ -171,8 +171,7 @@ class Halves:
         goes_on = self.window.holds(step + 1) and step + 1 != total
         if self.guidance.is_staged:
             return stages.staged(call, inputs, step, goes_on)
-        soon = any(self.window.may_begin_at(later, total) for later in (step + 1, step + 2))
-        return stages.whole(call, inputs, step, goes_on or soon)
+        return stages.whole(call, inputs, step, goes_on or self.window.may_begin_at(step + 1, total))
 
     def forget(self, kept: set[int]) -> list[nn.Module]:
         """Undo `join` for all networks but those whose `id` is in `kept`; those for which that was to be done."""

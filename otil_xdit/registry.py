@@ -122,8 +122,7 @@ def _preset(
 
 _PICKING = ("block", "select", "against", "polling", "max_age", "seed")
 _WINDOW = ("window", "window_steps", "window_slope", "window_span", "window_cap")
-_NOT_GAIN = ("damping", "fresh_share", "tolerance", "quality")
-_MOVING = ("gain", *_NOT_GAIN)
+_MOVING = ("gain", "damping", "fresh_share", "tolerance", "quality")
 _NOT_PREDICTED: dict[str, Any] = {"predict": "none", "tolerance": 0.0, "warmup_codec": "raw"}
 _ALL_VALUES: dict[str, Any] = {"ratio": 1.0, "codec": "raw"}
 _ALL_STALE: dict[str, Any] = {"freshness": "displaced", "fresh_share": 0.0, "halo": "displaced", "moments": "displaced"}
@@ -172,7 +171,7 @@ HYBRIDIFF = _preset(
     "Hybridiff: one half of the ranks computes with the prompt, one without; in a window each half of the network",
     fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync", "stages": 2},
     defaults={"window": AUTO},
-    unread=(*_PICKING, *_NOT_GAIN, "halo", "moments", "warmup_steps", "refresh", "copies", "check"),
+    unread=(*_PICKING, *_MOVING, "halo", "moments", "warmup_steps", "refresh", "copies", "check"),
     in_halves=True,
 )
 

@@ -82,12 +82,11 @@ class Stages:
         side: this rank's part.
         needs_prompt: whether the first half is called without the prompt, so that the second one must show it its own:
             the first segment is of the pass with the prompt, like the second.
-        gain: by how much of its last change what the first segment gave is moved on.
     """
 
-    def __init__(self, name: str, units: Sequence[nn.Module], side: Side, needs_prompt: bool, gain: float) -> None:
+    def __init__(self, name: str, units: Sequence[nn.Module], side: Side, needs_prompt: bool) -> None:
         self._name, self._units, self._side = name, list(units), side
-        self._needs_prompt, self._gain = needs_prompt, gain
+        self._needs_prompt = needs_prompt
         self._inputs: list[Any] = []
         self._prompt: tuple[list[int], Boundary] | None = None
         self._state: object = None
@@ -95,9 +94,9 @@ class Stages:
         self._cut: Cut | None = None
         self._places: dict[int, int] = {}
         self._call_unit: CallUnit | None = None
-        # Of what the first segment gave: two steps ago, a step ago, and room for this step's.
-        self._ring: list[Boundary] = []
-        self._steps_known, self._known_at = 0, -1
+        self._buffers: tuple[Boundary, ...] = ()
+        self._known: Boundary | None = None
+        self._known_at = -1
         self._blanks: dict[Form, torch.Tensor] = {}
         for number, unit in enumerate(self._units):
             swap_class(unit, _staged_unit)
@@ -112,8 +111,7 @@ class Stages:
             restore_class(unit)
             del vars(unit)[_SEAT]
         self._units.clear()
-        self._ring.clear()
-        self._cut = None
+        self._buffers, self._known, self._cut = (), None, None
         self._cuts.clear()
         self._blanks.clear()
 
@@ -126,18 +124,18 @@ class Stages:
         if state != self._state:
             self._cuts.clear()
         self._state = state
-        self._steps_known, self._known_at = 0, -1
+        self._known, self._known_at = None, -1
         self._inputs, self._prompt = [], None
 
     def drain(self) -> None:
         """Wait for what is under way."""
-        for buffer in self._ring if self._prompt is None else (*self._ring, self._prompt[1]):
+        for buffer in self._buffers if self._prompt is None else (*self._buffers, self._prompt[1]):
             buffer.settle()
 
     @property
     def nbytes(self) -> int:
         """Of the buffers."""
-        return sum(buffer.memory.nbytes for buffer in self._ring)
+        return sum(buffer.memory.nbytes for buffer in self._buffers)
 
     @property
     def cut(self) -> Cut | None:
@@ -167,9 +165,9 @@ class Stages:
             output = self._traced(make, key, keeps)
         else:
             self._use(self._cuts[key])
-            output = self._called(partial(self._copying, self._ring[0]) if keeps else None, make)
+            output = self._called(partial(self._copying, self._buffers[0]) if keeps else None, make)
         if keep:
-            self._advance(step)
+            self._known, self._known_at = self._buffers[0], step
         return output
 
     def staged(self, call: Callable[[Any], Any], inputs: Any, step: int, goes_on: bool) -> Any:
@@ -181,44 +179,23 @@ class Stages:
             step: of the generation.
             goes_on: whether the step after it is in the window too.
         """
-        exchange, peer = self._side.exchange, self._side.peer
-        assert self.can_be_staged(step), "the step before has been computed"
+        known, exchange, peer = self._known, self._side.exchange, self._side.peer
+        assert known is not None and self.can_be_staged(step), "the step before has been computed"
         make = partial(call, self._with_prompt(inputs, step) if self._needs_prompt else inputs)
         where = f"the boundary of {self._name} at step {step}"
-        following = self._ring[0]
+        following = self._buffers[known is self._buffers[0]]
         following.settle()
         if self._side.is_second:
-            given = self._moved_on()
+            known.settle()
             if goes_on:
                 following.travels(exchange.receive(following.memory, peer, "stages", where))
-            output = self._called(partial(self._second, given), make)
+            output = self._called(partial(self._second, known), make)
         else:
             output = self._called(partial(self._first, following), make)
             if goes_on:
                 following.travels(exchange.send(following.memory, peer, "stages", where))
-        self._advance(step)
-        if not goes_on:
-            self._known_at = -1
+        self._known, self._known_at = following, step if goes_on else -1
         return output
-
-    def _advance(self, step: int) -> None:
-        """What the first segment gives at `step` is in the room for it, or comes there."""
-        self._steps_known = 2 if self._known_at == step - 1 >= 0 else 1
-        self._known_at = step
-        self._ring.append(self._ring.pop(0))
-
-    def _moved_on(self) -> Boundary:
-        """What the first segment gave a step ago, moved on by its last change; takes the place of the step before."""
-        before, known = self._ring[1:]
-        known.settle()
-        if self._steps_known < 2 or self._gain == 0:
-            return known
-        for old, new in zip(before.tensors, known.tensors, strict=True):
-            if old.is_floating_point():
-                old.lerp_(new, 1 + self._gain)
-            else:
-                old.copy_(new)
-        return before
 
     def unit(self, number: int, call: Callable[[], Any]) -> Any:
         """What the block of this number gives in the call of the network that is under way.
@@ -287,7 +264,7 @@ class Stages:
             raise NotInStages(f"--parallel hybridiff cannot cut the pipeline's {self._name} in two: {error}") from None
         self._use(self._cuts[key])
         for number, unit_output in given.items():
-            self._copy(self._ring[0], self._places[number], unit_output)
+            self._copy(self._buffers[0], self._places[number], unit_output)
         return output
 
     def _use(self, cut: Cut) -> None:
@@ -295,8 +272,7 @@ class Stages:
             return
         if self._cut is None or cut.forms != self._cut.forms:
             self.drain()
-            self._ring = [Boundary(cut.forms) for _ in range(3)]
-            self._steps_known = 0
+            self._buffers = Boundary(cut.forms), Boundary(cut.forms)
         self._cut = cut
         self._places = {number: place for place, number in enumerate(cut.order)}
 
