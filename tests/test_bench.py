@@ -61,6 +61,12 @@ REFUSED = {
     "several ranks": ("--link 1gbit --ranks 2 4", "--link 1gbit with --ranks 2 4: a link has one number of ranks"),
     "several models": ("--link ratio=1 --models tiny-sd tiny-sdxl", "--link ratio=1 with several --models"),
     "several latents": ("--link ratio=1 --latent 32 64", "--link ratio=1 with several --latent"),
+    "halves": (
+        "--ranks 3 --strategies hybridiff:window_steps=3",
+        "hybridiff:window_steps=3 has two halves of the ranks",
+    ),
+    "window": ("--strategies hybridiff:window=12:20", "window is '12:20', which a run of 15 steps has no room for"),
+    "window of otil": ("--strategies otil:window=auto --guidance 1", "--guidance 1 with otil:window=auto: "),
     "few steps": ("--link ratio=1 --steps 2", "--link ratio=1 with --steps 2: give more than 2"),
 }
 
@@ -92,17 +98,32 @@ def test_cells_of_several_ranks_have_one_process_too() -> None:
 
 def test_what_cannot_run_says_why() -> None:
     unet, dit = find_model("tiny-sd"), find_model("tiny-dit")
-    assert parse_strategy("ring").obstacle(unet, 2, 7.5) == "xDiT has it for DiTs only"
-    assert parse_strategy("ring").obstacle(dit, 2, 7.5) is None
-    assert parse_strategy("cfg").obstacle(unet, 4, 7.5) == "two passes have 2 ranks, not 4"
-    assert parse_strategy("cfg").obstacle(unet, 2, 1.0) == "without guidance there is only one pass"
-    assert parse_strategy("otil").obstacle(unet, 4, 1.0) is None
+    assert parse_strategy("ring").obstacle(unet, 2, 15, 7.5) == "xDiT has it for DiTs only"
+    assert parse_strategy("ring").obstacle(dit, 2, 15, 7.5) is None
+    assert parse_strategy("cfg").obstacle(unet, 4, 15, 7.5) == "two passes have 2 ranks, not 4"
+    assert parse_strategy("cfg").obstacle(unet, 2, 15, 1.0) == "without guidance there is only one pass"
+    assert parse_strategy("otil").obstacle(unet, 4, 15, 1.0) is None
+    halves = parse_strategy("hybridiff")
+    assert halves.obstacle(unet, 4, 6, 7.5) is None
+    assert halves.obstacle(unet, 3, 15, 7.5) == "--ranks 3: hybridiff has two halves of the ranks; give an even number"
+    assert "window_steps is 5; in a run of 5 steps give at most 4" in (halves.obstacle(unet, 2, 5, 7.5) or "")
+    assert "compare the predictions with and without the prompt" in (halves.obstacle(unet, 2, 15, 1.0) or "")
+    plan("one-process", "hybridiff", ranks=(3,), sizes=(256,), steps=5, guidance=1.0)  # beside others it is left out
 
 
 def test_degrees_multiply_to_the_ranks() -> None:
     assert parse_strategy("otil:ratio=1/2").degrees(4)["patch"] == 4
     assert parse_strategy("ulysses").degrees(4) == {"patch": 1, "cfg": 1, "ulysses": 4, "ring": 1, "pipefusion": 1}
     assert set(parse_strategy("one-process").degrees(4).values()) == {1}
+    halves = parse_strategy("hybridiff").degrees(4)
+    assert halves == {"patch": 2, "cfg": 2, "ulysses": 1, "ring": 1, "pipefusion": 1}
+
+
+def test_patches_are_those_of_one_half() -> None:
+    dit = {"models": (find_model("tiny-dit"),), "ranks": (8,), "sizes": (32,)}
+    plan("hybridiff", **dit)  # 4 rows of tokens
+    with pytest.raises(ValueError, match="--size 32 cannot be cut into 8 patches"):
+        plan("otil", **dit)
 
 
 def run_of(strategy: str, *rounds: list[list[float]]) -> Run:
@@ -147,6 +168,11 @@ def test_displaced_steps_are_told_from_the_schedule() -> None:
     assert run_of("sync", [steps, steps]).after_warmup() is None
     assert run_of("compact-1bit", [steps, steps]).displaced() is None
     assert run_of("one-process", [steps]).after_warmup() is None
+    run = run_of("otil:window=auto", [steps, steps])
+    assert run.report is not None
+    run.report["window"] = [8, 9]
+    window = run.displaced()
+    assert window is not None and window.median == 1, "where the window was found"
 
 
 def test_the_line_through_samples() -> None:
@@ -237,16 +263,20 @@ def test_what_memory_does_not_hold_takes_turns_later(monkeypatch: pytest.MonkeyP
 
 
 def test_two_strategies_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = "--strategies one-process distrifusion:warmup_steps=1 ring --steps 2 --rounds 2 --warmup_rounds 0 --limit 120"
+    strategies = "one-process distrifusion:warmup_steps=1 hybridiff:window=1:2 ring"
+    job = f"--strategies {strategies} --steps 2 --rounds 2 --warmup_rounds 0 --limit 120"
     assert tools.main(["bench", *job.split(), "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["link"] is None and found["machine"]["cores"] >= 1 and "torch" in found["versions"]
-    alone, shared, skipped = found["runs"]
+    alone, shared, halves, skipped = found["runs"]
     assert alone["strategy"] == "one process" and alone["ranks"] == 1 and alone["report"] is None
     assert skipped["skipped"] == "xDiT has it for DiTs only" and skipped["seconds"] == []
     assert (shared["ranks"], shared["latent"], shared["degrees"]["patch"]) == (2, [32, 32], 2)
     assert shared["settings"]["warmup_steps"] == 1 and len(shared["waited_seconds"]) == 2
-    for run in (alone, shared):
+    assert (halves["degrees"]["cfg"], halves["degrees"]["patch"], halves["report"]["window"]) == (2, 1, [1, 2])
+    first, staged = halves["report"]["discrepancy"]
+    assert first > 0 and staged is None and all(step > 0 for step in shared["report"]["discrepancy"])
+    for run in (alone, shared, halves):
         cpu = [sum(steps) for steps in run["cpu_step_seconds"]]
         assert all(0 < computed < 2 * total for computed, total in zip(cpu, run["seconds"], strict=True))
         assert len(run["seconds"]) == 2 and [len(steps) for steps in run["step_seconds"]] == [2, 2]
@@ -258,6 +288,7 @@ def test_two_strategies_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture
     assert shared["report"]["kv_bytes_per_step"] == shared["report"]["sent_bytes"]["kv"] == expected
     assert [sent["kv"] for sent in shared["rank_bytes"]] == [expected, expected] and alone["rank_bytes"] is None
     text = (tmp_path / "table.md").read_text()
+    assert "- hybridiff:window=1:2: the window was steps 1 to 1, counted from 0." in text
     assert f"| {expected / 1e3:.1f} |" in text and text.strip() == capsys.readouterr().out.strip()
     assert (tmp_path / "bench.png").is_file()
 

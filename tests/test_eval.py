@@ -45,6 +45,12 @@ REFUSED = {
     "rows of a DiT": ("--models tiny-dit --samplers own:9 --ranks 3", "--size 128 cannot be cut into 3 patches"),
     "size": ("--size 100", "--size 100 is not possible with tiny-sd; give a multiple of 8"),
     "guidance": ("--models tiny-dit --samplers own:9 --guidance 1", "--guidance 1: xDiT's SD3 pipeline needs guidance"),
+    "halves": (
+        "--ranks 3 --presets hybridiff",
+        "--ranks 3: hybridiff has two halves of the ranks; give an even number",
+    ),
+    "window": ("--presets hybridiff:window=12:20", "window is '12:20', which a run of 15 steps has no room for"),
+    "guidance of a window": ("--presets otil:window=auto --guidance 1", "--guidance 1 with otil:window=auto: "),
     "prompts": ("--prompts 9", "--prompts 9: there are 8; give 1 to 8"),
     "prompt file": ("--prompt_file none.txt", "--prompt_file none.txt: No such file"),
     "seeds": ("--seeds 0", "--seeds 0: give a whole number from 1 up"),
@@ -204,6 +210,15 @@ def test_a_row_is_the_mean_over_its_pictures() -> None:
     assert (row.pictures, row.seconds, row.seam) == (2, 2.0, pytest.approx(1.0))
     odd = with_figures(ROW, [pictures(0.1, sent), pictures(0.1, {**sent, "kv": 300})], best, [8])
     assert odd.kv_range == (1000, 1200) and "1.0 to 1.2 kB" in table([odd], "", [])
+
+
+def test_one_patch_has_no_seam() -> None:
+    best = [Picture(torch.full((3, 16, 16), 0.5), None, 1.0)]
+    seen = {"window": (4, 9), "discrepancy": [0.5, None]}
+    made = pictures(0.1, {"kv": 0})
+    row = with_figures(ROW, [replace(made, report={**made.report, **seen})], best, [])
+    assert row.seam is None and row.psnr == pytest.approx(20.0, abs=1e-2)
+    assert (row.windows, row.discrepancies) == (((4, 9),), ([0.5, None],))
 
 
 def made_up_rows() -> list[Row]:
@@ -375,6 +390,37 @@ def test_a_failure_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [len(known.missing(case)) for case in three.cases(2)] == [0, 2, 0]
     logs = [path.parent.name for path in tmp_path.glob("run-*/plan.json")]
     assert len(logs) == 1 and logs[0].startswith("run-2-"), "the one that failed is kept"
+
+
+def test_variants_with_other_patches_have_a_torchrun_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    def torchrun(command: list[str], *args: object, **kwargs: object) -> int:
+        plan = json.loads(Path(command[-1]).read_text())
+        launched.append([case["variant"] for case in plan["cases"]])
+        for key in (picture["key"] for case in plan["cases"] for picture in case["pictures"]):
+            save_picture(Path(plan["store"]), key, Picture(torch.zeros(3, 1, 1), None, 0.0))
+        return 0
+
+    monkeypatch.setattr(generate, "run_to_end", torchrun)
+    names = ("otil", "hybridiff:window=1:2", "sync", "hybridiff:window=2:3")
+    three = matrix(variants=tuple(map(parse_variant, names)), ranks=(4,))
+    assert generate.make_pictures(three, Store(tmp_path, three), jobs=1, timeout=9) == {}
+    assert launched == [[None], [names[0], names[2]], [names[1], names[3]]]
+    assert [case.patches for case in three.cases(4)] == [4, 2, 4, 2]
+
+
+@pytest.mark.slow
+def test_two_halves_and_patches_on_two_ranks(tmp_path: Path) -> None:
+    run = ["eval", "--models", "tiny-dit", "--samplers", "own:8", "--prompts", "1", "--out", str(tmp_path), "--presets"]
+    assert tools.main([*run, "sync", "hybridiff:window_steps=0", "hybridiff:window=5:7", "otil:window=auto"]) == 0
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["sync"]["psnr"] > 80 and rows["hybridiff:window_steps=0"]["psnr"] > 80
+    assert rows["hybridiff:window_steps=0"]["seam"] is None and rows["hybridiff:window=5:7"]["windows"] == [[5, 7]]
+    assert rows["hybridiff:window=5:7"]["discrepancies"][0][5:7] == [None, None]
+    assert rows["otil:window=auto"]["windows"] == [[3, 8]]
 
 
 def test_variants_with_the_same_settings_are_made_once(tmp_path: Path) -> None:

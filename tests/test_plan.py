@@ -67,6 +67,55 @@ def test_modes_are_those_of_the_schedule() -> None:
         modes_of(OtilConfig(tolerance=0.1), 12)
 
 
+def test_a_window_is_where_the_settings_say_or_where_it_was_found() -> None:
+    staged = parse_variant("hybridiff:window=4:7").config
+    whole = ("warm-up", "warm-up", "sync", "sync")
+    assert modes_of(staged, 9) == (*whole, "staged", "staged", "staged, last", "sync", "sync")
+    assert modes_of(parse_variant("hybridiff:window=4:5").config, 6) == (*whole, "staged, last", "sync")
+    looked_for = OtilConfig(window="auto", window_steps=3)
+    assert modes_of(looked_for, 9).index("displaced") == 6, "the published cap of 15 makes room for 3 steps of 9"
+    assert modes_of(looked_for, 60).count("displaced") == modes_of(looked_for, 60, False).count("displaced") == 3
+    assert (
+        modes_of(looked_for, 60).index("displaced") == 15 and modes_of(looked_for, 60, False).index("displaced") == 40
+    )
+    assert modes_of(looked_for, 9, True, (4, 7)) == (*whole, *("displaced",) * 3, "sync", "sync")
+    with pytest.raises(ValueError, match="window is '4:7', which a run of 6 steps has no room for"):
+        modes_of(staged, 6)
+
+
+def test_the_boundary_of_a_dit_by_hand() -> None:
+    """tiny-dit on two halves: between blocks there are 256 tokens of the image and the text's, and the longer segment
+    has at least half of the operations."""
+    network = find_network("tiny-dit")
+    run = Traffic(Job(network, 128, 128, 2, torch.float32, network.text), Composition(cfg=2)).of_run(
+        parse_variant("hybridiff:window=4:7").config, 9
+    )
+    step, last = run.steps["staged"], run.steps["staged, last"]
+    assert step.bytes_of("stages") == 4 * network.module.inner_dim * (256 + network.text)
+    assert last.bytes_of("stages") == 0 and run.sent_bytes["stages"] == 2 * step.bytes_of("stages")
+    assert run.buffer_bytes == 2 * step.bytes_of("stages")
+    assert [message.kind for message in step.log if not message.awaited] == ["stages"]
+    assert 0.5 <= step.share < 0.6 and run.steps["sync"].share == 1
+    half = Option("hybridiff", Composition(cfg=2), run, 0.5)
+    assert half.loads["staged"].share == step.share / 2 and half.loads["staged"].travelling_bytes > 0
+    assert half.flags == ["--parallel", "hybridiff"]
+
+
+def test_a_segment_asks_for_a_part_of_what_the_network_asks_for() -> None:
+    """Both segments together, and the first and last convolutions and the output, which each has."""
+    job = Job(find_network("tiny-sd"), 128, 128, 2, torch.float32, 77)
+    config = parse_variant("hybridiff:window=4:7").config
+    first, second = (Traffic(job, Composition(2, 1, 2), half=half).of_run(config, 9) for half in (0, 1))
+    whole = first.steps["sync"]
+    for kind in ("kv", "moments"):
+        parts = [run.steps["staged"].bytes_of(kind) for run in (first, second)]
+        assert min(parts) > 0 and sum(parts) >= whole.bytes_of(kind)
+    assert sum(run.steps["staged"].bytes_of("kv") for run in (first, second)) == whole.bytes_of("kv")
+    assert all(run.steps["staged"].bytes_of("output") == whole.bytes_of("output") for run in (first, second))
+    assert second.steps["staged"].bytes_of("stages") == 0 < first.steps["staged"].bytes_of("stages")
+    assert first.steps["staged"].asks < whole.asks
+
+
 @pytest.mark.parametrize("model", ["tiny-sd", "tiny-dit"])
 def test_what_is_left_out_on_meta_changes_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = find_network(model)
@@ -295,6 +344,12 @@ def test_on_a_dit_draft_is_not_as_near_as_distrifusion() -> None:
     assert advise(given, False, "distrifusion").option.label == "otil"
 
 
+def test_what_was_not_compared_is_not_advised() -> None:
+    assert advise(options(sync=2.0, otil=1.0, hybridiff=0.1), True, "naive").option.label == "otil"
+    with pytest.raises(ValueError, match="--near hybridiff: give a strategy"):
+        bar_of("hybridiff")
+
+
 # ---- the tool ------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +367,28 @@ def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(mode["count"] for mode in modes) == 10
     assert best["seconds"] == pytest.approx(sum(mode["count"] * mode["seconds"]["total"] for mode in modes))
     assert best["seconds"] <= min(one["seconds"] for one in found["options"] if one["strategy"] == "sync")
+    staged = [tuple(one["degrees"].values()) for one in found["options"] if one["strategy"] == "hybridiff"]
+    assert staged == [(2, 1, 2), (2, 2, 1)], "wherever the two passes are on different ranks"
+
+
+def test_what_has_no_room_for_its_window_is_left_out_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "plan --model tiny-dit --size 128 --gpus 2 --link 1gbe --step_time 0.1 --steps 4 --json"
+    assert tools.main(line.split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "hybridiff" not in {option["strategy"] for option in found["options"]}
+    (left,) = found["left_out"]
+    assert left["cfg"] == 2 and left["reason"].startswith("hybridiff: window_steps is 5; in a run of 4 steps")
+
+
+def test_without_a_second_pass_there_are_no_halves(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two pictures in one pass can be halved, but their predictions are not those with and without the prompt."""
+    line = "plan --model tiny-dit --size 128 --gpus 4 --link 1gbe --step_time 0.1 --images 2 --json"
+    kinds = []
+    for more in ([], ["--no_guidance"]):
+        assert tools.main([*line.split(), *more]) == 0
+        options = json.loads(capsys.readouterr().out)["options"]
+        kinds.append({kind for option in options for kind in (option["strategy"], *option["sent_bytes"])})
+    assert kinds[0] - kinds[1] >= {"hybridiff", "discrepancy", "stages"}
 
 
 def test_without_a_step_time_bytes_are_printed_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:

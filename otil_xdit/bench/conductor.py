@@ -112,7 +112,7 @@ class _Turns:
     def _loaded(self, run: Run) -> Job | None:
         """The job of a run, or None where it is skipped: what is not this package's may be unable to run here."""
         plan, cell, strategy = self._plan, self._cell, run.strategy
-        run.skipped = strategy.obstacle(cell.model, cell.ranks, plan.guidance)
+        run.skipped = strategy.obstacle(cell.model, cell.ranks, plan.steps, plan.guidance)
         job = None
         if run.skipped is None:
             try:

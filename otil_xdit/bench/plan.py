@@ -24,7 +24,19 @@ PEERS: dict[Peer, str] = {
     "pipefusion": "xDiT's, for DiTs",
 }
 
-DEFAULT = ("one-process", "naive", "sync", "distrifusion", "otil-paper", "otil", "cfg", "ulysses", "ring", "pipefusion")
+DEFAULT = (
+    "one-process",
+    "naive",
+    "sync",
+    "distrifusion",
+    "otil-paper",
+    "otil",
+    "hybridiff",
+    "cfg",
+    "ulysses",
+    "ring",
+    "pipefusion",
+)
 
 DEGREES = ("patch", "cfg", "ulysses", "ring", "pipefusion")
 """Ways to share an image; their degrees multiply to the number of ranks."""
@@ -54,11 +66,21 @@ class Strategy:
 
     def degrees(self, ranks: int) -> dict[str, int]:
         """How they share the image."""
-        way = "patch" if self.variant is not None else self.text
-        return {name: self.ranks(ranks) if name == way else 1 for name in DEGREES}
+        if self.variant is not None:
+            patches = self.variant.patches(ranks)
+            used = {"patch": patches, "cfg": CFG_RANKS if self.variant.in_halves else 1}
+        else:
+            used = {self.text: self.ranks(ranks)}
+        return {name: used.get(name, 1) for name in DEGREES}
 
-    def obstacle(self, model: Model, ranks: int, guidance: float) -> str | None:
+    def obstacle(self, model: Model, ranks: int, steps: int, guidance: float) -> str | None:
         """Why it cannot run on so many ranks, as far as that is known without trying, or None."""
+        if self.variant is not None:
+            try:
+                self.variant.check_ranks(ranks)
+                self.variant.check_call(steps, guidance)
+            except ValueError as error:
+                return str(error)
         if self.text == "cfg" and guidance <= 1:
             return "without guidance there is only one pass"
         if self.text == "cfg" and ranks != CFG_RANKS:
@@ -146,9 +168,14 @@ class Plan:
         if not list(self.cells):
             raise ValueError(f"--ranks 1: only {ALONE} runs on one rank; add it to --strategies, or give 2 or more")
         for cell in self.cells:
-            for strategy in self.strategies:
-                if strategy.variant is not None:
-                    cell.model.check_size(cell.size, cell.ranks, strategy.variant.block)
+            for strategy in self.strategies_of(cell):
+                if strategy.variant is None:
+                    continue
+                obstacle = strategy.obstacle(cell.model, cell.ranks, self.steps, self.guidance)
+                if obstacle is None:
+                    cell.model.check_size(cell.size, strategy.variant.patches(cell.ranks), strategy.variant.block)
+                elif strategy.text not in DEFAULT:  # those are left out with the reason beside the others' figures
+                    raise ValueError(f"--strategies {strategy.text}: {obstacle}")
 
     @property
     def cells(self) -> Iterator[Cell]:

@@ -135,12 +135,19 @@ def _milliseconds(spread: Spread | None) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """What did not run, and which rows did not take turns with the others."""
+    """What did not run, where windows were, and which rows did not take turns with the others."""
     notes = [f"- {run.strategy.label}: not run: {run.skipped}" for run in runs if run.skipped is not None]
+    windows = {run.strategy.label: run.report.get("window") for run in runs if run.report is not None}
+    notes += [f"- {label}: the window was {_said(*window)}." for label, window in windows.items() if window]
     later = [run.strategy.label for run in runs if run.skipped is None and run.alternation > 0]
     if later:
         notes.append(f"- Not all fitted into memory at once: {', '.join(later)} took turns after the others were done.")
     return [*notes, ""] if notes else []
+
+
+def _said(first: int, end: int) -> str:
+    """A window in words, steps counted from 0."""
+    return f"steps {first} to {end - 1}, counted from 0" if end > first else "of no steps"
 
 
 def plot(results: Results, path: Path) -> None:

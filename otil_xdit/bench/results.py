@@ -15,7 +15,10 @@ from otil_xdit.bench.plan import Cell, Plan, Strategy
 from otil_xdit.bench.tasks import Answer
 from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation.rows import versions
-from otil_xdit.planner.traffic import modes_of
+from otil_xdit.planner.traffic import LAST_STAGED, STAGED, modes_of
+
+_LATE = ("displaced", STAGED, LAST_STAGED)
+"""Modes of the steps that use what was sent at the step before."""
 
 BYTE_KINDS = ("kv", "small", "output")
 """As a report has them, with ``_bytes_per_step`` behind."""
@@ -108,8 +111,9 @@ class Run:
         config = self._config
         if config is None:
             return None
-        modes = modes_of(config.replace(tolerance=0.0), self.steps)
-        return self._over(self.step_seconds, [step for step, mode in enumerate(modes) if mode == "displaced"])
+        found = (self.report or {}).get("window")
+        modes = modes_of(config.replace(tolerance=0.0), self.steps, self.cell.model.is_unet, found)
+        return self._over(self.step_seconds, [step for step, mode in enumerate(modes) if mode in _LATE])
 
     def computing(self) -> tuple[float, float] | None:
         """Of `naive`: bytes of keys and values that a rank sends in a synchronous step, and seconds of a step without

@@ -66,7 +66,10 @@ def make_pictures(matrix: Matrix, store: Store, jobs: int, timeout: float) -> Fa
                 failures[case] = f"no picture of one process to compare with ({failures[case.reference]})"
             else:
                 cases.append(case)
-        failures |= _make(cases, matrix, store, ranks, timeout)
+        # xDiT's groups of ranks are made once a process, for one number of patches.
+        for patches in dict.fromkeys(case.patches for case in cases):
+            alike = [case for case in cases if case.patches == patches]
+            failures |= _make(alike, matrix, store, ranks, timeout)
     return failures
 
 

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
+from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation.models import OWN, Model
+from otil_xdit.guidance import NO_GUIDANCE
 from otil_xdit.registry import get_strategy, strategies
 from otil_xdit.xdit.options import OPTIONS
 from otil_xdit.xdit.schedulers import SCHEDULERS
@@ -50,6 +52,39 @@ class Variant:
         is_data = is_dataclass(self.config) and not isinstance(self.config, type)
         return asdict(self.config) if is_data else {"config": repr(self.config)}
 
+    @property
+    def in_halves(self) -> bool:
+        """Whether the passes with and without the prompt are on different halves of the ranks."""
+        return get_strategy(self.preset).in_halves
+
+    def patches(self, ranks: int) -> int:
+        """How many patches there are on so many ranks, which `check_ranks` accepts."""
+        return ranks // 2 if self.in_halves else ranks
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a number of ranks that cannot be shared out.
+
+        Raises:
+            ValueError: naming the flag and what would be accepted.
+        """
+        if self.in_halves and ranks % 2:
+            raise ValueError(f"--ranks {ranks}: {self.text} has two halves of the ranks; give an even number")
+
+    def check_call(self, steps: int, guidance: float) -> None:
+        """Refuse a picture of so many steps, at such a guidance scale, that the settings cannot make.
+
+        Raises:
+            ValueError: naming setting or flag and what would be accepted.
+        """
+        if not isinstance(self.config, OtilConfig):
+            return
+        try:
+            self.config.window_settings.check(steps)
+        except ValueError as error:
+            raise ValueError(f"{self.text}: {error}") from None
+        if self.config.needs_guidance and guidance <= 1:
+            raise ValueError(f"--guidance {guidance:g} with {self.text}: {NO_GUIDANCE}; give more than 1")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -71,6 +106,10 @@ class Case:
     @property
     def reference(self) -> Case:
         return Case(self.model, self.sampler)
+
+    @property
+    def patches(self) -> int:
+        return 1 if self.variant is None else self.variant.patches(self.ranks)
 
     def __str__(self) -> str:
         name = "one process" if self.variant is None else f"{self.variant.text} on {self.ranks} ranks"
@@ -110,7 +149,11 @@ class Matrix:
                 raise ValueError(f"--guidance {self.guidance:g}: xDiT's SD3 pipeline needs guidance; give more than 1")
             for ranks in self.ranks:
                 for variant in self.variants:
-                    model.check_size(self.size, ranks, variant.block)
+                    variant.check_ranks(ranks)
+                    model.check_size(self.size, variant.patches(ranks), variant.block)
+            for sampler in self.samplers_of(model):
+                for variant in self.variants:
+                    variant.check_call(sampler.steps, self.guidance)
         if self.lora is not None and len(self.models) > 1:
             names = " ".join(model.name for model in self.models)
             raise ValueError(f"--lora fits one architecture, and --models {names} are several; give one model")

@@ -31,7 +31,7 @@ class Row:
         settings: all settings of the strategy.
         pictures: how many.
         psnr, psnr_min, psnr_std: in dB, over the pictures; the standard deviation is that of these very pictures.
-        ssim, seam: means over the pictures.
+        ssim, seam: means over the pictures; one patch has no seam.
         kv_bytes, small_bytes: of keys and values, and of halo rows and moments; sent by the last rank in a step, mean
             over the steps after warm-up.
         kv_total: bytes of keys and values in the whole run, warm-up steps included.
@@ -39,6 +39,7 @@ class Row:
         kv_share, total_share: `kv_bytes` and `kv_total` over those of the `YARDSTICK` in the same place.
         seconds: of one picture, mean; not a benchmark.
         psnrs: of every picture, in the order of the calls.
+        windows, discrepancies: of every picture, the same fields of its report (`otil_xdit.run.Report`).
         weighted: the metrics of `otil_xdit.evaluation.weights` that could be had, by name.
         error: what went wrong.
     """
@@ -64,6 +65,8 @@ class Row:
     seconds: float | None = None
     error: str = ""
     psnrs: tuple[float, ...] = ()
+    windows: tuple[tuple[int, int] | None, ...] = ()
+    discrepancies: tuple[list[float | None], ...] = ()
     weighted: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -95,7 +98,7 @@ def make_row(case: Case, matrix: Matrix, store: Store, error: str | None) -> Row
     )
     if error is not None:
         return replace(row, error=error)
-    borders = case.model.borders(matrix.size, case.ranks)
+    borders = case.model.borders(matrix.size, case.patches)
     made, references = store.pictures(case), store.pictures(case.reference)
     images = [picture.image for picture in made], [picture.image for picture in references]
     weighted = weighted_figures(*images, [call.prompt for call in matrix.calls])
@@ -115,13 +118,15 @@ def with_figures(row: Row, made: Sequence[Picture], references: Sequence[Picture
         psnr_min=min(psnrs),
         psnr_std=pstdev(psnrs),
         ssim=fmean(ssim(image, best) for image, best in pairs),
-        seam=fmean(seam(image, best, borders) for image, best in pairs),
+        seam=fmean(seam(image, best, borders) for image, best in pairs) if borders else None,
         kv_bytes=fmean(report["kv_bytes_per_step"] for report in reports),
         small_bytes=fmean(report["small_bytes_per_step"] for report in reports),
         kv_total=fmean(totals),
         kv_range=None if min(totals) == max(totals) else (min(totals), max(totals)),
         seconds=fmean(picture.seconds for picture in made),
         psnrs=psnrs,
+        windows=tuple(report.get("window") for report in reports),
+        discrepancies=tuple(report.get("discrepancy", []) for report in reports),
     )
 
 

@@ -9,19 +9,23 @@ Shapes: B batch, C channels, h rows of this rank, W columns, S tokens of a patch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from otil_xdit.borders import Beyond
+from otil_xdit.config import OtilConfig
 from otil_xdit.dit.layouts import architecture_of
 from otil_xdit.exchange import PatchGroup
 from otil_xdit.grid import TokenLayout
+from otil_xdit.halves import Halves
 from otil_xdit.planner.networks import META, Layer, Network, check_size, layers_in_order
 from otil_xdit.planner.recorder import FOREIGN, Log, Message, Pattern, ShapesOnly
+from otil_xdit.planner.units import UnitWatch
 from otil_xdit.run import OtilRun
 from otil_xdit.schedule import Clock
 from otil_xdit.unet.patches import UnetGroups, UnetPatches
@@ -57,6 +61,7 @@ class Job:
         batch: images in one pass, those without the prompt included.
         dtype: of the network.
         text: text tokens in a pass.
+        with_both: whether `batch` is half with and half without the prompt, where the network is guided that way.
     """
 
     network: Network
@@ -65,6 +70,12 @@ class Job:
     batch: int
     dtype: torch.dtype
     text: int
+    with_both: bool = True
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether each step computes with and without the prompt."""
+        return self.with_both and self.network.batch == 2 and self.batch % 2 == 0
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -72,17 +83,28 @@ class Job:
         return self.height // self.network.vae, self.width // self.network.vae
 
 
-def asks_of(job: Job, composition: Composition, place: int) -> tuple[list[Ask], list[Message]]:
-    """What the layers of one rank ask for in a step.
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one rank does in a call of the network.
+
+    Attributes:
+        asks: requests of its layers in order.
+        others: messages that xDiT sends by itself (Ulysses' all-to-alls; with a DiT what joins the passes of guidance,
+            and packed tokens), which no communicator counts.
+    """
+
+    asks: list[Ask]
+    others: list[Message]
+
+
+def asks_of(job: Job, composition: Composition, place: int, watch: UnitWatch | None = None) -> Pass:
+    """What one rank does in a step.
 
     Args:
         job: what is made.
         composition: by how many ranks.
         place: the rank's, from the top of the picture, among patches x ulysses.
-
-    Returns:
-        The requests in order, and the messages that xDiT sends by itself (Ulysses' all-to-alls; with a DiT what joins
-        the passes of guidance, and packed tokens), which no communicator counts.
+        watch: is told which unit asks for what; attention is then computed, for its operations to be seen.
 
     Raises:
         ValueError: where so many ranks cannot share the job.
@@ -92,14 +114,19 @@ def asks_of(job: Job, composition: Composition, place: int) -> tuple[list[Ask], 
     rows = composition.patches * composition.ulysses
     log: list[Message] = []
     if job.network.is_unet:
-        asks = _unet_asks(job, composition, place, log)
+        asks = _unet_asks(job, composition, place, log, watch)
     else:
         layers = layers_in_order(job.network, job.height, job.width, rows, job.text)
         asks = []
         for number, layer in enumerate(layers):
-            asks += _dit_asks(job, composition, layer, number, log, batch)
-        log += _dit_output(job, composition, batch)
-    return asks, log
+            with nullcontext() if watch is None else watch.inside(watch.number_of(layer.path), asks, log):
+                asks += _dit_asks(job, composition, layer, number, log, batch)
+        joined = _dit_output(job, composition, batch)
+        if composition.cfg > 1:
+            shown = torch.empty(joined[-1].nbytes, dtype=torch.uint8, device=META)
+            asks.append(("count", (shown, "guidance")))
+        log += joined
+    return Pass(asks, log)
 
 
 def replay(asks: list[Ask], run: OtilRun, log: Log) -> None:
@@ -137,6 +164,7 @@ class _Asked:
     def __init__(self, composition: Composition, place: int) -> None:
         self.asks: list[Ask] = []
         self.clock = Clock()
+        self.halves = Halves(OtilConfig(), self.clock, None, self.collect)
         self._composition = composition
         self._place = place
 
@@ -193,7 +221,9 @@ class _Host:
         yield
 
 
-def _unet_asks(job: Job, composition: Composition, place: int, log: list[Message]) -> list[Ask]:
+def _unet_asks(
+    job: Job, composition: Composition, place: int, log: list[Message], watch: UnitWatch | None
+) -> list[Ask]:
     asked = _Asked(composition, place)
     host = _Host(asked)
 
@@ -201,7 +231,10 @@ def _unet_asks(job: Job, composition: Composition, place: int, log: list[Message
         log.extend(_ulysses_messages(query, key, value, composition.ulysses))
         if composition.patches > 1:
             asked.gather(host.name, *(_over_heads(part, composition.ulysses) for part in (key, value)))
-        return query
+        if watch is None:
+            return query
+        everybody = key.new_empty(*key.shape[:2], rows * key.shape[2], key.shape[3])
+        return functional.scaled_dot_product_attention(query, everybody, everybody)
 
     nobody: Any = None
     rows = composition.patches * composition.ulysses
@@ -210,7 +243,7 @@ def _unet_asks(job: Job, composition: Composition, place: int, log: list[Message
     patches = UnetPatches(host, job.network.module, groups, attend)
     try:
         patches.prepare()
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if watch is None else watch.over(asked.asks, log):
             call_unet(job)
     finally:
         patches.release()

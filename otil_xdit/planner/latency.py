@@ -4,7 +4,8 @@
 
 computing
     What one process needs, times the share of the work that the busiest rank has, times `slowdown`. The share is that
-    of the tallest patch among the rows (1 / ranks where they divide), halved where CFG parallelism halves the batch.
+    of the tallest patch among the rows (1 / ranks where they divide), halved where CFG parallelism halves the batch;
+    in two stages of that the longer segment's.
     `slowdown` is what is lost by computing on a part: smaller matrices, what every rank does by itself (text, time),
     memory shared by the ranks of one host. 1 is a perfect split.
 handling
@@ -137,7 +138,7 @@ def share_of(job: Job, composition: Composition) -> float:
 
 
 def load_of(traffic: StepTraffic, ranks: int, share: float) -> Load:
-    """What the model reads of a step in which one of `ranks` ranks sends `traffic`."""
+    """What the model reads of a step in which one of `ranks` ranks sends `traffic`; `share` as in `share_of`."""
     waits: defaultdict[int, float] = defaultdict(float)
     swapped: list[float] = []
     travelling: list[Message] = []
@@ -151,7 +152,7 @@ def load_of(traffic: StepTraffic, ranks: int, share: float) -> Load:
             waits[-1 - place if alone else message.ask] += message.wire_bytes
     return Load(
         ranks,
-        share,
+        share * traffic.share,
         traffic.asks,
         len(traffic.log),
         traffic.layers,

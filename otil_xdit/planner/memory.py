@@ -20,6 +20,7 @@ from otil_xdit.exchange import PatchGroup
 from otil_xdit.planner.networks import META, Layer
 from otil_xdit.planner.recorder import Log, RecordedExchange
 from otil_xdit.run import OtilRun
+from otil_xdit.window import NONE
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Memory:
 
 def memory_of(layers: Sequence[Layer], ranks: int, batch: int, dtype: torch.dtype, config: OtilConfig) -> Memory:
     """What one rank keeps for these layers, in the order of their calls, once every kind of step has been made."""
-    # A step that does not wait takes the most: all layers of a message at once.
-    steady = config.replace(warmup_steps=min(2, config.warmup_steps), fresh_share=0.0)
+    # A step that does not wait takes the most: all layers of a message at once. Nobody predicts anything here.
+    steady = config.replace(warmup_steps=min(2, config.warmup_steps), fresh_share=0.0, window=NONE, stages=1)
     nobody: Any = None
     run = OtilRun(steady, PatchGroup(nobody, 0, ranks), partial(RecordedExchange, log=Log()))
     run.begin()

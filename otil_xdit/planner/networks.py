@@ -65,12 +65,13 @@ class Network:
 @dataclass(frozen=True)
 class Layer:
     """What the exchange sees of a self-attention layer: `tokens` of one rank, `width` features in so many heads, how
-    the tokens are laid."""
+    the tokens are laid; `path` of its module."""
 
     tokens: int
     width: int
     heads: int
     layout: TokenLayout
+    path: str = ""
 
 
 _CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -242,7 +243,7 @@ def _unet_layers(network: Network, rows: int, cols: int, ranks: int) -> Iterator
         if isinstance(attention, Attention) and not attention.is_cross_attention:
             level = levels.of(path)
             layout = TokenLayout(max(grid.rows[level]), grid.widths[level], 2**level)
-            yield Layer(layout.image_tokens, attention.inner_kv_dim, attention.heads, layout)
+            yield Layer(layout.image_tokens, attention.inner_kv_dim, attention.heads, layout, path)
 
 
 def _dit_layers(network: Network, rows: int, cols: int, ranks: int, text: int) -> Iterator[Layer]:
@@ -261,4 +262,4 @@ def _dit_layers(network: Network, rows: int, cols: int, ranks: int, text: int) -
             joined = facts.text != "none" and not path.endswith("attn2")
             texts = math.ceil(text / ranks) if joined else 0
             layout = TokenLayout(rows // ranks, cols, network.patch, facts.text) if facts.rows else TokenLayout()
-            yield Layer(image_tokens + texts, attention.to_k.out_features, attention.heads, layout)
+            yield Layer(image_tokens + texts, attention.to_k.out_features, attention.heads, layout, path)

@@ -119,16 +119,17 @@ def _observed(run: dict[str, Any], link: Link, cores: int | None, one_process: f
     network = _network(run["model"], run["width"])
     passes = network.batch if run["guidance"] > 1 else 1
     dtype = getattr(torch, run["dtype"])
-    job = Job(network, run["size"], run["size"], run["batch"] * passes, dtype, network.text)
+    job = Job(network, run["size"], run["size"], run["batch"] * passes, dtype, network.text, passes > 1)
     shape = Composition(degrees["cfg"], degrees["ulysses"], degrees["patch"])
     settings = run["settings"]
     config = get_strategy("sync").make_config({}) if settings is None else OtilConfig(**settings)
     # Rank 0's, which the bench reports, for the comparison; the busiest one's for the time.
-    planned = _traffic(job, shape, None).of_run(config, run["steps"])
+    window = None if run["report"] is None else run["report"].get("window")
+    planned = _traffic(job, shape, None).of_run(config, run["steps"], window)
     loads = {mode: load_of(step, shape.ranks, share_of(job, shape)) for mode, step in planned.steps.items()}
     agree = None
     if run["report"] is not None:
-        first = _traffic(job, shape, 0).of_run(config, run["steps"])
+        first = _traffic(job, shape, 0).of_run(config, run["steps"], window)
         agree = all(run["report"][name] == getattr(first, name) for name in ("sent_bytes", "messages"))
     group = _group(run, link)
     name = f"{group}, {run['strategy']}, {_step(run) * 1e3:.3f} ms"

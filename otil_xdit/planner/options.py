@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from otil_xdit.config import OtilConfig
 from otil_xdit.planner.asks import Composition, Job
 from otil_xdit.planner.latency import Load, Machine, StepTime, load_of, run_time, share_of, step_time
 from otil_xdit.planner.traffic import RunTraffic, Traffic
@@ -21,8 +20,12 @@ SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
     "otil-paper 1/8": ("otil-paper", {}),
     "compact-2bit": ("compact-2bit", {}),
     "naive": ("naive", {}),
+    "hybridiff": ("hybridiff", {}),
 }
 """Strategies between patches, by label: the name that ``--parallel`` takes, and other settings than its own."""
+
+HYBRIDIFF = "hybridiff"
+"""Label of what works in two stages on two halves of the ranks, with any number of patches."""
 
 ULYSSES, CFG = "ulysses", "cfg"
 """Labels of what xDiT does without patches."""
@@ -60,12 +63,14 @@ class Option:
     def flags(self) -> list[str]:
         """Of `xfuser`, besides model, size and steps."""
         shape = self.composition
-        found = ["--use_cfg_parallel"] if shape.cfg > 1 else []
+        name, given = SETTINGS.get(self.label, (None, {}))
+        implied = name is not None and get_strategy(name).in_halves
+        found = ["--use_cfg_parallel"] if shape.cfg > 1 and not implied else []
         found += ["--ulysses_degree", str(shape.ulysses)] if shape.ulysses > 1 else []
-        if shape.patches > 1:
-            name, given = SETTINGS[self.label]
+        if name is not None:
             others = [part for setting, value in given.items() for part in (f"--otil_{setting}", value)]
-            found += ["--parallel", name, *others, "--patch_degree", str(shape.patches)]
+            found += ["--parallel", name, *others]
+            found += ["--patch_degree", str(shape.patches)] if shape.patches > 1 else []
         return found
 
 
@@ -105,6 +110,11 @@ def options_of(job: Job, shapes: list[Composition], steps: int) -> tuple[list[Op
             continue
         share = share_of(job, shape)
         found += [Option(label, shape, run, share) for label, run in _runs(traffic, steps)]
+        if shape.cfg == 2 and job.is_guided:
+            try:
+                found.append(Option(HYBRIDIFF, shape, _run(traffic, HYBRIDIFF, steps), share))
+            except ValueError as error:
+                refused[shape] = f"{HYBRIDIFF}: {error}"
     if not found:
         raise ValueError("; ".join(dict.fromkeys(refused.values())))
     return found, refused
@@ -118,16 +128,24 @@ def timed(option: Option, machine: Machine, one_process: float) -> Option:
 
 
 def _runs(traffic: Traffic, steps: int) -> Iterator[tuple[str, RunTraffic]]:
+    """Strategies between patches, or what xDiT does without them."""
     shape = traffic.composition
     if shape.patches == 1:
-        exact: OtilConfig = get_strategy("sync").make_config({})
-        yield CFG if shape.ulysses == 1 else ULYSSES, traffic.of_run(exact, steps)
+        yield CFG if shape.ulysses == 1 else ULYSSES, _run(traffic, "sync", steps)
         return
     for label, (name, given) in SETTINGS.items():
-        config = get_strategy(name).make_config(given)
+        strategy = get_strategy(name)
+        if strategy.in_halves:
+            continue  # on whatever number of patches
+        config = strategy.make_config(given)
         if config.select.startswith("latent") and (shape.ulysses > 1 or not traffic.shows_latent):
             continue  # a run refuses it: there is no latent whose sub-blocks could be told apart
         yield label, traffic.of_run(config, steps)
+
+
+def _run(traffic: Traffic, label: str, steps: int) -> RunTraffic:
+    name, given = SETTINGS[label]
+    return traffic.of_run(get_strategy(name).make_config(given), steps)
 
 
 def fastest_of_each(options: list[Option]) -> list[Option]:

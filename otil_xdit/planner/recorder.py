@@ -80,6 +80,10 @@ class RecordedExchange(Exchange):
         self._kind = "halo"  # whatever travels with the rows; the counters know it better
         return super().neighbours(*args, **kwargs)
 
+    def send(self, payload: torch.Tensor, peer: int, kind: str, where: str) -> Pending[torch.Tensor]:
+        self._kind = kind
+        return super().send(payload, peer, kind, where)
+
     def _waits_on_host(self) -> bool:
         return True
 

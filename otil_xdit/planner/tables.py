@@ -11,7 +11,7 @@ from otil_xdit.planner.asks import Composition, Job
 from otil_xdit.planner.fit import Comparison
 from otil_xdit.planner.options import Option
 
-KINDS = ("kv", "halo", "moments", "output", "ulysses")
+KINDS = ("kv", "halo", "moments", "output", "ulysses", "stages")
 
 COMMANDS = {"FLUX": "FLUX.1-dev"}
 """What `xfuser --model` calls a published network, where it is another name."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,12 +17,22 @@ def flops_of(job: Job) -> int:
     Raises:
         ValueError: for networks whose call is not known here.
     """
-    call = call_unet if job.network.is_unet else _CALLS.get(type(job.network.module).__name__)
-    if call is None:
-        raise ValueError(f"--flops: the operations of {job.network.name} cannot be counted here; give --step_time")
+    call = call_of(job)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call(job)
     return int(counter.get_total_flops())
+
+
+def call_of(job: Job) -> Callable[[Job], None]:
+    """What calls a job's network, on "meta".
+
+    Raises:
+        ValueError: for networks whose call is not known here.
+    """
+    call = call_unet if job.network.is_unet else _CALLS.get(type(job.network.module).__name__)
+    if call is None:
+        raise ValueError(f"how {job.network.name} is called is not known here; give --step_time in place of --flops")
+    return call
 
 
 def _tensor(job: Job, *shape: int) -> torch.Tensor:

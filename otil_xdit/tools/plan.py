@@ -122,7 +122,8 @@ def job_of(arguments: argparse.Namespace) -> Job:
     check_size(network, height, width)
     passes = 1 if arguments.no_guidance else network.batch
     batch = arguments.images * passes
-    return Job(network, height, width, batch, getattr(torch, arguments.dtype), arguments.text_tokens or network.text)
+    text = arguments.text_tokens or network.text
+    return Job(network, height, width, batch, getattr(torch, arguments.dtype), text, not arguments.no_guidance)
 
 
 def machine_of(arguments: argparse.Namespace) -> Machine | None:

@@ -1,0 +1,69 @@
+"""A network in two stages (`otil_xdit.stages`), on "meta": where it is cut, and what each half of the ranks does.
+
+A run finds its cut from the operations of all ranks together. Here they are those of one rank of a U-Net, and one
+process's of a DiT: shares are the same where the patches are of equal height.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from otil_xdit.dit.layouts import architecture_of
+from otil_xdit.planner.asks import Composition, Job, Pass, asks_of
+from otil_xdit.planner.units import UnitWatch
+from otil_xdit.planner.work import call_of
+from otil_xdit.stages import Boundary
+from otil_xdit.trace import Cut, Tracer
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The two segments of a network, as one rank of each half has them.
+
+    Attributes:
+        passes: a call of the network with the first, and with the second segment alone.
+        boundary: what the first gives the second; a rank keeps two of it.
+        share: of a whole call's operations those of the longer segment, with what is outside both.
+        units: number of blocks.
+    """
+
+    passes: tuple[Pass, Pass]
+    boundary: Boundary
+    share: float
+    units: int
+
+
+def segments_of(job: Job, composition: Composition, place: int) -> Segments:
+    """Where a rank's part of a network is cut; arguments as those of `asks_of`.
+
+    Raises:
+        ValueError: for a network that cannot be cut, or whose call is not known here.
+    """
+    watch = UnitWatch(job.network.module)
+    whole = asks_of(job, composition, place, watch)
+    trace, flops = (watch.tracer,) * 2 if job.network.is_unet else _dit_traces(job, composition)
+    cut = Cut.of(trace, [*flops.flops, flops.glue])
+    first, second = (
+        Pass(watch.of_units(kept, 0, whole.asks), watch.of_units(kept, 1, whole.others))
+        for kept in (cut.order[: cut.place], cut.order[cut.place :])
+    )
+    share = (max(cut.flops) + cut.glue) / (sum(cut.flops) + cut.glue)
+    return Segments((first, second), Boundary(cut.forms), share, len(watch.units))
+
+
+def _dit_traces(job: Job, composition: Composition) -> tuple[Tracer, Tracer]:
+    """Of a DiT's call with one rank's rows and text, whose tensors are those that travel; and of one process's."""
+    ranks = composition.patches * composition.ulysses
+    half = replace(job, batch=job.batch // composition.cfg)
+    joined = architecture_of(job.network.module).text != "none"
+    own = replace(half, height=job.height // ranks, text=-(-job.text // ranks) if joined else job.text)
+    return _dit_trace(own), _dit_trace(half)
+
+
+def _dit_trace(job: Job) -> Tracer:
+    watch = UnitWatch(job.network.module)
+    with torch.no_grad(), watch.over():
+        call_of(job)(job)
+    return watch.tracer
