@@ -245,7 +245,8 @@ class Traffic:
             # Steps are counted when they are done, so the first is told of at the second's.
             for done in range(1, begins + 1):
                 found[_discrepancy(config, done)].append(2 * _NUMBER)
-        if self._job.is_guided and not self._job.network.is_unet and self.composition.patches > 1:
+        rows = self.composition.patches * self.composition.ulysses
+        if self._job.is_guided and not self._job.network.is_unet and rows > 1:
             seen = sum(mode not in (STAGED, LAST_STAGED) for mode in modes)
             found[_discrepancy(config, len(modes))].append(2 * _NUMBER * seen)
         return dict(found)

@@ -68,7 +68,7 @@ class _Seats(Stages):
 
     def __init__(self, watch: UnitWatch, lists: Sequence[Sequence[Any]]) -> None:
         nobody: Any = None
-        super().__init__("network", watch.units, Side(False, 0, nobody, nobody))
+        super().__init__("network", watch.units, Side(False, 0, nobody, nobody), needs_prompt=False)
         self._watch, self._lists = watch, lists
 
     def unit(self, number: int, call: Callable[[], Any]) -> Any:
