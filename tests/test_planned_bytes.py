@@ -44,7 +44,6 @@ ON_RANKS: dict[str, tuple[int, list[dict[str, Any]]]] = {
             *(case("tiny-sd", strategy) for strategy in ("distrifusion", MIXED)),
             *(case(model, "otil") for model in ("tiny-sdxl", "tiny-dit")),
             # 10 steps are too few for the window to begin before the last step at which it may.
-            case("tiny-sd", "otil:window=4:7"),
             case("tiny-dit", "otil:window=auto"),
         ],
     ),
@@ -59,6 +58,7 @@ MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
             *(case("tiny-sd", strategy) for strategy in ("sync", "otil", "otil-paper", "naive")),
             *(case(model, "distrifusion") for model in ("tiny-sdxl", "tiny-dit")),
             case("tiny-dit", "otil:quality=draft"),
+            case("tiny-sd", "otil:window=4:7"),
         ],
     ),
     "ulysses": (2, [case("tiny-sd", "sync", ulysses=2)]),

@@ -213,11 +213,12 @@ class _Host:
     def __init__(self, communicator: _Asked) -> None:
         self.communicator = communicator
         self.name = ""
+        self.kept_keys: torch.Tensor | None = None
 
     @contextmanager
     def attention(self, name: str, layout: TokenLayout, kept_keys: torch.Tensor | None) -> Iterator[None]:
         self.communicator.observe(None, layout)
-        self.name = name
+        self.name, self.kept_keys = name, kept_keys
         yield
 
 
@@ -233,7 +234,8 @@ def _unet_asks(
             asked.gather(host.name, *(_over_heads(part, composition.ulysses) for part in (key, value)))
         if watch is None:
             return query
-        everybody = key.new_empty(*key.shape[:2], rows * key.shape[2], key.shape[3])
+        tokens = rows * key.shape[2] if host.kept_keys is None else len(host.kept_keys)
+        everybody = key.new_empty(*key.shape[:2], tokens, key.shape[3])
         return functional.scaled_dot_product_attention(query, everybody, everybody)
 
     nobody: Any = None

@@ -1,21 +1,23 @@
 """A network in two stages (`otil_xdit.stages`), on "meta": where it is cut, and what each half of the ranks does.
 
-A run finds its cut from the operations of all ranks together. Here they are those of one rank of a U-Net, and one
-process's of a DiT: shares are the same where the patches are of equal height.
+A run finds its cut from the operations of all ranks together; here they are counted on one rank of each height.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 
 from otil_xdit.dit.layouts import architecture_of
+from otil_xdit.grid import LevelGrid
 from otil_xdit.planner.asks import Composition, Job, Pass, asks_of
 from otil_xdit.planner.units import UnitWatch
 from otil_xdit.planner.work import call_of
 from otil_xdit.stages import Boundary
 from otil_xdit.trace import Cut, Tracer
+from otil_xdit.unet.structure import Levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +45,37 @@ def segments_of(job: Job, composition: Composition, place: int) -> Segments:
     """
     watch = UnitWatch(job.network.module)
     whole = asks_of(job, composition, place, watch)
-    trace, flops = (watch.tracer,) * 2 if job.network.is_unet else _dit_traces(job, composition)
-    cut = Cut.of(trace, [*flops.flops, flops.glue])
+    if job.network.is_unet:
+        cut = Cut.of(watch.tracer, _unet_flops(job, composition, place, watch.tracer))
+    else:
+        own, everybody = _dit_traces(job, composition)
+        cut = Cut.of(own, _flops(everybody))
     first, second = (
         Pass(watch.of_units(kept, 0, whole.asks), watch.of_units(kept, 1, whole.others))
         for kept in (cut.order[: cut.place], cut.order[cut.place :])
     )
     share = (max(cut.flops) + cut.glue) / (sum(cut.flops) + cut.glue)
     return Segments((first, second), Boundary(cut.forms), share, len(watch.units))
+
+
+def _unet_flops(job: Job, composition: Composition, place: int, own: Tracer) -> list[int]:
+    """Of every block of a U-Net, and outside all, on all ranks that share the rows; `own` is that of one of them."""
+    grid = LevelGrid.build(*job.latent, Levels(job.network.module).count, composition.patches * composition.ulysses)
+    heights = [*zip(*grid.rows, strict=True)]  # of each rank, at every level
+    total = [0] * (len(own.flops) + 1)
+    for height, count in Counter(heights).items():
+        if height == heights[place]:
+            found = own
+        else:
+            watch = UnitWatch(job.network.module)
+            asks_of(job, composition, heights.index(height), watch)
+            found = watch.tracer
+        total = [before + count * flops for before, flops in zip(total, _flops(found), strict=True)]
+    return total
+
+
+def _flops(trace: Tracer) -> list[int]:
+    return [*trace.flops, trace.glue]
 
 
 def _dit_traces(job: Job, composition: Composition) -> tuple[Tracer, Tracer]:
