@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from otil_xdit.dit.layouts import architecture_of
 from otil_xdit.grid import LevelGrid
@@ -16,7 +19,7 @@ from otil_xdit.planner.asks import Composition, Job, Pass, asks_of
 from otil_xdit.planner.units import UnitWatch
 from otil_xdit.planner.work import call_of
 from otil_xdit.stages import Boundary
-from otil_xdit.trace import Cut, Tracer
+from otil_xdit.trace import Cut, Form, Tracer
 from otil_xdit.unet.structure import Levels
 
 
@@ -27,12 +30,14 @@ class Segments:
     Attributes:
         passes: a call of the network with the first, and with the second segment alone.
         boundary: what the first gives the second; a rank keeps two of it.
+        prompt: bytes that the second half shows the first one at the window's first step.
         share: of a whole call's operations those of the longer segment, with what is outside both.
         units: number of blocks.
     """
 
     passes: tuple[Pass, Pass]
     boundary: Boundary
+    prompt: int
     share: float
     units: int
 
@@ -55,7 +60,8 @@ def segments_of(job: Job, composition: Composition, place: int) -> Segments:
         for kept in (cut.order[: cut.place], cut.order[cut.place :])
     )
     share = (max(cut.flops) + cut.glue) / (sum(cut.flops) + cut.glue)
-    return Segments((first, second), Boundary(cut.forms), share, len(watch.units))
+    prompt = 0 if job.network.is_unet else _prompt_of(_own(job, composition))
+    return Segments((first, second), Boundary(cut.forms), prompt, share, len(watch.units))
 
 
 def _unet_flops(job: Job, composition: Composition, place: int, own: Tracer) -> list[int]:
@@ -80,11 +86,38 @@ def _flops(trace: Tracer) -> list[int]:
 
 def _dit_traces(job: Job, composition: Composition) -> tuple[Tracer, Tracer]:
     """Of a DiT's call with one rank's rows and text, whose tensors are those that travel; and of one process's."""
+    return _dit_trace(_own(job, composition)), _dit_trace(_half(job, composition))
+
+
+def _half(job: Job, composition: Composition) -> Job:
+    return replace(job, batch=job.batch // composition.cfg)
+
+
+def _own(job: Job, composition: Composition) -> Job:
+    """One rank's rows and text of one pass of a DiT."""
     ranks = composition.patches * composition.ulysses
-    half = replace(job, batch=job.batch // composition.cfg)
     joined = architecture_of(job.network.module).text != "none"
-    own = replace(half, height=job.height // ranks, text=-(-job.text // ranks) if joined else job.text)
-    return _dit_trace(own), _dit_trace(half)
+    text = -(-job.text // ranks) if joined else job.text
+    return replace(_half(job, composition), height=job.height // ranks, text=text)
+
+
+def _prompt_of(job: Job) -> int:
+    """Bytes of what a DiT is called with besides latent and time."""
+    network, forms = job.network.module, list[Form]()
+    names = list(signature(type(network).forward).parameters)[1:]
+
+    def look(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        always = [value for name, value in given.items() if name not in ("hidden_states", "timestep")]
+        forms.extend(Form.of(leaf) for leaf in tree_leaves(always) if isinstance(leaf, torch.Tensor))
+
+    handle = network.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call_of(job)(job)
+    finally:
+        handle.remove()
+    return Boundary(forms).memory.nbytes
 
 
 def _dit_trace(job: Job) -> Tracer:

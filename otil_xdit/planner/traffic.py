@@ -241,6 +241,8 @@ class Traffic:
             found["random-state-warmup"].append(torch.get_rng_state().nbytes)
         if config.stages == 2:
             found["stages-warmup"].append(_NUMBER * (self._segments.units + 1))
+            if self._half == 1 and self._segments.prompt and {STAGED, LAST_STAGED} & {*modes}:
+                found["prompt"].append(self._segments.prompt)
         if config.window == AUTO:
             # Steps are counted when they are done, so the first is told of at the second's.
             for done in range(1, begins + 1):
