@@ -88,7 +88,9 @@ def assert_exact(line: dict[str, Any]) -> None:
     assert line["max_abs_error"] <= TOLERANCE, line
 
 
-@pytest.mark.parametrize("degrees", (*TWO_RANKS, *FOUR_RANKS), ids=str)
+@pytest.mark.parametrize(
+    "degrees", (*TWO_RANKS, *(pytest.param(four, marks=pytest.mark.slow) for four in FOUR_RANKS)), ids=str
+)
 @pytest.mark.parametrize("case", with_slow_others())
 def test_fresh_exchange_is_exact(case: str, degrees: Degrees) -> None:
     if degrees.cfg > 1 and not CASES[case].cfg:

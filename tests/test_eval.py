@@ -320,6 +320,7 @@ def test_clip_score_reads_a_folder(tmp_path: Path) -> None:
     assert weights.CLIP.measure(images, [], prompts, tmp_path / "model.safetensors") == pytest.approx(sum(found) / 4)
 
 
+@pytest.mark.slow
 def test_a_small_run_on_two_ranks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

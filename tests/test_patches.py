@@ -62,6 +62,7 @@ def run(command: list[str], folder: Path, *paths: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
+@pytest.mark.slow
 def test_stock_xdit_runs_a_strategy(patched: Path, tmp_path: Path) -> None:
     info = patched / "otil_xdit-0.dist-info"  # as pip would write it, also where this package is not installed
     info.mkdir()

@@ -48,8 +48,6 @@ ON_RANKS: dict[str, tuple[int, list[dict[str, Any]]]] = {
         ],
     ),
     "halves": (2, [case("tiny-dit", "hybridiff:window=4:6", cfg=2)]),
-    # Patches of unequal height, one of them with two neighbours.
-    "three": (3, [case("tiny-sd", strategy, (128, 96)) for strategy in FEW]),
 }
 MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
     "others on two": (
@@ -61,6 +59,8 @@ MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
             case("tiny-sd", "otil:window=4:7"),
         ],
     ),
+    # Patches of unequal height, one of them with two neighbours.
+    "three": (3, [case("tiny-sd", strategy, (128, 96)) for strategy in FEW]),
     "halves of a U-Net": (2, [case("tiny-sd", "hybridiff:window=4:6", cfg=2)]),
     "ulysses": (2, [case("tiny-sd", "sync", ulysses=2)]),
     "cfg x patch": (

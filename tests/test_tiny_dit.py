@@ -69,6 +69,7 @@ def pictures(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("*.png"))]
 
 
+@pytest.mark.slow
 def test_without_a_strategy_it_is_xdit(tmp_path: Path) -> None:
     """Ulysses on two ranks: through the launcher and its hooks, and through xfuser's runner without them."""
     job = ["--model", "tiny-dit", "--prompt", "a large red circle on the left, striped background"]

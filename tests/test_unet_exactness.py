@@ -149,7 +149,7 @@ def test_what_is_refused(trial: Trial) -> None:
     assert stopped.startswith("ValueError") and REFUSED[trial] in stopped
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(more, marks=pytest.mark.slow) for more in (3, 4))])
 def test_detaching_brings_everything_back(world_size: int) -> None:
     restored = [line for line in results(world_size, slow=False) if "restored" in line]
     assert restored
