@@ -124,10 +124,9 @@ class Guidance:
 
 def _like(prediction: torch.Tensor, sample: torch.Tensor | None) -> torch.Tensor:
     """Without the channels of a predicted variance, which guidance does not read."""
-    learned = sample is not None and sample.ndim == prediction.ndim > 2
-    if learned and sample is not None and prediction.shape[1] == 2 * sample.shape[1]:
-        return prediction[:, : sample.shape[1]]
-    return prediction
+    if sample is None or not sample.ndim == prediction.ndim > 2 or prediction.shape[1] != 2 * sample.shape[1]:
+        return prediction
+    return prediction[:, : sample.shape[1]]
 
 
 def _sums(uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:

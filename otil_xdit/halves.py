@@ -7,7 +7,7 @@ where the settings want that.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -90,7 +90,7 @@ class Halves:
     def predicted(self, whole: torch.Tensor) -> torch.Tensor:
         """A U-Net's whole prediction, [B, C, H, W] or [2 B, C, H, W]; what is to be used as such comes back."""
         if self.guidance.is_wanted and whole.shape[0] % 2 == 0:
-            return torch.cat(self.guidance.pair(*whole.chunk(2)))
+            return cast(torch.Tensor, self.gathered(whole, 0))
         self.guidance.note(whole)
         return whole
 
@@ -108,8 +108,8 @@ class Halves:
 
     def join(
         self, network: nn.Module, name: str, blocks: Sequence[nn.Module], is_second: bool, peer: int, needs_prompt: bool
-    ) -> bool:
-        """Put a network in two stages, if the settings want that and it is not.
+    ) -> None:
+        """Put a network in two stages.
 
         Args:
             network: the denoising network.
@@ -119,14 +119,9 @@ class Halves:
             peer: the rank with the same rows in the other half, by its place among the ranks of the image.
             needs_prompt: as in `Stages`.
 
-        Returns:
-            Whether it has been done now.
-
         Raises:
             ValueError: for a compiled network, whose blocks are not called one by one.
         """
-        if self._config.stages == 1 or id(network) in self._stages:
-            return False
         if getattr(network, "_compiled_call_impl", None) is not None:
             raise ValueError(f"--parallel hybridiff does not support the compiled {name}: give the one that it was")
         assert self._exchange is not None, "two stages are two ranks"
@@ -137,14 +132,11 @@ class Halves:
 
         side = Side(is_second, peer, self._exchange, add_up)
         self._stages[id(network)] = network, Stages(name, blocks, side, needs_prompt)
-        return True
 
-    def begin_network(self, network: nn.Module, is_unet: bool, state: object) -> None:
-        """A generation with `network` begins; `state` as in `Stages.begin`."""
-        self.window.is_unet = is_unet
-        stages = self.stages_of(network)
-        if stages is not None:
-            stages.begin(state)
+    @property
+    def has_stages(self) -> bool:
+        """Whether the settings want networks in two stages."""
+        return self._config.stages == 2
 
     def stages_of(self, network: nn.Module) -> Stages | None:
         """The network's two stages; None for a network that is not cut."""

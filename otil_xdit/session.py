@@ -28,6 +28,7 @@ from otil_xdit.exchange import ExchangeTimeout, PatchGroup, is_lost_connection, 
 from otil_xdit.grid import TokenLayout
 from otil_xdit.refusals import NetworkLook, refuse_gradients, refuse_unread
 from otil_xdit.registry import Communicator
+from otil_xdit.stages import Stages
 from otil_xdit.stepping import arguments_of, refuse_own_step, ticking
 from otil_xdit.subclass import restore_class, subclass_of, swap_class
 from otil_xdit.unet.patches import Attend, UnetGroups, UnetPatches, is_unet
@@ -320,12 +321,21 @@ class PatchSession:
         rows = self.group.rows or self.group
         halves.guidance.has_parts = rows.world_size > 1 and not any(map(is_unet, networks.values()))
         for name, net in networks.items():
-            unet = is_unet(net)
-            if self._unets is not None and self._unets[0].halves == 2:
-                groups, blocks = self._unets[0], unet_blocks(net) if unet else dit_blocks(net)
-                if halves.join(net, name, blocks, groups.half == 1, groups.peer, not unet) and not unet:
-                    swap_class(net, _staged_network)
-            halves.begin_network(net, unet, lora_facts(name, net))
+            halves.window.is_unet = is_unet(net)
+            if halves.has_stages and self._unets is not None and self._unets[0].halves == 2:
+                self._stages_of(name, net, self._unets[0]).begin(lora_facts(name, net))
+
+    def _stages_of(self, name: str, network: nn.Module, groups: UnetGroups) -> Stages:
+        """A network's two stages, in which it is put where it has not been."""
+        halves, unet = self.communicator.halves, is_unet(network)
+        if halves.stages_of(network) is None:
+            blocks = unet_blocks(network) if unet else dit_blocks(network)
+            halves.join(network, name, blocks, groups.half == 1, groups.peer, not unet)
+            if not unet:
+                swap_class(network, _staged_network)
+        stages = halves.stages_of(network)
+        assert stages is not None, "it has been put in stages"
+        return stages
 
     def _share_random_state(self) -> None:
         """Let every rank draw as the first one does where a call gives no generator: one image, one noise."""

@@ -68,10 +68,7 @@ class Output:
     @classmethod
     def of(cls, given: Any) -> Output:
         leaves, spec = tree_flatten(given)
-        forms = (
-            Form(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
-        )
-        return cls(spec, tuple(forms))
+        return cls(spec, tuple(Form.of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
 
 
 class Tracer(TorchDispatchMode):

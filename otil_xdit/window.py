@@ -108,6 +108,7 @@ class Window:
 
     def __init__(self, settings: WindowSettings) -> None:
         self.settings = settings
+        self._given = settings.given  # asked for by every layer at every step
         self._first: int | None = None
         self._curve: list[float] = []
         self.is_unet = False
@@ -115,7 +116,7 @@ class Window:
     def begin(self) -> None:
         """Forget an earlier run."""
         self._curve.clear()
-        self._first = None if self.settings.given is None else self.settings.given[0]
+        self._first = None if self._given is None else self._given[0]
 
     @property
     def exists(self) -> bool:
@@ -127,7 +128,7 @@ class Window:
         """tau_1 and tau_2: its first step and the one after its last; None while it is not known."""
         if self._first is None:
             return None
-        return self.settings.given or (self._first, self._first + self.settings.steps)
+        return self._given or (self._first, self._first + self.settings.steps)
 
     @property
     def is_looked_for(self) -> bool:
