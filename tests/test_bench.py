@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -307,8 +308,19 @@ def bench(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if "otil_xdit.bench.rank" in child.cmdline()]
+    """Its ranks; the commands that make the link are children too, and may be gone when they are asked."""
+    found = []
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] if "otil_xdit.bench.rank" in child.cmdline() else []
+    return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs or could run on; a process that nobody has waited for yet has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def wait_for(done: Any) -> None:
@@ -336,7 +348,7 @@ def test_nothing_is_left_behind(
     errors = bench.communicate(timeout=PATIENCE)[1]
     assert bench.returncode == code, errors
     assert message in errors and "Traceback" not in errors
-    wait_for(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks))
+    wait_for(lambda: not any(is_alive(rank) for rank in ranks))
     if code == -signal.SIGKILL and not no_link():
         link.remove_stale(link.run_command)  # as the next bench does
     assert not namespaces_of(bench.pid)
