@@ -165,6 +165,10 @@ def halo_key(like: torch.Tensor, above: int, below: int) -> tuple[object, ...]:
     return (like.shape[0], like.shape[1], like.shape[3], like.dtype, like.device, above, below)
 
 
+_NEVER = -2
+"""Before any number of receptions, and before the one that would answer it."""
+
+
 class MomentsLayer(ParcelLayer):
     """Mean and variance of whole maps, of which every rank holds some rows, for one group normalisation.
 
@@ -173,7 +177,8 @@ class MomentsLayer(ParcelLayer):
         post: carries to them what nobody waits for.
         name: the layer's name in error messages.
         like: this rank's means, float32 [B, G].
-        gain: the most that a displaced step goes on, in the change between the two steps before; 0 takes the last.
+        gain: the most that a displaced step goes on, in the change between the two steps before; 0 takes the last, and
+            corrects it as DistriFusion does.
     """
 
     def __init__(self, exchange: Exchange, post: Post, name: str, like: torch.Tensor, gain: float) -> None:
@@ -184,6 +189,9 @@ class MomentsLayer(ParcelLayer):
         self._sent = like.new_zeros(2, *like.shape)
         self._all = like.new_zeros(ranks, 2, *like.shape)
         self._before = torch.zeros_like(self._all)
+        # What the last displaced step took all ranks' means and mean squares for, and how many receptions came before.
+        self._taken = torch.zeros_like(self._all)
+        self._taken_at = _NEVER
         # Two ranks are each other's only neighbour: moments travel with the rows.
         lane: Lane = "everybody" if ranks != 2 else "next" if own == 0 else "previous"
         self._parts = (Part(lane, tuple(self._sent.shape), tuple(self._sent.shape), like.dtype),)
@@ -192,7 +200,11 @@ class MomentsLayer(ParcelLayer):
     @property
     def nbytes(self) -> int:
         packets = self._packets.nbytes if self._packets is not None else 0
-        return self._sent.nbytes + self._all.nbytes + self._before.nbytes + packets
+        return self._sent.nbytes + self._all.nbytes + self._before.nbytes + self._taken.nbytes + packets
+
+    def begin(self) -> None:
+        super().begin()
+        self._taken_at = _NEVER
 
     def combine(
         self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, mode: Mode, step: int, kind: str
@@ -201,9 +213,15 @@ class MomentsLayer(ParcelLayer):
 
         ``sync`` combines this step's moments of every rank (exact). ``displaced`` and ``frozen`` combine the moments
         that were sent a step earlier, or last, and correct them by how this rank's own have moved since (DistriFusion,
-        CVPR 2024, section 4.3): mean and mean square of all + (own fresh - own stale); where the variance would be
-        negative, this rank's own. ``displaced`` moves all of them on before, as far as this rank's own moved (the
-        least-squares fit of its change by its change of the step before), `gain` at most.
+        CVPR 2024, section 4.3): mean and mean square of all + weight (own fresh - own stale); where the variance would
+        be negative, this rank's own.
+
+        In the paper the weight is 1: all maps are taken to move as this rank's part does. The more ranks there are,
+        the less that is so, and where each then follows its own part the pictures come apart. So with a gain the
+        weight of the means, and that of the mean squares, is what it should have been a step before: the least-squares
+        fit of what was missing of the whole by what was missing of this rank's own part, from this rank's share of the
+        rows (at which no other rank would move) to 1. And ``displaced`` moves all moments on before, as far as this
+        rank's own moved (the least-squares fit of its change by its change of the step before), `gain` at most.
 
         Args:
             mean, var: this rank's, float32 [B, G], the variance biased.
@@ -222,11 +240,11 @@ class MomentsLayer(ParcelLayer):
             result = self._combined(weights)
         else:
             torch.stack([mean, var], out=self._sent)
-            moved = self._moved_on() if mode == "displaced" else self._all
-            means, squares = moved[:, 0], moved[:, 1] + moved[:, 0].square()
-            own = self._exchange.group.rank
-            whole = (weights * means).sum(0) + mean - means[own]
-            square = (weights * squares).sum(0) + var + mean.square() - squares[own]
+            weight = self._fitted(weights) if mode == "displaced" and self._gain else 1.0
+            taken = _raw(self._moved_on() if mode == "displaced" else self._all, self._taken)
+            self._taken_at = self._receptions
+            missing = _raw(self._sent, torch.empty_like(self._sent)) - taken[self._exchange.group.rank]
+            whole, square = (weights[..., None] * taken).sum(0) + weight * missing
             corrected = square - whole.square()
             result = whole, torch.where(corrected < 0, var, corrected)
         if mode == "displaced":
@@ -330,9 +348,27 @@ class MomentsLayer(ParcelLayer):
         moved[:, 1].clamp_(min=0)
         return moved
 
+    def _fitted(self, weights: torch.Tensor) -> torch.Tensor:
+        """The weights of what is missing of this rank's means and mean squares, [2, 1, 1] or alike; see `combine`."""
+        own = self._exchange.group.rank
+        if self._receptions != self._taken_at + 1:  # what came last does not answer what was taken last
+            return weights[own]
+        missed = _raw(self._all, torch.empty_like(self._all)).sub_(self._taken)
+        whole = (weights[..., None] * missed).sum(0)
+        along = (whole * missed[own]).sum((1, 2), keepdim=True)
+        length = missed[own].square().sum((1, 2), keepdim=True).clamp_min_(1e-30)
+        return along.div_(length).clamp_(max=1).maximum(weights[own])
+
     def _send(self, mean: torch.Tensor, var: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
         torch.stack([mean, var], out=self._sent)
         return self._exchange.all_gather(self._sent, self._all, kind, where)
+
+
+def _raw(moments: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Means and mean squares of means and variances, both [..., 2, B, G]."""
+    mean = out.copy_(moments)[..., 0, :, :]
+    out[..., 1, :, :].addcmul_(mean, mean)
+    return out
 
 
 class _Packet:

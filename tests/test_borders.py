@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -112,12 +114,14 @@ def check_bytes() -> tuple[int, int]:
     return run.exchange.traffic.sent["halo"], run.exchange.traffic.sent["moments"]
 
 
-def moments(run: OtilRun, steps: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def moments(
+    run: OtilRun, steps: int = 5, maps: Callable[[int], torch.Tensor] = whole_map
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     run.begin() if run.clock.step == 0 else run.clock.reset()
     share = torch.tensor(ROWS[: dist.get_world_size()]) / sum(ROWS[: dist.get_world_size()])
     seen = []
     for step in range(steps):
-        x = whole_map(step)
+        x = maps(step)
         var, mean = groups(x[:, :, own_rows(x)])
         seen.append(run.moments("norm", mean, var, share))
         run.clock.tick()
@@ -144,6 +148,33 @@ def check_moments() -> None:
         mean, var = displaced[step]
         assert torch.allclose(mean, all_mean + own_fresh - own_stale, atol=1e-6)
         assert (var >= 0).all() and not torch.allclose(var, own_var)
+
+
+def check_fitted() -> None:
+    """Where this rank's part is all that moves, and where everything moves alike, it is known how the whole does."""
+    settings = {"moments": "displaced", "predict": "measured", "warmup_steps": 2}
+    jumps = torch.randn(7, 2, 8, 1, 1, generator=torch.Generator().manual_seed(5))
+
+    def all_jump(step: int) -> torch.Tensor:
+        return whole_map(0) + jumps[step]
+
+    def one_jumps(step: int) -> torch.Tensor:
+        x = whole_map(0)
+        x[:, :, own_rows(x)] += jumps[step]
+        return x
+
+    run = make_run(**settings)
+    for _ in range(2):  # the second image must not fit by the first
+        for step, (mean, _) in enumerate(moments(run, 7, all_jump)):
+            error = (mean - groups(all_jump(step))[1]).abs().max()
+            assert error < 1e-5 if step != 2 else error > 1e-2, (step, error)  # nothing to fit by at the first
+    # Every rank in turn, as each needs the others to stand still.
+    for rank in range(dist.get_world_size()):
+        mine = dist.get_rank() == rank
+        seen = moments(make_run(**settings), 7, one_jumps if mine else lambda _: whole_map(0))
+        for step, (mean, var) in enumerate(seen if mine else []):
+            exact_var, exact_mean = groups(one_jumps(step))
+            assert torch.allclose(mean, exact_mean, atol=1e-5) and torch.allclose(var, exact_var, atol=1e-4), step
 
 
 def check_negative_variance() -> None:
@@ -262,6 +293,11 @@ def test_what_is_a_step_old_is_moved_on(ranks: int) -> None:
 
 def test_rows_that_nobody_waits_for_are_sent_in_8_bits() -> None:
     run_ranks(2, check_coded)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_ranks_own_moments_count_as_much_as_they_tell_of_the_whole(ranks: int) -> None:
+    run_ranks(ranks, check_fitted)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

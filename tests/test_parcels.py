@@ -129,11 +129,12 @@ class Walk:
         share = torch.tensor(own_rows()) / sum(own_rows())
         own, stale = moments_of(name, call)[dist.get_rank()], moments_of(name, remote)
         mean, var = self.run.moments(name, own[0], own[1], share)
-        means, squares = stale[:, 0], stale[:, 1] + stale[:, 0].square()
-        whole = (share[:, None, None] * means).sum(0)
+        weights, rank = share[:, None, None], dist.get_rank()
+        whole = (weights * stale[:, 0]).sum(0)
         if call != remote:
-            whole = whole + own[0] - means[dist.get_rank()]
-            square = (share[:, None, None] * squares).sum(0) + own[1] + own[0].square() - squares[dist.get_rank()]
+            squares = torch.addcmul(stale[:, 1], stale[:, 0], stale[:, 0])
+            whole = whole + (own[0] - stale[rank, 0])
+            square = (weights * squares).sum(0) + (torch.addcmul(own[1], own[0], own[0]) - squares[rank])
             expected = square - whole.square()
             assert torch.equal(var, torch.where(expected < 0, own[1], expected)), (name, call)
         assert torch.equal(mean, whole), (name, call)
