@@ -114,8 +114,8 @@ class OtilConfig:
     warmup_codec: CodecName = "int8"
     refresh: int = 0
     tolerance: float = 0.0
-    halo: SmallFreshness = "fresh"
-    moments: SmallFreshness = "fresh"
+    halo: SmallFreshness = "displaced"
+    moments: SmallFreshness = "displaced"
     window: str = NONE
     window_steps: int = WindowSettings.steps
     window_slope: float | None = None
