@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-from otil_xdit.guidance import HeldGuidance
+from otil_xdit.guidance import NO_GUIDANCE, HeldGuidance
 from otil_xdit.scores import check_score
 from otil_xdit.window import AUTO, NONE, WindowSettings
 
@@ -171,6 +171,22 @@ class OtilConfig:
     def window_settings(self) -> WindowSettings:
         """The settings that begin with ``window``, but for the guidance."""
         return WindowSettings(self.window, self.window_steps, self.window_slope, self.window_span, self.window_cap)
+
+    def check_call(self, steps: int | None, scale: float | None, scale_name: str) -> None:
+        """Refuse a picture that these settings cannot make.
+
+        Args:
+            steps: its number of steps; None where it is not known.
+            scale: its guidance scale; None where it is not known.
+            scale_name: the argument or flag of the guidance scale, for the message.
+
+        Raises:
+            ValueError: naming what is wrong and what would be accepted.
+        """
+        if steps is not None:
+            self.window_settings.check(steps)
+        if scale is not None and scale <= 1 and self.needs_guidance:
+            raise ValueError(f"{scale_name} is {scale:g}; {NO_GUIDANCE}; give more than 1, or choose another strategy")
 
     @classmethod
     def of_quality(cls, quality: str | None, **settings: Any) -> OtilConfig:

@@ -52,12 +52,10 @@ class Halves:
             ValueError: for a window outside the steps, or a call that is known not to be guided.
         """
         steps = arguments.get("num_inference_steps")
-        if isinstance(steps, int) and arguments.get("timesteps") is None and arguments.get("sigmas") is None:
-            self._config.window_settings.check(steps)
+        counted = isinstance(steps, int) and arguments.get("timesteps") is None and arguments.get("sigmas") is None
         name = "true_cfg_scale" if "true_cfg_scale" in arguments else "guidance_scale"
         scale = arguments.get(name)
-        if self._config.needs_guidance and isinstance(scale, (int, float)) and scale <= 1:
-            raise ValueError(f"{name} is {scale:g}; {NO_GUIDANCE}; give more than 1, or choose another strategy")
+        self._config.check_call(steps if counted else None, scale if isinstance(scale, (int, float)) else None, name)
 
     def begin(self) -> None:
         """Forget an earlier generation, of which nothing is under way."""

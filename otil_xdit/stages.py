@@ -111,7 +111,7 @@ class Stages:
             restore_class(unit)
             del vars(unit)[_SEAT]
         self._units.clear()
-        self._buffers, self._known, self._cut = (), None, None
+        self._buffers, self._known, self._cut, self._prompt = (), None, None, None
         self._cuts.clear()
         self._blanks.clear()
 
@@ -129,13 +129,13 @@ class Stages:
 
     def drain(self) -> None:
         """Wait for what is under way."""
-        for buffer in self._buffers if self._prompt is None else (*self._buffers, self._prompt[1]):
-            buffer.settle()
+        for message in self._messages:
+            message.settle()
 
     @property
     def nbytes(self) -> int:
         """Of the buffers."""
-        return sum(buffer.memory.nbytes for buffer in self._buffers)
+        return sum(message.memory.nbytes for message in self._messages)
 
     @property
     def cut(self) -> Cut | None:
@@ -204,6 +204,10 @@ class Stages:
             call: makes the block's own.
         """
         return call() if self._call_unit is None else self._call_unit(number, call)
+
+    @property
+    def _messages(self) -> tuple[Boundary, ...]:
+        return self._buffers if self._prompt is None else (*self._buffers, self._prompt[1])
 
     def _with_prompt(self, inputs: Any, step: int) -> Any:
         """The inputs, on ranks of the first half with those of the second one where a step's are the last step's own.

@@ -67,7 +67,7 @@ REFUSED = {
         "hybridiff:window_steps=3 has two halves of the ranks",
     ),
     "window": ("--strategies hybridiff:window=12:20", "window is '12:20', which a run of 15 steps has no room for"),
-    "window of otil": ("--strategies otil:window=auto --guidance 1", "--guidance 1 with otil:window=auto: "),
+    "window of otil": ("--strategies otil:window=auto --guidance 1", "otil:window=auto: --guidance is 1; "),
     "few steps": ("--link ratio=1 --steps 2", "--link ratio=1 with --steps 2: give more than 2"),
 }
 

@@ -128,7 +128,7 @@ def test_the_flag_takes_cfg_parallelism_as_given() -> None:
     ("given", "ranks", "message"),
     [
         ({}, 3, "--parallel hybridiff implies --use_cfg_parallel: 3 processes cannot be shared out"),
-        ({"guidance_scale": 1.0}, 2, "--guidance_scale 1: .* give more than 1"),
+        ({"guidance_scale": 1.0}, 2, "--guidance_scale is 1; .* give more than 1"),
         ({"num_inference_steps": 15, "otil_window": "12:17"}, 2, "--otil_window is '12:17'.*15 steps"),
         ({"num_inference_steps": 5}, 2, "--otil_window_steps is 5; in a run of 5 steps give at most 4"),
         ({"num_inference_steps": 15, "otil_window_cap": 12}, 2, "--otil_window_cap is 12.*give at most 10"),
@@ -145,5 +145,5 @@ def test_wrong_use_is_refused(given: dict[str, Any], ranks: int, message: str) -
 def test_otil_takes_a_window_too() -> None:
     config = get_strategy("otil").make_config({"window": "auto"})
     assert config.needs_guidance and config.stages == 1
-    with pytest.raises(FlagError, match="--guidance_scale 1"):
+    with pytest.raises(FlagError, match="--guidance_scale is 1"):
         choose({**VALUES, "parallel": "otil", "otil_window": "auto", "guidance_scale": 1.0}, 2)

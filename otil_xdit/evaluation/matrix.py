@@ -13,7 +13,6 @@ from typing import Any
 
 from otil_xdit.config import OtilConfig
 from otil_xdit.evaluation.models import OWN, Model
-from otil_xdit.guidance import NO_GUIDANCE
 from otil_xdit.registry import get_strategy, strategies
 from otil_xdit.xdit.options import OPTIONS
 from otil_xdit.xdit.schedulers import SCHEDULERS
@@ -79,11 +78,9 @@ class Variant:
         if not isinstance(self.config, OtilConfig):
             return
         try:
-            self.config.window_settings.check(steps)
+            self.config.check_call(steps, guidance, "--guidance")
         except ValueError as error:
             raise ValueError(f"{self.text}: {error}") from None
-        if self.config.needs_guidance and guidance <= 1:
-            raise ValueError(f"--guidance {guidance:g} with {self.text}: {NO_GUIDANCE}; give more than 1")
 
 
 @dataclass(frozen=True)

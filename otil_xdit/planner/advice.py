@@ -10,7 +10,7 @@ from otil_xdit.planner.options import CFG, ULYSSES, Option
 PSNR: dict[str, dict[str, tuple[float, ...]]] = {
     "U-Net": {
         "otil high": (62.7, 66.9),
-        "otil": (59.1, 62.8),
+        "otil": (57.1, 57.7),
         "compact-2bit": (53.8, 59.2),
         "otil draft": (48.1, 52.2),
         "distrifusion": (45.9, 47.1),
@@ -27,8 +27,7 @@ PSNR: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 """Mean PSNR to one process's pictures, in dB, on 2 ranks with 15 steps: of tiny-sd and tiny-sdxl, and of tiny-dit
-(docs/fidelity.md; `otil draft` on U-Nets with halo rows and moments displaced, which is less). What is not there is
-exact or has not been measured."""
+(docs/fidelity.md). What is not there is exact or has not been measured."""
 
 _TIE = 1.02
 """Predictions that differ by less than this factor are taken for equal."""

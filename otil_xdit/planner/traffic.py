@@ -181,7 +181,10 @@ class Traffic:
             count = steady.warmup_steps + {WARMUP: 0, "displaced": 3}.get(mode, 1)
             found[WARMUP], found[mode], nbytes, sizes = self._replayed(steady, count, mode)
             kept, rooms = max(kept, nbytes), rooms | sizes  # of each room the largest
-        total = kept + sum(rooms.values()) + (2 * self._segments.boundary.memory.nbytes if config.stages == 2 else 0)
+        total = kept + sum(rooms.values())
+        if config.stages == 2:
+            total += 2 * self._segments.boundary.memory.nbytes
+            total += self._segments.prompt if _is_staged(modes) else 0
         once = self._once(config, modes, begins)
         return RunTraffic(modes, {mode: found[mode] for mode in dict.fromkeys(modes)}, total, once)
 
@@ -241,7 +244,7 @@ class Traffic:
             found["random-state-warmup"].append(torch.get_rng_state().nbytes)
         if config.stages == 2:
             found["stages-warmup"].append(_NUMBER * (self._segments.units + 1))
-            if self._half == 1 and self._segments.prompt and {STAGED, LAST_STAGED} & {*modes}:
+            if self._half == 1 and self._segments.prompt and _is_staged(modes):
                 found["prompt"].append(self._segments.prompt)
         if config.window == AUTO:
             # Steps are counted when they are done, so the first is told of at the second's.
@@ -252,6 +255,11 @@ class Traffic:
             seen = sum(mode not in (STAGED, LAST_STAGED) for mode in modes)
             found[_discrepancy(config, len(modes))].append(2 * _NUMBER * seen)
         return dict(found)
+
+
+def _is_staged(modes: Sequence[str]) -> bool:
+    """Whether any step of a run is computed in two stages."""
+    return any(mode in (STAGED, LAST_STAGED) for mode in modes)
 
 
 def _count(made: Pass) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from otil_xdit.config import OtilConfig
-from otil_xdit.guidance import NO_GUIDANCE
 from otil_xdit.registry import Strategy, get_strategy, strategies
 from otil_xdit.xdit.degrees import FlagError, degree, resolve_patch_degree
 from otil_xdit.xdit.geometry import check_geometry
@@ -104,7 +103,9 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     config = _flag_errors(lambda: strategy.make_config(given))
     ulysses_degree = degree(values, "ulysses_degree")
     _check_selector(config, ulysses_degree)
-    _check_window(config, values)
+    if isinstance(config, OtilConfig):
+        steps, scale = values.get("num_inference_steps"), values.get("guidance_scale")
+        _flag_errors(lambda: config.check_call(steps, scale, "--guidance_scale"))
     _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block")))
     _check_report(values.get("otil_report"))
     for setting in {"halo", "moments"} & set(given) if unet is None else ():
@@ -123,17 +124,6 @@ def works_in_halves(values: Mapping[str, Any]) -> bool:
 def implied(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Flags, with those that ``--parallel`` takes as given."""
     return {**values, "use_cfg_parallel": True} if works_in_halves(values) else values
-
-
-def _check_window(config: Any, values: Mapping[str, Any]) -> None:
-    """What of a window can be told before a picture is begun."""
-    if not isinstance(config, OtilConfig):
-        return
-    steps, scale = values.get("num_inference_steps"), values.get("guidance_scale")
-    if steps is not None:
-        _flag_errors(lambda: config.window_settings.check(steps))
-    if scale is not None and scale <= 1 and config.needs_guidance:
-        raise FlagError(f"--guidance_scale {scale:g}: {NO_GUIDANCE}; give more than 1, or another strategy")
 
 
 def _refuse_without_parallel(values: Mapping[str, Any]) -> None:
