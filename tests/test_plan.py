@@ -93,7 +93,9 @@ def test_the_boundary_of_a_dit_by_hand() -> None:
     step, last = run.steps["staged"], run.steps["staged, last"]
     assert step.bytes_of("stages") == 4 * network.module.inner_dim * (256 + network.text)
     assert last.bytes_of("stages") == 0 and run.sent_bytes["stages"] == 2 * step.bytes_of("stages")
-    assert run.buffer_bytes == 2 * step.bytes_of("stages")
+    sizes = network.module.config
+    prompt = 4 * (network.text * sizes.joint_attention_dim + sizes.pooled_projection_dim)
+    assert run.buffer_bytes == 2 * step.bytes_of("stages") + prompt
     assert [message.kind for message in step.log if not message.awaited] == ["stages"]
     assert 0.5 <= step.share < 0.6 and run.steps["sync"].share == 1
     half = Option("hybridiff", Composition(cfg=2), run, 0.5)
