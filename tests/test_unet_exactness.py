@@ -103,8 +103,11 @@ SLOW = slow_trials()
 
 
 @cache
-def results(world_size: int, slow: bool) -> list[dict[str, Any]]:
-    """The lines of one torchrun, neighbours ordered so that they share sessions."""
+def results(world_size: int, slow: bool, /) -> list[dict[str, Any]]:
+    """The lines of one torchrun, neighbours ordered so that they share sessions.
+
+    By position only: the cache would take a keyword for another call, and run everything again.
+    """
     trials = SLOW if slow else (*EXACT, *STALE, *REFUSED)
     chosen = [trial for trial in trials if trial.degrees.world_size == world_size]
     chosen.sort(key=lambda trial: (trial.case, str(trial.degrees), trial.extra in ALTERATIONS, trial.freshness))
@@ -145,12 +148,12 @@ def test_the_comparison_can_fail(trial: Trial) -> None:
 
 @pytest.mark.parametrize("trial", REFUSED, ids=str)
 def test_what_is_refused(trial: Trial) -> None:
-    stopped = line_of(trial, slow=False)["stopped"] or "nothing"
+    stopped = line_of(trial, False)["stopped"] or "nothing"
     assert stopped.startswith("ValueError") and REFUSED[trial] in stopped
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(more, marks=pytest.mark.slow) for more in (3, 4))])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_detaching_brings_everything_back(world_size: int) -> None:
-    restored = [line for line in results(world_size, slow=False) if "restored" in line]
+    restored = [line for line in results(world_size, False) if "restored" in line]
     assert restored
     assert all(line["changed"] == [] for line in restored), restored
