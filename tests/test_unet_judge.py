@@ -16,12 +16,10 @@ from tests.torchrun import lines_of  # noqa: E402
 
 TELLING = (
     "SDXL, picture",
-    "LCM",
     "no generator",
     "callback: prompt in place",
     "callback: guidance ends",
     "callback: error",
-    "SDXL ControlNet",
     "LoRA after, several, deleted",
     "IP-Adapter after",
     "FreeU",

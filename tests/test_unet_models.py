@@ -162,7 +162,11 @@ def test_the_runtime_state_takes_any_ranks_but_not_every_degree(degrees: dict[st
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--parallel", "sync", "--patch_degree", "2", "--use_parallel_vae"]], ids=["one process", "two ranks"]
+    "flags",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="one process"),
+        pytest.param(["--parallel", "sync", "--patch_degree", "2", "--use_parallel_vae"], id="two ranks"),
+    ],
 )
 def test_a_folder_makes_the_picture_that_diffusers_makes(flags: list[str], folder: Path, tmp_path: Path) -> None:
     """Through the launcher: prompts, negative prompt, scheduler and defaults get there, and the last rank saves."""
