@@ -50,17 +50,18 @@ def segments_of(job: Job, composition: Composition, place: int) -> Segments:
     """
     watch = UnitWatch(job.network.module)
     whole = asks_of(job, composition, place, watch)
+    prompt = 0
     if job.network.is_unet:
         cut = Cut.of(watch.tracer, _unet_flops(job, composition, place, watch.tracer))
     else:
-        own, everybody = _dit_traces(job, composition)
+        half = replace(job, batch=job.batch // composition.cfg)
+        (own, prompt), (everybody, _) = _dit_call(_own(half, composition)), _dit_call(half)
         cut = Cut.of(own, _flops(everybody))
     first, second = (
         Pass(watch.of_units(kept, 0, whole.asks), watch.of_units(kept, 1, whole.others))
         for kept in (cut.order[: cut.place], cut.order[cut.place :])
     )
     share = (max(cut.flops) + cut.glue) / (sum(cut.flops) + cut.glue)
-    prompt = 0 if job.network.is_unet else _prompt_of(_own(job, composition))
     return Segments((first, second), Boundary(cut.forms), prompt, share, len(watch.units))
 
 
@@ -84,26 +85,17 @@ def _flops(trace: Tracer) -> list[int]:
     return [*trace.flops, trace.glue]
 
 
-def _dit_traces(job: Job, composition: Composition) -> tuple[Tracer, Tracer]:
-    """Of a DiT's call with one rank's rows and text, whose tensors are those that travel; and of one process's."""
-    return _dit_trace(_own(job, composition)), _dit_trace(_half(job, composition))
-
-
-def _half(job: Job, composition: Composition) -> Job:
-    return replace(job, batch=job.batch // composition.cfg)
-
-
-def _own(job: Job, composition: Composition) -> Job:
-    """One rank's rows and text of one pass of a DiT."""
+def _own(half: Job, composition: Composition) -> Job:
+    """One rank's rows and text of one pass of a DiT, whose tensors are those that travel."""
     ranks = composition.patches * composition.ulysses
-    joined = architecture_of(job.network.module).text != "none"
-    text = -(-job.text // ranks) if joined else job.text
-    return replace(_half(job, composition), height=job.height // ranks, text=text)
+    joined = architecture_of(half.network.module).text != "none"
+    text = -(-half.text // ranks) if joined else half.text
+    return replace(half, height=half.height // ranks, text=text)
 
 
-def _prompt_of(job: Job) -> int:
-    """Bytes of what a DiT is called with besides latent and time."""
-    network, forms = job.network.module, list[Form]()
+def _dit_call(job: Job) -> tuple[Tracer, int]:
+    """A DiT's call, and the bytes of what it is made with besides latent and time."""
+    network, forms, watch = job.network.module, list[Form](), UnitWatch(job.network.module)
     names = list(signature(type(network).forward).parameters)[1:]
 
     def look(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -113,15 +105,8 @@ def _prompt_of(job: Job) -> int:
 
     handle = network.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watch.over():
             call_of(job)(job)
     finally:
         handle.remove()
-    return Boundary(forms).memory.nbytes
-
-
-def _dit_trace(job: Job) -> Tracer:
-    watch = UnitWatch(job.network.module)
-    with torch.no_grad(), watch.over():
-        call_of(job)(job)
-    return watch.tracer
+    return watch.tracer, Boundary(forms).memory.nbytes

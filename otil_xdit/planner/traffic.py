@@ -184,7 +184,7 @@ class Traffic:
         total = kept + sum(rooms.values())
         if config.stages == 2:
             total += 2 * self._segments.boundary.memory.nbytes
-            total += self._segments.prompt if _is_staged(modes) else 0
+            total += self._segments.prompt if any(map(_is_staged, modes)) else 0
         once = self._once(config, modes, begins)
         return RunTraffic(modes, {mode: found[mode] for mode in dict.fromkeys(modes)}, total, once)
 
@@ -198,7 +198,7 @@ class Traffic:
             replica = RecordedExchange(self._group(), config.timeout, run.exchange.traffic, log=log)
             run.begin()
             steps = []
-            is_staged = mode in (STAGED, LAST_STAGED)
+            is_staged = _is_staged(mode)
             last = self._segments.passes[self._half] if is_staged else self._whole
             for made in [*[self._whole] * (count - 1), last]:
                 traffic, first = run.exchange.traffic, len(log.messages)
@@ -244,7 +244,7 @@ class Traffic:
             found["random-state-warmup"].append(torch.get_rng_state().nbytes)
         if config.stages == 2:
             found["stages-warmup"].append(_NUMBER * (self._segments.units + 1))
-            if self._half == 1 and self._segments.prompt and _is_staged(modes):
+            if self._half == 1 and self._segments.prompt and any(map(_is_staged, modes)):
                 found["prompt"].append(self._segments.prompt)
         if config.window == AUTO:
             # Steps are counted when they are done, so the first is told of at the second's.
@@ -252,14 +252,14 @@ class Traffic:
                 found[_discrepancy(config, done)].append(2 * _NUMBER)
         rows = self.composition.patches * self.composition.ulysses
         if self._job.is_guided and not self._job.network.is_unet and rows > 1:
-            seen = sum(mode not in (STAGED, LAST_STAGED) for mode in modes)
+            seen = sum(not _is_staged(mode) for mode in modes)
             found[_discrepancy(config, len(modes))].append(2 * _NUMBER * seen)
         return dict(found)
 
 
-def _is_staged(modes: Sequence[str]) -> bool:
-    """Whether any step of a run is computed in two stages."""
-    return any(mode in (STAGED, LAST_STAGED) for mode in modes)
+def _is_staged(mode: str) -> bool:
+    """Whether a step of this mode is computed in two stages."""
+    return mode in (STAGED, LAST_STAGED)
 
 
 def _count(made: Pass) -> int:
