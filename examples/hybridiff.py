@@ -23,13 +23,13 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import otil_xdit
-from otil_xdit.evaluation.matrix import parse_variant
-from otil_xdit.evaluation.metrics import psnr, ssim
-from otil_xdit.evaluation.models import OWN, load_pipe
-from otil_xdit.evaluation.trajectories import PROMPTS, read_prompts
-from otil_xdit.trace import CPU_ATTENTION
-from otil_xdit.xdit.hooks import session_of
-from otil_xdit.xdit.shipped import model_folder
+from otil_xdit.catalog.bundled import model_folder
+from otil_xdit.hybridiff.tracing import CPU_ATTENTION
+from otil_xdit.tools.common.loading import OWN, load_pipe
+from otil_xdit.tools.eval.matrix import parse_variant
+from otil_xdit.tools.eval.metrics import psnr, ssim
+from otil_xdit.tools.study.trajectories import PROMPTS, read_prompts
+from otil_xdit.xdit.plugin.register import session_of
 
 VARIANTS = (*(f"hybridiff:window_steps={steps}" for steps in (0, 3, 5, 10, 20)), "otil", "distrifusion")
 GUIDANCE, SIZE = 4.0, 128

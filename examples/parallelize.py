@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import otil_xdit
-from otil_xdit.xdit.shipped import model_folder
+from otil_xdit.catalog.bundled import model_folder
 
 
 def main() -> None:

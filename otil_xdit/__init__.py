@@ -9,22 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from otil_xdit.config import OtilConfig
-    from otil_xdit.registry import Strategy, get_strategy, register_strategy, strategies
+    from otil_xdit.method.config import OtilConfig
+    from otil_xdit.runtime.strategies import Strategy, get_strategy, register_strategy, strategies
     from otil_xdit.xdit.api import parallelize, restore
-    from otil_xdit.xdit.hooks import register
+    from otil_xdit.xdit.plugin.register import register
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "OtilConfig": "otil_xdit.config",
-    "Strategy": "otil_xdit.registry",
-    "get_strategy": "otil_xdit.registry",
+    "OtilConfig": "otil_xdit.method.config",
+    "Strategy": "otil_xdit.runtime.strategies",
+    "get_strategy": "otil_xdit.runtime.strategies",
     "parallelize": "otil_xdit.xdit.api",
-    "register": "otil_xdit.xdit.hooks",
-    "register_strategy": "otil_xdit.registry",
+    "register": "otil_xdit.xdit.plugin.register",
+    "register_strategy": "otil_xdit.runtime.strategies",
     "restore": "otil_xdit.xdit.api",
-    "strategies": "otil_xdit.registry",
+    "strategies": "otil_xdit.runtime.strategies",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from otil_xdit.cli import main
+from otil_xdit.xdit.launcher.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

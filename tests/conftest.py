@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from otil_xdit import cli
+from otil_xdit.xdit.launcher import main as cli
 
 
 @pytest.fixture

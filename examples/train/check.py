@@ -56,7 +56,7 @@ def print_table(steps: int, table: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="pipeline folder, say otil_xdit/models/tiny-dit")
+    parser.add_argument("folder", type=Path, help="pipeline folder, say otil_xdit/weights/tiny-dit")
     parser.add_argument("--count", type=int, default=200, help="prompts; the first half name one shape, the rest two")
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 15])
     parser.add_argument("--cfg", type=float, default=4.0)

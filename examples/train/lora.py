@@ -23,7 +23,7 @@ from tiny_unet import SCHEDULE, UnetTrainer, embed
 from tqdm import tqdm
 from training import Trainer, copy_weights
 
-BASE = Path(__file__).resolve().parents[2] / "otil_xdit" / "models" / "tiny-sd"
+BASE = Path(__file__).resolve().parents[2] / "otil_xdit" / "weights" / "tiny-sd"
 RANK = 4
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 RIM = 5

@@ -1,6 +1,6 @@
 """Draw the loss curve that tiny_dit.py or tiny_unet.py left beside its output folder.
 
-python examples/train/plot_loss.py /tmp/tiny/tiny-sd-losses.json --out otil_xdit/models/tiny-sd/loss.png
+python examples/train/plot_loss.py /tmp/tiny/tiny-sd-losses.json --out otil_xdit/weights/tiny-sd/loss.png
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 SHEET_PROMPTS = (
-    (Path(__file__).resolve().parents[2] / "otil_xdit" / "evaluation" / "prompts.txt").read_text().splitlines()
+    (Path(__file__).resolve().parents[2] / "otil_xdit" / "tools" / "eval" / "prompts.txt").read_text().splitlines()
 )
 
 

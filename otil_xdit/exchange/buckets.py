@@ -1,0 +1,260 @@
+"""Parcels: what many layers have for the other ranks, in few large messages.
+
+At a displaced step nobody waits for what is sent, so it need not go layer by layer. Layers append their part to an
+open parcel in the order of their calls, which is the order in which the next step reads; a full parcel is sent, and a
+layer's next call waits for its own parcel only. Which layers share one follows from settings, shapes and the order of
+the calls alone, so it is the same on all ranks.
+
+Rows may be coded: all of a parcel's at once, in 8 bits a number, when it is sent.
+
+Shapes: P ranks that answer on a lane: 1 neighbour, or all R. V vectors of `_VECTOR` numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+
+from otil_xdit.comm.collectives import Collectives, ExchangeTimeout, Pending
+from otil_xdit.exchange.bucket_buffers import _DIRECTIONS, Direction, MessageBuffer, Sizes, TensorSpec
+from otil_xdit.method.scratch import ScratchBuffers
+
+LAYERS_PER_BUCKET = 24
+"""A step of SD1.5's topology appends 113 times, of SDXL's about 85: five parcels and four. Fewer layers a parcel are
+more messages, each with its latency; more layers leave the last parcel less time to travel before the first layers ask
+again. Not bytes: how many a layer has grows with the picture, and the number of parcels should not."""
+
+PADDING = "padding"
+"""The counter of bytes that only keep the next part at a multiple of its element size."""
+
+
+class BucketSlot:
+    """One layer's place in a parcel.
+
+    Attributes:
+        outgoing: a tensor for each of the layer's parts, to be filled at once, before anything else is appended.
+    """
+
+    def __init__(
+        self, bucketer: Bucketer, bucket: Bucket, places: list[tuple[TensorSpec, int]], outgoing: list[torch.Tensor]
+    ) -> None:
+        self.outgoing = outgoing
+        self._bucketer, self._bucket, self._places = bucketer, bucket, places
+
+    def receive(self) -> list[tuple[Direction, torch.Tensor]]:
+        """What came for each part, [P, *received], valid until `release`; empty where the parcel was dropped.
+
+        Sends the parcel if it is open, and waits for it unless another layer has.
+
+        Raises:
+            ExchangeTimeout: naming the rank, the parcel's first layer and the step.
+        """
+        if not self._bucketer.arrived(self._bucket):
+            return []
+        incoming = self._bucket.incoming
+        return [
+            (spec.direction, incoming[spec.direction].at(place, spec.received, spec)) for spec, place in self._places
+        ]
+
+    def release(self) -> None:
+        """Have read it; the buffers are used again when all layers of the parcel have."""
+        self._bucketer.release(self._bucket)
+
+
+class BucketedLayer(ABC):
+    """What the exchange of every layer that appends to parcels has: its calls in this generation, and its slot."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self._receptions = 0  # of other ranks' tensors in this generation: two tell how they move
+        self._slot: BucketSlot | None = None
+
+    def begin(self) -> None:
+        """Start a generation."""
+        self.num_calls = 0
+        self._receptions = 0
+
+    def drain(self) -> None:
+        """Wait for what is under way, if anything is, and keep it."""
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            for direction, received in slot.receive():
+                self._keep(direction, received)
+            slot.release()
+
+    @abstractmethod
+    def _keep(self, direction: Direction, received: torch.Tensor) -> None:
+        """Copy what came on a lane, [P, *shape]."""
+
+
+class Bucketer:
+    """The parcels of one group of ranks. Every rank must make the same calls in the same order.
+
+    Args:
+        exchange: carries them.
+        rooms: gives the room for what is needed for a moment only, on a device.
+    """
+
+    def __init__(self, collectives: Collectives, scratch_sizes: Callable[[torch.device], ScratchBuffers]) -> None:
+        self._collectives, self._scratch_buffers = collectives, scratch_sizes
+        self._open: Bucket | None = None
+        self._sent: list[Bucket] = []
+        self._free: list[Bucket] = []
+        # Bytes of the largest parcel so far. Parcels are used for any layers, so each grows to that once.
+        self._largest: Sizes = Counter()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept on the device."""
+        opened = [] if self._open is None else [self._open]
+        return sum(bucket.nbytes for bucket in (*opened, *self._sent, *self._free))
+
+    def append(self, specs: Sequence[TensorSpec], step: int, kind: str, where: str, device: torch.device) -> BucketSlot:
+        """Room in the open parcel, after sending it where it is full or of an earlier step.
+
+        Args:
+            parts: of the layer; those of one lane in the same order on every rank.
+            step: the step under way.
+            kind: the counter that the bytes go to.
+            where: "layer ... at step ..." for error messages.
+            device: what the buffers are on.
+        """
+        if self._open is not None and (self._open.step != step or self._open.layers == LAYERS_PER_BUCKET):
+            self.send()
+        if self._open is None:
+            self._open = self._free.pop() if self._free else Bucket(self._collectives.group.world_size)
+            self._open.start(step, where, self._scratch_buffers(device), self._largest)
+        bucket = self._open
+        places, outgoing = bucket.append(specs, kind)
+        return BucketSlot(self, bucket, places, outgoing)
+
+    def send(self) -> None:
+        """Send the open parcel, if there is one."""
+        if self._open is not None:
+            bucket, self._open = self._open, None
+            self._sent.append(bucket)
+            self._largest |= bucket.send(self._collectives)
+
+    def drop(self) -> None:
+        """Forget what was appended and not sent: at the end of a generation, where nobody will read it.
+
+        A rank that raised may have appended less than the others, so it must not send what it has: messages of
+        different sizes would meet.
+        """
+        self._open = None
+
+    def arrived(self, bucket: Bucket) -> bool:
+        """Wait for a parcel, sending it first if it is open; False for one that was dropped.
+
+        Raises:
+            ExchangeTimeout: as `BucketSlot.receive`. Whatever else is under way is given up, buffers too: it would not
+            arrive
+                either, and each parcel would be waited for until the timeout.
+        """
+        if bucket is self._open:
+            self.send()
+        if bucket not in self._sent:
+            return False
+        try:
+            bucket.wait()
+        except ExchangeTimeout:
+            self._sent.clear()
+            raise
+        return True
+
+    def release(self, bucket: Bucket) -> None:
+        """Count a layer that has read; the last one frees the buffers."""
+        bucket.unread -= 1
+        if bucket.unread == 0 and bucket in self._sent:
+            self._sent.remove(bucket)
+            self._free.append(bucket)
+
+    def free(self) -> None:
+        """Give the buffers back; nothing may be under way."""
+        self._open = None
+        self._sent.clear()
+        self._free.clear()
+        self._largest.clear()
+
+
+class Bucket:
+    """What goes and comes on every lane, and who is in it; used again and again.
+
+    Args:
+        ranks: R.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.outgoing = {direction: MessageBuffer(1) for direction in _DIRECTIONS}
+        self.incoming = {
+            direction: MessageBuffer(ranks if direction == "everybody" else 1) for direction in _DIRECTIONS
+        }
+        self.step, self.layers, self.unread = -1, 0, 0
+        self._shares: dict[Direction, Counter[str]] = {direction: Counter() for direction in _DIRECTIONS}
+        self._where = ""
+        self._pending: list[Pending[torch.Tensor] | Pending[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(mail.nbytes for ways in (self.outgoing, self.incoming) for mail in ways.values())
+
+    def start(self, step: int, where: str, scratch: ScratchBuffers, largest: Sizes) -> None:
+        """Empty it for the layers of a step; `where` is the first one."""
+        self.step, self.layers, self.unread, self._where = step, 0, 0, f"{where} and what is sent with it"
+        self._scratch = scratch
+        for direction in _DIRECTIONS:
+            self.outgoing[direction].start(
+                scratch.device, largest["out", direction, "message"], largest["out", direction, "values"]
+            )
+            self.incoming[direction].start(
+                scratch.device, largest["in", direction, "message"], largest["in", direction, "values"]
+            )
+            self._shares[direction].clear()
+
+    def append(self, specs: Sequence[TensorSpec], kind: str) -> tuple[list[tuple[TensorSpec, int]], list[torch.Tensor]]:
+        """Each part's place among what will come, and where to write what is sent."""
+        places, outgoing = [], []
+        for spec in specs:
+            mail, shares = self.outgoing[spec.direction], self._shares[spec.direction]
+            place, size, padding = mail.reserve(spec.sent, spec)
+            shares[kind] += size
+            if padding:
+                shares[PADDING] += padding
+            outgoing.append(mail.at(place, spec.sent, spec)[0])
+            places.append((spec, self.incoming[spec.direction].reserve(spec.received, spec)[0]))
+        self.layers += 1
+        self.unread += 1
+        return places, outgoing
+
+    def send(self, collectives: Collectives) -> Sizes:
+        """Code what is to be coded, and start all messages; how large everything is."""
+        sizes: Sizes = Counter()
+        out, into = {}, {}
+        for direction in _DIRECTIONS:
+            sent, received = self.outgoing[direction], self.incoming[direction]
+            out[direction], into[direction] = sent.sealed(), received.sealed()
+            sent.encode(self._scratch)
+            sizes["out", direction, "message"], sizes["out", direction, "values"] = sent.sizes
+            sizes["in", direction, "message"], sizes["in", direction, "values"] = received.sizes
+        if out["everybody"].numel():
+            # Displaced steps come after every warm-up and nothing but float32 moments goes here: one kind, no padding.
+            ((kind, _),) = self._shares["everybody"].items()
+            gathered = collectives.all_gather(out["everybody"][0], into["everybody"], kind, self._where)
+            self._pending.append(gathered)
+        shares = self._shares["previous"], self._shares["next"]
+        if any(shares):
+            fill = into["previous"][0], into["next"][0]
+            self._pending.append(collectives.neighbours(out["previous"][0], out["next"][0], fill, shares, self._where))
+        return sizes
+
+    def wait(self) -> None:
+        """Wait for all messages and decode them, the first time."""
+        if not self._pending:
+            return
+        while self._pending:
+            self._pending.pop().wait()
+        for mail in self.incoming.values():
+            mail.decode(self._scratch)

@@ -1,0 +1,235 @@
+"""The shared predictor: what every rank believes the keys and values of all patches to be, and how they move.
+
+Sender and receivers keep the same copy and carry it forward by the same rule, from the same payloads: what differs from
+rank to rank (a rank's own fresh values) never enters it. Bit for bit the same, because everything but one number is
+done element by element, and that number, the gain, is measured by the sender and travels in its payload.
+
+Shapes: L layers, l of them in a run; N patches, B batch, S tokens of one patch, C features (heads x head dimension),
+m tokens that a rank sends. Everything is computed in float32, whatever the copies are stored in.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.scratch import ScratchBuffers
+
+_MAX_GAIN = 1.25
+"""Beyond it an extrapolation does more harm by its noise than good, even where a rank's own values moved faster."""
+
+
+class Predictor:
+    """Value and velocity of the keys and values of all patches, for layers of equal shape.
+
+    With value v, velocity u and the gain g of a patch, the prediction for a step is ``p = v + g u``. A payload brings
+    fresh - p, or what a codec leaves of it, q; then ``v' = p + q`` and ``u' = g u + q / age`` where it brought
+    something, age being the steps since it last did, and ``v' = p``, ``u' = damping g u`` elsewhere.
+
+    The gain is 0 (``extrapolation="none"``), a constant (``"constant"``), or measured (``"fitted"``): the least-squares
+    fit of a rank's own change since the last step by its own velocity. It follows schedulers whose steps differ in
+    size. A receiver, who does not know the others' gain of this step yet, uses its own.
+
+    Args:
+        like: one rank's keys and values of all layers, [L, 2, B, S, C]; gives shape, dtype and device.
+        ranks, rank: number of patches, and this rank's.
+        config: reads `predict`, `gain`, `damping`, `copies` and `ratio`.
+        room: for what is needed for a moment only.
+    """
+
+    def __init__(self, like: torch.Tensor, ranks: int, rank: int, config: OtilConfig, scratch: ScratchBuffers) -> None:
+        layers, _, batch, tokens, width = like.shape
+        value_dtype, velocity_dtype = storage_dtypes(config.kv_cache_dtype, like.dtype)
+        shape = (layers, ranks, 2, batch, tokens, width)
+        self._rank, self._scratch = rank, scratch
+        self._rule, self._constant = config.extrapolation, config.extrapolation_gain
+        self._damping = config.velocity_damping
+        self._known = [False] * layers
+        self.value = torch.zeros(shape, dtype=value_dtype, device=like.device)
+        self.velocity: torch.Tensor | None = None
+        self._age: torch.Tensor | None = None
+        if config.extrapolation != "none":
+            self.velocity = torch.zeros(shape, dtype=velocity_dtype, device=like.device)
+            if config.ratio < 1:
+                self._age = torch.ones(layers, ranks, tokens, device=like.device)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that must be equal on all ranks; the first dimension of each is L."""
+        return [tensor for tensor in (self.value, self.velocity, self._age) if tensor is not None]
+
+    def reset(self) -> None:
+        """Forget what is known; the next thing must be `set_values`."""
+        self._known = [False] * len(self._known)
+
+    def last_values(self, layer: int) -> torch.Tensor:
+        """Everybody's values of a layer at the step before, float32 [N, 2, B, S, C], in a room; 0 at first."""
+        value = self.value[layer]
+        known = self._scratch("known", tuple(value.shape), torch.float32)
+        return known.copy_(value) if self._known[layer] else known.zero_()
+
+    def set_values(self, layer: int, values: torch.Tensor) -> None:
+        """Take everybody's values of a layer, [N, 2, B, S, C], of a synchronous step, the same on every rank."""
+        value = self.value[layer]
+        if self.velocity is not None:
+            velocity, age = self.velocity[layer], None if self._age is None else self._age[layer]
+            if self._known[layer]:
+                before = self._in_float32("velocity", velocity)
+                faster = self._scratch("moved", tuple(value.shape), torch.float32).copy_(values).sub_(value)
+                faster.sub_(before).div_(1 if age is None else age[:, None, None, :, None])
+                velocity.copy_(faster.add_(before))
+            else:
+                velocity.zero_()
+            if age is not None:
+                age.fill_(1)
+        value.copy_(values)
+        self._known[layer] = True
+
+    def gain(self, layer: int, fresh: torch.Tensor) -> torch.Tensor:
+        """How far this rank's own values have moved since the last step, in velocities.
+
+        Args:
+            layer: which.
+            fresh: this rank's, [2, B, S, C].
+
+        Returns:
+            float32 [2], one for keys and one for values, in [0, 1.25].
+        """
+        if self.velocity is None:
+            return torch.zeros(2, device=fresh.device)
+        if self._rule == "constant":
+            return torch.full((2,), self._constant, device=fresh.device)
+        velocity = self._in_float32("velocity", self.velocity[layer, self._rank])
+        change = self._scratch("change", tuple(fresh.shape), torch.float32).copy_(fresh)
+        change.sub_(self.value[layer, self._rank])
+        along = change.mul_(velocity).sum(dim=(1, 2, 3))
+        square = torch.linalg.vector_norm(velocity, dim=(1, 2, 3)).square_()
+        return along.div_(square.clamp_min_(1e-30)).clamp_(0, _MAX_GAIN)
+
+    def predict(self, layer: int, gain: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the prediction of everybody's values for this step to `out`, [N, 2, B, S, C]; `gain` is [2]."""
+        velocity = None if self.velocity is None else self.velocity[layer]
+        self._moved(self.value[layer], velocity, gain.view(2, 1, 1, 1), out)
+
+    def predict_own(self, run: slice, gains: torch.Tensor, out: torch.Tensor) -> None:
+        """What the others take this rank's values to be once they know its gains.
+
+        Args:
+            run: of layers.
+            gains: float32 [l, 2].
+            out: float32 [l, 2, B, S, C].
+        """
+        velocity = None if self.velocity is None else self.velocity[run, self._rank]
+        self._moved(self.value[run, self._rank], velocity, gains[:, :, None, None, None], out)
+
+    def apply_residuals(
+        self,
+        run: slice,
+        gains: torch.Tensor,
+        levels: torch.Tensor,
+        scales: torch.Tensor,
+        sent: torch.Tensor | None,
+    ) -> None:
+        """Carry the copies of some layers one step forward with everybody's residuals.
+
+        Args:
+            run: of layers.
+            gains: every sender's, float32 [l, N, 2].
+            levels, scales: float32 [l, N, 2, B, S, C] and [l, N, 2, B, S, 1], whose product are the residuals; scales
+                are 0 where nothing was sent.
+            sent: float32 [l, N, S], 1 where something was and 0 elsewhere; None where everything was.
+        """
+        value, velocity = self._floats(run)
+        moved = gains[:, :, :, None, None, None]
+        if velocity is not None:
+            value.addcmul_(velocity, moved)
+        value.addcmul_(levels, scales)
+        if velocity is not None:
+            kept, share = self._kept(run, sent)
+            velocity.mul_(moved * kept).addcmul_(levels, scales * share)
+        self._store(run, value, velocity)
+
+    def apply_values(
+        self,
+        run: slice,
+        gains: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor | None,
+        sent: torch.Tensor | None,
+    ) -> None:
+        """`apply_residuals` with the values themselves.
+
+        Args:
+            run, gains, sent: as in `apply_residuals`.
+            values: float [l, N, 2, B, m, C].
+            rows: int64 [l * N * 2 * B * m], where each is to go of the l * N * 2 * B * S; one that is there twice has
+                equal values. None where m = S.
+        """
+        if self.velocity is None:
+            self._put(self.value[run], values, rows)
+            return
+        value, velocity = self._floats(run)
+        assert velocity is not None, "it is kept, see above"
+        moved = gains[:, :, :, None, None, None]
+        value.addcmul_(velocity, moved)
+        change = self._scratch("change", tuple(value.shape), torch.float32).copy_(value).neg_()
+        self._put(value, values, rows)
+        kept, share = self._kept(run, sent)
+        velocity.mul_(moved * kept).addcmul_(change.add_(value), share)
+        self._store(run, value, velocity)
+
+    def _put(self, value: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None) -> None:
+        if rows is None:
+            value.copy_(values)
+        else:
+            copied = self._scratch("put", tuple(values.shape), value.dtype).copy_(values)
+            value.view(-1, value.shape[-1]).index_copy_(0, rows, copied.view(-1, value.shape[-1]))
+
+    def _moved(self, value: torch.Tensor, velocity: torch.Tensor | None, gain: torch.Tensor, out: torch.Tensor) -> None:
+        """``out = value + gain * velocity``."""
+        if velocity is None:
+            out.copy_(value)
+        elif value.dtype == velocity.dtype == out.dtype == torch.float32:
+            torch.addcmul(value, velocity, gain, out=out)
+        else:
+            moved = self._scratch("moved", tuple(value.shape), torch.float32).copy_(velocity)
+            out.copy_(moved.mul_(gain).add_(value))
+
+    def _kept(self, run: slice, sent: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What velocities are multiplied with, and the share of a correction that they get; counts the ages on.
+
+        Both float32 [l, N, 1, 1, S, 1], or [1] where everything was sent.
+        """
+        if sent is None or self._age is None:
+            one = self.value.new_ones(1, dtype=torch.float32)
+            return one, one
+        age = self._age[run]
+        kept, share = sent * (1 - self._damping) + self._damping, age.reciprocal()
+        age.mul_(1 - sent).add_(1)
+        return kept[:, :, None, None, :, None], share[:, :, None, None, :, None]
+
+    def _floats(self, run: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Value and velocity of a run of layers in float32: themselves where they are that, else copies in rooms."""
+        velocity = None if self.velocity is None else self._in_float32("velocity", self.velocity[run])
+        return self._in_float32("value", self.value[run]), velocity
+
+    def _in_float32(self, name: str, kept: torch.Tensor) -> torch.Tensor:
+        """What is kept itself where it is float32, else a copy of it in a room."""
+        if kept.dtype == torch.float32:
+            return kept
+        return self._scratch(name, tuple(kept.shape), torch.float32).copy_(kept)
+
+    def _store(self, run: slice, value: torch.Tensor, velocity: torch.Tensor | None) -> None:
+        """Undo `_floats`."""
+        if self.value.dtype != torch.float32:
+            self.value[run].copy_(value)
+        if self.velocity is not None and velocity is not None and self.velocity.dtype != torch.float32:
+            self.velocity[run].copy_(velocity)
+
+
+def storage_dtypes(copies: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """What values and velocities are stored in: ``auto`` as the layer's own, ``bfloat16`` bfloat16, ``float8`` bfloat16
+    values and velocities of 8 bits (float8_e5m2, whose range needs no scale)."""
+    if copies == "auto":
+        return dtype, dtype
+    return torch.bfloat16, torch.float8_e5m2 if copies == "float8" else torch.bfloat16

@@ -1,0 +1,200 @@
+"""What others have done to a network that patches do not know: found by a look at each module, refused by name.
+
+Step caches, token merging, offloading and quantisation change a network's modules, often after it was parallelized, and
+then every rank would compute something else than one device does. So each generation begins with a look at all of them
+that must cost little: about a millisecond for SDXL's 1900 modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+KNOWN_PACKAGES = ("torch", "diffusers", "transformers", "peft", "xfuser", "yunchang", "distvae", "otil_xdit")
+"""Whose layers are taken for what they say they are; the package of the network's own class is another."""
+
+_UNKNOWN_PARTS = {
+    "torch.ao": "it is quantised, and scales taken from a patch are not those of the whole picture",
+    "xfuser.model_executor.cache": "a cached step would skip the exchange",
+}
+"""Parts of the known packages that change what a network computes, and how."""
+
+_CARRIES_WEIGHTS = (
+    "group_offloading",
+    "lazy_prefetch_group_offloading",
+    "layer_execution_tracker",
+    "lazy_leafs",
+    "layerwise_casting",
+    "peft_autocast_disable",
+)
+"""Hooks of diffusers that move or cast a layer's weights round its own forward and change nothing else."""
+
+_CARRIES_DEVICES = ("AlignDevicesHook", "CpuOffload", "SequentialHook", "LayerwiseCastingHook")
+"""The same of accelerate."""
+
+
+class ModuleInspector:
+    """One network's state when it became known, and the look at it before each generation.
+
+    Args:
+        name: the pipeline's attribute that holds it, for messages.
+        network: the network, as xDiT has wrapped it where it does.
+        patched: whether its layers are given another `forward` by a subclass, which one of their own would hide.
+    """
+
+    def __init__(self, name: str, network: nn.Module, patched: bool) -> None:
+        self.name, self.network, self._patched = name, network, patched
+        self._processors = {} if patched else dict(_processors(network))
+
+    def check(self) -> None:
+        """Look at every module.
+
+        Raises:
+            ValueError: naming the layer, what was done to it, and what can be done about it.
+        """
+        package = _package(getattr(self.network, "module_type", type(self.network)))
+        for module in _all(self.network):
+            reason = self._forward_reason(module)
+            if reason is None and module is not self.network:
+                kind = vars(type(module)).get("_otil_base", type(module))
+                reason = _kind_reason(kind, kind.forward, package)
+            if reason is None and module.training and isinstance(module, _DropoutNd) and module.p > 0:
+                reason = f"draws its dropout (p = {module.p:g}) on each rank by itself; call eval()"
+            if reason is not None:
+                raise ValueError(f"--parallel does not support the pipeline's {self._label(module)}: it {reason}")
+        self._check_processors()
+
+    def _check_processors(self) -> None:
+        """A processor that was put in the place of xDiT's attends to this rank's tokens alone."""
+        for module, kind in self._processors.items():
+            found = type(getattr(module, "processor", None))
+            if found is not kind:
+                raise ValueError(
+                    f"--parallel does not support the pipeline's {self._label(module)}: its attention processor was "
+                    f"{kind.__name__} and now is {found.__name__}, which does not reach the other ranks; put the old "
+                    "one back"
+                )
+
+    def _forward_reason(self, module: nn.Module) -> str | None:
+        forward = vars(module).get("forward")
+        if forward is None:
+            return None
+        hooks = [*getattr(vars(module).get("_diffusers_hook"), "hooks", ())]
+        device_hook = vars(module).get("_hf_hook")
+        device_hooks = getattr(device_hook, "hooks", [device_hook] if device_hook is not None else [])
+        carried = [type(hook).__name__ for hook in device_hooks]
+        harmless = {*hooks} <= {*_CARRIES_WEIGHTS} and {*carried} <= {*_CARRIES_DEVICES}
+        if harmless and not self._patched and (hooks or carried or _is_own(module, forward)):
+            return None
+        by = ", ".join((*hooks, *carried)) or getattr(forward, "__module__", None) or type(forward).__name__
+        return (
+            f"has a forward that has been replaced (by {by}), as step caches, hooks and CPU offload do; undo that, and "
+            "keep the network on the device"
+        )
+
+    def _label(self, module: nn.Module) -> str:
+        path = next(path for path, found in self.network.named_modules() if found is module)
+        return f"{self.name}.{path} ({type(module).__name__})" if path else f"{self.name} ({type(module).__name__})"
+
+
+def check_no_gradients(network: nn.Module, *given: Any) -> None:
+    """Refuse a call that gradients are wanted of: they would end at what other ranks sent.
+
+    Args:
+        network: what is called.
+        given: with what.
+
+    Raises:
+        ValueError: under gradient mode, where an input or a parameter requires gradients.
+    """
+    if not torch.is_grad_enabled():
+        return
+    inputs = any(isinstance(one, torch.Tensor) and one.requires_grad for one in given)
+    if inputs or any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(
+            f"--parallel does not support gradients of {type(network).__name__}: they would end at what other ranks "
+            "send; call it under torch.no_grad()"
+        )
+
+
+def check_processors(name: str, network: nn.Module) -> None:
+    """Refuse attention processors that are nobody's we know, before xDiT puts its own in their place unasked.
+
+    Raises:
+        ValueError: naming layer and processor.
+    """
+    for module, kind in _processors(network):
+        if _package(kind) not in KNOWN_PACKAGES:
+            path = next(path for path, found in network.named_modules() if found is module)
+            raise ValueError(
+                f"--parallel does not support the attention processor {kind.__name__} of the pipeline's {name}.{path}: "
+                "xDiT would put its own in its place; call set_default_attn_processor() if it may"
+            )
+
+
+def check_arguments_are_read(wrapper: Any, pipeline: Any, given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a pipeline that the wrapper round it takes and does not read, as some of xDiT's do.
+
+    Args:
+        wrapper, pipeline: the classes' `__call__`.
+        given: arguments by name.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    reads, known = (signature(call).parameters for call in (wrapper, pipeline))
+    for name in [name for name in given if name not in reads and name in known]:
+        if given[name] is not known[name].default and given[name] != known[name].default:
+            raise ValueError(f"xDiT's wrapper of this pipeline does not read {name}; leave it out, or run on one rank")
+
+
+def _all(network: nn.Module) -> Iterator[nn.Module]:
+    """Every module, shared ones more than once; `modules()` takes half as long again."""
+    waiting = [network]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        waiting.extend(child for child in module._modules.values() if child is not None)
+
+
+def _processors(network: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+    """Attention modules and the classes of their processors."""
+    for module in network.modules():
+        processor = vars(module).get("processor") or module._modules.get("processor")
+        if processor is not None:
+            yield module, type(processor)
+
+
+def _is_own(module: nn.Module, forward: Any) -> bool:
+    """Whether an instance's `forward` is its class's (what hooks leave when they go), or xDiT's own doing."""
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return own or _package_of(getattr(forward, "__module__", None)) == "xfuser"
+
+
+@lru_cache(maxsize=4096)
+def _kind_reason(kind: type, forward: Callable[..., Any], package: str) -> str | None:
+    """Why a layer of this class, with this `forward`, is none that is known; None where it is."""
+    for home in (kind.__module__, getattr(forward, "__module__", None) or ""):
+        for part, reason in _UNKNOWN_PARTS.items():
+            if home == part or home.startswith(f"{part}."):
+                return f"is a {part} layer: {reason}"
+        if _package_of(home) not in (*KNOWN_PACKAGES, package):
+            return (
+                f"computes what {home} makes of it, which is not known to be the same on patches (token merging, step "
+                "caches and quantisation do such things)"
+            )
+    return None
+
+
+def _package(kind: type) -> str:
+    return _package_of(kind.__module__)
+
+
+def _package_of(module: str | None) -> str:
+    return (module or "").partition(".")[0]

@@ -1,0 +1,233 @@
+"""What must be equal on all ranks of an image, in a few hundred bytes; compared before the first step.
+
+Ranks that differ in one of these would wait for messages that nobody sends, or make a grey image of parts that do not
+belong together.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from inspect import Parameter, Signature
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+Facts = dict[str, str]
+"""What is compared, by name. A rank that lacks one is not compared by it."""
+
+_MOST_TEXT, _MOST_NAMED = 48, 5
+"""Characters of a value, and differences, that a message shows."""
+
+_SAMPLED_TENSORS, _SAMPLED_VALUES = 16, 4096
+"""Of a network's weights: so many tensors, and so many numbers of each."""
+
+_OWN_MATTER = ("output_type", "return_dict", "callback")
+"""Beginnings of arguments of a call in which ranks may differ."""
+
+RANDOM_STATE = "the random state (no generator is given)"
+"""A fact of calls that draw from torch's own generator."""
+
+_PACKAGES = ("otil-xdit", "xfuser", "torch", "diffusers")
+
+
+def differences(by_rank: Mapping[int, Facts]) -> str:
+    """What is not equal on all ranks, in a line; empty where everything is."""
+    known = set().union(*by_rank.values())
+    found = []
+    for name in sorted(known):
+        ranks_of = defaultdict(list)
+        for rank in sorted(by_rank):
+            if name in by_rank[rank]:
+                ranks_of[by_rank[rank][name]].append(str(rank))
+        if len(ranks_of) > 1:
+            values = (
+                f"{value} on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+                for value, ranks in ranks_of.items()
+            )
+            found.append(f"{name} is {' and '.join(values)}")
+    more = f"; and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return "; ".join(found[:_MOST_NAMED]) + more
+
+
+@cache
+def versions() -> Facts:
+    """Of the packages that compute."""
+    return {f"the version of {name}": _version(name) for name in _PACKAGES}
+
+
+def facts_of_settings(name: str, config: Any) -> Facts:
+    """A strategy and its settings; the timeout is every rank's own matter."""
+    if not is_dataclass(config):
+        return {"the strategy": name, "its settings": _short(repr(config))}
+    settings = {one.name: getattr(config, one.name) for one in fields(config) if one.name != "timeout"}
+    return {"the strategy": name, **{f"otil_{key}": _short(repr(value)) for key, value in settings.items()}}
+
+
+def facts_of_call(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Facts:
+    """The arguments of a pipeline's call, `self` among `args`; nothing where they do not fit: the call will say so."""
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    named = dict(_flattened(signature, bound.arguments))
+    facts = {name: text for name, value in named.items() if (text := described(value)) is not None}
+    if named.get("generator") is None and named.get("latents") is None:
+        facts[RANDOM_STATE] = f"{_sum(torch.get_rng_state()):08x}"
+    return {name: text for name, text in facts.items() if not name.startswith(_OWN_MATTER)}
+
+
+class NetworkFacts:
+    """Facts of networks and of what steps them; remembers the sums of weights that have not changed."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
+
+    def of(self, pipe: Any, networks: Mapping[str, nn.Module]) -> Facts:
+        """Facts of a pipeline's denoising networks, text encoders and scheduler."""
+        facts = {"the pipeline": type(pipe).__name__}
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is not None:
+            facts["the scheduler"] = type(scheduler).__name__
+            facts.update(_config("the scheduler's", scheduler))
+        encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+        for name, network in {**networks, **encoders}.items():
+            if isinstance(network, nn.Module):
+                if network not in self._known:
+                    self._known[network] = _Weights(network)
+                facts[f"weights of the {name}"] = self._known[network].sum()
+                facts.update(lora_facts(name, network))
+        for name, network in networks.items():
+            facts.update(_config(f"the {name}'s", network))
+        return facts
+
+
+def described(value: Any) -> str | None:
+    """A short text, equal for equal values; None for what has no such thing (functions, objects)."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return _short(repr(value))
+    if isinstance(value, torch.Tensor):
+        kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        # What devices of different make have computed may differ in its last bits.
+        exact = value.device.type == "cpu" or not value.is_floating_point()
+        return f"{kind} {_sum(value):08x}" if exact else kind
+    if isinstance(value, torch.Generator):
+        return f"seed {value.initial_seed()}, state {_sum(value.get_state()):08x}"
+    if isinstance(value, Mapping):
+        parts = [f"{key}: {described(one)}" for key, one in value.items()]
+        return _short(f"{{{', '.join(parts)}}}")
+    if isinstance(value, (list, tuple)):
+        return _short(f"[{', '.join(str(described(one)) for one in value)}]")
+    if hasattr(value, "tobytes"):  # images and arrays
+        shape = getattr(value, "size" if hasattr(value, "mode") else "shape", "")
+        return f"{type(value).__name__} {shape} {zlib.crc32(value.tobytes()):08x}"
+    return None
+
+
+class _Weights:
+    """A checksum of some weights of a network, computed again when they have been written to or replaced.
+
+    Places are kept rather than tensors, so that what stands there now is looked at.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        # Weights that are shared out over devices (DTensor) differ from rank to rank.
+        places = [
+            (holder, name)
+            for holder in network.modules()
+            for name, tensor in holder.named_parameters(recurse=False)
+            if not hasattr(tensor, "_local_tensor")
+        ]
+        # WeakKeyDictionary's values must not keep its keys: a network of one module is its own holder.
+        inner = [(holder, name) for holder, name in places if holder is not network]
+        stride = max(1, len(inner) // _SAMPLED_TENSORS)
+        self._places = inner[::stride]
+        self._state: tuple[object, ...] = ()
+        self._sum = ""
+
+    def sum(self) -> str:
+        tensors = [tensor for holder, name in self._places if (tensor := getattr(holder, name, None)) is not None]
+        state = tuple((tensor.data_ptr(), _written(tensor), tensor.dtype) for tensor in tensors)
+        if not self._sum or state != self._state:
+            total = 0
+            for tensor in tensors:
+                flat = tensor.detach().reshape(-1)
+                total = _sum(flat[:: max(1, flat.numel() // _SAMPLED_VALUES)], total)
+            self._state, self._sum = state, f"{total:08x}"
+        return self._sum
+
+
+def _written(tensor: torch.Tensor) -> int:
+    """How often a tensor has been written to, as far as torch counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def lora_facts(name: str, network: nn.Module) -> Facts:
+    """Adapters of PEFT: their names, scales, whether they are merged, and a sum of some weights."""
+    if not getattr(network, "peft_config", None):
+        return {f"LoRA of the {name}": "none"}
+    layers: list[Any] = [
+        module for module in network.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")
+    ]
+    scales = sorted({f"{key} x {value:g}" for layer in layers for key, value in layer.scaling.items()})
+    active = sorted({key for layer in layers for key in layer.active_adapters})
+    merged = sorted({key for layer in layers for key in layer.merged_adapters})
+    total = 0
+    for layer in layers[:: max(1, len(layers) // 4)]:
+        for weights in layer.lora_A.parameters():
+            total = _sum(weights, total)
+    told = f"{', '.join(scales)}; active {', '.join(active) or 'none'}"
+    return {f"LoRA of the {name}": f"{told}{'; merged ' + ', '.join(merged) if merged else ''}; {total:08x}"}
+
+
+def _config(whose: str, thing: Any) -> Facts:
+    """Settings of a diffusers object; names that begin with "_" tell where it came from."""
+    config = getattr(thing, "config", None)
+    if not isinstance(config, Mapping):
+        return {}
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {f"{whose} {key}": text for key, value in public.items() if (text := described(value)) is not None}
+
+
+def _flattened(signature: Signature, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Arguments by name, those in ``*args`` by number; without `self`."""
+    for place, (name, value) in enumerate(arguments.items()):
+        kind = signature.parameters[name].kind
+        if kind is Parameter.VAR_KEYWORD:
+            yield from value.items()
+        elif kind is Parameter.VAR_POSITIONAL:
+            yield from ((f"argument {number}", one) for number, one in enumerate(value))
+        elif place > 0:
+            yield name, value
+
+
+def _sum(tensor: torch.Tensor, start: int = 0) -> int:
+    """CRC-32 of a tensor's bytes."""
+    if tensor.device.type == "meta" or tensor.layout is not torch.strided:
+        return start
+    flat = tensor.detach().contiguous().cpu().view(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data, start) if flat.numel() else start
+
+
+def _short(text: str) -> str:
+    if len(text) <= _MOST_TEXT:
+        return text
+    return f"{text[:_MOST_TEXT]}... ({len(text)} characters, {zlib.crc32(text.encode()):08x})"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
+REFUSAL = "a refusal"
+"""The fact, of a rank that has one, by which the others know why it will not go on."""

@@ -1,0 +1,116 @@
+"""What a step is: a pipeline's scheduler ticks the clock, and tells what it is about to step.
+
+During a generation the scheduler has a subclass of its class; by class and attribute rather than by a wrapped bound
+method, as some pipelines deep-copy their scheduler, and the copy's steps must neither count nor reach the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, wraps
+from inspect import Signature, signature
+from typing import Any
+
+import torch
+
+from otil_xdit.method.schedule import Clock
+from otil_xdit.networks.class_swap import restore_class, subclass_of, swap_class
+
+
+@dataclass(frozen=True)
+class _Listener:
+    clock: Clock
+    settle: Callable[[Any], None]
+    planned: Callable[[], int | None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Listener:
+        return _Listener(Clock(), _hears_nothing, _knows_nothing)
+
+
+def _hears_nothing(sample: Any) -> None: ...
+
+
+def _knows_nothing() -> None: ...
+
+
+def check_scheduler_step(scheduler: Any) -> None:
+    """Raises `ValueError` for a scheduler whose steps cannot be counted."""
+    if scheduler is not None and "step" in vars(scheduler):
+        raise ValueError(
+            f"--parallel does not support a {type(scheduler).__name__} whose step has been replaced: nobody would "
+            "count the steps; undo that, or subclass the scheduler"
+        )
+
+
+@contextmanager
+def track_steps(
+    scheduler: Any,
+    clock: Clock,
+    settle: Callable[[Any], None] = _hears_nothing,
+    planned: Callable[[], int | None] = _knows_nothing,
+) -> Iterator[None]:
+    """Let every `scheduler.step` tick `clock`.
+
+    Args:
+        scheduler: a pipeline's, or None.
+        clock: learns the number of steps in the first one.
+        settle: called before a step with the latent that is stepped.
+        planned: how many steps the pipeline says that it will do; None where it does not.
+    """
+    if scheduler is None:
+        yield
+        return
+    swap_class(scheduler, _ticked)
+    vars(scheduler)["_otil_listener"] = _Listener(clock, settle, planned)
+    try:
+        yield
+    finally:
+        restore_class(scheduler)
+        del vars(scheduler)["_otil_listener"]
+
+
+def arguments_of(call: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, however they are given; none where they do not fit: the call will say so."""
+    try:
+        bound = call.bind(*args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    return {**bound.arguments, **bound.arguments.get("kwargs", {})}
+
+
+@cache
+def _ticked(kind: Any) -> type:
+    call = signature(kind.step)
+
+    @wraps(kind.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        listener: _Listener = self._otil_listener
+        listener.settle(arguments_of(call, (self, *args), kwargs).get("sample"))
+        out = kind.step(self, *args, **kwargs)
+        if listener.clock.step == 0:
+            first = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+            listener.clock.total = _steps_of(self, first, listener.planned())
+        listener.clock.tick()
+        return out
+
+    return subclass_of(kind, {"step": step})
+
+
+def _steps_of(scheduler: Any, first: Any, planned: int | None) -> int | None:
+    """The number of `step` calls of a generation whose first one is for the timestep `first`; None if it is not known.
+
+    Image-to-image begins in the middle of the scheduler's timesteps; where a scheduler of second order has one twice,
+    with the second, as diffusers does. A pipeline that ends early (SDXL's `denoising_end`) does fewer, and says how
+    many before it begins. Reads the timesteps from the device, once a generation.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    if not isinstance(timesteps, torch.Tensor) or first is None:
+        return None
+    known = timesteps.flatten().tolist()
+    at = float(torch.as_tensor(first).flatten()[0])
+    places = [place for place, timestep in enumerate(known) if timestep == at]
+    to_the_end = len(known) - [0, *places[:2]][-1]
+    return to_the_end if planned is None else min(planned, to_the_end)

@@ -1,0 +1,198 @@
+"""The registry of parallel strategies: what ``--parallel NAME`` may name.
+
+Another package brings its own by an entry point in the group ``xfuser.parallel_strategies`` whose name is the
+strategy's and whose object is a `Strategy` (or a function that returns one); `register_strategy` does the same at run
+time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar
+
+from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.exchange.communicator import OtilCommunicator
+from otil_xdit.exchange.protocol import Communicator
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.window import AUTO
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "xfuser.parallel_strategies"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to run one image on several ranks.
+
+    Attributes:
+        name: what ``--parallel`` takes.
+        summary: one line for ``--help``.
+        make_config: builds the strategy's settings from those that the user gave (names as in `OtilConfig`, only the
+            given ones). Raises `ValueError` for what it cannot do; called before any process group exists.
+        connect: builds the communicator of one pipeline from the settings and the ranks that hold its patches.
+        in_halves: whether it needs CFG parallelism, which is then taken as given.
+    """
+
+    name: str
+    summary: str
+    make_config: Callable[[Mapping[str, Any]], Any]
+    connect: Callable[[Any, PatchGroup], Communicator] = OtilCommunicator
+    requires_cfg_parallel: bool = False
+
+    degree_args: ClassVar[tuple[str, ...]] = ("--patch_degree",)
+    """Flags that multiply the number of processes, for a launcher that knows only xDiT's own (see ``patches/``)."""
+
+    def install(self) -> None:
+        """Hook the plugin into xfuser; what a loader of the entry-point group calls before it parses flags."""
+        from otil_xdit import register
+
+        register()
+
+
+def _preset(
+    name: str,
+    summary: str,
+    fixed: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    unread: tuple[str, ...] = (),
+    requires_cfg_parallel: bool = False,
+) -> Strategy:
+    """A named point of `OtilConfig`.
+
+    Args:
+        fixed: what makes it that strategy; giving another value is warned about, and so are settings in `unread`,
+            which change nothing under it.
+        defaults: its own defaults where they are not those of `OtilConfig`.
+    """
+    fixed, defaults = fixed or {}, defaults or {}
+    unread += () if requires_cfg_parallel else ("window_guidance",)
+
+    def make_config(given: Mapping[str, Any]) -> OtilConfig:
+        useless = {
+            setting for setting in given if setting in unread or fixed.get(setting, given[setting]) != given[setting]
+        }
+        for setting in sorted(useless):
+            flag = "warmup" if setting == "warmup_steps" else setting
+            logger.warning("--otil_%s has no effect with --parallel %s", flag, name)
+        chosen = {setting: value for setting, value in given.items() if setting not in unread}
+        return OtilConfig.of_quality(chosen.pop("quality", None), **{**defaults, **chosen, **fixed})
+
+    return Strategy(name, summary, make_config, requires_cfg_parallel=requires_cfg_parallel)
+
+
+_PICKING = ("block_size", "select", "score_reference", "polling", "max_age", "seed")
+_WINDOW = ("window", "window_steps", "window_slope", "window_span", "window_cap")
+_MOVING = ("extrapolation_gain", "velocity_damping", "fresh_share", "tolerance", "quality")
+_NOT_PREDICTED: dict[str, Any] = {"extrapolation": "none", "tolerance": 0.0, "warmup_codec": "raw"}
+_ALL_VALUES: dict[str, Any] = {"ratio": 1.0, "codec": "raw"}
+_ALL_STALE: dict[str, Any] = {"freshness": "displaced", "fresh_share": 0.0, "halo": "displaced", "moments": "displaced"}
+
+OTIL = _preset(
+    "otil", "this project's best: a few bits of what the others cannot predict, displaced once shapes settle"
+)
+OTIL_PAPER = _preset(
+    "otil-paper",
+    "Otil as published: displaced patches; each step sends only the sub-blocks that changed most",
+    fixed={**_ALL_STALE, **_NOT_PREDICTED, "codec": "raw", "score_reference": "previous"},
+    defaults={"ratio": 0.125, "select": "latent-cosine", "polling": 0.5, "warmup_steps": 4},
+    unread=_MOVING,
+)
+DISTRIFUSION = _preset(
+    "distrifusion",
+    "DistriFusion as published: displaced patches; each step sends everything, a step late",
+    fixed={**_ALL_STALE, **_NOT_PREDICTED, **_ALL_VALUES},
+    defaults={"warmup_steps": 4},
+    unread=(*_PICKING, *_MOVING),
+)
+COMPACT_1BIT, COMPACT_2BIT = (
+    _preset(
+        f"compact-{codec}",
+        f"CompactFusion's point: each step waits for {codec[0]}-bit residuals of everything",
+        fixed={**_NOT_PREDICTED, "freshness": "fresh", "ratio": 1.0, "codec": codec},
+        unread=(*_PICKING, *_MOVING, "halo", "moments"),
+    )
+    for codec in ("1bit", "2bit")
+)
+SYNC = _preset(
+    "sync",
+    "every step waits for everybody: exact",
+    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync"},
+    unread=(*_PICKING, *_MOVING, *_WINDOW, "halo", "moments", "warmup_steps", "refresh", "kv_cache_dtype", "check"),
+)
+NAIVE = _preset(
+    "naive",
+    "nothing is exchanged after warm-up: a lower bound",
+    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "frozen"},
+    unread=(*_PICKING, *_MOVING, "halo", "moments", "refresh"),
+)
+
+HYBRIDIFF = _preset(
+    "hybridiff",
+    "Hybridiff: one half of the ranks computes with the prompt, one without; in a window each half of the network",
+    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync", "stages": 2},
+    defaults={"window": AUTO},
+    unread=(*_PICKING, *_MOVING, "halo", "moments", "warmup_steps", "refresh", "kv_cache_dtype", "check"),
+    requires_cfg_parallel=True,
+)
+
+_STRATEGIES = {
+    strategy.name: strategy
+    for strategy in (OTIL, OTIL_PAPER, DISTRIFUSION, COMPACT_1BIT, COMPACT_2BIT, HYBRIDIFF, SYNC, NAIVE)
+}
+
+
+def register_strategy(strategy: Strategy, replace: bool = False) -> Strategy:
+    """Make ``--parallel strategy.name`` known.
+
+    Raises:
+        ValueError: when another strategy has the name and `replace` is not given.
+    """
+    known = _STRATEGIES.get(strategy.name)
+    if known is not None and known != strategy and not replace:
+        raise ValueError(f"a parallel strategy named {strategy.name!r} is registered already")
+    _STRATEGIES[strategy.name] = strategy
+    return strategy
+
+
+def strategies() -> dict[str, Strategy]:
+    """Every known strategy by name: registered ones first, then those of entry points.
+
+    An entry point that cannot be loaded is named in a warning and left out.
+    """
+    found = dict(_STRATEGIES)
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        strategy = None if entry.name in found else _loaded(entry)
+        if strategy is not None:
+            found[entry.name] = strategy
+    return found
+
+
+@cache
+def _loaded(entry: EntryPoint) -> Strategy | None:
+    """What the entry point names, or None; tried, and complained about, once."""
+    try:
+        loaded = entry.load()
+        strategy = loaded if isinstance(loaded, Strategy) else loaded()
+        if not isinstance(strategy, Strategy) or strategy.name != entry.name:
+            raise TypeError(f"it gives {strategy!r} instead of a Strategy of that name")
+    except Exception as error:
+        logger.warning("parallel strategy %r of %s cannot be loaded: %s", entry.name, entry.value, error)
+        return None
+    return strategy
+
+
+def get_strategy(name: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    found = strategies()
+    if name not in found:
+        raise ValueError(f"--parallel {name}: no such strategy; choose from {', '.join(found)}")
+    return found[name]

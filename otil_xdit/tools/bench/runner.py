@@ -1,0 +1,167 @@
+"""Lets the strategies take turns: all of a cell are loaded, one makes an image while the others are stopped."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from otil_xdit.tools.bench.calibrate import calibrate, calibrate_to
+from otil_xdit.tools.bench.jobs import Job, JobFailed, Jobs, jobs_of_a_run
+from otil_xdit.tools.bench.link import LinkRequest, Namespaces
+from otil_xdit.tools.bench.plan import Cell, Plan, Strategy, parse_strategy
+from otil_xdit.tools.bench.protocol import ImageTask
+from otil_xdit.tools.bench.results import Results, Run
+from otil_xdit.tools.eval.generate import LOG_SECONDS
+from otil_xdit.xdit.launcher.processes import caught_signals
+
+SPARE_BYTES = 1 << 30
+"""Memory that is left free when strategies are loaded."""
+
+ROOM = 1.2
+"""How much more memory a strategy may need than the largest one so far."""
+
+ORDER_SEED = 0
+
+UNSHAPED = 10e9
+"""Bytes per second: a rate that this machine's network stack does not reach."""
+
+PROBE_ROUNDS = 3
+
+
+def run_plan(plan: Plan, request: LinkRequest | None, logs: Path, results: Results, save: Callable[[], None]) -> None:
+    """Run every cell; `results` grow, and `save` is called when a cell is done.
+
+    Args:
+        plan: what to run.
+        request: the link between ranks, or None for what there is; `plan` has one number of ranks then.
+        logs: folder for what the ranks write.
+
+    Raises:
+        JobFailed: when a rank of one of this package's strategies fails, or any rank after it has made an image.
+        LinkError: when the link cannot be made.
+        Interrupted: after a signal. In each case nothing is left behind.
+    """
+    with ExitStack() as stack:
+        caught = stack.enter_context(caught_signals())
+        cells = list(plan.cells)
+        link = None if request is None else stack.enter_context(Namespaces(cells[0].ranks))
+        jobs = stack.enter_context(jobs_of_a_run(logs, plan.limit, caught))
+        if link is not None and request is not None:
+            _make_slow(plan, cells[0], request, link, jobs, results)
+        total = (plan.warmup_rounds + plan.rounds) * sum(len(plan.strategies_of(cell)) for cell in cells)
+        interval = 1.0 if sys.stderr.isatty() else LOG_SECONDS
+        bar = stack.enter_context(tqdm(total=total, unit="image", file=sys.stderr, mininterval=interval))
+        for cell in cells:
+            bar.set_description(str(cell))
+            _Turns(plan, cell, jobs, link, bar).run(results)
+            save()
+
+
+def _task(plan: Plan, cell: Cell, strategy: Strategy) -> ImageTask:
+    return ImageTask(
+        strategy.text,
+        cell.model.folder,
+        cell.width,
+        cell.size,
+        plan.sampler_of(cell.model),
+        plan.steps,
+        plan.guidance,
+    )
+
+
+class _Turns:
+    """One cell's strategies."""
+
+    def __init__(self, plan: Plan, cell: Cell, jobs: Jobs, link: Namespaces | None, bar: tqdm) -> None:
+        self._plan, self._cell, self._jobs, self._link, self._bar = plan, cell, jobs, link, bar
+        self._used = 0
+
+    def run(self, results: Results) -> None:
+        """Add the cell's runs to the results, in the order of the strategies."""
+        runs = [Run(self._cell, strategy) for strategy in self._plan.strategies_of(self._cell)]
+        todo, alternation = runs, 0
+        while todo:
+            ready, todo = self._load(todo)
+            for run, _ in ready:
+                run.alternation = alternation
+            self._alternate(ready)
+            for _, job in ready:
+                self._jobs.close(job)
+            alternation += 1
+        results.runs += runs
+
+    def _load(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Job]], list[Run]]:
+        """As many as memory allows, loaded, with their warm-up images made; and those that are left."""
+        ready: list[tuple[Run, Job]] = []
+        for index, run in enumerate(runs):
+            if ready and psutil.virtual_memory().available < ROOM * self._used + SPARE_BYTES:
+                return ready, list(runs[index:])
+            job = self._loaded(run)
+            if job is not None:
+                ready.append((run, job))
+                self._used = max(self._used, job.memory())
+        return ready, []
+
+    def _loaded(self, run: Run) -> Job | None:
+        """The job of a run, or None where it is skipped: what is not this package's may be unable to run here."""
+        plan, cell, strategy = self._plan, self._cell, run.strategy
+        run.skipped = strategy.obstacle(cell.model, cell.ranks, plan.steps, plan.guidance)
+        job = None
+        if run.skipped is None:
+            try:
+                job = self._jobs.start(f"{cell}, {strategy.text}", _task(plan, cell, strategy), run.ranks, self._link)
+                for _ in range(plan.warmup_rounds):
+                    self._jobs.ask(job)
+                    self._bar.update()
+                return job
+            except JobFailed as failure:
+                if strategy.variant is not None:
+                    raise
+                run.skipped = failure.reason
+                if job is not None:
+                    self._jobs.close(job)
+        self._bar.total -= plan.warmup_rounds + plan.rounds
+        return None
+
+    def _alternate(self, ready: Sequence[tuple[Run, Job]]) -> None:
+        """All rounds; in each of them every strategy has a turn, in another order."""
+        order = random.Random(ORDER_SEED)
+        for _ in range(self._plan.rounds):
+            for run, job in order.sample(ready, len(ready)):
+                run.add(self._jobs.ask(job))
+                self._bar.update()
+
+
+def _make_slow(
+    plan: Plan, cell: Cell, request: LinkRequest, namespaces: Namespaces, jobs: Jobs, results: Results
+) -> None:
+    """Shape the link as requested, and measure it."""
+    if request.rate is not None:
+        results.link = calibrate(jobs, namespaces, request.rate, request.text)
+        return
+    assert request.ratio is not None
+    namespaces.shape(UNSHAPED)
+    kv_bytes, seconds = _computing(plan, cell, namespaces, jobs)
+    link = calibrate_to(jobs, namespaces, kv_bytes / (request.ratio * seconds), request.text)
+    results.link = replace(link, ratio=kv_bytes / seconds / link.beta_bytes_per_second)
+
+
+def _computing(plan: Plan, cell: Cell, namespaces: Namespaces, jobs: Jobs) -> tuple[float, float]:
+    """Bytes of keys and values that a rank sends in a synchronous step, and seconds of a step without any."""
+    run = Run(cell, parse_strategy("naive"))
+    job = jobs.start("naive, for the ratio", _task(plan, cell, run.strategy), cell.ranks, namespaces)
+    for number in range(plan.warmup_rounds + PROBE_ROUNDS):
+        answers = jobs.ask(job)
+        if number >= plan.warmup_rounds:
+            run.add(answers)
+    jobs.close(job)
+    found = run.computing()
+    assert found is not None, "the tool has seen to enough steps"
+    return found

@@ -1,0 +1,123 @@
+"""The folder of pictures that are made already: a file for each, named by a digest of everything that determines it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import otil_xdit
+from otil_xdit.tools.eval.matrix import Call, Case, Matrix
+
+CALLERS = ("evaluation/models.py", "evaluation/worker.py")
+"""The code that calls a pipeline, also that of one process."""
+
+REPORTERS = ("evaluation", "tools")
+"""Folders whose other code draws no picture: a change of it makes nothing again."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as it was made.
+
+    Attributes:
+        image: float32 [3, H, W] in 0..1.
+        report: `otil_xdit.exchange.report.Report` of the rank that has the picture, as a dict; None for one process.
+        seconds: that the call of the pipeline took.
+    """
+
+    image: torch.Tensor
+    report: dict[str, Any] | None
+    seconds: float
+
+
+class Store:
+    """Pictures by what determines them: weights, code, versions, device, settings, prompt, seed.
+
+    Args:
+        folder: made where it is missing.
+        matrix: what all pictures have in common.
+    """
+
+    def __init__(self, folder: Path, matrix: Matrix) -> None:
+        self.folder, self._matrix = folder, matrix
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def key(self, case: Case, call: Call) -> str:
+        """The name of a picture's file, without its ending."""
+        facts: dict[str, Any] = {
+            "weights": fingerprint(case.model.folder),
+            "lora": None if self._matrix.lora is None else fingerprint(self._matrix.lora),
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "callers": code_fingerprint(CALLERS),
+            "sampler": str(case.sampler),
+            "guidance": self._matrix.guidance,
+            "size": self._matrix.size,
+            "prompt": call.prompt,
+            "seed": call.seed,
+        }
+        if case.variant is not None:
+            settings = {name: value for name, value in case.variant.settings.items() if name != "timeout"}
+            facts |= {"preset": case.variant.preset, "settings": settings, "ranks": case.ranks}
+            facts |= {"xfuser": version("xfuser"), "code": code_fingerprint()}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def path(self, case: Case, call: Call) -> Path:
+        return path_in(self.folder, self.key(case, call))
+
+    def missing(self, case: Case) -> list[Call]:
+        """The pictures of a case that are still to be made."""
+        return [call for call in self._matrix.calls if not self.path(case, call).is_file()]
+
+    def forget(self, case: Case) -> None:
+        """Make a case's pictures missing again."""
+        for call in self._matrix.calls:
+            self.path(case, call).unlink(missing_ok=True)
+
+    def pictures(self, case: Case) -> list[Picture]:
+        """A case's pictures, in the order of the calls; all must have been made."""
+        return [load_picture(self.path(case, call)) for call in self._matrix.calls]
+
+
+def path_in(folder: Path, key: str) -> Path:
+    return folder / f"{key}.pt"
+
+
+def save_picture(folder: Path, key: str, picture: Picture) -> None:
+    """Write a picture's file; it appears complete or not at all."""
+    path = path_in(folder, key)
+    unfinished = path.with_suffix(".part")
+    torch.save({"image": picture.image, "report": picture.report, "seconds": picture.seconds}, unfinished)
+    os.replace(unfinished, path)
+
+
+def load_picture(path: Path) -> Picture:
+    return Picture(**torch.load(path, weights_only=True))
+
+
+@cache
+def fingerprint(path: str) -> str:
+    """A digest of the names, sizes and times of change of a folder's files, or of one file's."""
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(found for found in root.rglob("*") if found.is_file())
+    seen = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
+@cache
+def code_fingerprint(names: tuple[str, ...] = ()) -> str:
+    """A digest of files of this package by name; of all its code but that of `REPORTERS` where none is named."""
+    root = Path(otil_xdit.__file__).parent
+    found = sorted(str(file.relative_to(root)) for file in root.rglob("*.py"))
+    digest = hashlib.sha256()
+    for name in names or [name for name in found if Path(name).parts[0] not in REPORTERS]:
+        digest.update(name.encode() + b"\0" + (root / name).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,252 @@
+"""`otil-xdit eval`: a matrix of models, variants, ranks and samplers: how close to one process, at how many bytes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterable
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+from otil_xdit.catalog.schedulers import SCHEDULERS
+from otil_xdit.catalog.trust import check_folder, check_lora
+from otil_xdit.runtime.strategies import strategies
+from otil_xdit.tools.common.loading import MODELS_HELP, OWN, Model, find_model
+from otil_xdit.tools.eval.cache import Store
+from otil_xdit.tools.eval.contact_sheets import Column, sheet
+from otil_xdit.tools.eval.generate import Failures, Interrupted, make_pictures
+from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, parse_variant
+from otil_xdit.tools.eval.perceptual_metrics import absences
+from otil_xdit.tools.eval.report import plot, table
+from otil_xdit.tools.eval.rows import Row, as_json, make_rows
+from otil_xdit.xdit.flags.degrees import check_at_least
+from otil_xdit.xdit.flags.options import OPTIONS
+from otil_xdit.xdit.launcher.main import visible_devices
+
+EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplotlib"}
+"""Modules that are not among the plugin's own dependencies, and their packages."""
+
+T = TypeVar("T")
+
+Rows = dict[tuple[str, int, str, int, str], Row]
+"""By place and variant."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The matrix, the pictures, and how they are made."""
+    settings = ", ".join(option.setting for option in OPTIONS if option.setting is not None)
+    add = parser.add_argument
+    add("--models", nargs="+", default=["tiny-sd"], metavar="MODEL", help=MODELS_HELP)
+    add(
+        "--presets",
+        nargs="+",
+        default=["distrifusion", "otil", "naive"],
+        metavar="PRESET[:SETTING=VALUE,...]",
+        help=f"variants, say otil:ratio=1/4,select=kv-l2; presets are {', '.join(strategies())}; settings are "
+        f"{settings} (default distrifusion otil naive)",
+    )
+    add("--ranks", nargs="+", type=int, default=[2], metavar="N", help="numbers of patches (default 2)")
+    add(
+        "--samplers",
+        nargs="+",
+        default=["dpm-solver:15"],
+        metavar="NAME:STEPS",
+        help=f"{OWN} (the model's), {', '.join(SCHEDULERS)}; DiTs have only their own and skip the others "
+        "(default dpm-solver:15)",
+    )
+    add("--prompts", type=int, default=2, metavar="N", help="take the first N prompts (default 2)")
+    add("--prompt_file", type=Path, metavar="FILE", help="a prompt a line, in place of the eight that ship")
+    add("--seeds", type=int, default=1, metavar="N", help="pictures of each prompt, seeds 0 to N - 1 (default 1)")
+    add("--guidance", type=float, default=4.0, metavar="G", help="guidance scale (default 4)")
+    add("--size", type=int, default=128, metavar="PIXELS", help="height and width (default 128)")
+    add(
+        "--lora",
+        metavar="PATH",
+        help="LoRA weights: a file, or a folder with one .safetensors; one model only; fused into a DiT",
+    )
+    add("--out", type=Path, default=Path("eval-out"), metavar="FOLDER", help="for all results (default eval-out)")
+    add("--sheet_rows", type=int, default=4, metavar="N", help="pictures of a case on its contact sheet (default 4)")
+    add(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="give a case up when no picture is finished for so long (default 600)",
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that make one process's pictures, each alone (default 2, where there are as many cores)",
+    )
+    add("--fresh", action="store_true", help="make all pictures again; otherwise what the folder has is used")
+    add("--dry_run", action="store_true", help="print what would be made, and stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make what is missing, and write `rows.json`, `table.md`, `psnr_bytes.png` and contact sheets.
+
+    Returns:
+        1 where a case failed, 0 otherwise.
+
+    Raises:
+        ValueError: for arguments that cannot be run, before anything is started or written.
+    """
+    _check_numbers(arguments)
+    matrix = read_matrix(arguments)
+    missing = [package for module, package in EXTRAS.items() if find_spec(module) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed; pip install 'otil-xdit[metrics,bench]'")
+    if arguments.dry_run:
+        print(describe(matrix))
+        return 0
+    store = Store(arguments.out / "cache", matrix)
+    if arguments.fresh:
+        for case in all_cases(matrix):
+            store.forget(case)
+    try:
+        failures = make_pictures(matrix, store, arguments.jobs, arguments.timeout)
+    except Interrupted as interrupted:
+        return interrupted.code
+    write(arguments, matrix, store, failures)
+    return 1 if failures else 0
+
+
+def write(arguments: argparse.Namespace, matrix: Matrix, store: Store, failures: Failures) -> None:
+    """All files of the folder, and the table on stdout."""
+    out, command = arguments.out, command_of(arguments)
+    rows = make_rows(matrix, store, failures)
+    (out / "rows.json").write_text(json.dumps(as_json(rows, command), indent=1) + "\n")
+    text = table(rows, command, absences(len(matrix.calls)))
+    (out / "table.md").write_text(text)
+    plot(rows, out / "psnr_bytes.png")
+    write_sheets(out, matrix, store, rows, arguments.sheet_rows)
+    print(text)
+
+
+def write_sheets(out: Path, matrix: Matrix, store: Store, rows: Iterable[Row], count: int) -> None:
+    """One contact sheet for each model, sampler and number of ranks, with at most `count` pictures of each variant."""
+    found: Rows = {(*row.place, row.variant): row for row in rows}
+    labels = [f"{call.prompt}, seed {call.seed}" for call in matrix.calls[:count]]
+    for ranks in matrix.ranks:
+        for reference in matrix.references:
+            cases = [case for case in matrix.cases(ranks) if case.reference == reference]
+            columns = [_column(case, store, found, len(labels)) for case in cases if not _row(case, found).error]
+            if not columns:
+                continue
+            best = [picture.image for picture in store.pictures(reference)[:count]]
+            sampler = reference.sampler
+            title = f"{reference.model.label}, {ranks} ranks, {sampler.name}, {sampler.steps} steps"
+            name = f"sheet-{reference.model.label}-{ranks}-{sampler.name}-{sampler.steps}.png"
+            sheet(title, labels, best, columns).save(out / name)
+
+
+def _column(case: Case, store: Store, rows: Rows, count: int) -> Column:
+    row = _row(case, rows)
+    title = f"{row.variant}: {(row.kv_bytes or 0) / 1e3:.1f} kB of K/V a step, {row.psnr:.1f} dB"
+    images = tuple(picture.image for picture in store.pictures(case)[:count])
+    return Column(title, images, tuple(f"{value:.1f} dB" for value in row.psnrs[:count]))
+
+
+def _row(case: Case, rows: Rows) -> Row:
+    assert case.variant is not None, "one process has no row"
+    sampler = case.sampler
+    return rows[case.model.name, case.ranks, sampler.name, sampler.steps, case.variant.text]
+
+
+def read_matrix(arguments: argparse.Namespace) -> Matrix:
+    """What the arguments ask for.
+
+    Raises:
+        ValueError: naming the flag, its value and what is accepted.
+    """
+    return Matrix(
+        models=_each(_trusted_model, arguments.models),
+        variants=_each(parse_variant, arguments.presets),
+        ranks=tuple(dict.fromkeys(arguments.ranks)),
+        samplers=_each(parse_sampler, arguments.samplers),
+        calls=make_calls(_prompts(arguments.prompt_file), arguments.prompts, arguments.seeds),
+        guidance=arguments.guidance,
+        size=arguments.size,
+        lora=None if arguments.lora is None else str(lora_file(Path(arguments.lora))),
+    )
+
+
+def _each(parse: Callable[[str], T], texts: Iterable[str]) -> tuple[T, ...]:
+    """Each text once, parsed."""
+    return tuple(parse(text) for text in dict.fromkeys(texts))
+
+
+def _prompts(file: Path | None) -> list[str]:
+    if file is None:
+        text = (files("otil_xdit") / "evaluation" / "prompts.txt").read_text()
+    else:
+        try:
+            text = file.read_text()
+        except OSError as error:
+            raise ValueError(f"--prompt_file {file}: {error.strerror}; give a text file, a prompt a line") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _trusted_model(name: str) -> Model:
+    """A model whose files run no code."""
+    model = find_model(name)
+    check_folder(model.folder)
+    return model
+
+
+def lora_file(path: Path) -> Path:
+    """The file of LoRA weights that a path names.
+
+    Raises:
+        ValueError: for a path that is neither a file nor a folder with one ``.safetensors``, a file that can run code,
+            or without peft.
+    """
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(found) != 1 or not found[0].is_file():
+        raise ValueError(f"--lora {path}: give a file of LoRA weights, or a folder with one .safetensors file")
+    check_lora(str(found[0]))
+    if find_spec("peft") is None:
+        raise ValueError(f"--lora {path}: peft is not installed; pip install peft")
+    return found[0].resolve()
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for name in ("sheet_rows", "jobs"):
+        check_at_least(name, getattr(arguments, name), 1)
+    if not arguments.timeout > 0:
+        raise ValueError(f"--timeout {arguments.timeout:g}: give a number of seconds above 0")
+    devices = visible_devices()
+    for ranks in arguments.ranks:
+        if ranks < 2:
+            raise ValueError(f"--ranks {ranks}: give 2 or more; one process is what all are compared with")
+        if devices and ranks > devices:
+            raise ValueError(f"--ranks {ranks}: {ranks} ranks need as many devices, and {devices} are visible")
+
+
+def all_cases(matrix: Matrix) -> list[Case]:
+    """Those of one process first."""
+    return [*matrix.references, *(case for ranks in matrix.ranks for case in matrix.cases(ranks))]
+
+
+def describe(matrix: Matrix) -> str:
+    """One line for each case, and the number of pictures."""
+    cases = all_cases(matrix)
+    lines = [f"{case}: {len(matrix.calls)}" for case in cases]
+    return "\n".join([*lines, f"{len(cases)} cases, {len(cases) * len(matrix.calls)} pictures"])
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """A command line that makes the same."""
+    words = ["otil-xdit", "eval"]
+    for name in ("models", "presets", "ranks", "samplers"):
+        words += [f"--{name}", *map(str, getattr(arguments, name))]
+    for name in ("prompts", "prompt_file", "seeds", "guidance", "size", "lora"):
+        value = getattr(arguments, name)
+        words += [] if value is None else [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)

@@ -1,0 +1,228 @@
+"""What `otil-xdit eval` makes, as frozen data, and the parsing of it; all is checked before any process starts.
+
+A case is one row of the table: a model, a sampler with its steps, a variant and a number of ranks; each case makes the
+same pictures. A variant is ``PRESET[:setting=value,...]``: a strategy of the registry, and the settings that the flags
+of xfuser's command line have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+from otil_xdit.catalog.schedulers import SCHEDULERS
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.runtime.strategies import get_strategy, strategies
+from otil_xdit.tools.common.loading import OWN, Model
+from otil_xdit.xdit.flags.options import OPTIONS
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler by its name here, and the number of steps."""
+
+    name: str
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.steps}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A preset with some settings changed.
+
+    Attributes:
+        text: as the user wrote it; the row's name.
+        preset: name of the strategy.
+        config: what the strategy's `make_config` built.
+        block: the side of a sub-block where it was given, else None.
+    """
+
+    text: str
+    preset: str
+    config: Any
+    block: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings by name."""
+        is_data = is_dataclass(self.config) and not isinstance(self.config, type)
+        return asdict(self.config) if is_data else {"config": repr(self.config)}
+
+    @property
+    def requires_cfg_parallel(self) -> bool:
+        """Whether the passes with and without the prompt are on different halves of the ranks."""
+        return get_strategy(self.preset).requires_cfg_parallel
+
+    def patches(self, ranks: int) -> int:
+        """How many patches there are on so many ranks, which `check_ranks` accepts."""
+        return ranks // 2 if self.requires_cfg_parallel else ranks
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a number of ranks that cannot be shared out.
+
+        Raises:
+            ValueError: naming the flag and what would be accepted.
+        """
+        if self.requires_cfg_parallel and ranks % 2:
+            raise ValueError(f"--ranks {ranks}: {self.text} has two halves of the ranks; give an even number")
+
+    def check_call(self, steps: int, guidance: float) -> None:
+        """Refuse a picture of so many steps, at such a guidance scale, that the settings cannot make.
+
+        Raises:
+            ValueError: naming setting or flag and what would be accepted.
+        """
+        if not isinstance(self.config, OtilConfig):
+            return
+        try:
+            self.config.check_call(steps, guidance, "--guidance")
+        except ValueError as error:
+            raise ValueError(f"{self.text}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One picture."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: the pictures of a variant; of plain diffusers in one process where the variant is None."""
+
+    model: Model
+    sampler: Sampler
+    variant: Variant | None = None
+    ranks: int = 1
+
+    @property
+    def reference(self) -> Case:
+        return Case(self.model, self.sampler)
+
+    @property
+    def patches(self) -> int:
+        return 1 if self.variant is None else self.variant.patches(self.ranks)
+
+    def __str__(self) -> str:
+        name = "one process" if self.variant is None else f"{self.variant.text} on {self.ranks} ranks"
+        return f"{self.model.label}, {self.sampler}, {name}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Everything that is to be made.
+
+    Attributes:
+        models, variants, ranks, samplers: their product is the cases; a DiT takes its own sampler only.
+        calls: the pictures of each case.
+        guidance: guidance scale.
+        size: height and width in pixels.
+        lora: a file of LoRA weights, or None.
+
+    Raises:
+        ValueError: for a combination that cannot run, naming the flag and what would be accepted.
+    """
+
+    models: tuple[Model, ...]
+    variants: tuple[Variant, ...]
+    ranks: tuple[int, ...]
+    samplers: tuple[Sampler, ...]
+    calls: tuple[Call, ...]
+    guidance: float = 4.0
+    size: int = 128
+    lora: str | None = None
+
+    def __post_init__(self) -> None:
+        for model in self.models:
+            if not self.samplers_of(model):
+                given = " ".join(map(str, self.samplers))
+                raise ValueError(f"--samplers {given}: {model.name} is a DiT and has its own only; add {OWN}:STEPS")
+            if not model.is_unet and self.guidance <= 1:
+                raise ValueError(f"--guidance {self.guidance:g}: xDiT's SD3 pipeline needs guidance; give more than 1")
+            for ranks in self.ranks:
+                for variant in self.variants:
+                    variant.check_ranks(ranks)
+                    model.check_size(self.size, variant.patches(ranks), variant.block)
+            for sampler in self.samplers_of(model):
+                for variant in self.variants:
+                    variant.check_call(sampler.steps, self.guidance)
+        if self.lora is not None and len(self.models) > 1:
+            names = " ".join(model.name for model in self.models)
+            raise ValueError(f"--lora fits one architecture, and --models {names} are several; give one model")
+
+    def samplers_of(self, model: Model) -> tuple[Sampler, ...]:
+        return tuple(sampler for sampler in self.samplers if model.is_unet or sampler.name == OWN)
+
+    @property
+    def references(self) -> tuple[Case, ...]:
+        return tuple(Case(model, sampler) for model in self.models for sampler in self.samplers_of(model))
+
+    def cases(self, ranks: int) -> tuple[Case, ...]:
+        """All variants of every model and sampler on `ranks` ranks."""
+        return tuple(
+            Case(reference.model, reference.sampler, variant, ranks)
+            for reference in self.references
+            for variant in self.variants
+        )
+
+
+def parse_variant(text: str) -> Variant:
+    """A variant from ``PRESET[:setting=value,...]``.
+
+    Raises:
+        ValueError: naming the preset, setting or value, and what is accepted.
+    """
+    preset, _, rest = text.partition(":")
+    if preset not in strategies():
+        raise ValueError(f"--presets {text}: {preset!r} is not a preset; choose from {', '.join(strategies())}")
+    given = dict(_parse_setting(text, part) for part in rest.split(",") if part.strip())
+    try:
+        config = get_strategy(preset).make_config(given)
+    except ValueError as error:
+        raise ValueError(f"--presets {text}: {error}") from error
+    return Variant(text, preset, config, given.get("block_size"))
+
+
+def _parse_setting(text: str, part: str) -> tuple[str, Any]:
+    known = {option.setting: option for option in OPTIONS if option.setting is not None}
+    name, equals, value = (piece.strip() for piece in part.partition("="))
+    if not equals or name not in known:
+        raise ValueError(f"--presets {text}: {part!r} is not setting=value; settings are {', '.join(known)}")
+    try:
+        return name, known[name].parse(value)
+    except ValueError as error:
+        raise ValueError(f"--presets {text}: {name}={value}: {error} ({known[name].help})") from error
+
+
+def parse_sampler(text: str) -> Sampler:
+    """A sampler from ``NAME:STEPS``.
+
+    Raises:
+        ValueError: naming what is accepted.
+    """
+    name, _, steps = text.partition(":")
+    if name not in (OWN, *SCHEDULERS):
+        raise ValueError(f"--samplers {text}: {name!r} is not a sampler; choose from {', '.join((OWN, *SCHEDULERS))}")
+    if not steps.isdecimal() or int(steps) < 1:
+        raise ValueError(f"--samplers {text}: give the number of steps after a colon, say {name}:15")
+    return Sampler(name, int(steps))
+
+
+def make_calls(prompts: Sequence[str], count: int, seeds: int) -> tuple[Call, ...]:
+    """Every seed of the first `count` prompts.
+
+    Raises:
+        ValueError: for more prompts than there are, or a number below 1.
+    """
+    if not 1 <= count <= len(prompts):
+        raise ValueError(
+            f"--prompts {count}: there are {len(prompts)}; give 1 to {len(prompts)}, or --prompt_file FILE"
+        )
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds}: give a whole number from 1 up")
+    return tuple(Call(prompt, seed) for prompt in prompts[:count] for seed in range(seeds))

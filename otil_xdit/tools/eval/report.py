@@ -1,0 +1,167 @@
+"""Rows as a Markdown table, and PSNR against bytes as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from otil_xdit.tools.eval.perceptual_metrics import WEIGHTED
+from otil_xdit.tools.eval.rows import YARDSTICK, Row, versions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+EXACT = 80.0
+"""PSNR in dB from which a variant counts as one process up to rounding; it would flatten the others in a plot."""
+
+COLUMNS = (
+    "variant",
+    "kB of K/V a step",
+    "share a step",
+    "kB of halo, moments a step",
+    "kB of K/V in all",
+    "share in all",
+    "PSNR (min) ± std, dB",
+    "SSIM",
+    "seam",
+    "s",
+)
+
+HEADER = """\
+PSNR and SSIM against plain diffusers in one process with the same prompt and seed, float32, pictures as floats in 0..1;
+mean over the pictures (the worst one), and the standard deviation over them. kB: 1000 bytes that the last rank hands to
+collectives: keys, values and what tells their places, in a step (mean over the steps after warm-up) and in all steps,
+warm-up included; halo rows and moments of U-Nets. Share: of the row `{yardstick}` in the same table. Seam: how much
+steeper the picture is across the patches' borders than in the four rows on either side, over the same of one process;
+1.00 is one process's. s: seconds of a picture, whatever else the machine did meanwhile: not a benchmark.
+"""
+
+
+def table(rows: Sequence[Row], command: str, absent: Sequence[str]) -> str:
+    """The rows in Markdown, one table for each place, under a header that says what was measured and how.
+
+    Args:
+        rows: in the order in which they are to stand.
+        command: the command line that made them.
+        absent: metrics that could not be had, and why.
+    """
+    known = ", ".join(f"{name} {number}" for name, number in versions().items())
+    lines = [f"    {command}", "", HEADER.format(yardstick=YARDSTICK).rstrip(), "", f"{known}.", ""]
+    lines += [f"Not measured: {'; '.join(absent)}.", ""] if absent else []
+    for place, group in _by_place(rows).items():
+        model, ranks, sampler, steps = place
+        count = max(row.pictures for row in group)
+        pictures = f"{count} picture{'' if count == 1 else 's'}"
+        lines += [f"### {Path(model).name}, {ranks} ranks, {sampler}, {steps} steps, {pictures}", ""]
+        weighted = [metric.name for metric in WEIGHTED if any(metric.name in row.weighted for row in group)]
+        columns = [*COLUMNS, *weighted]
+        lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [*(_line(row, weighted) for row in group), ""]
+        lines += [note for row in group if (note := _note(row))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _by_place(rows: Sequence[Row]) -> dict[tuple[str, int, str, int], list[Row]]:
+    groups: dict[tuple[str, int, str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.place, []).append(row)
+    return groups
+
+
+def _line(row: Row, weighted: Sequence[str]) -> str:
+    if row.error:
+        error = row.error.replace("|", "\\|")
+        return f"| {row.variant} | failed: {error} |{' |' * (len(COLUMNS) + len(weighted) - 2)}"
+    assert row.psnr is not None and row.psnr_min is not None and row.psnr_std is not None
+    cells = (
+        row.variant,
+        _kilobytes(row.kv_bytes),
+        _percent(row.kv_share),
+        _kilobytes(row.small_bytes),
+        _kilobytes(row.kv_total),
+        _percent(row.total_share),
+        f"{row.psnr:.1f} ({row.psnr_min:.1f}) ± {row.psnr_std:.1f}",
+        _number(row.ssim, 4),
+        _number(row.seam, 2),
+        _number(row.seconds, 2),
+        *(_number(row.weighted.get(name), 3) for name in weighted),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _note(row: Row) -> str:
+    """What must be said when the pictures of a row did not send the same."""
+    if row.kv_range is None:
+        return ""
+    least, most = row.kv_range
+    return (
+        f"{row.variant}: the pictures sent {least / 1e3:.1f} to {most / 1e3:.1f} kB of K/V; the table has the mean.\n"
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _kilobytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e3:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """PSNR against kilobytes of keys and values a step, a panel for each place, a curve for each preset.
+
+    What sends nothing is a dashed line; what is exact, or failed, is left to the legend.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = _by_place(rows)
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(5 * columns, 3.8 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    presets = list(dict.fromkeys(row.preset for row in rows))
+    for index, (place, group) in enumerate(groups.items()):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        model, ranks, sampler, steps = place
+        axes.set_title(f"{Path(model).name}, {ranks} ranks, {sampler}, {steps} steps", fontsize=10)
+        _panel(axes, group, presets)
+    figure.savefig(path, dpi=120)
+
+
+def _panel(axes: Axes, rows: Sequence[Row], presets: Sequence[str]) -> None:
+    for preset in dict.fromkeys(row.preset for row in rows):
+        colour = f"C{presets.index(preset) % 10}"
+        for row in (row for row in rows if row.preset == preset):
+            _draw_odd(axes, row, colour)
+        points = sorted(point for row in rows if row.preset == preset and (point := _point(row)) is not None)
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=preset)
+    if any(_point(row) for row in rows):  # a logarithmic axis without anything on it is an error
+        axes.set_xscale("log")
+    axes.set_xlabel("kB of keys and values, a step and rank")
+    axes.set_ylabel("PSNR to one process, dB")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def _point(row: Row) -> tuple[float, float] | None:
+    """Kilobytes and dB, where logarithmic axes have a place for them."""
+    if row.error or not row.kv_bytes or row.psnr is None or row.psnr >= EXACT:
+        return None
+    return row.kv_bytes / 1e3, row.psnr
+
+
+def _draw_odd(axes: Axes, row: Row, colour: str) -> None:
+    """A row without a point on logarithmic axes."""
+    if row.error:
+        axes.plot([], [], "x", color=colour, label=f"{row.variant}: failed")
+    elif row.psnr is not None and row.psnr >= EXACT:
+        axes.plot([], [], "^", color=colour, label=f"{row.variant}: {row.psnr:.0f} dB, not drawn")
+    elif row.psnr is not None and not row.kv_bytes:
+        axes.axhline(row.psnr, linestyle="--", color=colour, label=f"{row.variant}: nothing sent")

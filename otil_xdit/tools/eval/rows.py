@@ -1,0 +1,167 @@
+"""One row of figures for each case: fidelity, counted bytes, seconds."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from statistics import fmean, pstdev
+from typing import Any
+
+import otil_xdit
+from otil_xdit.tools.eval.cache import Picture, Store
+from otil_xdit.tools.eval.generate import Failures
+from otil_xdit.tools.eval.matrix import Case, Matrix
+from otil_xdit.tools.eval.metrics import psnr, seam, ssim
+from otil_xdit.tools.eval.perceptual_metrics import weighted_figures
+
+YARDSTICK = "distrifusion"
+"""The variant whose bytes of keys and values the others' are given a share of."""
+
+PACKAGES = ("xfuser", "diffusers", "torch", "torchmetrics")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one case; None where it failed or they do not exist.
+
+    Attributes:
+        model, variant, preset, ranks, sampler, steps: the case.
+        settings: all settings of the strategy.
+        pictures: how many.
+        psnr, psnr_min, psnr_std: in dB, over the pictures; the standard deviation is that of these very pictures.
+        ssim, seam: means over the pictures; one patch has no seam.
+        kv_bytes, small_bytes: of keys and values, and of halo rows and moments; sent by the last rank in a step, mean
+            over the steps after warm-up.
+        kv_total: bytes of keys and values in the whole run, warm-up steps included.
+        kv_range: least and most of `kv_total` where the pictures differ in it.
+        kv_share, total_share: `kv_bytes` and `kv_total` over those of the `YARDSTICK` in the same place.
+        seconds: of one picture, mean; not a benchmark.
+        psnrs: of every picture, in the order of the calls.
+        windows, discrepancies: of every picture, the same fields of its report (`otil_xdit.exchange.report.Report`).
+        weighted: the metrics of `otil_xdit.tools.eval.perceptual_metrics` that could be had, by name.
+        error: what went wrong.
+    """
+
+    model: str
+    variant: str
+    preset: str
+    ranks: int
+    sampler: str
+    steps: int
+    pictures: int = 0
+    psnr: float | None = None
+    psnr_min: float | None = None
+    psnr_std: float | None = None
+    ssim: float | None = None
+    seam: float | None = None
+    kv_bytes: float | None = None
+    small_bytes: float | None = None
+    kv_total: float | None = None
+    kv_range: tuple[float, float] | None = None
+    kv_share: float | None = None
+    total_share: float | None = None
+    seconds: float | None = None
+    error: str = ""
+    psnrs: tuple[float, ...] = ()
+    windows: tuple[tuple[int, int] | None, ...] = ()
+    discrepancies: tuple[list[float | None], ...] = ()
+    weighted: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[str, int, str, int]:
+        """Rows of the same place are compared with each other."""
+        return self.model, self.ranks, self.sampler, self.steps
+
+
+def make_rows(matrix: Matrix, store: Store, failures: Failures) -> list[Row]:
+    """A row for every case, in the order model, ranks, sampler, variant."""
+    cases = [case for ranks in matrix.ranks for case in matrix.cases(ranks)]
+    rows = [make_row(case, matrix, store, failures.get(case)) for case in cases]
+    order = {model.name: index for index, model in enumerate(matrix.models)}
+    return with_shares(sorted(rows, key=lambda row: order[row.model]))
+
+
+def make_row(case: Case, matrix: Matrix, store: Store, error: str | None) -> Row:
+    """The row of a case whose pictures, and those it is compared with, are in the store; or of one that failed."""
+    assert case.variant is not None, "one process is what the others are compared with"
+    row = Row(
+        model=case.model.name,
+        variant=case.variant.text,
+        preset=case.variant.preset,
+        ranks=case.ranks,
+        sampler=case.sampler.name,
+        steps=case.sampler.steps,
+        settings=case.variant.settings,
+    )
+    if error is not None:
+        return replace(row, error=error)
+    borders = case.model.borders(matrix.size, case.patches)
+    made, references = store.pictures(case), store.pictures(case.reference)
+    images = [picture.image for picture in made], [picture.image for picture in references]
+    weighted = weighted_figures(*images, [call.prompt for call in matrix.calls])
+    return replace(with_figures(row, made, references, borders), weighted=weighted)
+
+
+def with_figures(row: Row, made: Sequence[Picture], references: Sequence[Picture], borders: Sequence[int]) -> Row:
+    """The row with the figures of its pictures; arguments in the order of the calls."""
+    pairs = [(picture.image, best.image) for picture, best in zip(made, references, strict=True)]
+    psnrs = tuple(psnr(image, best) for image, best in pairs)
+    reports = [picture.report or {} for picture in made]
+    totals = [kv_total(report) for report in reports]
+    return replace(
+        row,
+        pictures=len(made),
+        psnr=fmean(psnrs),
+        psnr_min=min(psnrs),
+        psnr_std=pstdev(psnrs),
+        ssim=fmean(ssim(image, best) for image, best in pairs),
+        seam=fmean(seam(image, best, borders) for image, best in pairs) if borders else None,
+        kv_bytes=fmean(report["kv_bytes_per_step"] for report in reports),
+        small_bytes=fmean(report["small_bytes_per_step"] for report in reports),
+        kv_total=fmean(totals),
+        kv_range=None if min(totals) == max(totals) else (min(totals), max(totals)),
+        seconds=fmean(picture.seconds for picture in made),
+        psnrs=psnrs,
+        windows=tuple(report.get("window") for report in reports),
+        discrepancies=tuple(report.get("discrepancy", []) for report in reports),
+    )
+
+
+def kv_total(report: dict[str, Any]) -> int:
+    """Bytes of keys and values in a whole run; a report counts those of warm-up steps apart."""
+    return sum(count for kind, count in report["sent_bytes"].items() if kind.removesuffix("-warmup") == "kv")
+
+
+def with_shares(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their shares of the `YARDSTICK`'s bytes, where it is among them."""
+    yardsticks = {row.place: row for row in rows if row.variant == YARDSTICK and not row.error}
+    return [_with_share(row, yardsticks.get(row.place)) for row in rows]
+
+
+def _with_share(row: Row, yardstick: Row | None) -> Row:
+    if yardstick is None or row.error:
+        return row
+    return replace(
+        row,
+        kv_share=_share(row.kv_bytes, yardstick.kv_bytes),
+        total_share=_share(row.kv_total, yardstick.kv_total),
+    )
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def versions() -> dict[str, str]:
+    """Of everything that the figures may depend on."""
+    found = {"otil-xdit": otil_xdit.__version__, "python": platform.python_version()}
+    return found | {package: version(package) for package in PACKAGES}
+
+
+def as_json(rows: Sequence[Row], command: str) -> list[dict[str, Any]]:
+    """The rows for `rows.json`, each with versions and command line, so that rows of several runs can be joined."""
+    known = versions()
+    return [{**asdict(row), "versions": known, "command": command} for row in rows]

@@ -1,0 +1,118 @@
+"""What each rank of eval's torchruns runs: all cases of a plan, one after the other.
+
+    torchrun --nproc_per_node 2 -m otil_xdit.tools.eval.worker PLAN.json
+
+`generate.py` writes the plan. References are plain diffusers, each rank on its own, which makes a share of them;
+variants are made by all ranks together, and the last one, which has every pipeline's picture, saves it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from otil_xdit.runtime.strategies import get_strategy, register_strategy
+from otil_xdit.tools.common.loading import device, load_pipe
+from otil_xdit.tools.eval.cache import Picture, save_picture
+from otil_xdit.tools.eval.matrix import parse_variant
+
+STRATEGY = "otil-xdit-eval"
+"""The strategy under which a variant runs here: its preset's, with its settings for defaults."""
+
+
+def main() -> None:
+    """Make every case of the plan; on an error leave a note for `generate.py` and fail."""
+    path = Path(sys.argv[1])
+    plan = json.loads(path.read_text())
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(1)
+    for index, case in enumerate(plan["cases"]):
+        try:
+            if case["variant"] is None:
+                _make_references(plan, case, rank, ranks)
+            else:
+                _make_variant(plan, case, rank == ranks - 1)
+        except Exception as error:
+            note = {"case": index, "rank": rank, "error": last_line(error), "time": time.time()}
+            path.with_name(f"failed-{rank}.json").write_text(json.dumps(note))
+            raise
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def last_line(error: Exception) -> str:
+    """An error's kind and the last line of what it says; where it says nothing, where it was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {lines[-1] if lines else f'{Path(place.filename).name}: {place.line}'}"
+
+
+def _make_references(plan: dict[str, Any], case: dict[str, Any], rank: int, ranks: int) -> None:
+    mine = case["pictures"][rank::ranks]
+    if not mine:
+        return
+    pipe = load_pipe(case["folder"], case["sampler"], plan["lora"])
+    for picture in mine:
+        image, seconds = _call(pipe, plan, case, picture)
+        assert image is not None, "plain diffusers gives every process its picture"
+        save_picture(Path(plan["store"]), picture["key"], Picture(image, None, seconds))
+
+
+def _make_variant(plan: dict[str, Any], case: dict[str, Any], saves: bool) -> None:
+    import otil_xdit
+    from otil_xdit.xdit.plugin.register import session_of
+
+    otil_xdit.register()
+    variant = parse_variant(case["variant"])
+    config = variant.config
+    strategy = replace(get_strategy(variant.preset), name=STRATEGY, make_config=lambda given: config)
+    register_strategy(strategy, replace=True)
+    pipe = otil_xdit.parallelize(load_pipe(case["folder"], case["sampler"], plan["lora"]), STRATEGY)
+    pipe.set_progress_bar_config(disable=True)
+    session = session_of(pipe)
+    assert session is not None, "parallelize attaches a session on more than one rank"
+    for picture in case["pictures"]:
+        image, seconds = _call(pipe, plan, case, picture)
+        if saves:
+            assert image is not None, "the last rank has the picture of every pipeline"
+            report = session.communicator.report().to_dict()
+            save_picture(Path(plan["store"]), picture["key"], Picture(image, report, seconds))
+    session.detach()
+
+
+def _call(
+    pipe: Any, plan: dict[str, Any], case: dict[str, Any], picture: dict[str, Any]
+) -> tuple[torch.Tensor | None, float]:
+    """A picture, float32 [3, H, W] in 0..1 or None on a rank without it, and the seconds that it took."""
+    started = time.perf_counter()
+    output = pipe(
+        picture["prompt"],
+        height=plan["size"],
+        width=plan["size"],
+        num_inference_steps=case["steps"],
+        guidance_scale=plan["guidance"],
+        # On the CPU, so that the noise is the same on every machine.
+        generator=torch.Generator().manual_seed(picture["seed"]),
+        output_type="pt",
+    )
+    image = None if output is None else output.images[0].float().cpu()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return image, time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

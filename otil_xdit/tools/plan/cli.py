@@ -1,0 +1,217 @@
+"""`otil-xdit plan`: bytes, memory and time of each strategy for a model, a size and a link, and which one to take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+import torch
+
+from otil_xdit.dryrun.flops import flops_of
+from otil_xdit.dryrun.networks import DTYPES, PUBLISHED, check_size, find_network
+from otil_xdit.dryrun.requests import Job, ParallelDegrees
+from otil_xdit.tools.plan.advice import advise, bar_of
+from otil_xdit.tools.plan.fit import TERMS, WITHIN, compare, fit, orders, read_machine, write_machine
+from otil_xdit.tools.plan.latency import Machine
+from otil_xdit.tools.plan.links import LINKS, parse_link
+from otil_xdit.tools.plan.observations import LOOPBACK, Observation, read_bench
+from otil_xdit.tools.plan.options import Option, compositions, fastest_of_each, options_of, timed
+from otil_xdit.tools.plan.tables import as_data, bytes_table, command_of, comparison_table, memory_table, time_table
+from otil_xdit.xdit.flags.degrees import check_at_least
+
+MISSING = (
+    "give --step_time SECONDS (measured: one process's step) or --flops RATE (operations a second that one process "
+    "reaches); bytes and memory above need neither"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is made, on what, and what is known of the machine."""
+    add = parser.add_argument
+    add("--model", help=f"{', '.join(PUBLISHED)}, a shipped model, or a folder in diffusers format")
+    add("--size", type=int, metavar="PIXELS", help="height and width (default 1024)")
+    add("--height", type=int, metavar="PIXELS", help="in place of --size")
+    add("--width", type=int, metavar="PIXELS", help="in place of --size")
+    add("--gpus", type=int, metavar="N", help="number of ranks, from 2 up")
+    add("--link", metavar="LINK", help=f"{', '.join(LINKS)}, or RATE[,LATENCY] such as 12GB/s,20us")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the network (default bfloat16)")
+    add("--images", type=int, default=1, metavar="N", help="pictures of one call (default 1)")
+    add("--no_guidance", action="store_true", help="one pass a step, without the one without the prompt")
+    add("--text_tokens", type=int, metavar="N", help="of a pass (default: what the model's pipeline has)")
+    add("--steps", type=int, default=15, metavar="N", help="denoising steps (default 15)")
+    add("--step_time", type=float, metavar="SECONDS", help="of one step on one process, measured")
+    add("--flops", type=float, metavar="RATE", help="operations a second that one process reaches, such as 60e12")
+    add(
+        "--cfg_degree", type=int, choices=(1, 2), help="ranks for the two passes of guidance (default: what is fastest)"
+    )
+    add("--ulysses_degree", type=int, metavar="N", help="ranks that share attention heads (default: what is fastest)")
+    add(
+        "--near",
+        default="distrifusion",
+        metavar="HOW",
+        help="recommend the fastest whose pictures are at least as near one process's: a strategy, or decibels "
+        "(default distrifusion)",
+    )
+    add("--machine", metavar="FILE", help="terms of the machine, as --fit writes them; its link unless --link is given")
+    add("--fit", nargs="+", metavar="BENCH", help="find a machine's terms from runs of `otil-xdit bench --json`")
+    add("--out", metavar="FILE", help="where --fit writes them")
+    add("--check", nargs="+", metavar="BENCH", help="predict other runs with --machine, beside what was measured")
+    add("--json", action="store_true", help="print everything as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the tables and the advice.
+
+    Raises:
+        ValueError: for arguments that no run could have, and where a prediction lacks what it needs.
+    """
+    if arguments.fit:
+        fit_machine(arguments)
+        return
+    if arguments.check:
+        check_machine(arguments)
+        return
+    job = job_of(arguments)
+    machine = machine_of(arguments)
+    bar = bar_of(arguments.near)
+    shapes = compositions(arguments.gpus, job, arguments.cfg_degree, arguments.ulysses_degree)
+    options, refused = options_of(job, shapes, arguments.steps)
+    one_process = step_time_of(arguments, job)
+    if machine is not None and one_process is not None:
+        options = [timed(option, machine, one_process) for option in options]
+    best = fastest_of_each(options)
+    advice = advise(options, job.network.is_unet, bar) if options[0].seconds is not None else None
+    if arguments.json:
+        print(json.dumps(as_data(job, options, refused, advice, arguments.steps), indent=1))
+    else:
+        show(job, best, refused, arguments)
+        if machine is not None and one_process is not None and advice is not None:
+            show_times(best, machine, one_process, arguments.steps)
+            print(f"Take {advice.reason}.\n")
+            print(f"    {command_of(advice.option, job, arguments.model, arguments.steps)}")
+    if advice is None:
+        raise ValueError(MISSING if one_process is None else f"give --link ({', '.join(LINKS)}, or RATE[,LATENCY])")
+
+
+def job_of(arguments: argparse.Namespace) -> Job:
+    """What is to be made.
+
+    Raises:
+        ValueError: naming flag, value and what would be accepted.
+    """
+    if arguments.model is None:
+        raise ValueError(f"--model is missing; give {', '.join(PUBLISHED)}, a shipped model, or a folder")
+    for flag, least in (("gpus", 2), ("steps", 1), ("images", 1), ("text_tokens", 1), ("ulysses_degree", 1)):
+        value = getattr(arguments, flag)
+        if value is None and flag == "gpus":
+            raise ValueError("--gpus is missing; give a whole number from 2 up")
+        if value is not None:
+            check_at_least(flag, value, least)
+    for flag in ("step_time", "flops"):
+        value = getattr(arguments, flag)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{flag} {value:g}; give a number above 0")
+    if arguments.step_time is not None and arguments.flops is not None:
+        raise ValueError(f"--step_time {arguments.step_time:g} and --flops {arguments.flops:g}; give one of them")
+    if arguments.size is not None and (arguments.height or arguments.width):
+        raise ValueError(f"--size {arguments.size} and --height or --width contradict each other; give one of them")
+    network = find_network(arguments.model)
+    size = arguments.size or 1024
+    height, width = arguments.height or size, arguments.width or size
+    check_size(network, height, width)
+    passes = 1 if arguments.no_guidance else network.batch
+    batch = arguments.images * passes
+    text = arguments.text_tokens or network.text
+    return Job(network, height, width, batch, getattr(torch, arguments.dtype), text, not arguments.no_guidance)
+
+
+def machine_of(arguments: argparse.Namespace) -> Machine | None:
+    """Of --machine and --link; None where no link is known."""
+    link = None if arguments.link is None else parse_link(arguments.link)
+    if arguments.machine is None:
+        return None if link is None else Machine(link)
+    machine, _ = read_machine(arguments.machine)
+    if link is None:
+        return None if machine.link == LOOPBACK else machine
+    return replace(machine, link=link)
+
+
+def fit_machine(arguments: argparse.Namespace) -> None:
+    """Find a machine's terms, and write them."""
+    if arguments.out is None:
+        raise ValueError("--fit writes what it finds; give --out FILE")
+    observations = observed(arguments.fit)
+    machine = fit(observations)
+    write_machine(machine, [observation.name for observation in observations], arguments.out)
+    print(f"Fitted to {len(observations)} runs; written to {arguments.out}:\n")
+    for term in TERMS:
+        print(f"    {term:12} {getattr(machine, term):.4g}")
+    print()
+    print(comparison_table(compare(observations, machine, [])))
+
+
+def check_machine(arguments: argparse.Namespace) -> None:
+    """The model against what was measured."""
+    if arguments.machine is None:
+        raise ValueError("--check predicts with a machine's terms; give --machine FILE, which --fit writes")
+    machine, fitted = read_machine(arguments.machine)
+    comparisons = compare(observed(arguments.check), machine, fitted)
+    print(comparison_table(comparisons), "\n")
+    fresh = [comparison for comparison in comparisons if not comparison.fitted]
+    if len(fresh) < len(comparisons):
+        print(f"{len(comparisons) - len(fresh)} runs are those that the terms were fitted to, and not counted.")
+    good = sum(abs(comparison.error) <= WITHIN for comparison in fresh)
+    print(f"The time of a step is within {WITHIN:.0%} in {good} of {len(fresh)} runs.")
+    for group, (alike, pairs) in orders(fresh).items():
+        print(f"{group}: {alike} of {pairs} pairs of strategies in the order that was measured.")
+    wrong = [comparison.observation.name for comparison in comparisons if comparison.observation.counts_agree is False]
+    print(f"Bytes and messages differ from those that were counted in: {'; '.join(wrong) or 'none'}.")
+
+
+def observed(paths: list[str]) -> list[Observation]:
+    """All runs of several benches; those that say nothing are named."""
+    found: list[Observation] = []
+    for path in paths:
+        observations, left = read_bench(path)
+        found += observations
+        for line in left:
+            print(f"Left out: {line}")
+    if not found:
+        raise ValueError(
+            f"{' '.join(paths)}: no run on several ranks that the model knows, with one process's beside it"
+        )
+    return found
+
+
+def step_time_of(arguments: argparse.Namespace, job: Job) -> float | None:
+    """Seconds of one process's step, measured or from its operations; None where nothing is given."""
+    if arguments.step_time is not None:
+        return float(arguments.step_time)
+    return None if arguments.flops is None else flops_of(job) / arguments.flops
+
+
+def show(job: Job, best: list[Option], refused: dict[ParallelDegrees, str], arguments: argparse.Namespace) -> None:
+    """Bytes and memory, for people."""
+    passes = f"{job.batch} image{'s' if job.batch > 1 else ''} in a pass"
+    print(
+        f"{job.network.name}, {job.height} x {job.width} pixels, {arguments.dtype}, {passes}, {arguments.gpus} ranks\n"
+    )
+    print("Bytes that a rank hands over in a step (of the rank that sends most):\n")
+    print(bytes_table(best), "\n")
+    print("MB (10^6 bytes) that a rank keeps for the exchange:\n")
+    print(memory_table(best), "\n")
+    for shape, reason in refused.items():
+        print(f"Left out: {shape}: {reason}")
+
+
+def show_times(best: list[Option], machine: Machine, one_process: float, steps: int) -> None:
+    """Predictions, and what they rest on."""
+    link = machine.link
+    known = ", ".join(f"{term} {getattr(machine, term):.3g}" for term in TERMS)
+    said = (
+        known if machine != Machine(link) else "for the link alone: without --machine the exchange's own work is free"
+    )
+    print(f"\nPredicted, {link.name}: {link.rate / 1e9:g} GB/s, {link.latency * 1e6:g} us; {said}.")
+    print(f"One process: {one_process * 1e3:.1f} ms a step, {one_process * steps:.2f} s.\n")
+    print(time_table(best, steps), "\n")

@@ -1,0 +1,185 @@
+"""What this project's flags mean together with xDiT's own.
+
+`choose` turns parsed values into a `ParallelChoice`, before any process group exists and before weights load.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from otil_xdit.catalog.geometry import check_geometry
+from otil_xdit.catalog.unets import UnetFacts, facts_of
+from otil_xdit.errors import FlagError
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
+from otil_xdit.xdit.flags.degrees import degree, resolve_patch_degree
+from otil_xdit.xdit.flags.options import OPTIONS, SETTINGS
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_REFUSED = {
+    "pipefusion_parallel_degree": "PipeFusion cuts the image into patches itself",
+    "tensor_parallel_degree": "untested",
+    "cache_method": "a cached step would skip the exchange",
+    "use_teacache": "a cached step would skip the exchange",
+    "use_fbcache": "a cached step would skip the exchange",
+    "use_fp8_comms": "it rewrites what the ring slot sends",
+    "use_fast_attn": "it skips attention layers, and their exchange with them",
+    "use_torch_compile": "untested",
+    "use_ray": "untested",
+    "vae_parallel_size": "it takes ranks away from the patches",
+}
+"""xDiT's flags that no strategy works with, and why. A degree counts as set from 2 on, others when they are true."""
+
+_REFUSED_BY_UNETS = {
+    **_REFUSED,
+    **dict.fromkeys(
+        ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_cpu_offload"),
+        "it replaces the forward methods that patches replace",
+    ),
+}
+"""The same for U-Nets that share an image among ranks, whether a strategy is named or not."""
+
+_SHARING = (
+    "ulysses_degree",
+    "ring_degree",
+    "use_cfg_parallel",
+    "pipefusion_parallel_degree",
+    "tensor_parallel_degree",
+)
+"""Flags that put one image on several ranks."""
+
+
+@dataclass(frozen=True)
+class ParallelChoice:
+    """What the command line asks for.
+
+    Attributes:
+        strategy: the strategy that ``--parallel`` names.
+        config: its settings, as its `make_config` built them.
+        patch_degree: number of patches; the size of xDiT's ring dimension.
+        ulysses_degree: ranks that share a patch's attention heads.
+        report: file for rank 0's report of bytes and waiting time, or None.
+    """
+
+    strategy: Strategy
+    config: Any
+    patch_degree: int
+    ulysses_degree: int
+    report: str | None = None
+
+
+def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice | None:
+    """What the flags ask for, or None without ``--parallel``.
+
+    Args:
+        values: parsed flags by name, as ``vars(parser.parse_args())`` gives them; missing ones count as not given.
+        world_size: number of processes, or None where it shall follow from the degrees.
+
+    Raises:
+        FlagError: for flags that contradict each other, the world or the image's size.
+    """
+    name, unet = values.get("parallel"), facts_of(values.get("model"))
+    _check_scheduler(values, unet)
+    if name is None:
+        _check_given_without_parallel(values)
+        if unet is not None:
+            _check_shared_unet(values)
+        return None
+    strategy = _flag_errors(lambda: get_strategy(name))
+    values = implied(values)
+    _check_unsupported(values, f"--parallel {name}", _REFUSED if unet is None else _REFUSED_BY_UNETS)
+    try:
+        patch_degree = resolve_patch_degree(values, world_size)
+    except FlagError as error:
+        reason = f"--parallel {name} implies --use_cfg_parallel: " if strategy.requires_cfg_parallel else ""
+        raise FlagError(f"{reason}{error}") from None
+    given = {setting: values[flag] for flag, setting in SETTINGS.items() if values.get(flag) is not None}
+    config = _flag_errors(lambda: strategy.make_config(given))
+    ulysses_degree = degree(values, "ulysses_degree")
+    _check_selector(config, ulysses_degree)
+    if isinstance(config, OtilConfig):
+        steps, scale = values.get("num_inference_steps"), values.get("guidance_scale")
+        _flag_errors(lambda: config.check_call(steps, scale, "--guidance_scale"))
+    _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block_size")))
+    _check_report(values.get("otil_report"))
+    for setting in {"halo", "moments"} & set(given) if unet is None else ():
+        logger.warning("--otil_%s has an effect on U-Nets only", setting)
+    if patch_degree == 1 and (unet is None or ulysses_degree == 1) and not strategy.requires_cfg_parallel:
+        logger.warning("--parallel %s has no effect with one patch", name)
+    return ParallelChoice(strategy, config, patch_degree, ulysses_degree, values.get("otil_report"))
+
+
+def implies_cfg_parallel(values: Mapping[str, Any]) -> bool:
+    """Whether ``--parallel`` names a strategy whose ranks share the passes with and without the prompt."""
+    strategy = strategies().get(values.get("parallel") or "")
+    return strategy is not None and strategy.requires_cfg_parallel
+
+
+def implied(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Flags, with those that ``--parallel`` takes as given."""
+    return {**values, "use_cfg_parallel": True} if implies_cfg_parallel(values) else values
+
+
+def _check_given_without_parallel(values: Mapping[str, Any]) -> None:
+    given = [f"--{option.flag}" for option in OPTIONS if values.get(option.flag) is not None]
+    if given:
+        raise FlagError(f"{', '.join(given)} given without --parallel; add --parallel {'|'.join(strategies())}")
+
+
+def _check_unsupported(values: Mapping[str, Any], what: str, refused: Mapping[str, str]) -> None:
+    """Raises `FlagError` where one of xDiT's flags in `refused` is given together with `what`."""
+    for flag, reason in refused.items():
+        value = values.get(flag)
+        if not value or (flag.endswith("_degree") and value == 1):
+            continue
+        shown = f"--{flag}" if value is True else f"--{flag} {value}"
+        raise FlagError(f"{what} and {shown} are not supported together ({reason})")
+
+
+def _check_shared_unet(values: Mapping[str, Any]) -> None:
+    """Without ``--parallel`` a U-Net that shares an image among ranks runs as ``--parallel sync`` would."""
+    if any(degree(values, flag) > 1 for flag in _SHARING):
+        _check_unsupported(values, f"--model {values['model']} on several ranks", _REFUSED_BY_UNETS)
+    patches, ulysses_degree = degree(values, "ring_degree"), degree(values, "ulysses_degree")
+    _flag_errors(lambda: check_geometry(values, patches, ulysses_degree, None))
+
+
+def _check_scheduler(values: Mapping[str, Any], unet: UnetFacts | None) -> None:
+    if values.get("scheduler") is not None and unet is None:
+        raise FlagError(
+            f"--scheduler {values['scheduler']} is for U-Nets; --model {values.get('model')} is none, and keeps the "
+            "scheduler that xDiT gives it"
+        )
+
+
+def _check_selector(config: Any, ulysses_degree: int) -> None:
+    select = getattr(config, "select", "")
+    if ulysses_degree > 1 and str(select).startswith("latent"):
+        raise FlagError(
+            f"--otil_select {select} is not supported together with --ulysses_degree {ulysses_degree}: a rank has the "
+            "latent of its own rows only; choose kv-cosine or kv-l2"
+        )
+
+
+def _check_report(report: str | None) -> None:
+    if report is not None and not Path(report).absolute().parent.is_dir():
+        raise FlagError(f"--otil_report {report}: no such directory")
+
+
+def _flag_errors(call: Callable[[], T]) -> T:
+    """The call's result; its `ValueError` as a `FlagError` that names the flag instead of the setting."""
+    try:
+        return call()
+    except ValueError as error:
+        message = str(error)
+        for flag, setting in SETTINGS.items():
+            if message.startswith(f"{setting} is "):
+                message = f"--{flag}{message[len(setting) :]}"
+        raise FlagError(message) from error

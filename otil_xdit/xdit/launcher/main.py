@@ -1,0 +1,253 @@
+"""`xfuser`: the launcher. It takes every flag of `xdit`, and those of the "Otil options".
+
+All flags are checked here, before any rank is started: a wrong one costs one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from otil_xdit import __version__
+from otil_xdit.catalog.support_matrix import ULYSSES_ONLY, refusal
+from otil_xdit.catalog.trust import check_trust
+from otil_xdit.errors import FlagError
+from otil_xdit.xdit.cpu import has_accelerator
+from otil_xdit.xdit.flags.choice import choose, implied, implies_cfg_parallel
+from otil_xdit.xdit.flags.degrees import OTHER_DEGREES, check_values, degree, given_patch_degree
+from otil_xdit.xdit.launcher.processes import free_port, run_to_end
+from otil_xdit.xdit.launcher.runner_registry import model_registry
+from otil_xdit.xdit.models.unets import check_source, register_folder
+
+RUNNER = "otil_xdit.xdit.launcher.runner"
+
+TORCHRUN_FLAGS = {
+    "nproc_per_node": (None, "Processes on this machine. Default: the product of the degrees."),
+    "nnodes": ("1", "Machines."),
+    "node_rank": ("0", "This machine's number, from 0."),
+    "master_addr": ("localhost", "Address of machine 0."),
+    "master_port": ("29500", "Port there. Default with --parallel on one machine: a free one; otherwise 29500."),
+}
+"""Flags that torchrun gets instead of the runner: xdit's defaults and a line for ``--help``."""
+
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # glibc would give large tensors back to the system and fetch them again at every step.
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""What ranks without an accelerator run best with, unless the user says otherwise."""
+
+PATCHES_ON_CPU = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A torchrun to start.
+
+    Attributes:
+        command: the program and its arguments.
+        environment: all of its environment.
+        note: a line for the user, or None.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    note: str | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Launch the ranks; the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(format="xfuser: %(message)s", level=logging.WARNING)
+    if "--version" in arguments:
+        others = ", ".join(f"{package} {version(package)}" for package in ("xfuser", "diffusers", "torch"))
+        print(f"otil-xdit {__version__} ({others})")
+        return 0
+    try:
+        launch = plan(arguments, os.environ)
+    except FlagError as error:
+        print(f"xfuser: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if launch.note is not None:
+        print(f"xfuser: {launch.note}", file=sys.stderr)
+    return run_to_end(launch.command, launch.environment)
+
+
+def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
+    """Check all flags and find out what to start.
+
+    Raises:
+        FlagError: for a command line that cannot be run.
+    """
+    check_values(arguments)
+    torchrun, runner_arguments = split_torchrun_flags(arguments)
+    values = implied(parse(runner_arguments))
+    _check_model(values)
+    _check_prompts(values)
+    _check_output(values.get("output_directory"))
+    note = None
+    if values.get("parallel") is None:
+        choose(values, None)
+        torchrun.setdefault("nproc_per_node", _processes_of_xdit(runner_arguments))
+    else:
+        torchrun["nproc_per_node"], note = _processes(values, torchrun)
+        if torchrun.get("nnodes", "1") == "1":
+            torchrun.setdefault("master_port", str(free_port()))
+    check_source(values["model"])
+    command = (
+        sys.executable,
+        *("-m", "torch.distributed.run"),
+        *(f"--{name}={torchrun.get(name, default)}" for name, (default, _) in TORCHRUN_FLAGS.items()),
+        *("-m", RUNNER),
+        *runner_arguments,
+    )
+    return Launch(command, {**({} if has_accelerator() else CPU_ENVIRONMENT), **environment}, note)
+
+
+def split_torchrun_flags(arguments: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """torchrun's flags by name, and all other arguments as they are.
+
+    Raises:
+        FlagError: for one without a value.
+    """
+    torchrun: dict[str, str] = {}
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, has_value, value = argument.partition("=")
+        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        if name not in TORCHRUN_FLAGS:
+            others.append(argument)
+            continue
+        if not has_value:
+            value = next(rest, "")
+        if not value:
+            raise FlagError(f"{flag} needs a value")
+        torchrun[name] = value
+    return torchrun, others
+
+
+def parse(runner_arguments: Sequence[str]) -> dict[str, Any]:
+    """The runner's flags by name, parsed by xfuser's own parser; ``--help`` ends the process.
+
+    Raises:
+        FlagError: for what the parser does not understand.
+    """
+    model_registry()  # imports xfuser, quietly
+    config = importlib.import_module("xfuser.config")
+
+    class Parser(config.FlexibleArgumentParser):  # type: ignore[name-defined]  # imported by name
+        def error(self, message: str) -> NoReturn:
+            raise FlagError(message)
+
+    parser = Parser(prog="xfuser", description="xDiT on several devices, with one image cut into patches.")
+    config.xFuserArgs.add_runner_args(parser)
+    _add_launch_help(parser)
+    return vars(parser.parse_args(list(runner_arguments)))
+
+
+def unknown_model(name: str, known: Iterable[str]) -> str:
+    """What to say about a model that is not in xfuser's registry."""
+    spelled = {model.lower(): model for model in known}
+    nearest = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(spelled[model] for model in nearest)}?" if nearest else ""
+    what = "model or folder" if "/" in name else "model"
+    return f"--model {name}: no such {what}{hint} (`otil-xdit models` lists all)"
+
+
+def visible_devices() -> int:
+    """Accelerators that this machine offers; 0 for none."""
+    torch = importlib.import_module("torch")
+    devices = (getattr(torch, name, None) for name in ("cuda", "musa", "npu"))
+    return next((int(device.device_count()) for device in devices if device is not None and device.is_available()), 0)
+
+
+def _add_launch_help(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Launch options")
+    for name, (default, text) in TORCHRUN_FLAGS.items():
+        group.add_argument(f"--{name}", metavar=name.rsplit("_")[-1].upper(), help=text, default=default)
+    group.add_argument("--version", action="store_true", help="Print versions and exit.")
+
+
+def _check_model(values: Mapping[str, Any]) -> None:
+    registry = model_registry()
+    name = values["model"]
+    register_folder(name)
+    if name not in registry:
+        raise FlagError(unknown_model(name, registry))
+    check_trust(name, registry[name], values)
+    can = registry[name].capabilities
+    why_not = refusal(name) if can.ring_degree else ULYSSES_ONLY
+    if values.get("parallel") is not None and why_not is not None:
+        raise FlagError(f"--model {name} is not supported together with --parallel: {why_not}")
+    for flag in OTHER_DEGREES:
+        if degree(values, flag) > 1 and not getattr(can, flag):
+            raise FlagError(f"--model {name} is not supported together with --{flag}")
+
+
+def _check_prompts(values: Mapping[str, Any]) -> None:
+    prompts, replicas = values.get("prompt"), degree(values, "data_parallel_degree")
+    if isinstance(prompts, list) and not values.get("dataset_path") and len(prompts) < replicas:
+        raise FlagError(
+            f"--data_parallel_degree {replicas} needs as many prompts, and {len(prompts)} given; "
+            'give --prompt "..." "..." or a smaller degree'
+        )
+
+
+def _check_output(folder: str | None) -> None:
+    """xDiT would find out when the pictures are done."""
+    if folder and not Path(folder).is_dir():
+        raise FlagError(f"--output_directory {folder}: no such directory")
+
+
+def _processes_of_xdit(runner_arguments: Sequence[str]) -> str:
+    try:
+        return str(importlib.import_module("xfuser.cli").get_nproc_from_args(list(runner_arguments)))
+    except ValueError as error:
+        raise FlagError(f"a degree is not a whole number: {error}") from error
+
+
+def _processes(values: Mapping[str, Any], torchrun: Mapping[str, str]) -> tuple[str, str | None]:
+    """Processes on this machine under ``--parallel``, as torchrun takes them, and a note on how they were found."""
+    nodes = _whole("nnodes", torchrun.get("nnodes", "1"))
+    devices = visible_devices()
+    others = math.prod(degree(values, flag) for flag in OTHER_DEGREES)
+    given, note = torchrun.get("nproc_per_node"), None
+    patch_degree = given_patch_degree(values)
+    if given is not None:
+        world_size = nodes * (devices or 1 if given in ("auto", "gpu") else _whole("nproc_per_node", given))
+    elif patch_degree is not None:
+        world_size = patch_degree * others
+    else:
+        patches = 1 if implies_cfg_parallel(values) else PATCHES_ON_CPU
+        world_size = nodes * devices if devices else patches * others
+        shown = "1 patch" if patches == 1 else f"{patches} patches"
+        reason = "one for each visible device" if devices else f"{shown}, as there is no accelerator"
+        note = f"no --patch_degree and no --nproc_per_node: {world_size} processes, {reason}"
+    choose(values, world_size)
+    here, rest = divmod(world_size, nodes)
+    if rest:
+        raise FlagError(f"--nnodes {nodes} does not divide the {world_size} processes that the degrees ask for")
+    if devices and here > devices:
+        raise FlagError(f"{here} processes on this machine need as many devices, and {devices} are visible")
+    return str(here), note
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise FlagError(f"--{name} is {text!r}; give a whole number from 1 up")
+    return int(text)

@@ -1,0 +1,77 @@
+"""What every rank runs: xfuser's own runner, with the plugin hooked in.
+
+torchrun --nproc_per_node 2 -m otil_xdit.xdit.launcher.runner --model tiny-dit --parallel otil --prompt "a red circle"
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import logging
+import os
+import sys
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from otil_xdit.errors import FlagError
+from otil_xdit.xdit.launcher.processes import LAUNCH_MARK
+from otil_xdit.xdit.models.unets import register_folder
+from otil_xdit.xdit.plugin.register import register
+
+
+def main() -> int:
+    """Run xfuser's runner on this rank; 2 for flags that cannot be run, said in one line by rank 0."""
+    rank = int(os.environ.get("RANK") or 0)
+    if rank != 0:
+        logging.getLogger("otil_xdit").setLevel(logging.WARNING)
+    if rank != 0 or LAUNCH_MARK in os.environ:
+        _say_nothing_about_flags()
+    register()
+    try:
+        runner = importlib.import_module("xfuser.runner")
+        _take_folders(runner.xFuserModelRunner)
+        run_main_block(runner)
+    except FlagError as error:
+        if rank == 0:
+            print(f"xfuser: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_main_block(module: ModuleType) -> None:
+    """Execute what stands under the module's ``if __name__ == "__main__":``, in the imported module.
+
+    ``runpy`` would execute a second copy of the whole module, which would not see what `otil_xdit.xdit.cpu` replaced
+    in the imported one.
+
+    Raises:
+        RuntimeError: when the module does not end in such a block.
+    """
+    last = ast.parse(inspect.getsource(module)).body[-1]
+    if not (isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)):
+        raise RuntimeError(f"{module.__name__} has no main block; otil-xdit does not know this version of xfuser")
+    exec(compile(ast.Module(last.body, type_ignores=[]), str(module.__file__), "exec"), vars(module))
+
+
+def _take_folders(runner_class: Any) -> None:
+    """Let xfuser's runner find a model that is named by its folder."""
+    select = runner_class._select_model
+
+    @wraps(select)
+    def _select_model(self: Any, model_name: str, config: Any) -> Any:
+        register_folder(model_name)
+        return select(self, model_name, config)
+
+    runner_class._select_model = _select_model
+
+
+def _say_nothing_about_flags() -> None:
+    """The launcher, or rank 0, says the same."""
+    for name in ("registry", "xdit.flags", "xdit.versions"):
+        logging.getLogger(f"otil_xdit.{name}").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""xfuser's registry of models, loaded without the many lines that importing xfuser prints."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from otil_xdit.xdit.cpu import enable_cpu_ranks
+from otil_xdit.xdit.plugin.register import register
+
+
+def model_registry() -> dict[str, Any]:
+    """xfuser's models by name, with ours among them; hooks the plugin in."""
+    enable_cpu_ranks()
+    with _quiet():
+        base_model = importlib.import_module("xfuser.model_executor.models.runner_models.base_model")
+    register()
+    registry: dict[str, Any] = base_model.MODEL_REGISTRY
+    return registry
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines or warnings: the ranks will write them again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

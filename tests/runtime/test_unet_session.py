@@ -1,0 +1,69 @@
+"""A pipeline with a U-Net on real ranks: the same image every time and everywhere, whatever came between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.torchrun import lines_of
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[Any]]:
+    (line,) = lines_of(2, "unet_session.py")
+    return line
+
+
+def test_same_image_on_every_rank_and_every_time(found: dict[str, list[Any]]) -> None:
+    first, second = found["repeats"]
+    assert first[:2] == second[:2] and first[0] == first[1], "the first image came out differently the second time"
+    assert first == second and len(set(first[1:])) == 4
+
+
+def test_without_a_generator_all_ranks_draw_as_the_first(found: dict[str, list[Any]]) -> None:
+    first, second = found["noise"]
+    assert first == second and first[0] != first[1]
+
+
+def test_an_idle_server_lives(found: dict[str, list[Any]]) -> None:
+    assert found["idle"] == [True, True]
+
+
+def test_an_interrupted_generation_leaves_nothing(found: dict[str, list[Any]]) -> None:
+    assert found["interrupted"] == [True, True]
+
+
+def test_two_pipelines_may_share_a_network(found: dict[str, list[Any]]) -> None:
+    for rank in found["shared_network"]:
+        assert rank == {"same again": True, "sync exact": True, "frozen not": True, "undone": True}
+
+
+def test_detach_undoes_everything(found: dict[str, list[Any]]) -> None:
+    assert found["undone"] == [{"wrapped": True, "restored": True, "same": True}] * 2
+
+
+def test_halo_and_moments_are_counted_where_they_are_sent(found: dict[str, list[Any]]) -> None:
+    for rank in found["counted"]:
+        assert rank["counted"] == rank["expected"] > 0
+    assert found["counted"][0] != found["counted"][1], "at stride 2 only the upper rank sends"
+
+
+def test_a_norm_and_its_convolution_wait_once(found: dict[str, list[Any]]) -> None:
+    pairs = 2 * 22 + 1  # of residual blocks, and the output's
+    for rank in found["paired"]:
+        assert max(case.get("error", 0.0) for case in rank.values()) <= 1e-4, rank
+        saved = {name: case["saved"] for name, case in rank.items()}
+        # A pair's adapters read the rows that came with the moments too; a hook parts its pair.
+        assert saved == {
+            "plain": pairs,
+            "LoRA": 2 * pairs,
+            "LoRA of two": 3 * pairs,
+            "hooks": pairs - 1,
+        }
+
+
+@pytest.mark.slow
+def test_compiled_networks_stay_exact() -> None:
+    (line,) = lines_of(2, "unet_session.py", "--compile", timeout=550)
+    assert max(error for rank in line["compiled"] for error in rank) <= 1e-4

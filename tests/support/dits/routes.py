@@ -1,0 +1,126 @@
+"""Running a case: in one process with diffusers, or on the ranks of a torchrun with xDiT."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+
+from otil_xdit.xdit.cpu import ModuleView
+from tests.support.dits.case import Case, Degrees
+from tests.support.dits.exchanges import Exchange
+
+SIZES = ("height", "width", "num_frames", "num_inference_steps")
+LOADERS = "xfuser.model_executor.models.runner_models"
+
+
+@torch.no_grad()
+def run_plain(case: Case) -> torch.Tensor:
+    """The final latents of diffusers in one process."""
+    pipe = case.build()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**case.arguments())[0]
+
+
+@torch.no_grad()
+def run_xdit(case: Case, folder: Path, degrees: Degrees, exchange: Exchange) -> torch.Tensor | None:
+    """The final latents of xDiT, on the ranks that have them; `folder` holds the saved pipeline.
+
+    All ranks call it; it leaves the process groups for the next case with the same degrees.
+    """
+    case.prepare()
+    _allow_missing_encoders(folder)
+    run = _run_runner if case.runner else _run_wrapper
+    with exchange.active():
+        latents = run(case, folder, xdit_flags(case, degrees, exchange))
+    assert active_degrees() == degrees, f"xDiT ran {active_degrees()}, not {degrees}"
+    return latents
+
+
+def active_degrees() -> Degrees:
+    """How xDiT has shared out the ranks."""
+    from xfuser.core.distributed import parallel_state
+
+    return Degrees(
+        patch=parallel_state.get_ring_parallel_world_size(),
+        ulysses=parallel_state.get_ulysses_parallel_world_size(),
+        cfg=parallel_state.get_classifier_free_guidance_world_size(),
+    )
+
+
+def xdit_flags(case: Case, degrees: Degrees, exchange: Exchange) -> list[str]:
+    sizes = {key: value for key, value in case.call.items() if key in SIZES}
+    flags = ["--model", case.runner or case.name, "--prompt", "a prompt", "--warmup_calls", "0"]
+    flags += ["--ulysses_degree", str(degrees.ulysses), *exchange.flags(degrees), *case.runner_flags]
+    flags += ["--use_cfg_parallel"] if degrees.cfg > 1 else []
+    return flags + [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+
+
+def _parsed(flags: list[str]) -> dict[str, Any]:
+    from xfuser.config import FlexibleArgumentParser, xFuserArgs
+
+    return vars(xFuserArgs.add_runner_args(FlexibleArgumentParser()).parse_args(flags))
+
+
+def _run_runner(case: Case, folder: Path, flags: list[str]) -> torch.Tensor:
+    from xfuser.runner import MODEL_REGISTRY, xFuserModelRunner
+
+    model_class = MODEL_REGISTRY[case.runner]
+    model_class.settings = replace(model_class.settings, model_name=str(folder))
+    _load_in_float32(model_class)
+    arguments = _parsed(flags)
+    runner = xFuserModelRunner(arguments)
+    arguments = runner.preprocess_args(arguments)
+    runner.initialize(arguments)
+    runner.model.pipe.set_progress_bar_config(disable=True)
+    runner.model.pipe = LatentsOf(runner.model.pipe, case)
+    output, _ = runner.run(arguments)
+    latents = output.images or output.videos
+    return latents[0] if latents else None
+
+
+def _load_in_float32(model_class: type) -> None:
+    """Runners load in bfloat16, by name; this view of torch calls float32 so."""
+    for name in (model_class.__module__, f"{LOADERS}.loading.transformer_load"):
+        module = importlib.import_module(name)
+        module.torch = ModuleView(module.torch, bfloat16=torch.float32, float16=torch.float32)
+
+
+class LatentsOf:
+    """Stands before a runner's pipeline: adds the case's arguments to a call and keeps the latents as they are."""
+
+    def __init__(self, pipe: Any, case: Case) -> None:
+        self._pipe = pipe
+        self._case = case
+
+    def __call__(self, **arguments: Any) -> SimpleNamespace:
+        output = self._pipe(**{**arguments, **self._case.arguments(), "return_dict": False})
+        latents = [] if output is None else [output[0]]
+        return SimpleNamespace(images=latents, frames=latents)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+
+def _run_wrapper(case: Case, folder: Path, flags: list[str]) -> torch.Tensor | None:
+    import xfuser
+
+    engine_config, _ = xfuser.xFuserArgs.from_runner_args(_parsed(flags)).create_config()
+    engine_config.runtime_config.dtype = torch.float32
+    pipe = getattr(xfuser, case.wrapper).from_pretrained(folder, engine_config=engine_config, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(**case.arguments(), return_dict=False)
+    return output[0] if output is not None and isinstance(output[0], torch.Tensor) else None
+
+
+def _allow_missing_encoders(folder: Path) -> None:
+    """The zoo's pipelines are saved without text encoders, which diffusers allows for optional components only."""
+    index = json.loads((folder / "model_index.json").read_text())
+    pipeline_class = getattr(diffusers, index["_class_name"])
+    pipeline_class._optional_components = [name for name, value in index.items() if value == [None, None]]

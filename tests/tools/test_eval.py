@@ -1,0 +1,297 @@
+"""`otil-xdit eval`: what it takes and refuses, what it keeps, and runs on two ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.tools import main as tools
+from otil_xdit.tools.common.loading import find_model, load_pipe
+from otil_xdit.tools.eval import cache as store
+from otil_xdit.tools.eval import cli as tool
+from otil_xdit.tools.eval import generate, metrics
+from otil_xdit.tools.eval.cache import Picture, Store, load_picture, save_picture
+from otil_xdit.tools.eval.matrix import Call, Case, Matrix, Sampler, parse_sampler, parse_variant
+from otil_xdit.tools.eval.worker import last_line
+
+REFUSED = {
+    "model": ("--models tiny-sdd", "--models tiny-sdd: no such model; choose from tiny-sd, tiny-sdxl, tiny-dit"),
+    "preset": ("--presets oti", "--presets oti: 'oti' is not a preset; choose from otil, "),
+    "setting": ("--presets otil:ration=1", "'ration=1' is not setting=value; settings are "),
+    "value": ("--presets otil:ratio=2", "--presets otil:ratio=2: ratio=2: ratio is 2; give a number in (0, 1]"),
+    "choice": ("--presets otil:select=best", "select is 'best'; choose from latent-cosine"),
+    "number": ("--presets otil:polling=half", "--presets otil:polling=half: polling=half: could not convert"),
+    "block": ("--presets otil:block_size=20", "block 20 is larger than a patch"),
+    "sampler": ("--samplers dpm:15", "--samplers dpm:15: 'dpm' is not a sampler; choose from own, ddim"),
+    "steps": ("--samplers ddim", "--samplers ddim: give the number of steps after a colon, say ddim:15"),
+    "sampler of a DiT": (
+        "--models tiny-dit --samplers ddim:9",
+        "tiny-dit is a DiT and has its own only; add own:STEPS",
+    ),
+    "one rank": ("--ranks 1", "--ranks 1: give 2 or more"),
+    "rows": ("--ranks 5", "cannot be cut into 5 patches"),
+    "rows of a DiT": ("--models tiny-dit --samplers own:9 --ranks 3", "--size 128 cannot be cut into 3 patches"),
+    "size": ("--size 100", "--size 100 is not possible with tiny-sd; give a multiple of 8"),
+    "guidance": ("--models tiny-dit --samplers own:9 --guidance 1", "--guidance 1: xDiT's SD3 pipeline needs guidance"),
+    "halves": (
+        "--ranks 3 --presets hybridiff",
+        "--ranks 3: hybridiff has two halves of the ranks; give an even number",
+    ),
+    "window": ("--presets hybridiff:window=12:20", "window is '12:20', which a run of 15 steps has no room for"),
+    "guidance of a window": ("--presets otil:window=auto --guidance 1", "otil:window=auto: --guidance is 1; "),
+    "prompts": ("--prompts 9", "--prompts 9: there are 8; give 1 to 8"),
+    "prompt file": ("--prompt_file none.txt", "--prompt_file none.txt: No such file"),
+    "seeds": ("--seeds 0", "--seeds 0: give a whole number from 1 up"),
+    "jobs": ("--jobs 0", "--jobs 0: give a whole number from 1 up"),
+    "timeout": ("--timeout 0", "--timeout 0: give a number of seconds above 0"),
+    "LoRA": ("--lora none", "--lora none: give a file of LoRA weights"),
+    "LoRA for two": (
+        "--lora otil_xdit/weights/tiny-sd-lora --models tiny-sd tiny-sdxl",
+        "--lora fits one architecture",
+    ),
+}
+
+
+@pytest.mark.usefixtures("cpu_machine", "no_start")
+@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_before_anything_starts(
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        tools.main(["eval", "--out", str(out), *line.split()])
+    assert ended.value.code == 2 and not out.exists()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_start")
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(tool.EXTRAS, "no_such_module", "no-such-package")
+    with pytest.raises(SystemExit):
+        tools.main(["eval"])
+    assert "no-such-package not installed; pip install 'otil-xdit[metrics,bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_start")
+def test_a_dry_run_lists_the_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = "eval --dry_run --models tiny-sd tiny-dit --presets naive --ranks 2 4 --samplers ddim:9 own:9 --seeds 3 --out"
+    assert tools.main([*job.split(), str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "9 cases, 54 pictures"  # 3 model-sampler pairs, each once alone and on 2 and 4 ranks; 2 x 3
+    assert "tiny-dit, own:9, naive on 4 ranks: 6" in lines and not any("tiny-dit, ddim" in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_variant_is_a_preset_with_settings() -> None:
+    variant = parse_variant("otil:ratio=1/4, select=kv-l2,warmup_steps=1")
+    assert variant.config == OtilConfig(ratio=0.25, select="kv-l2", warmup_steps=1)
+    assert variant.preset == "otil" and variant.settings["ratio"] == 0.25
+    assert parse_variant("sync").config.freshness == "sync"
+    assert parse_sampler("dpm-solver:15") == Sampler("dpm-solver", 15)
+
+
+def matrix(**changes: Any) -> Matrix:
+    known: dict[str, Any] = {
+        "models": (find_model("tiny-sd"),),
+        "variants": (parse_variant("otil:ratio=1/8"),),
+        "ranks": (2,),
+        "samplers": (Sampler("ddim", 3),),
+        "calls": (Call("a circle", 0), Call("a circle", 1)),
+    }
+    return Matrix(**{**known, **changes})
+
+
+def test_a_key_changes_with_all_that_determines_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, call = matrix(), Call("a circle", 0)
+    case = base.cases(2)[0]
+
+    def key(matrix: Matrix = base, case: Case = case, call: Call = call) -> str:
+        return Store(tmp_path, matrix).key(case, call)
+
+    keys = [
+        key(),
+        key(case=case.reference),
+        key(case=replace(case, ranks=4)),
+        key(case=replace(case, sampler=Sampler("ddim", 4))),
+        key(case=replace(case, sampler=Sampler("euler", 3))),
+        key(case=replace(case, variant=parse_variant("otil:ratio=1/4"))),
+        key(case=replace(case, variant=parse_variant("sync"))),
+        key(case=replace(case, model=find_model("tiny-sdxl"))),
+        key(call=Call("a square", 0)),
+        key(call=Call("a circle", 1)),
+        key(matrix(guidance=5.0)),
+        key(matrix(size=64)),
+        key(matrix(lora=__file__)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(case=replace(case, variant=parse_variant("otil:ratio=0.125"))) == keys[0], "the same settings"
+    assert key(case=replace(case, variant=parse_variant("otil:ratio=1/8,timeout=9"))) == keys[0], (
+        "a timeout draws nothing"
+    )
+    monkeypatch.setattr(store, "code_fingerprint", lambda names=(): "callers" if names else "changed")
+    changed = key(case=case.reference)
+    monkeypatch.setattr(store, "code_fingerprint", lambda names=(): "callers")
+    assert key(case=case.reference) == changed, "the plugin's code does not draw one process's picture"
+    assert key() not in keys
+
+
+def test_changed_weights_change_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"1")
+    before = store.fingerprint(str(tmp_path))
+    store.fingerprint.cache_clear()
+    (tmp_path / "weights").write_bytes(b"12")
+    assert store.fingerprint(str(tmp_path)) != before
+
+
+def test_a_picture_comes_back_as_it_was(tmp_path: Path) -> None:
+    picture = Picture(torch.rand(3, 8, 8), {"sent_bytes": {"kv": 7}}, 0.5)
+    save_picture(tmp_path, "name", picture)
+    (path,) = tmp_path.iterdir()
+    found = load_picture(path)
+    assert torch.equal(found.image, picture.image)
+    assert (found.report, found.seconds) == (picture.report, picture.seconds)
+
+
+@pytest.mark.slow
+def test_a_small_run_on_two_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One variant fails and the others are reported; what is made is not made again."""
+    run = ["eval", "--models", "tiny-dit", "--samplers", "own:3", "--prompts", "1", "--out", str(tmp_path), "--presets"]
+    assert tools.main([*run, "sync", "naive", "otil:timeout=0.001"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == (tmp_path / "table.md").read_text() + "\n"
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    sync, failed, naive = rows["sync"], rows["otil:timeout=0.001"], rows["naive"]
+    assert sync["psnr"] > 80 > naive["psnr"] and sync["seam"] == pytest.approx(1.0, abs=0.01)
+    assert failed["psnr"] is None and "ExchangeTimeout" in failed["error"] and failed["error"] in shown.err
+    assert sync["kv_total"] == pytest.approx(3 * sync["kv_bytes"]) and naive["kv_bytes"] == 0
+    assert naive["kv_total"] == pytest.approx(2 * sync["kv_bytes"]), "two warm-up steps"
+    assert {path.name for path in tmp_path.glob("*.png")} == {"psnr_bytes.png", "sheet-tiny-dit-2-own-3.png"}
+
+    def fail(*args: object, **kwargs: object) -> int:
+        raise AssertionError("started")
+
+    monkeypatch.setattr(generate, "run_to_end", fail)
+    assert tools.main([*run, "sync", "naive"]) == 0
+    again = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert {name: row["psnr"] for name, row in again.items()} == {"sync": sync["psnr"], "naive": naive["psnr"]}
+    with pytest.raises(AssertionError, match="started"):
+        tools.main([*run, "sync", "naive", "--fresh"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "part"), [("tiny-sd", "unet"), ("tiny-dit", "transformer")])
+def test_a_lora_is_in_every_picture(model: str, part: str, tmp_path: Path) -> None:
+    pipe = load_pipe(find_model(model).folder, "own", None)
+    layers = ["to_q", "to_k", "to_v"]
+    getattr(pipe, part).add_adapter(LoraConfig(target_modules=layers, init_lora_weights=False))
+    weights = get_peft_model_state_dict(getattr(pipe, part))
+    type(pipe).save_lora_weights(tmp_path / "lora", **{f"{part}_lora_layers": weights})
+    run = ["eval", "--models", model, "--samplers", "own:3", "--prompts", "1", "--presets", "sync", "--out"]
+    assert tools.main([*run, str(tmp_path / "with"), "--lora", str(tmp_path / "lora")]) == 0
+    assert tools.main([*run, str(tmp_path / "without")]) == 0
+    (made,) = json.loads((tmp_path / "with" / "rows.json").read_text())
+    assert made["psnr"] > 80
+    found = [load_picture(path).image for name in ("with", "without") for path in (tmp_path / name / "cache").iterdir()]
+    assert metrics.psnr(found[0], found[2]) < 40, "the LoRA changes nothing"
+
+
+def test_a_failure_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of torchrun: makes the pictures of a plan until it comes to ``naive``, where rank 1 fails first."""
+    launched = []
+
+    def torchrun(command: list[str], *args: object, **kwargs: object) -> int:
+        path = Path(command[-1])
+        plan = json.loads(path.read_text())
+        launched.append([case["variant"] for case in plan["cases"]])
+        for index, case in enumerate(plan["cases"]):
+            if case["variant"] == "naive":
+                for rank in (0, 1):
+                    note = {"case": index, "rank": rank, "error": f"Error: {rank}", "time": 10 - rank}
+                    (path.parent / f"failed-{rank}.json").write_text(json.dumps(note))
+                return 1
+            for picture in case["pictures"]:
+                save_picture(Path(plan["store"]), picture["key"], Picture(torch.zeros(3, 1, 1), None, 0.0))
+        return 0
+
+    monkeypatch.setattr(generate, "run_to_end", torchrun)
+    three = matrix(variants=tuple(parse_variant(name) for name in ("otil", "naive", "sync")))
+    known = Store(tmp_path, three)
+    assert generate.make_pictures(three, known, jobs=1, timeout=9) == {three.cases(2)[1]: "rank 1: Error: 1"}
+    assert launched == [[None], ["otil", "naive", "sync"], ["sync"]]
+    assert [len(known.missing(case)) for case in three.cases(2)] == [0, 2, 0]
+    logs = [path.parent.name for path in tmp_path.glob("run-*/plan.json")]
+    assert len(logs) == 1 and logs[0].startswith("run-2-"), "the one that failed is kept"
+
+
+def test_variants_with_other_patches_have_a_torchrun_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    def torchrun(command: list[str], *args: object, **kwargs: object) -> int:
+        plan = json.loads(Path(command[-1]).read_text())
+        launched.append([case["variant"] for case in plan["cases"]])
+        for key in (picture["key"] for case in plan["cases"] for picture in case["pictures"]):
+            save_picture(Path(plan["store"]), key, Picture(torch.zeros(3, 1, 1), None, 0.0))
+        return 0
+
+    monkeypatch.setattr(generate, "run_to_end", torchrun)
+    names = ("otil", "hybridiff:window=1:2", "sync", "hybridiff:window=2:3")
+    three = matrix(variants=tuple(map(parse_variant, names)), ranks=(4,))
+    assert generate.make_pictures(three, Store(tmp_path, three), jobs=1, timeout=9) == {}
+    assert launched == [[None], [names[0], names[2]], [names[1], names[3]]]
+    assert [case.patches for case in three.cases(4)] == [4, 2, 4, 2]
+
+
+@pytest.mark.slow
+def test_two_halves_and_patches_on_two_ranks(tmp_path: Path) -> None:
+    run = ["eval", "--models", "tiny-dit", "--samplers", "own:8", "--prompts", "1", "--out", str(tmp_path), "--presets"]
+    assert tools.main([*run, "sync", "hybridiff:window_steps=0", "hybridiff:window=5:7", "otil:window=auto"]) == 0
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["sync"]["psnr"] > 80 and rows["hybridiff:window_steps=0"]["psnr"] > 80
+    assert rows["hybridiff:window_steps=0"]["seam"] is None and rows["hybridiff:window=5:7"]["windows"] == [[5, 7]]
+    assert rows["hybridiff:window=5:7"]["discrepancies"][0][5:7] == [None, None]
+    assert rows["otil:window=auto"]["windows"] == [[3, 8]]
+
+
+def test_variants_with_the_same_settings_are_made_once(tmp_path: Path) -> None:
+    twice = matrix(variants=(parse_variant("otil:ratio=1/8"), parse_variant("otil:ratio=0.125")))
+    known = Store(tmp_path, twice)
+    launch = generate._Launch(twice.cases(2), twice, known, 2)
+    (case,) = json.loads(next(tmp_path.glob("run-2-*/plan.json")).read_text())["cases"]
+    assert case["variant"] == "otil:ratio=1/8" and len(case["pictures"]) == 2 and launch.log.parents[1] == tmp_path
+
+
+def test_an_error_is_one_line() -> None:
+    def fail(error: Exception) -> str:
+        try:
+            raise error
+        except Exception as raised:
+            return last_line(raised)
+
+    assert fail(ValueError("first\nlast\n")) == "ValueError: last"
+    assert fail(AssertionError()) == "AssertionError: test_eval.py: raise error"
+
+
+def test_a_stuck_torchrun_is_ended_and_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(generate, "WORKER", "sleeper")
+    only = matrix(calls=(Call("a circle", 0),))
+    failures = generate.make_pictures(only, Store(tmp_path / "cache", only), jobs=1, timeout=3.0)
+    assert [str(case) for case in failures] == [
+        "tiny-sd, ddim:3, one process",
+        "tiny-sd, ddim:3, otil:ratio=1/8 on 2 ranks",
+    ]
+    alone, together = failures.values()
+    assert alone == "no picture within 3 s" and together == f"no picture of one process to compare with ({alone})"

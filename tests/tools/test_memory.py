@@ -1,0 +1,120 @@
+"""`otil-xdit memory`: its figures are those of real ranks and of a count by hand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.dryrun.memory import memory_of
+from otil_xdit.dryrun.networks import attention_layers, find_network
+from otil_xdit.exchange.communicator import OtilCommunicator
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.grid import TokenLayout
+from otil_xdit.runtime.strategies import get_strategy
+from otil_xdit.tools import main as tools
+from tests.support.ranks import run_ranks
+
+BATCH, RANKS = 2, 2
+TINY_SD = ((16, 32, 1, 32, 5), (8, 16, 2, 48, 5), (4, 8, 4, 64, 5), (2, 4, 8, 64, 1))
+"""Of one of two ranks at 128 pixels: rows, columns, latent pixels of a token, features, number of layers."""
+
+CONFIGS = {
+    "distrifusion": get_strategy("distrifusion").make_config({}),
+    **{how: OtilConfig(kv_cache_dtype=how) for how in ("auto", "bfloat16", "float8")},
+    "half of it, by change": OtilConfig(ratio=0.5, select="kv-cosine", score_reference="previous"),
+}
+
+
+def in_call_order() -> list[tuple[int, int, int, int, int]]:
+    """The way down has two layers of a level, the way up three; between them is the one of the lowest."""
+    *levels, lowest = TINY_SD
+    return [
+        *(level for level in levels for _ in range(2)),
+        lowest,
+        *(level for level in levels[::-1] for _ in range(3)),
+    ]
+
+
+def kept_by_real_ranks(config: OtilConfig) -> int:
+    """What a run reports that calls every layer of tiny-sd at each of so many steps that every mode occurs."""
+    # A step that does not wait takes the most: all layers of a stack at once.
+    run = OtilCommunicator(
+        config.replace(timeout=20.0, fresh_share=0.0),
+        PatchGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size()),
+    )
+    run.begin()
+    for _ in range(config.warmup_steps + 2):
+        for number, (rows, cols, pixels, width, _) in enumerate(in_call_order()):
+            run.observe(None, TokenLayout(rows, cols, pixels))
+            values = torch.ones(BATCH, 2, rows * cols, width // 2)
+            run.gather(str(number), values, values)
+        run.clock.tick()
+    run.end()
+    return run.report().buffer_bytes
+
+
+def all_kept_by_real_ranks() -> dict[str, int]:
+    return {name: kept_by_real_ranks(config) for name, config in CONFIGS.items()}
+
+
+def test_the_figures_are_those_of_a_run() -> None:
+    layers = attention_layers(find_network("tiny-sd"), 128, RANKS, text=77)
+    expected = Counter()
+    for rows, cols, pixels, width, count in TINY_SD:
+        expected[(rows * cols, width, TokenLayout(rows, cols, pixels))] += count
+    assert Counter((layer.tokens, layer.width, layer.layout) for layer in layers) == expected
+    real = run_ranks(RANKS, all_kept_by_real_ranks)
+    for name, config in CONFIGS.items():
+        found = memory_of(layers, RANKS, BATCH, torch.float32, config)
+        assert [one[name] for one in real] == [found.total + sum(found.rooms.values())] * RANKS, name
+
+
+def test_a_count_by_hand() -> None:
+    """SDXL at 1024: 10 layers of 64 x 64 tokens with 640 features, 60 of 32 x 32 with 1280; FLUX: 57 of 4608, 3072."""
+    sdxl = attention_layers(find_network("SDXL"), 1024, 4, text=77)
+    assert Counter((layer.tokens * 4, layer.width) for layer in sdxl) == {(4096, 640): 10, (1024, 1280): 60}
+    flux = attention_layers(find_network("FLUX"), 1024, 4, text=512)
+    assert Counter((layer.tokens * 4, layer.width) for layer in flux) == {(4608, 3072): 57}
+    found = memory_of(flux, 4, 1, torch.bfloat16, OtilConfig(kv_cache_dtype="float8", ratio=1.0))
+    numbers = 57 * 2 * 4608 * 3072
+    assert (found.values, found.velocities) == (2 * numbers, numbers)
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        "memory --models tiny-dit SD1.5 --size 512 --ranks 2 --text_tokens 77 --kv_cache_dtype float8"
+    line += " --dtype float32"
+    )
+    assert tools.main(line.split()) == 0
+    lines = [line.strip("| ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert [row[:3] for row in rows[2:]] == [
+        [model, "2", preset] for model in ("tiny-dit", "SD1.5") for preset in ("distrifusion", "otil, float8")
+    ]
+    # SD1.5 at 512: 5 layers each of 64 x 64 tokens with 320 features, 32 x 32 with 640, 16 x 16 with 1280; 1 of 8 x 8.
+    numbers = 2 * 2 * (5 * (4096 * 320 + 1024 * 640 + 256 * 1280) + 64 * 1280)
+    assert float(rows[4][5]) == round(4 * numbers / 1e6, 1) and float(rows[5][5]) == round(2 * numbers / 1e6, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--models nothing", "nothing: no such model; choose from .*published networks are SDXL, SD1.5, FLUX"),
+        ("--models SDXL --size 1001", "--size 1001 is not possible with SDXL; give a multiple of 8"),
+        ("--models SDXL --size 64 --ranks 8", "--size 64 on 8 ranks with SDXL.*fewer ranks"),
+        ("--models FLUX --ranks 3", "--size 1024 on 3 ranks with FLUX.*4096 image tokens and 512 text tokens"),
+        ("--ranks 1", "--ranks 1: give a whole number from 2 up"),
+        ("--batch 0", "--batch 0: give a whole number from 1 up"),
+    ],
+)
+def test_wrong_arguments_are_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tools.main(["memory", *line.split()])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2
+    assert re.search(message, said), said

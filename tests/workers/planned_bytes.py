@@ -1,0 +1,63 @@
+"""What real ranks count, for `otil-xdit plan` to be compared with; rank 0 prints one JSON object for each case.
+
+torchrun --nproc_per_node 2 tests/workers/planned_bytes.py CASES.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import otil_xdit  # noqa: E402
+from otil_xdit.tools.common.loading import OWN, find_model, load_pipe  # noqa: E402
+from otil_xdit.tools.eval.matrix import parse_variant  # noqa: E402
+from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
+
+
+def main() -> None:
+    otil_xdit.register()
+    torch.set_num_threads(1)
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        report = reported(case)
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, report)
+        if dist.get_rank() == 0:
+            print(json.dumps({"case": case, "ranks": ranks}), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def reported(case: dict[str, Any]) -> dict[str, Any]:
+    """This rank's report of one picture."""
+    pipe = otil_xdit.parallelize(
+        load_pipe(find_model(case["model"]).folder, OWN, None),
+        parse_variant(case["strategy"]).config,
+        ulysses_degree=case["ulysses"],
+        use_cfg_parallel=case["cfg"] > 1,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe(
+        "a large red circle",
+        height=case["height"],
+        width=case["width"],
+        num_inference_steps=case["steps"],
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+    )
+    session = session_of(pipe)
+    assert session is not None, "parallelize attaches a session on more than one rank"
+    report = session.communicator.report().to_dict()
+    session.detach()
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""A service for hundreds of images: each of two ranks keeps tiny-sd and tiny-dit, and everything else changes.
+
+    python tests/workers/soak.py --out soak.json [--count 300] [--seed 0] [--part serve|compare]
+
+Sizes, batches, steps, guidance, samplers and strategies are drawn at random. ``serve`` makes all images on two gloo
+ranks that live throughout, and notes each one's digest and the resident memory of both ranks. ``compare`` makes every
+10th image again on two ranks that were started for it alone. The verdict, at the end of ``compare``: how many are
+identical, and by how much memory has grown after image 30. Exit code 1 for a difference or for 2% and more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+EVERY, SETTLED, MOST_GROWTH = 10, 30, 0.02
+STRATEGIES = ("otil", "otil-paper", "distrifusion", "compact-1bit", "compact-2bit", "sync", "naive")
+SAMPLERS = ("own", "ddim", "dpm-solver", "unipc", "euler", "euler-a", "heun", "pndm")
+SIZES = {"tiny-sd": (64, 96, 128), "tiny-dit": (64, 96, 128)}
+PROMPTS = ("a large red circle on the left", "a small blue square on the right, dotted background", "a green triangle")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="what serve writes and compare reads")
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", choices=("serve", "compare"), help="one of the two only (default both)")
+    parser.add_argument("--rank-jobs", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank_jobs is not None:
+        return in_rank(json.loads(arguments.rank_jobs.read_text()), arguments.out)
+    jobs = draw_jobs(arguments.count, arguments.seed)
+    if arguments.part != "compare":
+        on_two_ranks(jobs, arguments.out)
+    return compare(jobs, arguments.out) if arguments.part != "serve" else 0
+
+
+def draw_jobs(count: int, seed: int) -> list[dict[str, Any]]:
+    """What is made, one after the other; first the largest of each network and strategy, twice, for memory to settle.
+
+    Twice, as the first of them are made before the other network has been loaded.
+    """
+    dice = random.Random(seed)
+    # Twelve steps: under `otil` the first eight of any picture wait, and those that do not have rooms of their own.
+    largest = {"height": 128, "width": 128, "batch": 2, "steps": 12, "guidance": 4.0, "prompt": 0}
+    samplers = {"tiny-sd": "heun", "tiny-dit": "own"}  # of second order: it keeps most
+    jobs = [
+        {"model": model, "strategy": strategy, "sampler": sampler, "seed": turn, **largest}
+        for turn in range(2)
+        for strategy in STRATEGIES
+        for model, sampler in samplers.items()
+    ]
+    strategy = "otil"
+    while len(jobs) < count:
+        if dice.random() < 0.2:
+            strategy = dice.choice(STRATEGIES)
+        model = dice.choice([*SIZES])
+        jobs.append(
+            {
+                "model": model,
+                "strategy": strategy,
+                "height": dice.choice(SIZES[model]),
+                "width": dice.choice(SIZES[model]),
+                "batch": dice.choice((1, 1, 2)),
+                "steps": dice.randint(3, 8),
+                "guidance": dice.choice((1.0, 4.0, 7.5) if model == "tiny-sd" else (4.0, 7.5)),
+                "sampler": dice.choice(SAMPLERS) if model == "tiny-sd" else "own",
+                "prompt": dice.randrange(len(PROMPTS)),
+                "seed": len(jobs),
+            }
+        )
+    return jobs[:count]
+
+
+def on_two_ranks(jobs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Have two new ranks make `jobs`; their notes, which lie in `out` too."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder) / "jobs.json"
+        listed.write_text(json.dumps(jobs))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+        command = [*launch, "--rank-jobs", str(listed), "--out", str(out)]
+        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the ranks failed: {done.stderr[-6000:]}")
+    notes: list[dict[str, Any]] = json.loads(out.read_text())
+    return notes
+
+
+def compare(jobs: list[dict[str, Any]], out: Path) -> int:
+    """Every 10th image by ranks of its own, and the verdict."""
+    notes = json.loads(out.read_text())
+    different, compared = [], 0
+    prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(EVERY - 1, len(jobs), EVERY):
+            fresh = alone(jobs[number], Path(folder) / f"{number}.json")
+            compared += 1
+            if fresh["digests"] != notes[number]["digests"]:
+                different.append(number)
+                print(f"image {number} differs: {jobs[number]}", flush=True)
+    growth, before, since = grown(notes), most(notes[:SETTLED]), most(notes[SETTLED:])
+    seconds = sum(note["seconds"] for note in notes)
+    print(
+        f"{len(notes)} images in {seconds:.0f} s; {compared} compared with fresh ranks', {len(different)} different; "
+        f"memory after image {SETTLED}: {', '.join(f'rank {rank} {share:+.2%}' for rank, share in enumerate(growth))}; "
+        f"the exchange's buffers: at most {before:.1f} MB until then, {since:.1f} MB since"
+    )
+    return int(bool(different) or max(growth) >= MOST_GROWTH)
+
+
+def alone(job: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The note of an image that is made by two ranks of its own, forked from this process, which has made none."""
+    from otil_xdit.xdit.launcher.processes import free_port
+
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    pids = []
+    for rank in range(2):
+        pid, code = os.fork(), 1
+        if pid:
+            pids.append(pid)
+            continue
+        os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+        try:
+            code = in_rank([job], out)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if any([os.waitpid(pid, 0)[1] for pid in pids]):
+        raise SystemExit(f"the ranks failed with {job}")
+    (note,) = json.loads(out.read_text())
+    return dict(note)
+
+
+def grown(notes: list[dict[str, Any]]) -> list[float]:
+    """By which share each rank's resident memory at the end is above that after image 30."""
+    settled, last = notes[min(SETTLED, len(notes)) - 1]["resident"], notes[-1]["resident"]
+    return [end / start - 1 for start, end in zip(settled, last, strict=True)]
+
+
+def most(notes: list[dict[str, Any]]) -> float:
+    """Of both ranks and all images, in MB."""
+    return max((max(note["buffers"]) for note in notes), default=0) / 1e6
+
+
+# ---- on a rank -------------------------------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Import what takes long, and say little."""
+    import torch
+
+    import otil_xdit
+
+    otil_xdit.register()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+
+
+def in_rank(jobs: list[dict[str, Any]], out: Path) -> int:
+    """Make all jobs; rank 0 writes the notes of both."""
+    import psutil
+    import torch.distributed as dist
+
+    prepare()
+    service, notes, process = Service(), [], psutil.Process()
+    for number, job in enumerate(jobs):
+        started = time.perf_counter()
+        try:
+            digest = service.make(job)
+        except Exception as error:
+            raise RuntimeError(f"image {number}, {job}") from error
+        seconds = time.perf_counter() - started
+        gc.collect()
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (digest, process.memory_info().rss, service.buffer_bytes))
+        digests, resident, buffers = zip(*ranks, strict=True)
+        notes.append({"digests": digests, "resident": resident, "buffers": buffers, "seconds": seconds})
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(notes))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+class Service:
+    """Both models, loaded once; a strategy stays until a job asks for another."""
+
+    def __init__(self) -> None:
+        self._plain: dict[str, Any] = {}
+        self._parallel: dict[str, tuple[str, Any]] = {}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What the exchanges of both models keep."""
+        from otil_xdit.xdit.plugin.register import session_of
+
+        sessions = [session_of(pipe) for _, pipe in self._parallel.values()]
+        return sum(session.communicator.report().buffer_bytes for session in sessions if session is not None)
+
+    def make(self, job: dict[str, Any]) -> str:
+        """The image's digest; "" on a rank that gets none."""
+        import torch
+
+        from otil_xdit.catalog.schedulers import make_scheduler
+
+        pipe = self._pipe(job["model"], job["strategy"])
+        own = pipe.scheduler
+        if job["sampler"] != "own":
+            pipe.scheduler = make_scheduler(job["sampler"], own)
+        try:
+            made = pipe(
+                prompt=PROMPTS[job["prompt"]],
+                height=job["height"],
+                width=job["width"],
+                num_inference_steps=job["steps"],
+                guidance_scale=job["guidance"],
+                num_images_per_prompt=job["batch"],
+                generator=torch.Generator().manual_seed(job["seed"]),
+                output_type="pt",
+            )
+        finally:
+            if job["sampler"] != "own":
+                pipe.scheduler = own
+        return "" if made is None else hashlib.sha256(made.images.numpy().tobytes()).hexdigest()
+
+    def _pipe(self, model: str, strategy: str) -> Any:
+        import otil_xdit
+
+        known, pipe = self._parallel.get(model, ("", None))
+        if known != strategy:
+            if pipe is not None:
+                otil_xdit.restore(pipe)
+            pipe = otil_xdit.parallelize(self._loaded(model), strategy)
+            self._parallel[model] = strategy, pipe
+        return pipe
+
+    def _loaded(self, model: str) -> Any:
+        from otil_xdit.catalog.bundled import model_folder
+        from otil_xdit.tools.common.loading import OWN, load_pipe
+
+        if model not in self._plain:
+            self._plain[model] = load_pipe(model_folder(model), OWN, None)
+        return self._plain[model]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""What a pipeline with a U-Net does on the ranks of a torchrun, besides being exact; rank 0 prints one JSON object.
+
+torchrun --standalone --nproc_per_node 2 tests/workers/unet_session.py [--compile]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import otil_xdit  # noqa: E402
+from otil_xdit import OtilConfig, get_strategy  # noqa: E402
+from otil_xdit.networks.unet.inspection import unwrapped  # noqa: E402
+from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
+from tests.support.unets.configs import build_unet  # noqa: E402
+from tests.support.unets.pipelines import pipeline_around  # noqa: E402
+
+PIXELS = 8
+DISPLACED = get_strategy("otil-paper").make_config({"ratio": 0.5, "warmup_steps": 2, "select": "kv-cosine"})
+
+
+def main() -> None:
+    otil_xdit.register()
+    torch.set_num_threads(1)
+    checks = (repeats, idle, noise, interrupted, shared_network, undone, counted, paired)
+    if "--compile" in sys.argv:
+        checks = (compiled,)
+    found = {check.__name__: check() for check in checks}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    if dist.get_rank() == 0:
+        print(json.dumps({name: [rank[name] for rank in ranks] for name in found}), flush=True)
+    dist.destroy_process_group()
+
+
+def pipeline(unet: nn.Module | None = None) -> Any:
+    pipe = pipeline_around(build_unet("sd1.5") if unet is None else unet)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image(pipe: Any, rows: int = 24, cols: int = 16, steps: int = 5, **more: Any) -> torch.Tensor:
+    """Latents, [1, 4, rows, cols]."""
+    draw = torch.Generator().manual_seed(7)
+    words = torch.randn(2, 1, 7, pipe.unet.config.cross_attention_dim, generator=draw)
+    call = {"prompt_embeds": words[0], "negative_prompt_embeds": words[1], "generator": draw, **more}
+    size = {"height": rows * PIXELS, "width": cols * PIXELS}
+    return pipe(**call, **size, num_inference_steps=steps, guidance_scale=4.0, output_type="latent").images
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+def repeats() -> list[str]:
+    """An image, others of another size, number of steps and batch, and the first again."""
+    pipe = otil_xdit.parallelize(pipeline(), DISPLACED)
+    sizes = ({}, {"rows": 32, "cols": 24}, {"steps": 3}, {"num_images_per_prompt": 2, "generator": None}, {})
+    made = [digest(image(pipe, **size)) for size in sizes]
+    session_of(pipe).detach()
+    return [made[0], made[-1], *made[1:-1]]
+
+
+def idle() -> bool:
+    """Ranks that nobody calls for longer than the timeout, and that are called one after the other, go on."""
+    pipe = otil_xdit.parallelize(pipeline(), OtilConfig(timeout=1.0))
+    before = image(pipe)
+    time.sleep(1.5 + 0.5 * dist.get_rank())
+    same = torch.equal(image(pipe), before)
+    session_of(pipe).detach()
+    return same
+
+
+def noise() -> list[str]:
+    """Without a generator ranks draw alike, though their generators have been seeded apart, and anew each time."""
+    pipe = otil_xdit.parallelize(pipeline(), OtilConfig(freshness="sync"))
+    torch.manual_seed(dist.get_rank())
+    made = [digest(image(pipe, generator=None, steps=2)) for _ in range(2)]
+    session_of(pipe).detach()
+    return made
+
+
+def interrupted() -> bool:
+    """After an exception in a callback the next image is as if nothing had happened."""
+    pipe = otil_xdit.parallelize(pipeline(), DISPLACED)
+    before = image(pipe)
+
+    def stop(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            raise InterruptedError
+        return given
+
+    try:
+        image(pipe, rows=32, callback_on_step_end=stop)
+    except InterruptedError:
+        return torch.equal(image(pipe), before)
+    return False
+
+
+def shared_network() -> dict[str, bool]:
+    """Two pipelines round one U-Net, in turns, with their own settings; errors over the latents' deviation."""
+    first, second = pipeline(), None
+    exact = image(first)
+    second = otil_xdit.parallelize(pipeline(first.unet), OtilConfig(freshness="frozen"))
+    first = otil_xdit.parallelize(first, OtilConfig(freshness="sync"))
+    made = [image(pipe) for pipe in (first, second, first, second)]
+    errors = [((latents - exact).abs().max() / exact.std()).item() for latents in made]
+    session_of(first).detach()
+    session_of(second).detach()
+    return {
+        "same again": torch.equal(made[0], made[2]) and torch.equal(made[1], made[3]),
+        "sync exact": errors[0] <= 1e-4,
+        "frozen not": errors[1] > 1e-2,
+        "undone": torch.equal(image(first), exact),
+    }
+
+
+def undone() -> dict[str, bool]:
+    """`detach` gives back the network and the pipeline as they were."""
+    pipe = pipeline()
+    before, names, classes = image(pipe), list(pipe.unet.state_dict()), [type(m) for m in pipe.unet.modules()]
+    kind = type(pipe)
+    otil_xdit.parallelize(pipe, DISPLACED)
+    image(pipe)
+    wrapped = not unwrapped(pipe.unet) and list(pipe.unet.state_dict()) == names
+    session_of(pipe).detach()
+    restored = [type(m) for m in pipe.unet.modules()] == classes and type(pipe) is kind
+    return {"wrapped": wrapped, "restored": restored, "same": torch.equal(image(pipe), before)}
+
+
+def counted() -> dict[str, float]:
+    """Bytes of halo rows and moments as counted, and as they follow from the shapes that layers are given."""
+    pipe, steps = pipeline(), 4
+    expected = small_bytes(pipe)
+    otil_xdit.parallelize(pipe, OtilConfig(ratio=0.5, warmup_steps=1))
+    image(pipe, steps=steps)
+    report = session_of(pipe).communicator.report()
+    session_of(pipe).detach()
+    return {"counted": report.small_bytes_per_step, "expected": expected}
+
+
+def small_bytes(pipe: Any) -> int:
+    """For this rank of two: one row of its map to each neighbour that a 3x3 convolution reads, 2 float32 a group."""
+
+    def sent(module: nn.Module, x: torch.Tensor) -> int:
+        batch, channels, _, width = x.shape
+        return 4 * batch * (module.num_groups * 2 if isinstance(module, nn.GroupNorm) else channels * width)
+
+    return summed_over_messages(pipe, sent)
+
+
+def paired() -> dict[str, dict[str, float]]:
+    """Messages of halo rows and moments in a synchronous step, and the error over the deviation, by network.
+
+    `saved` are the messages that norms and convolutions would send by themselves, without those that were sent.
+    """
+    found = {}
+    for name, changed in {"plain": plain, "LoRA": adapted, "LoRA of two": adapted_twice, "hooks": hooked}.items():
+        pipe = pipeline()
+        changed(pipe.unet)
+        exact, alone = image(pipe, steps=2), small_messages(pipe)
+        otil_xdit.parallelize(pipe, OtilConfig(freshness="sync", warmup_steps=1))
+        error = ((image(pipe, steps=2) - exact).abs().max() / exact.std()).item()
+        sent = session_of(pipe).communicator.report().messages
+        session_of(pipe).detach()
+        found[name] = {"error": error, "saved": alone - sent["halo"] - sent.get("moments", 0)}
+    return found
+
+
+def plain(unet: nn.Module) -> None:
+    pass
+
+
+def adapted(unet: nn.Module, name: str = "one") -> None:
+    torch.manual_seed(5)
+    targets = ["conv1", "conv2", "conv_out"]
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False), name)
+
+
+def adapted_twice(unet: nn.Module) -> None:
+    adapted(unet, "one")
+    adapted(unet, "two")
+    unet.set_adapters(["one", "two"], [0.7, 0.5])
+
+
+def hooked(unet: nn.Module) -> None:
+    """A hook between norm and convolution that changes what the convolution reads."""
+    unet.mid_block.resnets[0].norm1.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def small_messages(pipe: Any) -> int:
+    """Messages of this rank of two in a step in which every norm and every convolution asks by itself."""
+    return summed_over_messages(pipe, lambda module, x: 1)
+
+
+def summed_over_messages(pipe: Any, of: Callable[[nn.Module, torch.Tensor], int]) -> int:
+    """Sum of ``of(layer, its input)`` over a step's norms and 3x3 convolutions that send something from this rank."""
+    total = []
+
+    def seen(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        # The lower rank needs a row of the upper one at any stride.
+        if isinstance(module, nn.GroupNorm) or dist.get_rank() == 0 or module.stride[0] == 1:
+            total.append(of(module, inputs[0]))
+
+    spatial = [m for m in pipe.unet.modules() if isinstance(m, nn.GroupNorm) or getattr(m, "kernel_size", 0) == (3, 3)]
+    handles = [module.register_forward_pre_hook(seen) for module in spatial]
+    image(pipe, steps=1)
+    for handle in handles:
+        handle.remove()
+    return sum(total)
+
+
+def compiled() -> list[float]:
+    """Errors of a compiled U-Net on patches, wrapped by torch.compile and compiled in place, over the deviation."""
+    pipe = pipeline()
+    network, exact = pipe.unet, image(pipe, steps=2)
+    otil_xdit.parallelize(pipe, OtilConfig(freshness="sync"))
+    pipe.unet = torch.compile(network, backend="eager")
+    made = [image(pipe, steps=2)]
+    pipe.unet = network
+    network.compile(backend="eager")
+    made.append(image(pipe, steps=2))
+    return [((latents - exact).abs().max() / exact.std()).item() for latents in made]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What the "Otil options" mean, and every way to get them wrong."""
+
+import argparse
+import importlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from otil_xdit.catalog.geometry import GEOMETRIES, geometry_of
+from otil_xdit.errors import FlagError
+from otil_xdit.tools.eval.matrix import parse_variant
+from otil_xdit.xdit.cpu import enable_cpu_ranks
+from otil_xdit.xdit.flags.choice import ParallelChoice, choose
+from otil_xdit.xdit.flags.degrees import resolve_patch_degree
+from otil_xdit.xdit.flags.options import add_otil_args
+
+
+def parser() -> argparse.ArgumentParser:
+    """A parser with the part of xfuser's flags that matters here."""
+    made = argparse.ArgumentParser(exit_on_error=False)
+    made.add_argument("--model")
+    made.add_argument("--use_cfg_parallel", action="store_true")
+    for degree in ("data_parallel", "ulysses", "ring", "pipefusion_parallel", "tensor_parallel"):
+        made.add_argument(f"--{degree}_degree", type=int, default=1)
+    for size in ("height", "width"):
+        made.add_argument(f"--{size}", type=int)
+    made.add_argument("--cache_method")
+    made.add_argument("--use_fp8_comms", action="store_true")
+    add_otil_args(made)
+    return made
+
+
+def chosen(line: str, world_size: int | None = 2) -> ParallelChoice | None:
+    return choose(vars(parser().parse_args(line.split())), world_size)
+
+
+def test_without_parallel_there_is_no_choice() -> None:
+    assert chosen("", 1) is None
+    assert chosen("--ring_degree 2 --pipefusion_parallel_degree 2", 4) is None
+
+
+def test_only_given_settings_reach_the_strategy() -> None:
+    choice = chosen("--parallel otil --otil_ratio 1/4 --otil_warmup_steps 3 --otil_polling 0")
+    assert choice is not None
+    assert (choice.strategy.name, choice.patch_degree, choice.ulysses_degree) == ("otil", 2, 1)
+    assert choice.config == type(choice.config)(ratio=0.25, warmup_steps=3, polling=0.0)
+
+
+def test_a_switch_takes_no_value() -> None:
+    """The next argument stays its own; a switch that is not given is not a setting that is."""
+    choice = chosen("--parallel otil --otil_check --otil_warmup_steps 3")
+    assert choice is not None and choice.config == type(choice.config)(check=True, warmup_steps=3)
+    without = chosen("--parallel otil")
+    assert without is not None and without.config.check is False
+    with pytest.raises(FlagError, match="--otil_check given without --parallel"):
+        chosen("--otil_check")
+    assert parse_variant("otil:check=yes").config.check is True
+    with pytest.raises(ValueError, match="check=maybe: 'maybe' is neither yes nor no"):
+        parse_variant("otil:check=maybe")
+
+
+@pytest.mark.parametrize("text", ["1/8", "0.125", " 1/8", ".125"])
+def test_ratio_is_a_fraction_or_a_number(text: str) -> None:
+    choice = choose(vars(parser().parse_args(["--parallel", "otil", "--otil_ratio", text])), 2)
+    assert choice is not None and choice.config.ratio == 0.125
+
+
+@pytest.mark.parametrize(
+    ("line", "world_size", "patch_degree"),
+    [
+        ("", 4, 4),
+        ("--patch_degree 4", 4, 4),
+        ("--ring_degree 4", 4, 4),
+        ("--patch_degree 2 --ring_degree 2", 2, 2),
+        ("--patch_degree 3", None, 3),
+        ("--use_cfg_parallel", 4, 2),
+        ("--ulysses_degree 2", 8, 4),
+        ("--use_cfg_parallel --ulysses_degree 2 --data_parallel_degree 2", 16, 2),
+        ("--ring_degree 1", 1, 1),
+    ],
+)
+def test_patch_degree(line: str, world_size: int | None, patch_degree: int) -> None:
+    choice = chosen(f"--parallel sync {line}", world_size)
+    assert choice is not None and choice.patch_degree == patch_degree
+
+
+@given(
+    patches=some.integers(1, 8),
+    others=some.fixed_dictionaries(
+        {
+            "ulysses_degree": some.integers(1, 4),
+            "data_parallel_degree": some.integers(1, 3),
+            "use_cfg_parallel": some.booleans(),
+        }
+    ),
+    world_size=some.integers(1, 64),
+)
+def test_degrees_fill_the_world_or_are_refused(patches: int, others: dict[str, int], world_size: int) -> None:
+    rest = others["ulysses_degree"] * others["data_parallel_degree"] * (2 if others["use_cfg_parallel"] else 1)
+    assert resolve_patch_degree(others, patches * rest) == patches
+    if patches * rest == world_size:
+        assert resolve_patch_degree({**others, "patch_degree": patches}, world_size) == patches
+    else:
+        with pytest.raises(FlagError, match=f"--patch_degree {patches} does not fit {world_size} processes"):
+            resolve_patch_degree({**others, "patch_degree": patches}, world_size)
+
+
+WRONG = [
+    (
+        "--parallel foo",
+        "--parallel foo: no such strategy; choose from otil, otil-paper, distrifusion, compact-1bit, "
+        "compact-2bit, hybridiff, sync, naive",
+    ),
+    ("--parallel otil --otil_ratio 0", r"--otil_ratio.* is 0; give a number in \(0, 1\]"),
+    ("--parallel otil --otil_ratio 1.5", r"--otil_ratio.* is 1.5; give a number in \(0, 1\]"),
+    ("--parallel otil --otil_ratio abc", "--otil_ratio.*'abc' is not a ratio; give a fraction such as 1/8"),
+    ("--parallel otil --otil_ratio 1/0", "--otil_ratio.*'1/0' is not a ratio"),
+    ("--parallel otil --otil_block_size 0", "--otil_block_size is 0; give a whole number from 1"),
+    ("--parallel otil --otil_block_size 4.5", "--otil_block_size.*'4.5' is not a whole number"),
+    ("--parallel otil --otil_select best", "--otil_select is 'best'; choose from latent-cosine"),
+    ("--parallel otil --otil_polling 2", r"--otil_polling is 2; give a number in \[0, 1\]"),
+    ("--parallel otil --otil_warmup_steps 0", "--otil_warmup_steps is 0; give a whole number from 1 up"),
+    ("--parallel otil --otil_refresh -1", "--otil_refresh is -1; give a whole number from 0 up"),
+    ("--parallel otil --otil_timeout 0", "--otil_timeout is 0; give a number in"),
+    ("--parallel otil --otil_report /nowhere/at/all.json", "--otil_report .*no such directory"),
+    ("--parallel otil --patch_degree 0", "--patch_degree is 0; give a whole number from 1 up"),
+    ("--parallel otil --patch_degree 3", "--patch_degree 3 does not fit 2 processes: 3 patches = 3"),
+    ("--parallel otil --ulysses_degree 3", r"2 processes cannot be shared out: 3 \(--ulysses_degree\)"),
+    ("--parallel otil --patch_degree 2 --ring_degree 1", "--patch_degree 2 and --ring_degree 1 contradict each other"),
+    ("--parallel otil --ring_degree 4 --patch_degree 2", "--patch_degree 2 and --ring_degree 4 contradict each other"),
+    ("--patch_degree 2", "--patch_degree given without --parallel"),
+    ("--otil_ratio 1/8 --otil_block_size 4", "--otil_ratio, --otil_block_size given without --parallel"),
+    ("--parallel otil --pipefusion_parallel_degree 2", "--pipefusion_parallel_degree 2 are not supported together"),
+    ("--parallel otil --tensor_parallel_degree 2", "--tensor_parallel_degree 2 are not supported together"),
+    ("--parallel otil --cache_method fbcache", "--cache_method fbcache are not supported together"),
+    ("--parallel otil --use_fp8_comms", "--parallel otil and --use_fp8_comms are not supported together"),
+    ("--parallel otil --otil_select latent-l2 --ulysses_degree 2", "choose kv-cosine or kv-l2"),
+    ("--parallel otil --model tiny-dit --height 100", "--height 100 cannot be cut into 2 patches.*a multiple of 16"),
+    (
+        "--parallel otil --model tiny-dit --otil_block_size 32",
+        "--otil_block_size 32 is larger than a patch.*give at most 16",
+    ),
+    ("--parallel sync --model owner/FLUX.1-dev --height 16 --width 48", "--height 16 cannot be cut into 2 patches"),
+]
+"""Command lines for two processes, and what is said about each."""
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG)
+def test_wrong_flags(line: str, message: str) -> None:
+    with pytest.raises((FlagError, argparse.ArgumentError), match=message) as caught:
+        chosen(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_setting_without_effect_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    chosen("--parallel distrifusion --otil_ratio 1/8")
+    chosen("--parallel otil", 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "--otil_ratio has no effect with --parallel distrifusion",
+        "--parallel otil has no effect with one patch",
+    ]
+
+
+def test_an_ungiven_ring_degree_is_an_ordinary_one() -> None:
+    degree = vars(parser().parse_args([]))["ring_degree"]
+    assert degree == 1 and isinstance(degree, int) and json.dumps(degree) == "1"
+
+
+def test_every_flag_has_one_line_of_help() -> None:
+    group = next(group for group in parser()._action_groups if group.title == "Otil options")
+    for action in group._group_actions:
+        assert action.help and action.help.endswith(".") and "\n" not in action.help, action.option_strings
+        assert action.default is None
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.models[0])
+def test_geometry_table_agrees_with_xfuser(geometry) -> None:
+    enable_cpu_ranks()
+    registry = importlib.import_module("xfuser.model_executor.models.runner_models.base_model").MODEL_REGISTRY
+    importlib.import_module("otil_xdit").register()
+    known = {name: cls for name, cls in registry.items() if geometry_of(name) is geometry}
+    assert {name.rsplit("/", 1)[-1].lower() for name in known} == set(geometry.models)
+    for name, model in known.items():
+        default = model.default_input_values
+        assert (default.height, default.width) == (geometry.height, geometry.width), name
