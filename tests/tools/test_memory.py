@@ -86,10 +86,8 @@ def test_a_count_by_hand() -> None:
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    line = (
-        "memory --models tiny-dit SD1.5 --size 512 --ranks 2 --text_tokens 77 --kv_cache_dtype float8"
-    line += " --dtype float32"
-    )
+    line = "memory --models tiny-dit SD1.5 --size 512 --ranks 2 --text_tokens 77 --dtype float32"
+    line += " --kv_cache_dtype float8"
     assert tools.main(line.split()) == 0
     lines = [line.strip("| ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
