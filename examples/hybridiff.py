@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import otil_xdit
 from otil_xdit.catalog.bundled import model_folder
+from otil_xdit.catalog.folders import OWN, load_pipe
 from otil_xdit.hybridiff.tracing import CPU_ATTENTION
-from otil_xdit.tools.common.loading import OWN, load_pipe
 from otil_xdit.tools.eval.matrix import parse_variant
 from otil_xdit.tools.eval.metrics import psnr, ssim
 from otil_xdit.tools.study.trajectories import PROMPTS, read_prompts

@@ -6,6 +6,13 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+BUNDLED_UNETS = ("tiny-sd", "tiny-sdxl")
+
+TINY_DIT = "tiny-dit"
+
+BUNDLED = (*BUNDLED_UNETS, TINY_DIT)
+"""Names of the models that ship with this package."""
+
 
 def model_folder(name: str) -> str:
     """The folder of a shipped model, in diffusers format."""

@@ -17,11 +17,11 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from otil_xdit.catalog.folders import find_model
 from otil_xdit.method.grid import LevelGrid, TokenLayout
 from otil_xdit.networks.dit.architectures import architecture_of
 from otil_xdit.networks.unet.levels import Levels, check_supported
 from otil_xdit.networks.unet.model import is_unet
-from otil_xdit.tools.common.loading import find_model
 
 META = torch.device("meta")
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from otil_xdit.comm.collectives import Collectives, Neighbours, Pending, Traffic, Transfer
 from otil_xdit.comm.groups import PatchGroup
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 Pattern = Literal["all-gather", "neighbours", "all-to-all"]
 

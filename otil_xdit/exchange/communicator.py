@@ -84,7 +84,7 @@ class OtilCommunicator:
         self._schedule = Schedule.from_config(config)
         # Of halo rows and moments that are a step old; keys and values have one of each layer and step.
         self._gain = 0.0 if config.extrapolation == "none" else config.extrapolation_gain
-        self._picker = BlockSelector(config, self.clock, group)
+        self._picker = BlockSelector(config, self.clock, group.rank, group.ulysses_degree)
         self._layers: dict[str, tuple[KVGroup, int]] = {}
         self.stacks: list[KVGroup] = []
         self._called: KVGroup | None = None

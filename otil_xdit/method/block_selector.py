@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout, block_table, image_positions, pixel_table
 from otil_xdit.method.schedule import Clock
@@ -40,12 +39,13 @@ class BlockSelector:
     Args:
         config: reads `select`, `block`, `ratio`, `polling`, `max_age` and `seed`.
         clock: the run's.
-        group: the ranks that hold the patches; each draws random sub-blocks of its own.
+        rank: this rank's patch; each rank draws random sub-blocks of its own.
+        ulysses_degree: ranks that share a patch's heads.
     """
 
-    def __init__(self, config: OtilConfig, clock: Clock, group: PatchGroup) -> None:
-        self.layout = TokenLayout(chunks=group.ulysses_degree)
-        self._config, self._clock, self._rank = config, clock, group.rank
+    def __init__(self, config: OtilConfig, clock: Clock, rank: int, ulysses_degree: int) -> None:
+        self.layout = TokenLayout(chunks=ulysses_degree)
+        self._config, self._clock, self._rank = config, clock, rank
         self._source, _, self._criterion = config.select.partition("-")
         self._geometries: dict[tuple[TokenLayout, int], _Geometry] = {}
         self._selectors: dict[object, Selector] = {}

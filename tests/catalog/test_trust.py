@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from otil_xdit.catalog.folders import load_pipe
 from otil_xdit.catalog.trust import WITH_REMOTE_CODE, check_folder
 from otil_xdit.errors import FlagError
 from otil_xdit.tools import main as tools
-from otil_xdit.tools.common.loading import load_pipe
 from otil_xdit.tools.eval.cli import lora_file
 from otil_xdit.xdit.launcher import main as cli
 from otil_xdit.xdit.launcher.runner_registry import model_registry

@@ -20,6 +20,7 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from tqdm import tqdm
 
+from otil_xdit.catalog.folders import find_model
 from otil_xdit.dryrun.networks import attention_layers, find_network
 from otil_xdit.tools import main as tools
 from otil_xdit.tools.bench import link
@@ -31,7 +32,6 @@ from otil_xdit.tools.bench.plan import Cell, Plan, parse_strategy
 from otil_xdit.tools.bench.protocol import GatherTask, ImageTask
 from otil_xdit.tools.bench.report import plot, table
 from otil_xdit.tools.bench.results import Results, Run
-from otil_xdit.tools.common.loading import find_model
 from tests.tools.test_bench_link import namespaces_of, no_link
 
 PATIENCE = 120.0  # seconds; a rank loads in 8 on an idle machine

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from otil_xdit.catalog.folders import find_model
 from otil_xdit.tools.bench import scaling
 from otil_xdit.tools.bench.calibrate import Link
 from otil_xdit.tools.bench.cli import write
 from otil_xdit.tools.bench.plan import Cell, Plan, parse_strategy
 from otil_xdit.tools.bench.report import table
 from otil_xdit.tools.bench.results import Results, Run, Spread
-from otil_xdit.tools.common.loading import find_model
 
 MODELS = find_model("tiny-sd"), find_model("tiny-dit")
 

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from otil_xdit.catalog.folders import find_model, load_pipe
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.tools import main as tools
-from otil_xdit.tools.common.loading import find_model, load_pipe
 from otil_xdit.tools.eval import cache as store
 from otil_xdit.tools.eval import cli as tool
 from otil_xdit.tools.eval import generate, metrics

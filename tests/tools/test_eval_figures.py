@@ -11,7 +11,7 @@ import torch
 import transformers
 from PIL import Image
 
-from otil_xdit.tools.common.loading import find_model
+from otil_xdit.catalog.folders import find_model
 from otil_xdit.tools.eval import metrics
 from otil_xdit.tools.eval import perceptual_metrics as weights
 from otil_xdit.tools.eval.cache import Picture

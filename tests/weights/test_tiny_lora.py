@@ -8,8 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from otil_xdit.catalog.bundled import model_folder
-from otil_xdit.xdit.models.unets import SHIPPED
+from otil_xdit.catalog.bundled import BUNDLED_UNETS, model_folder
 from tests.support.torchrun import lines_of
 
 FOLDER = Path(model_folder("tiny-sd-lora"))
@@ -52,4 +51,4 @@ def test_the_file_is_small_and_float16() -> None:
 
 def test_it_is_not_listed_as_a_model() -> None:
     assert (FOLDER / "README.md").exists() and not (FOLDER / "model_index.json").exists()
-    assert "tiny-sd-lora" not in SHIPPED
+    assert "tiny-sd-lora" not in BUNDLED_UNETS

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig, get_strategy  # noqa: E402
 from otil_xdit.catalog.bundled import model_folder  # noqa: E402
+from otil_xdit.catalog.folders import load_pipe  # noqa: E402
 from otil_xdit.hybridiff.tracing import CPU_ATTENTION  # noqa: E402
-from otil_xdit.tools.common.loading import load_pipe  # noqa: E402
 from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
 from tests.support.in_rank import leave_groups  # noqa: E402
 

@@ -259,7 +259,7 @@ class Service:
 
     def _loaded(self, model: str) -> Any:
         from otil_xdit.catalog.bundled import model_folder
-        from otil_xdit.tools.common.loading import OWN, load_pipe
+        from otil_xdit.catalog.folders import OWN, load_pipe
 
         if model not in self._plain:
             self._plain[model] = load_pipe(model_folder(model), OWN, None)

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 import otil_xdit
-from otil_xdit.catalog.bundled import model_folder
+from otil_xdit.catalog.bundled import BUNDLED_UNETS, model_folder
 from otil_xdit.catalog.pipelines import REFUSED, SUPPORTED, check_unet_pipeline
 from otil_xdit.catalog.unets import UNETS, read_folder
 from otil_xdit.xdit.launcher.runner_registry import model_registry
 from otil_xdit.xdit.models.pipelines import wrapper_class
-from otil_xdit.xdit.models.unets import SHIPPED, register_folder, source_of
+from otil_xdit.xdit.models.unets import register_folder, source_of
 from tests.support.tiny_folder import PIXELS, save_tiny_sd
 from tests.support.unets import build_unet, pipeline_around
 
@@ -57,7 +57,7 @@ def test_a_full_name_loads_that_repository() -> None:
     assert source_of("runwayml/stable-diffusion-v1-5", facts) == "runwayml/stable-diffusion-v1-5"
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", BUNDLED_UNETS)
 def test_what_is_known_of_a_shipped_model_is_what_its_folder_says(name: str) -> None:
     known = next(facts for facts in UNETS if facts.label == name)
     said = read_folder(model_folder(name))

@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from otil_xdit.catalog.folders import MODELS_HELP, OWN, find_model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.runtime.strategies import get_strategy, strategies
 from otil_xdit.tools.bench.jobs import JobFailed
@@ -19,7 +20,6 @@ from otil_xdit.tools.bench.report import plot, table
 from otil_xdit.tools.bench.results import Results
 from otil_xdit.tools.bench.runner import run_plan
 from otil_xdit.tools.bench.scaling import plot_over_latents, plot_over_ranks
-from otil_xdit.tools.common.loading import MODELS_HELP, OWN, find_model
 from otil_xdit.tools.eval.generate import Interrupted
 
 LINK_HELP = """\

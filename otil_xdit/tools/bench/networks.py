@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from otil_xdit.catalog.folders import load_pipe
 from otil_xdit.dryrun.networks import wider_settings
 from otil_xdit.runtime.strategies import get_strategy, register_strategy
 from otil_xdit.tools.bench.plan import ALONE, Strategy
-from otil_xdit.tools.common.loading import load_pipe
 
 SEED = 0
 """Of the weights of a wider network; the same on every rank."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from otil_xdit.catalog.folders import OWN, Model
 from otil_xdit.catalog.schedulers import SCHEDULERS
-from otil_xdit.tools.common.loading import OWN, Model
 from otil_xdit.tools.eval.matrix import Variant, parse_variant
 from otil_xdit.xdit.flags.degrees import check_at_least
 

@@ -12,10 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
+from otil_xdit.catalog.folders import MODELS_HELP, OWN, Model, find_model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.catalog.trust import check_folder, check_lora
 from otil_xdit.runtime.strategies import strategies
-from otil_xdit.tools.common.loading import MODELS_HELP, OWN, Model, find_model
 from otil_xdit.tools.eval.cache import Store
 from otil_xdit.tools.eval.contact_sheets import Column, sheet
 from otil_xdit.tools.eval.generate import Failures, Interrupted, make_pictures

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
+from otil_xdit.catalog.folders import OWN, Model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy, strategies
-from otil_xdit.tools.common.loading import OWN, Model
 from otil_xdit.xdit.flags.options import OPTIONS
 
 

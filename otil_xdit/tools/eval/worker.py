@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from otil_xdit.catalog.folders import device, load_pipe
 from otil_xdit.runtime.strategies import get_strategy, register_strategy
-from otil_xdit.tools.common.loading import device, load_pipe
 from otil_xdit.tools.eval.cache import Picture, save_picture
 from otil_xdit.tools.eval.matrix import parse_variant
 

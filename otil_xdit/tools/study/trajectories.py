@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from otil_xdit.catalog.bundled import model_folder
+from otil_xdit.catalog.folders import OWN, load_pipe
 from otil_xdit.catalog.schedulers import SCHEDULERS
-from otil_xdit.tools.common.loading import OWN, load_pipe
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
 """One prompt a line, of the kind that the shipped models were trained on."""

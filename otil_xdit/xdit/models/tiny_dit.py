@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 
-from otil_xdit.catalog.bundled import absent_parts, model_folder
-
-TINY_DIT = "tiny-dit"
+from otil_xdit.catalog.bundled import TINY_DIT, absent_parts, model_folder
 
 
 def register_models() -> None:

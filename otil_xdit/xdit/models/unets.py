@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from otil_xdit.catalog.bundled import model_folder
+from otil_xdit.catalog.bundled import BUNDLED_UNETS, model_folder
 from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.catalog.schedulers import make_scheduler
 from otil_xdit.catalog.trust import add_trust_args, check_trust
@@ -17,9 +17,6 @@ from otil_xdit.catalog.unets import UNETS, UnetFacts, facts_of, read_folder
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.flags.options import add_unet_args
-
-SHIPPED = ("tiny-sd", "tiny-sdxl")
-"""Models whose weights are files of this package."""
 
 HUB_SECONDS = 10.0
 """How long the hub may take to say that it has a model."""
@@ -57,7 +54,7 @@ def register_folder(model: str) -> None:
 
 def source_of(model: str, facts: UnetFacts) -> str:
     """The folder or repository that ``--model`` loads."""
-    if facts.source in SHIPPED:
+    if facts.source in BUNDLED_UNETS:
         return model_folder(facts.source)
     return model if "/" in model else facts.source
 
@@ -74,7 +71,7 @@ def check_source(model: str) -> None:
     source = source_of(model, facts)
     if Path(source).is_dir():
         return
-    if facts.source in SHIPPED:
+    if facts.source in BUNDLED_UNETS:
         raise FlagError(f"--model {model}: {source} is missing; install otil-xdit again")
     import huggingface_hub
 

@@ -11,18 +11,14 @@ from typing import Any
 
 import torch
 
-from otil_xdit.catalog.bundled import absent_parts, model_folder
+from otil_xdit.catalog.bundled import BUNDLED, absent_parts, model_folder
 from otil_xdit.catalog.geometry import check_geometry
 from otil_xdit.catalog.schedulers import make_scheduler
 from otil_xdit.catalog.trust import check_folder, check_lora
 from otil_xdit.catalog.unets import TEXT_TO_IMAGE, read_folder
 from otil_xdit.method.grid import LevelGrid, split_rows
-from otil_xdit.xdit.models.tiny_dit import TINY_DIT
-from otil_xdit.xdit.models.unets import SHIPPED as SHIPPED_UNETS
 
-SHIPPED = (*SHIPPED_UNETS, TINY_DIT)
-
-MODELS_HELP = f"{', '.join(SHIPPED)}, or folders in diffusers format (default tiny-sd)"
+MODELS_HELP = f"{', '.join(BUNDLED)}, or folders in diffusers format (default tiny-sd)"
 """Of ``--models`` in the tools that run them."""
 
 DIT_PIPELINES = ("StableDiffusion3Pipeline",)
@@ -91,10 +87,10 @@ def find_model(name: str) -> Model:
     Raises:
         ValueError: naming what is accepted.
     """
-    folder = Path(model_folder(name) if name in SHIPPED else name)
+    folder = Path(model_folder(name) if name in BUNDLED else name)
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"--models {name}: no such model; choose from {', '.join(SHIPPED)}, or give a folder in diffusers format"
+            f"--models {name}: no such model; choose from {', '.join(BUNDLED)}, or give a folder in diffusers format"
         )
     pipeline = json.loads((folder / "model_index.json").read_text()).get("_class_name")
     if pipeline in TEXT_TO_IMAGE:
