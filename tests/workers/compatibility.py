@@ -67,7 +67,7 @@ def tell(kind: str, name: str, found: dict[str, Any]) -> None:
 
 def tried(pipe: Any, deed: Deed, draw: Callable[..., Any], first: torch.Tensor | None) -> dict[str, Any]:
     undo = deed.do(pipe)
-    messages = session_of(pipe).communicator.exchange.traffic.messages
+    messages = session_of(pipe).communicator.collectives.traffic.messages
     messages.clear()
     refused, drawn = None, first
     try:

@@ -222,7 +222,7 @@ def in_a_folder_where_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "bench.json").write_text('{"runs": []}')
     (tmp_path / "machine.json").write_text("[]")
     for tool, names in BEGINS.items():
-        module = import_module(f"otil_xdit.tools.{tool}")
+        module = import_module(f"otil_xdit.tools.{tool}.cli")
         for name in names:
             monkeypatch.setattr(module, name, start)
     yield tmp_path
@@ -235,7 +235,7 @@ def fuzz_tools(count: int) -> dict[str, dict[int | None, int]]:
     lines = {}
     for tool in BEGINS:
         parser = argparse.ArgumentParser()
-        import_module(f"otil_xdit.tools.{tool}").add_arguments(parser)
+        import_module(f"otil_xdit.tools.{tool}.cli").add_arguments(parser)
         flags = flags_of(parser)
         lines[tool] = lines_of(flags, TOOL_LIKELY) if flags else st.lists(st.sampled_from(VALUES), max_size=2)
     heads = {"plan": ["--model", "tiny-sd", "--gpus", "2", "--size", "128"]}

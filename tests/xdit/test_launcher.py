@@ -214,7 +214,8 @@ def test_orphans_of_a_dying_command_are_ended(tmp_path: Path) -> None:
 def test_a_signal_ends_torchrun_and_all_ranks(number: signal.Signals, code: int, tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
     (tmp_path / "stubborn_rank.py").write_text(STUBBORN)
-    launch = f"import sys; from otil_xdit import cli; cli.RUNNER = 'stubborn_rank'; sys.exit(cli.main({MODEL!r} + "
+    launch = "import sys; from otil_xdit.xdit.launcher import main as cli; cli.RUNNER = 'stubborn_rank'; "
+    launch += f"sys.exit(cli.main({MODEL!r} + "
     launcher = subprocess.Popen(
         [sys.executable, "-c", launch + "['--parallel', 'otil', '--patch_degree', '2']))"],
         env={**os.environ, "PIDS": str(tmp_path / "pids"), "PYTHONPATH": os.pathsep.join([os.getcwd(), str(tmp_path)])},

@@ -16,7 +16,7 @@ PATIENCE = 300.0  # seconds
 RUN = ["--model", "tiny-dit", "--prompt", "a red circle", "--num_inference_steps", "4"]
 
 RANK_WITHOUT_PLUGIN = """
-from otil_xdit.xdit.models import register_models
+from otil_xdit.xdit.models.tiny_dit import register_models
 register_models()
 import xfuser.runner
 from otil_xdit.xdit.launcher.runner import run_main_block

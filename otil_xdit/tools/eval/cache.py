@@ -16,10 +16,10 @@ import torch
 import otil_xdit
 from otil_xdit.tools.eval.matrix import Call, Case, Matrix
 
-CALLERS = ("evaluation/models.py", "evaluation/worker.py")
+CALLERS = ("catalog/folders.py", "tools/eval/worker.py")
 """The code that calls a pipeline, also that of one process."""
 
-REPORTERS = ("evaluation", "tools")
+REPORTERS = ("tools",)
 """Folders whose other code draws no picture: a change of it makes nothing again."""
 
 

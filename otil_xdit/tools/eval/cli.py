@@ -184,7 +184,7 @@ def _each(parse: Callable[[str], T], texts: Iterable[str]) -> tuple[T, ...]:
 
 def _prompts(file: Path | None) -> list[str]:
     if file is None:
-        text = (files("otil_xdit") / "evaluation" / "prompts.txt").read_text()
+        text = (files("otil_xdit") / "tools" / "eval" / "prompts.txt").read_text()
     else:
         try:
             text = file.read_text()

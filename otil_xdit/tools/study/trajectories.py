@@ -21,7 +21,7 @@ from otil_xdit.catalog.bundled import model_folder
 from otil_xdit.catalog.folders import OWN, load_pipe
 from otil_xdit.catalog.schedulers import SCHEDULERS
 
-PROMPTS = Path(__file__).parent / "prompts.txt"
+PROMPTS = Path(__file__).parents[1] / "eval" / "prompts.txt"
 """One prompt a line, of the kind that the shipped models were trained on."""
 
 VARIANCE_PRESERVING = ("ddim", "ddpm", "deis", "dpm-solver", "dpm-solver-single", "unipc")
