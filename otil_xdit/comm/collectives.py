@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from otil_xdit.comm.groups import PatchGroup, reason_of
-from otil_xdit.errors import ExchangeTimeout as ExchangeTimeout
+from otil_xdit.errors import ExchangeTimeout
 
 T = TypeVar("T")
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from otil_xdit.comm.failure_detector import FailureDetector
-from otil_xdit.errors import ExchangeTimeout as ExchangeTimeout
 
 _NEVER_SENT = 2**20 + 1
 """A tag that no message has."""
@@ -30,7 +29,7 @@ class PatchGroup:
         ulysses_degree: ranks that share a patch's heads; a patch's sequence is that many rows' chunks in turn.
         rows: the ranks that hold rows (patch x Ulysses), in the order of the rows; None where nobody needs them.
         replica: all ranks that work on the image (rows x CFG); None where nobody needs them.
-        watch: knows who failed when a wait does; None for nobody.
+        detector: knows who failed when a wait does; None for nobody.
     """
 
     process_group: dist.ProcessGroup
@@ -84,17 +83,18 @@ class UnetGroups:
     Attributes:
         rows: patch x Ulysses, in the order of the rows.
         ulysses_degree: consecutive ranks of `rows` that share attention heads.
-        halves, half: number of CFG groups, and this rank's.
+        cfg_degree: number of CFG groups.
+        cfg_rank: this rank's CFG group.
         places: of each rank of the replica, in its order: CFG group, and place in `rows`.
     """
 
     rows: PatchGroup
     ulysses_degree: int
-    halves: int
-    half: int
+    cfg_degree: int
+    cfg_rank: int
     places: tuple[tuple[int, int], ...]
 
     @property
     def peer(self) -> int:
         """The rank with the same rows in the other CFG group, by its place in the replica."""
-        return self.places.index((1 - self.half, self.rows.rank))
+        return self.places.index((1 - self.cfg_rank, self.rows.rank))

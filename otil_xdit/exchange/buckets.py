@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from otil_xdit.comm.collectives import Collectives, ExchangeTimeout, Pending
+from otil_xdit.comm.collectives import Collectives, Pending
+from otil_xdit.errors import ExchangeTimeout
 from otil_xdit.exchange.bucket_buffers import _DIRECTIONS, Direction, MessageBuffer, Sizes, TensorSpec
 from otil_xdit.method.scratch import ScratchBuffers
 

@@ -14,9 +14,10 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from otil_xdit.comm.collectives import Collectives, ExchangeTimeout
+from otil_xdit.comm.collectives import Collectives
 from otil_xdit.comm.finite_check import FiniteCheck
 from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.errors import ExchangeTimeout
 from otil_xdit.exchange.buckets import Bucketer
 from otil_xdit.exchange.halo import HaloLayer, HaloRows, halo_key
 from otil_xdit.exchange.kv import KVGroup

@@ -20,10 +20,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from otil_xdit.comm.collectives import ExchangeTimeout
 from otil_xdit.comm.failure_detector import PeerStatus
 from otil_xdit.comm.groups import PatchGroup, UnetGroups, is_lost_connection, reason_of
-from otil_xdit.errors import NotFinite
+from otil_xdit.errors import ExchangeTimeout, NotFinite
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.hybridiff.stages import Stages
 from otil_xdit.method.grid import TokenLayout
@@ -308,7 +307,7 @@ class PatchSession:
 
     def _saw(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A DiT's prediction; with CFG groups of ranks, `gathered` sees both."""
-        if self.is_active and (self._unets is None or self._unets[0].halves == 1):
+        if self.is_active and (self._unets is None or self._unets[0].cfg_degree == 1):
             found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
             if found is not None:
                 self.communicator.halves.guidance.note(found)
@@ -328,7 +327,7 @@ class PatchSession:
         halves.guidance.has_parts = rows.world_size > 1 and not any(map(is_unet, networks.values()))
         for name, net in networks.items():
             halves.window.is_unet = is_unet(net)
-            if halves.has_stages and self._unets is not None and self._unets[0].halves == 2:
+            if halves.has_stages and self._unets is not None and self._unets[0].cfg_degree == 2:
                 self._stages_of(name, net, self._unets[0]).begin(lora_facts(name, net))
 
     def _stages_of(self, name: str, network: nn.Module, groups: UnetGroups) -> Stages:
@@ -336,7 +335,7 @@ class PatchSession:
         halves, unet = self.communicator.halves, is_unet(network)
         if halves.stages_of(network) is None:
             blocks = unet_blocks(network) if unet else dit_blocks(network)
-            halves.join(network, name, blocks, groups.half == 1, groups.peer, not unet)
+            halves.join(network, name, blocks, groups.cfg_rank == 1, groups.peer, not unet)
             if not unet:
                 swap_class(network, _staged_network)
         stages = halves.stages_of(network)

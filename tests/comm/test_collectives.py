@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from otil_xdit.comm.collectives import ExchangeTimeout
 from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.errors import ExchangeTimeout
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.method.config import OtilConfig, Selector
 from otil_xdit.method.grid import TokenLayout

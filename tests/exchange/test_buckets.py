@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from otil_xdit.comm.collectives import ExchangeTimeout
 from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.errors import ExchangeTimeout
 from otil_xdit.exchange.buckets import LAYERS_PER_BUCKET
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.method.config import OtilConfig

@@ -96,7 +96,7 @@ def shortened(text: str) -> str:
     signs = ("Error: ", "ExchangeTimeout: ", "NotFinite: ", " stops at ", "all processes stopped")
     named = [line for line in lines if any(sign in line for sign in signs) and "ChildFailedError" not in line]
     line = ([line for line in named if "no answer" in line or " stops " in line] or named or lines or [""])[-1]
-    line = re.sub(r" \[127[.0-9]*\]:[0-9]+", "", line.replace("otil_xdit.comm.failure_detector.", ""))
+    line = re.sub(r" \[127[.0-9]*\]:[0-9]+", "", line.replace("otil_xdit.errors.", ""))
     return line if len(line) <= 400 else f"{line[:240]} ... {line[-155:]}"
 
 

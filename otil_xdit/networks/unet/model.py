@@ -218,8 +218,8 @@ class PatchedUNet:
         check_no_gradients(self.network, sample, *kwargs.values())
         return_dict = kwargs.pop("return_dict", True)
         # In two stages both segments are of the pass with the prompt, which the last CFG group computes.
-        half = self.groups.halves - 1 if self.session.communicator.halves.is_staged(self.network) else self.groups.half
-        cut = self._cut(sample, half)
+        is_staged = self.session.communicator.halves.is_staged(self.network)
+        cut = self._cut(sample, self.groups.cfg_degree - 1 if is_staged else self.groups.cfg_rank)
         self._count_call()
         latent = cut.rows(cut.batch(sample))
         layout = TokenLayout(max(cut.grid.rows[0]), cut.grid.widths[0], chunks=self.groups.ulysses_degree)
@@ -235,13 +235,13 @@ class PatchedUNet:
         whole = self.session.communicator.halves.predicted(self._whole(part, sample, cut))
         return UNet2DConditionOutput(sample=whole) if return_dict else (whole,)
 
-    def _cut(self, sample: torch.Tensor, half: int) -> _Cut:
+    def _cut(self, sample: torch.Tensor, cfg_rank: int) -> _Cut:
         batch, _, height, width = sample.shape
         grid = _grid(height, width, self._levels.count, self.groups.rows.world_size)
-        # Images of a batch do not see each other, so any halving is right, not only that into the two CFG passes. An
+        # Images of a batch do not see each other, so any split is right, not only that into the two CFG passes. An
         # odd batch (one image without guidance) is computed by all CFG groups alike.
-        size = batch // self.groups.halves if batch % self.groups.halves == 0 else batch
-        start = half * size if size < batch else 0
+        size = batch // self.groups.cfg_degree if batch % self.groups.cfg_degree == 0 else batch
+        start = cfg_rank * size if size < batch else 0
         return _Cut(grid, self.groups.rows.rank, batch, slice(start, start + size))
 
     def _whole(self, part: torch.Tensor, sample: torch.Tensor, cut: _Cut) -> torch.Tensor:
@@ -251,10 +251,10 @@ class PatchedUNet:
         gathered = self.session.communicator.collect(padded)
         whole = part.new_empty(sample.shape[0], *part.shape[1:2], *sample.shape[2:])
         size = part.shape[0]
-        for (half, place), theirs in zip(self.groups.places, gathered, strict=True):
-            if size == sample.shape[0] and half > 0:
+        for (cfg_rank, place), theirs in zip(self.groups.places, gathered, strict=True):
+            if size == sample.shape[0] and cfg_rank > 0:
                 continue
-            images = slice(half * size, (half + 1) * size)
+            images = slice(cfg_rank * size, (cfg_rank + 1) * size)
             whole[images, :, cut.grid.slice_of(0, place)] = theirs[:, :, : rows[place]]
         return whole
 

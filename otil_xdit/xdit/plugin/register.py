@@ -127,11 +127,11 @@ def connect(choice: ParallelChoice) -> PatchSession:
         PatchGroup(replica.device_group, replica.rank_in_group, replica.world_size, detector=detector),
         detector,
     )
-    half = parallel_state.get_classifier_free_guidance_rank()
-    halves = parallel_state.get_classifier_free_guidance_world_size()
+    cfg_rank = parallel_state.get_classifier_free_guidance_rank()
+    cfg_degree = parallel_state.get_classifier_free_guidance_world_size()
     places: list[Any] = [None] * replica.world_size
-    dist.all_gather_object(places, (half, place), group=replica.cpu_group)
-    unets = UnetGroups(rows, choice.ulysses_degree, halves, half, tuple(places))
+    dist.all_gather_object(places, (cfg_rank, place), group=replica.cpu_group)
+    unets = UnetGroups(rows, choice.ulysses_degree, cfg_degree, cfg_rank, tuple(places))
     communicator = choice.strategy.connect(choice.config, group)
     limit_waits(connections, timeout)
     facts = {
@@ -139,7 +139,7 @@ def connect(choice: ParallelChoice) -> PatchSession:
         **facts_of_settings(choice.strategy.name, choice.config),
         "the number of patches": str(group.world_size),
         "the Ulysses degree": str(choice.ulysses_degree),
-        "the CFG degree": str(halves),
+        "the CFG degree": str(cfg_degree),
     }
     return PatchSession(communicator, group, _reporter(choice), (unets, _attend), facts)
 
