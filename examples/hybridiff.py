@@ -111,7 +111,7 @@ def parallel(model: str, text: str) -> Any:
     if model_parallel_is_initialized():
         destroy_model_parallel()  # the last one's may be of other degrees, and xDiT makes none while it has some
     variant = parse_variant(text)
-    pipe = otil_xdit.parallelize(load_pipe(model_folder(model), OWN, None), variant.config)
+    pipe = otil_xdit.parallelize(load_pipe(model_folder(model), OWN, None), variant.preset, variant.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

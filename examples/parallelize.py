@@ -28,7 +28,7 @@ def main() -> None:
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32).to(device)
-    pipe = otil_xdit.parallelize(pipe, otil_xdit.OtilConfig(), use_cfg_parallel=arguments.cfg)
+    pipe = otil_xdit.parallelize(pipe, use_cfg_parallel=arguments.cfg)
 
     generator = torch.Generator(device).manual_seed(0)  # the same on every rank
     output = pipe(arguments.prompt, guidance_scale=4.0, generator=generator)

@@ -69,7 +69,7 @@ def _preset(
             which change nothing under it.
         defaults: its own defaults where they are not those of `OtilConfig`.
     """
-    fixed, defaults = fixed or {}, defaults or {}
+    fixed, defaults = {"stages": 1, **(fixed or {})}, defaults or {}
     unread += () if requires_cfg_parallel else ("window_guidance",)
 
     def make_config(given: Mapping[str, Any]) -> OtilConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,22 +12,28 @@ from otil_xdit.catalog.geometry import check_heads
 from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.catalog.unets import heads_of
 from otil_xdit.method.config import OtilConfig
-from otil_xdit.runtime.strategies import get_strategy
+from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
 from otil_xdit.xdit.plugin.register import carry, register, undo
 
 
 def parallelize(
-    pipe: Any, how: OtilConfig | str = "otil", *, ulysses_degree: int = 1, use_cfg_parallel: bool = False
+    pipe: Any,
+    strategy: Strategy | str = "otil",
+    config: OtilConfig | None = None,
+    *,
+    ulysses_degree: int = 1,
+    use_cfg_parallel: bool = False,
 ) -> Any:
     """Run every image of `pipe` on all ranks of this torchrun.
 
     Args:
         pipe: a diffusers pipeline around a U-Net (`otil_xdit.catalog.pipelines.SUPPORTED`) or one that xDiT has a
-        wrapper
-            for, on this rank's device. It is changed in place: use only what is returned.
-        how: settings of the exchange, or the name of a strategy (`otil_xdit.strategies`) with its defaults.
+            wrapper for, on this rank's device. It is changed in place: use only what is returned.
+        strategy: the name of a strategy (`otil_xdit.strategies`), or a `Strategy`.
+        config: all settings of the exchange; None for the strategy's own. Where a strategy fixes settings, build it
+            with ``get_strategy(NAME).make_config({...})``.
         ulysses_degree: ranks that share the attention heads of a patch.
         use_cfg_parallel: compute the passes with and without the prompt on different halves of the ranks; ``hybridiff``
             does so in any case.
@@ -37,16 +44,16 @@ def parallelize(
         others None. On one rank `pipe` itself.
 
     Raises:
-        ValueError: for an unknown strategy, degrees that do not fill the world or do not divide the attention heads, or
-            a pipeline that cannot be run on patches.
+        ValueError: for an unknown strategy, settings that contradict it, degrees that do not fill the world or do not
+            divide the attention heads, or a pipeline that cannot be run on patches.
     """
+    strategy = check_strategy(strategy)
+    config = check_config(strategy, config)
     register()
     from xfuser import xFuserArgs
     from xfuser.core.distributed import init_distributed_environment, initialize_runtime_state
     from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
-    strategy = get_strategy(how if isinstance(how, str) else "otil" if how.stages == 1 else "hybridiff")
-    config = strategy.make_config({}) if isinstance(how, str) else how
     use_cfg_parallel = use_cfg_parallel or strategy.requires_cfg_parallel
     unet = getattr(pipe, "unet", None)
     if unet is not None:
@@ -86,3 +93,52 @@ def restore(pipe: Any) -> Any:
         in between stays loaded. A pipeline that is not parallelized is given back as it is.
     """
     return undo(pipe)
+
+
+def check_strategy(strategy: Strategy | str) -> Strategy:
+    """Return the strategy that a name stands for, and a `Strategy` as it is.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(strategy, str):
+        return get_strategy(strategy)
+    if not isinstance(strategy, Strategy):
+        raise ValueError(
+            f"strategy is {strategy!r}; give a Strategy or a name (settings are given as config=); choose from "
+            f"{', '.join(strategies())}"
+        )
+    return strategy
+
+
+def check_config(strategy: Strategy, config: Any) -> Any:
+    """Return the settings that a strategy runs with: its own for None, otherwise `config`, where they go together.
+
+    Raises:
+        ValueError: naming the settings that are not what the strategy makes of them.
+    """
+    own = strategy.make_config({})
+    if config is None:
+        return own
+    if not isinstance(config, type(own)):
+        kind = "an OtilConfig" if isinstance(own, OtilConfig) else f"a {type(own).__name__}"
+        raise ValueError(f"config is {config!r}; give {kind}, or None for the settings of strategy {strategy.name}")
+    if not isinstance(config, OtilConfig):
+        return config  # another package's, which alone can judge it
+    names = [one.name for one in fields(config)]
+    made = strategy.make_config({name: getattr(config, name) for name in names if _differs(name, config, own)})
+    wrong = [
+        f"{name} is {getattr(config, name)!r} and not {getattr(made, name)!r}"
+        for name in names
+        if _differs(name, config, made)
+    ]
+    if wrong:
+        raise ValueError(
+            f"config does not go with strategy {strategy.name}: {'; '.join(wrong)}; give another strategy, or what "
+            f"get_strategy({strategy.name!r}).make_config({{...}}) returns"
+        )
+    return config
+
+
+def _differs(name: str, one: OtilConfig, other: OtilConfig) -> bool:
+    return bool(getattr(one, name) != getattr(other, name))

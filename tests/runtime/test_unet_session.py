@@ -49,6 +49,27 @@ def test_halo_and_moments_are_counted_where_they_are_sent(found: dict[str, list[
     assert found["counted"][0] != found["counted"][1], "at stride 2 only the upper rank sends"
 
 
+def test_a_summary_says_what_was_done(found: dict[str, list[Any]]) -> None:
+    for rank in found["counted"]:
+        buffers, steps = rank["made"]
+        before, after, undone = (said.splitlines() for said in rank["said"])
+        assert before == [
+            "pipeline: StableDiffusionPipeline",
+            "strategy: otil",
+            "ranks of an image: 2 patches x 1 Ulysses x 1 CFG",
+            "unet: 52 convolutions (halo rows), 61 group norms (moments), 16 self-attentions (keys and values)",
+            "buffers: none yet, the first image makes them",
+            "whole on every rank: nothing",
+        ]
+        assert after == [
+            *before[:4],
+            f"buffers: {buffers / 1e6:.1f} MB on this rank after an image of {steps} steps",
+            before[-1],
+        ]
+        assert steps == 4 and buffers > 0
+        assert undone == ["no patches and no CFG parallelism: StableDiffusionPipeline runs whole, nothing is exchanged"]
+
+
 def test_a_norm_and_its_convolution_wait_once(found: dict[str, list[Any]]) -> None:
     pairs = 2 * 22 + 1  # of residual blocks, and the output's
     for rank in found["paired"]:

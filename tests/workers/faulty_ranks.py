@@ -168,7 +168,7 @@ def rank_main(case: Case, pipe: Any, rank: int, folder: Path) -> int:
     seen: dict[str, Any] = {}
     mine = rank == case.victim
     config = OtilConfig(timeout=TIMEOUT, ratio=0.5 if case.kind == "ratio" and mine else 0.75)
-    pipe = otil_xdit.parallelize(pipe, config, **case.degrees)
+    pipe = otil_xdit.parallelize(pipe, config=config, **case.degrees)
     pipe.set_progress_bar_config(disable=True)
     arm(case, rank, folder, 1)
     try:

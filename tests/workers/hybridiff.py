@@ -54,8 +54,8 @@ def main() -> None:
 def measured(model: str) -> dict[str, Any]:
     alone = latents(load(model))
     cfg = run(otil_xdit.parallelize(load(model), "sync", use_cfg_parallel=True))
-    closed = run(otil_xdit.parallelize(load(model), hybridiff(window_steps=0)))
-    open_ = run(otil_xdit.parallelize(load(model), hybridiff(window=f"{FIRST}:{LAST}")))
+    closed = run(otil_xdit.parallelize(load(model), "hybridiff", hybridiff(window_steps=0)))
+    open_ = run(otil_xdit.parallelize(load(model), "hybridiff", hybridiff(window=f"{FIRST}:{LAST}")))
     return {
         "closed_to_cfg": error(closed["latents"], cfg["latents"]),
         "closed_to_one": error(closed["latents"], alone),
@@ -107,7 +107,7 @@ def windowed(model: str) -> Any:
     """The report of patches that are displaced in a window only, with its curve."""
     leave_groups()
     config = OtilConfig(warmup_codec="raw", window=f"{FIRST}:{LAST}")
-    report = run(otil_xdit.parallelize(load(model), config))["report"]
+    report = run(otil_xdit.parallelize(load(model), config=config))["report"]
     leave_groups()
     return report
 
@@ -117,7 +117,7 @@ def left_behind(model: str) -> list[str]:
     pipe = load(model)
     network = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
     before = anatomy(network)
-    made = otil_xdit.parallelize(pipe, hybridiff(window=f"{FIRST}:{LAST}"))
+    made = otil_xdit.parallelize(pipe, "hybridiff", hybridiff(window=f"{FIRST}:{LAST}"))
     made.set_progress_bar_config(disable=True)
     latents(made)
     during = anatomy(network)
@@ -154,7 +154,7 @@ def again(model: str) -> list[str]:
 
 
 def fresh(model: str) -> Any:
-    pipe = otil_xdit.parallelize(load(model), hybridiff(window=f"{FIRST}:{LAST}"))
+    pipe = otil_xdit.parallelize(load(model), "hybridiff", hybridiff(window=f"{FIRST}:{LAST}"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -36,9 +36,11 @@ def main() -> None:
 
 def reported(case: dict[str, Any]) -> dict[str, Any]:
     """This rank's report of one picture."""
+    variant = parse_variant(case["strategy"])
     pipe = otil_xdit.parallelize(
         load_pipe(find_model(case["model"]).folder, OWN, None),
-        parse_variant(case["strategy"]).config,
+        variant.preset,
+        variant.config,
         ulysses_degree=case["ulysses"],
         use_cfg_parallel=case["cfg"] > 1,
     )

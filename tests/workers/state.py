@@ -95,13 +95,13 @@ def compared(
     """The images of one pipeline, one after the other, that are not those of fresh ones."""
     expected = {}
     for name, call in calls.items():
-        pipe = otil_xdit.parallelize(make(), config)
+        pipe = otil_xdit.parallelize(make(), config=config)
         expected[name] = draw(pipe, **call)
         otil_xdit.restore(pipe)
     order = [*calls]
     if "--all" in sys.argv:
         order = [name for first in calls for second in calls for name in (first, second)]
-    pipe, wrong = otil_xdit.parallelize(make(), config), []
+    pipe, wrong = otil_xdit.parallelize(make(), config=config), []
     for number, name in enumerate(order):
         how = INTERRUPTIONS[number % len(INTERRUPTIONS)]
         interrupt(pipe, how, draw, calls[order[number - 1]], after=1 + number % 2)
@@ -205,7 +205,7 @@ def restored(make: Callable[[], Any], draw: Callable[..., Any]) -> dict[str, Any
     alone, before = draw(pipe), anatomy(pipe)
     found: dict[str, Any] = {"changed": [], "same image": [], "while": []}
     for config in (CONFIGS["otil"], OtilConfig(freshness="sync")):
-        together = otil_xdit.parallelize(pipe, config)
+        together = otil_xdit.parallelize(pipe, config=config)
         draw(together)
         found["while"].append(anatomy(pipe) != before and session_of(together) is not None)
         run = session_of(together).communicator
@@ -219,7 +219,7 @@ def restored(make: Callable[[], Any], draw: Callable[..., Any]) -> dict[str, Any
 
 def refused_score(make: Callable[[], Any], draw: Callable[..., Any]) -> dict[str, Any]:
     """A score that needs two tokens a side, and sub-blocks that have one at some level (one everywhere, for a DiT)."""
-    pipe = otil_xdit.parallelize(make(), OtilConfig(select="kv-dhash", block_size=2))
+    pipe = otil_xdit.parallelize(make(), config=OtilConfig(select="kv-dhash", block_size=2))
     try:
         draw(pipe)
         refused = ""
@@ -239,7 +239,7 @@ def told(make: Callable[[], Any], draw: Callable[..., Any]) -> dict[str, Any]:
     logging.disable(logging.NOTSET)
     logger.setLevel(logging.INFO)
     logger.addHandler(said)
-    together = otil_xdit.parallelize(pipe, CONFIGS["otil"])
+    together = otil_xdit.parallelize(pipe, config=CONFIGS["otil"])
     draw(together, height=None, width=None)
     buffers = session_of(together).communicator.report().buffer_bytes / 1e6
     logger.removeHandler(said)
@@ -274,7 +274,7 @@ def side_by_side() -> list[bool]:
     """Whether a DiT and a U-Net in turns make the images that each makes alone: xDiT has one state for both."""
     pipes, same = [], []
     for make, draw in ((load, draw_dit), (pipeline, draw_unet)):
-        pipe = otil_xdit.parallelize(make(), CONFIGS["otil"])
+        pipe = otil_xdit.parallelize(make(), config=CONFIGS["otil"])
         pipes.append((pipe, draw, draw(pipe)))
     for pipe, draw, first in pipes * 2:
         again = draw(pipe)
@@ -286,7 +286,7 @@ def side_by_side() -> list[bool]:
 
 def counted_steps() -> list[int | None]:
     """The clock's total in a whole image of SDXL, and in one that ends early and one that begins late."""
-    pipe = otil_xdit.parallelize(pipeline_around(build_unet("sdxl")), CONFIGS["otil"])
+    pipe = otil_xdit.parallelize(pipeline_around(build_unet("sdxl")), config=CONFIGS["otil"])
     assert isinstance(pipe, StableDiffusionXLPipeline)
     pipe.set_progress_bar_config(disable=True)
     width, draw, totals = pipe.unet.config.cross_attention_dim, torch.Generator().manual_seed(1), []

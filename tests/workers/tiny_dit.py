@@ -60,7 +60,7 @@ def load() -> StableDiffusion3Pipeline:
 
 
 def parallel(config: OtilConfig) -> Any:
-    pipe = otil_xdit.parallelize(load(), config, use_cfg_parallel="--cfg" in sys.argv)
+    pipe = otil_xdit.parallelize(load(), config=config, use_cfg_parallel="--cfg" in sys.argv)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -36,7 +36,7 @@ def main() -> None:
     plain = picture(pipe)
     pipe.load_lora_weights(model_folder("tiny-sd-lora"))
     alone = picture(pipe)
-    otil_xdit.parallelize(pipe, OtilConfig(freshness="sync"))
+    otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync"))
     together = picture(pipe)
     found = {
         "unwrapped": unwrapped(pipe.unet),

@@ -89,7 +89,7 @@ def parallel(trial: Trial, unet: UNet2DConditionModel) -> Any:
     config = OtilConfig(freshness=trial.freshness, warmup_steps=1, warmup_codec="raw", timeout=PATIENCE)
     degrees = trial.degrees
     return otil_xdit.parallelize(
-        pipeline_around(unet), config, ulysses_degree=degrees.ulysses, use_cfg_parallel=degrees.cfg > 1
+        pipeline_around(unet), config=config, ulysses_degree=degrees.ulysses, use_cfg_parallel=degrees.cfg > 1
     )
 
 

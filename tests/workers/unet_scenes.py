@@ -97,7 +97,7 @@ def expected(scene: Scene) -> list[torch.Tensor]:
 def parallel(scene: Scene, arguments: argparse.Namespace) -> list[torch.Tensor]:
     """What the ranks of this torchrun give together."""
     degrees = {"ulysses_degree": arguments.ulysses, "use_cfg_parallel": arguments.cfg}
-    pipe = otil_xdit.parallelize(scene.build(), OtilConfig(freshness="sync", timeout=PATIENCE), **degrees)
+    pipe = otil_xdit.parallelize(scene.build(), config=OtilConfig(freshness="sync", timeout=PATIENCE), **degrees)
     try:
         return scene.run(pipe)
     finally:

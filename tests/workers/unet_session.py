@@ -66,7 +66,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 def repeats() -> list[str]:
     """An image, others of another size, number of steps and batch, and the first again."""
-    pipe = otil_xdit.parallelize(pipeline(), DISPLACED)
+    pipe = otil_xdit.parallelize(pipeline(), config=DISPLACED)
     sizes = ({}, {"rows": 32, "cols": 24}, {"steps": 3}, {"num_images_per_prompt": 2, "generator": None}, {})
     made = [digest(image(pipe, **size)) for size in sizes]
     session_of(pipe).detach()
@@ -75,7 +75,7 @@ def repeats() -> list[str]:
 
 def idle() -> bool:
     """Ranks that nobody calls for longer than the timeout, and that are called one after the other, go on."""
-    pipe = otil_xdit.parallelize(pipeline(), OtilConfig(timeout=1.0))
+    pipe = otil_xdit.parallelize(pipeline(), config=OtilConfig(timeout=1.0))
     before = image(pipe)
     time.sleep(1.5 + 0.5 * dist.get_rank())
     same = torch.equal(image(pipe), before)
@@ -85,7 +85,7 @@ def idle() -> bool:
 
 def noise() -> list[str]:
     """Without a generator ranks draw alike, though their generators have been seeded apart, and anew each time."""
-    pipe = otil_xdit.parallelize(pipeline(), OtilConfig(freshness="sync"))
+    pipe = otil_xdit.parallelize(pipeline(), config=OtilConfig(freshness="sync"))
     torch.manual_seed(dist.get_rank())
     made = [digest(image(pipe, generator=None, steps=2)) for _ in range(2)]
     session_of(pipe).detach()
@@ -94,7 +94,7 @@ def noise() -> list[str]:
 
 def interrupted() -> bool:
     """After an exception in a callback the next image is as if nothing had happened."""
-    pipe = otil_xdit.parallelize(pipeline(), DISPLACED)
+    pipe = otil_xdit.parallelize(pipeline(), config=DISPLACED)
     before = image(pipe)
 
     def stop(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def shared_network() -> dict[str, bool]:
     """Two pipelines round one U-Net, in turns, with their own settings; errors over the latents' deviation."""
     first, second = pipeline(), None
     exact = image(first)
-    second = otil_xdit.parallelize(pipeline(first.unet), OtilConfig(freshness="frozen"))
-    first = otil_xdit.parallelize(first, OtilConfig(freshness="sync"))
+    second = otil_xdit.parallelize(pipeline(first.unet), config=OtilConfig(freshness="frozen"))
+    first = otil_xdit.parallelize(first, config=OtilConfig(freshness="sync"))
     made = [image(pipe) for pipe in (first, second, first, second)]
     errors = [((latents - exact).abs().max() / exact.std()).item() for latents in made]
     session_of(first).detach()
@@ -132,7 +132,7 @@ def undone() -> dict[str, bool]:
     pipe = pipeline()
     before, names, classes = image(pipe), list(pipe.unet.state_dict()), [type(m) for m in pipe.unet.modules()]
     kind = type(pipe)
-    otil_xdit.parallelize(pipe, DISPLACED)
+    otil_xdit.parallelize(pipe, config=DISPLACED)
     image(pipe)
     wrapped = not unwrapped(pipe.unet) and list(pipe.unet.state_dict()) == names
     session_of(pipe).detach()
@@ -140,15 +140,23 @@ def undone() -> dict[str, bool]:
     return {"wrapped": wrapped, "restored": restored, "same": torch.equal(image(pipe), before)}
 
 
-def counted() -> dict[str, float]:
-    """Bytes of halo rows and moments as counted, and as they follow from the shapes that layers are given."""
+def counted() -> dict[str, Any]:
+    """Bytes of halo rows and moments as counted, and as they follow from the shapes that layers are given.
+
+    Besides them what the public summary says before, after and when all is undone.
+    """
     pipe, steps = pipeline(), 4
     expected = small_bytes(pipe)
-    otil_xdit.parallelize(pipe, OtilConfig(ratio=0.5, warmup_steps=1))
+    otil_xdit.parallelize(pipe, config=OtilConfig(ratio=0.5, warmup_steps=1))
+    said = [otil_xdit.summary(pipe)]
     image(pipe, steps=steps)
-    report = session_of(pipe).communicator.report()
-    session_of(pipe).detach()
-    return {"counted": report.small_bytes_per_step, "expected": expected}
+    report = otil_xdit.report(pipe)
+    assert report is not None, "it has been parallelized"
+    said.append(otil_xdit.summary(pipe))
+    otil_xdit.restore(pipe)
+    said.append(otil_xdit.summary(pipe))
+    buffers, steps = report.buffer_bytes, report.steps
+    return {"counted": report.small_bytes_per_step, "expected": expected, "said": said, "made": [buffers, steps]}
 
 
 def small_bytes(pipe: Any) -> int:
@@ -171,7 +179,7 @@ def paired() -> dict[str, dict[str, float]]:
         pipe = pipeline()
         changed(pipe.unet)
         exact, alone = image(pipe, steps=2), small_messages(pipe)
-        otil_xdit.parallelize(pipe, OtilConfig(freshness="sync", warmup_steps=1))
+        otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync", warmup_steps=1))
         error = ((image(pipe, steps=2) - exact).abs().max() / exact.std()).item()
         sent = session_of(pipe).communicator.report().messages
         session_of(pipe).detach()
@@ -226,7 +234,7 @@ def compiled() -> list[float]:
     """Errors of a compiled U-Net on patches, wrapped by torch.compile and compiled in place, over the deviation."""
     pipe = pipeline()
     network, exact = pipe.unet, image(pipe, steps=2)
-    otil_xdit.parallelize(pipe, OtilConfig(freshness="sync"))
+    otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync"))
     pipe.unet = torch.compile(network, backend="eager")
     made = [image(pipe, steps=2)]
     pipe.unet = network

@@ -1,0 +1,111 @@
+"""The public names, and what `parallelize` refuses before it touches xfuser; the rest is in the workers' tests."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from importlib.resources import files
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import otil_xdit
+from otil_xdit import OtilConfig, Strategy, errors, get_strategy, strategies
+from otil_xdit.xdit.api import check_config, check_strategy
+from tests.support.unets.configs import build_unet
+from tests.support.unets.pipelines import pipeline_around
+
+
+@pytest.mark.parametrize("name", otil_xdit.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(otil_xdit, name).__name__ == name
+
+
+def test_every_exception_is_public() -> None:
+    exceptions = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert exceptions <= set(otil_xdit.__all__)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, otil_xdit; assert 'xfuser' not in sys.modules and 'torch' not in sys.modules; "
+        "assert not [name for name in sys.modules if name.startswith('otil_xdit.')]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert files("otil_xdit").joinpath("py.typed").is_file()
+
+
+def test_a_strategy_is_a_name_or_a_strategy() -> None:
+    mine = Strategy("mine", "", lambda given: OtilConfig())
+    assert check_strategy("sync") is get_strategy("sync") and check_strategy(mine) is mine
+    with pytest.raises(ValueError, match="no such strategy; choose from otil, otil-paper"):
+        check_strategy("foo")
+
+
+@pytest.mark.parametrize("strategy", [OtilConfig(), None, 3])
+def test_anything_else_is_no_strategy(strategy: Any) -> None:
+    message = f"strategy is {strategy!r}; give a Strategy or a name (settings are given as config=); choose from otil, "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        otil_xdit.parallelize(SimpleNamespace(), strategy)
+
+
+@pytest.mark.parametrize("config", ["sync", {"ratio": 0.5}, 3])
+def test_anything_else_is_no_config(config: Any) -> None:
+    message = f"config is {config!r}; give an OtilConfig, or None for the settings of strategy distrifusion"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        otil_xdit.parallelize(SimpleNamespace(), "distrifusion", config)
+
+
+@pytest.mark.parametrize("name", strategies())
+def test_a_strategy_takes_its_own_settings(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    strategy = get_strategy(name)
+    for given in ({}, {"timeout": 5.0}):
+        made = strategy.make_config(given)
+        with caplog.at_level(logging.WARNING):
+            assert check_config(strategy, made) is made
+    assert check_config(strategy, None) == strategy.make_config({})
+    assert not caplog.records
+
+
+def test_otil_takes_settings_of_all_kinds() -> None:
+    for config in (OtilConfig(freshness="sync"), OtilConfig(ratio=0.5, codec="raw"), OtilConfig(window="2:5")):
+        assert check_config(get_strategy("otil"), config) is config
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("sync", OtilConfig(), "freshness is 'displaced' and not 'sync'"),
+        ("distrifusion", OtilConfig(warmup_steps=3), "fresh_share is 0.5 and not 0.0"),
+        ("otil", OtilConfig(stages=2, window="auto"), "stages is 2 and not 1"),
+        ("hybridiff", OtilConfig(freshness="sync", window="auto"), "stages is 1 and not 2"),
+    ],
+)
+def test_settings_that_contradict_a_strategy_are_refused(name: str, config: OtilConfig, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        otil_xdit.parallelize(SimpleNamespace(), name, config)
+    said = str(caught.value)
+    assert said.startswith(f"config does not go with strategy {name}: ") and message in said
+    assert said.endswith(f"give another strategy, or what get_strategy({name!r}).make_config({{...}}) returns")
+
+
+def test_another_packages_settings_are_its_own_matter() -> None:
+    class Settings:
+        """Of another package."""
+
+    mine, config = Strategy("mine", "", lambda given: Settings()), Settings()
+    assert check_config(mine, config) is config
+    with pytest.raises(ValueError, match="give a Settings, or None"):
+        check_config(mine, OtilConfig())
+
+
+def test_a_pipeline_that_nobody_parallelized_has_a_summary_and_no_report() -> None:
+    pipe = pipeline_around(build_unet("sd1.5"))
+    assert otil_xdit.report(pipe) is None
+    assert otil_xdit.summary(pipe) == f"one rank: {type(pipe).__name__} runs whole, nothing is exchanged"
