@@ -118,9 +118,9 @@ class MessageBuffer:
     def decode(self, scratch: ScratchBuffers) -> None:
         """Read the codes."""
         if vectors := self._vectors:
-            scales, codes = _CODEC.split(self._coded()[0], vectors, _VECTOR)
-            numbers = self._values.at(0, (vectors, _VECTOR), torch.float32)[0]
-            torch.mul(_CODEC.levels(codes, _VECTOR, scratch), _CODEC.scales(scales)[:, None], out=numbers)
+            levels, scales = _CODEC.decode(self._coded()[0], vectors, _VECTOR, scratch)
+            assert scales is not None, "it quantises"
+            torch.mul(levels, scales, out=self._values.at(0, (vectors, _VECTOR), torch.float32)[0])
 
     @property
     def _vectors(self) -> int:

@@ -6,14 +6,12 @@ sub-blocks of T tokens, k sent a step, m = k * T tokens, V = 2 * B * m vectors o
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from otil_xdit.comm.collectives import Collectives, Pending
 from otil_xdit.exchange.kv_payload import PayloadLayout
 from otil_xdit.method.block_selector import BlockSelector
-from otil_xdit.method.codec import Quantised, Raw, make_codec
+from otil_xdit.method.codec import Codec, Decoded, make_codec
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.predictor import Predictor, storage_dtypes
 from otil_xdit.method.schedule import Mode
@@ -213,11 +211,8 @@ class KVGroup:
         """Everybody's values, to `out`, [N, 2, B, S, C]."""
         codec, ranks = self._warmup_codec, self._ranks
         # A refresh is exact, whatever the warm-up sends.
-        if (
-            isinstance(codec, Raw)
-            or self._config.freshness == "sync"
-            or self.num_calls[layer] >= self._config.warmup_steps
-        ):
+        warmed_up = self.num_calls[layer] >= self._config.warmup_steps
+        if codec.lossless or self._config.freshness == "sync" or warmed_up:
             values = self._scratch("gathered", (ranks, *self.shape), self.dtype)
             self._collectives.all_gather(fresh, values, kind, self._where(slice(layer, layer + 1), where)).wait()
         else:
@@ -231,12 +226,12 @@ class KVGroup:
             self._previous[layer] = fresh
         out.copy_(values)
 
-    def _gather_changes(self, layer: int, fresh: torch.Tensor, codec: Quantised, kind: str, where: str) -> torch.Tensor:
+    def _gather_changes(self, layer: int, fresh: torch.Tensor, codec: Codec, kind: str, where: str) -> torch.Tensor:
         """Everybody's values, float32 [N, 2, B, S, C], as far as coded changes since the step before tell them."""
         ranks, width = self._ranks, self.shape[-1]
         vectors = self.shape.numel() // width
         shape = (ranks, *self.shape)
-        if self._predictor is None:
+        if self._predictor is None or not codec.of_residuals:
             known = self._scratch("known", shape, torch.float32).zero_()
         else:
             known = self._predictor.last_values(layer)
@@ -246,9 +241,10 @@ class KVGroup:
         codec.encode(changes.view(vectors, width), payload, self._scratch)
         where = self._where(slice(layer, layer + 1), where)
         coded = self._collectives.all_gather(payload, received, kind, where).wait()
-        scale_bytes, codes = codec.split(coded, vectors, width)
-        levels = codec.levels(codes, width, self._scratch).view(shape)
-        return known.addcmul_(levels, codec.scales(scale_bytes).view(*shape[:-1], 1))
+        numbers, scales = codec.decode(coded, vectors, width, self._scratch)
+        if scales is None:
+            return known.add_(numbers.reshape(shape))
+        return known.addcmul_(numbers.reshape(shape), scales.view(*shape[:-1], 1))
 
     def _gather_some(
         self, layer: int, fresh: torch.Tensor, mode: Mode, out: torch.Tensor, kind: str, where: str
@@ -362,34 +358,20 @@ class KVGroup:
             sent.scatter_(2, tokens, 1.0)
         end = layout.coded + self._codec.size(layout.vectors, self.shape[-1])
         coded = received[..., layout.coded : end]
-        if isinstance(self._codec, Raw):
-            values = self._codec.values(coded, layout.vectors, self.shape[-1])
-            values = values.unflatten(2, (2, self.shape[1], -1))
-            self._predictor.apply_values(run, gains, values, rows, sent)
+        numbers, scales = self._decoded(coded, rows)
+        if self._codec.of_residuals:
+            self._predictor.apply_residuals(run, gains, numbers, scales, sent)
         else:
-            self._predictor.apply_residuals(run, gains, *self._residuals(self._codec, coded, rows), sent)
+            values = numbers if scales is None else numbers * scales
+            self._predictor.apply_values(run, gains, values, rows, sent)
 
-    def _residuals(
-        self, codec: Quantised, coded: torch.Tensor, rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Levels and scales, float32 [l, N, 2, B, S, C] and [l, N, 2, B, S, 1], of uint8 [l, N, size]; 0 elsewhere."""
-        width, shape = self.shape[-1], (*coded.shape[:2], *self.shape[:-1])
-        scale_bytes, codes = codec.split(coded, self._layout.vectors, width)
-        scales = codec.scales(scale_bytes)
-        if rows is not None:
-            # What is scattered are bytes, a small part of the numbers that they stand for.
-            codes = self._scattered(codes, rows, shape)
-            scales = (
-                self._scratch("scales", shape, torch.float32).zero_().view(-1).index_copy_(0, rows, scales.reshape(-1))
-            )
-        levels = codec.levels(codes, width, self._scratch)
-        return levels.unflatten(2, shape[2:]), scales.view(*shape, 1)
-
-    def _scattered(self, codes: torch.Tensor, rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Codes of the sent tokens, uint8 [l, N, V, R], at their rows of [l, N, 2 * B * S, R], in a room; else 0."""
-        row = codes.shape[-1]
-        unit = torch.int32 if row % 4 == 0 else torch.uint8  # fewer, wider elements to move
-        packed = self._scratch("packed", tuple(codes.shape), torch.uint8).copy_(codes).view(-1, row).view(unit)
-        everywhere = self._scratch("scattered", (*shape[:2], math.prod(shape[2:]), row), torch.uint8)
-        everywhere.zero_().view(-1, row).view(unit).index_copy_(0, rows, packed)
-        return everywhere
+    def _decoded(self, coded: torch.Tensor, rows: torch.Tensor | None) -> Decoded:
+        """Decode uint8 [l, N, size]: values [l, N, 2, B, m, C], or residuals [l, N, 2, B, S, C], 0 where none came."""
+        codec, vectors, (_, batch, tokens, width) = self._codec, self._layout.vectors, self.shape
+        if rows is None or not codec.of_residuals:
+            decoded = codec.decode(coded, vectors, width, self._scratch)
+        else:
+            decoded = codec.decode_at(coded, vectors, width, rows, 2 * batch * tokens, self._scratch)
+        numbers, scales = (None if part is None else part.unflatten(2, (2, batch, -1)) for part in decoded)
+        assert numbers is not None, "a codec returns numbers"
+        return numbers, scales

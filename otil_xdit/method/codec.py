@@ -1,4 +1,4 @@
-"""Payloads: what keys and values become on the wire. Tensors in, bytes out.
+"""Codecs: write keys and values as bytes, and read them back.
 
 A codec turns vectors into bytes and back; every rank that decodes the same bytes gets the same numbers, bit for bit,
 because decoding is table look-ups and one product per number.
@@ -10,6 +10,7 @@ layers and ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -41,30 +42,62 @@ _ENTRIES = {1: torch.complex128, 2: torch.complex128, 4: torch.complex64, 8: tor
 a number is several times faster on the CPU than one of a row of a table."""
 
 
+Decoded = tuple[torch.Tensor, torch.Tensor | None]
+"""Numbers, [..., V, C], and scales, float32 [..., V, 1], whose product is the vectors; without scales the numbers are.
+Separate, because a product and a sum in one pass cost less than the product alone and the sum after it."""
+
+
 class Codec(ABC):
     """One way to write vectors; a new one is a subclass and an entry in `CODECS`.
 
     Attributes:
         bits: for each number, scales not counted.
-        of_residuals: whether it is given residuals, fresh - prediction, or the fresh values themselves.
+        of_residuals: True to be given residuals, fresh - prediction; False for the fresh values themselves.
+        lossless: True where the decoded vectors equal the encoded ones.
     """
 
     bits: int
     of_residuals: bool
+    lossless: bool = False
 
     @abstractmethod
     def size(self, vectors: int, width: int) -> int:
-        """Bytes of `vectors` vectors of `width` numbers."""
+        """Return the bytes of `vectors` vectors of `width` numbers."""
 
     @abstractmethod
     def encode(self, vectors: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers) -> None:
-        """Write vectors, float [..., V, C] contiguous, to `out`, uint8 [..., size]; may spoil the vectors."""
+        """Write vectors, float [..., V, C] contiguous, to `out`, uint8 [..., size]; may overwrite the vectors."""
+
+    @abstractmethod
+    def decode(self, coded: torch.Tensor, vectors: int, width: int, scratch: ScratchBuffers) -> Decoded:
+        """Read `vectors` vectors of `width` numbers from `coded`, uint8 [..., size]; float32 where of residuals."""
+
+    def decode_at(
+        self, coded: torch.Tensor, vectors: int, width: int, rows: torch.Tensor, total: int, scratch: ScratchBuffers
+    ) -> Decoded:
+        """Read vectors to some of `total` rows; the others become 0.
+
+        Args:
+            coded, vectors, width: as in `decode`.
+            rows: int64 [... * V], the row of each vector among all ``... * total``; one that is named twice gets equal
+                vectors.
+            total: rows.
+
+        Returns:
+            [..., total, C], and scales [..., total, 1] or None.
+        """
+        numbers, scales = self.decode(coded, vectors, width, scratch)
+        values = numbers if scales is None else numbers * scales
+        everywhere = scratch("codec.scattered", (*coded.shape[:-1], total, width), values.dtype)
+        everywhere.zero_().view(-1, width).index_copy_(0, rows, values.reshape(-1, width))
+        return everywhere, None
 
 
 class Raw(Codec):
     """The values as they are, in their own type."""
 
     of_residuals = False
+    lossless = True
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -74,10 +107,13 @@ class Raw(Codec):
         return vectors * width * self.dtype.itemsize
 
     def encode(self, vectors: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers) -> None:
-        self.values(out, *vectors.shape[-2:]).copy_(vectors)
+        self._values(out, *vectors.shape[-2:]).copy_(vectors)
 
-    def values(self, coded: torch.Tensor, vectors: int, width: int) -> torch.Tensor:
-        """The vectors in uint8 [..., size], a view of it: [..., V, C]."""
+    def decode(self, coded: torch.Tensor, vectors: int, width: int, scratch: ScratchBuffers) -> Decoded:
+        return self._values(coded, vectors, width), None
+
+    def _values(self, coded: torch.Tensor, vectors: int, width: int) -> torch.Tensor:
+        """View uint8 [..., size] as the vectors in it, [..., V, C]."""
         return coded.view(self.dtype).unflatten(-1, (vectors, width))
 
 
@@ -99,7 +135,7 @@ class Quantised(Codec):
         self._per_byte = 8 // bits
 
     def row_bytes(self, width: int) -> int:
-        """R."""
+        """Return R, the bytes of one vector's codes."""
         return -(-width // self._per_byte)
 
     def size(self, vectors: int, width: int) -> int:
@@ -121,17 +157,30 @@ class Quantised(Codec):
         self._quantise(vectors, self.scales(scale_bytes)[..., None], wide[..., :width], scratch)
         self._pack(wide, codes, scratch)
 
+    def decode(self, coded: torch.Tensor, vectors: int, width: int, scratch: ScratchBuffers) -> Decoded:
+        scale_bytes, codes = self.split(coded, vectors, width)
+        return self.levels(codes, width, scratch), self.scales(scale_bytes)[..., None]
+
+    def decode_at(
+        self, coded: torch.Tensor, vectors: int, width: int, rows: torch.Tensor, total: int, scratch: ScratchBuffers
+    ) -> Decoded:
+        scale_bytes, codes = self.split(coded, vectors, width)
+        codes = _scattered(codes, rows, total, scratch)
+        scales = scratch("scales", (*coded.shape[:-1], total), torch.float32)
+        scales.zero_().view(-1).index_copy_(0, rows, self.scales(scale_bytes).reshape(-1))
+        return self.levels(codes, width, scratch), scales[..., None]
+
     def split(self, coded: torch.Tensor, vectors: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales, uint8 [..., V], and codes, uint8 [..., V, R], of uint8 [..., size]; views of it."""
+        """View uint8 [..., size] as its scales, uint8 [..., V], and its codes, uint8 [..., V, R]."""
         row = self.row_bytes(width)
         return coded[..., :vectors], coded[..., vectors : vectors * (1 + row)].unflatten(-1, (vectors, row))
 
     def scales(self, scale_bytes: torch.Tensor) -> torch.Tensor:
-        """What bytes of scales, uint8 of any shape, stand for; float32."""
+        """Return the scales that bytes, uint8 of any shape, stand for; float32."""
         return _scales(scale_bytes.device)[scale_bytes.int()]
 
     def levels(self, codes: torch.Tensor, width: int, scratch: ScratchBuffers) -> torch.Tensor:
-        """The numbers at scale 1 that codes, uint8 [..., R], stand for; float32 [..., C], in a room."""
+        """Return the numbers that codes, uint8 [..., R], stand for at scale 1; float32 [..., C], in scratch."""
         table = _table(self.bits, codes.device)
         index = scratch("codec.index", tuple(codes.shape), torch.int32).copy_(codes).view(-1)
         numbers = scratch("codec.levels", (*codes.shape[:-1], codes.shape[-1] * self._per_byte), torch.float32)
@@ -170,25 +219,42 @@ class Quantised(Codec):
         out.copy_(words.bitwise_and_(255))
 
 
-_QUANTISED = {"int8": 8, "int4": 4, "2bit": 2, "1bit": 1}
+CODECS: dict[str, Callable[[torch.dtype], Codec]] = {
+    "raw": Raw,
+    "int8": lambda dtype: Quantised(8),
+    "int4": lambda dtype: Quantised(4),
+    "2bit": lambda dtype: Quantised(2),
+    "1bit": lambda dtype: Quantised(1),
+}
+"""Makers of codecs, called with the dtype of the values, by the names that `OtilConfig.codec` takes."""
 
-CODECS = ("raw", *_QUANTISED)
-"""The names that `OtilConfig.codec` takes."""
+
+def make_codec(name: str, dtype: torch.dtype) -> Codec:
+    """Return the codec of that name, one of `CODECS`, for values of `dtype`."""
+    return CODECS[name](dtype)
 
 
-def make_codec(name: str, dtype: torch.dtype) -> Raw | Quantised:
-    """The codec of that name, one of `CODECS`; `dtype` is that of the values."""
-    return Quantised(_QUANTISED[name]) if name in _QUANTISED else Raw(dtype)
+def _scattered(codes: torch.Tensor, rows: torch.Tensor, total: int, scratch: ScratchBuffers) -> torch.Tensor:
+    """Copy codes, uint8 [..., V, R], to their rows of [..., total, R], in scratch; 0 elsewhere.
+
+    Bytes are moved, because they are a small part of the numbers that they stand for.
+    """
+    row = codes.shape[-1]
+    unit = torch.int32 if row % 4 == 0 else torch.uint8  # fewer, wider elements to move
+    packed = scratch("packed", tuple(codes.shape), torch.uint8).copy_(codes).view(-1, row).view(unit)
+    everywhere = scratch("scattered", (*codes.shape[:-2], total, row), torch.uint8)
+    everywhere.zero_().view(-1, row).view(unit).index_copy_(0, rows, packed)
+    return everywhere
 
 
 @cache
 def _scales(device: torch.device) -> torch.Tensor:
-    """What each byte of a scale stands for; float32 [256]."""
+    """Return the scale of each byte; float32 [256]."""
     return torch.exp2((torch.arange(256, dtype=torch.float64) - _ZERO) / _OCTAVE).float().to(device)
 
 
 def _levels(bits: int) -> torch.Tensor:
-    """What each code stands for, at scale 1, in rising order; float32 [2**bits], the last of 8 bits unused."""
+    """Return the number of each code at scale 1, in rising order; float32 [2**bits], the last of 8 bits unused."""
     if bits == 8:
         return torch.cat([torch.arange(-127, 128) / 127, torch.zeros(1)])
     positive = torch.tensor(_GAUSSIAN[bits])
@@ -197,7 +263,7 @@ def _levels(bits: int) -> torch.Tensor:
 
 @cache
 def _table(bits: int, device: torch.device) -> torch.Tensor:
-    """The numbers that each byte of codes stands for, as `_ENTRIES`: [256], or [256, 2] with 1 bit."""
+    """Return the numbers of each byte of codes, as `_ENTRIES`: [256], or [256, 2] with 1 bit."""
     lanes = torch.arange(256)[:, None] >> torch.arange(0, 8, bits)
     numbers = _levels(bits)[lanes & (2**bits - 1)]
     return numbers.view(_ENTRIES[bits]).squeeze(-1).to(device)
@@ -205,6 +271,6 @@ def _table(bits: int, device: torch.device) -> torch.Tensor:
 
 @cache
 def _borders(bits: int, device: torch.device) -> torch.Tensor:
-    """Where one code ends and the next begins: halfway between their levels."""
+    """Return where one code ends and the next begins: halfway between their levels; float32 [2**bits - 1]."""
     levels = _levels(bits)
     return ((levels[1:] + levels[:-1]) / 2).to(device)

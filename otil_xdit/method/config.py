@@ -7,33 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from otil_xdit.method.checks import _check_choice, _check_integer, _check_number
-from otil_xdit.method.scores import check_score
+from otil_xdit.method.codec import CODECS
+from otil_xdit.method.scores import CHANGE_SCORES, check_score
 from otil_xdit.method.window import AUTO, NONE, WindowSettings
 
 Freshness = Literal["sync", "fresh", "displaced", "frozen"]
 """What a rank knows of the others after warm-up: this step's exact values, what is sent of this step's, what was sent
 until the step before, or the last warm-up step's."""
 
-Selector = Literal[
-    "latent-cosine",
-    "latent-l2",
-    "latent-ssim",
-    "latent-mi",
-    "latent-dhash",
-    "kv-cosine",
-    "kv-l2",
-    "kv-ssim",
-    "kv-mi",
-    "kv-dhash",
-    "random",
-]
-"""What is compared to find the sub-blocks that changed most, and how."""
-
 ScoreReference = Literal["prediction", "previous"]
 """What a layer's keys and values are compared with: what the others predict, or the step before."""
-
-CodecName = Literal["raw", "int8", "int4", "2bit", "1bit"]
-"""What is sent of a token: its values, or what the others' prediction lacks, in so many bits a number."""
 
 Extrapolation = Literal["none", "constant", "fitted"]
 """Whether copies move on along their velocity, and how far: not, by a constant share, or as far as own values did."""
@@ -51,6 +34,12 @@ NO_GUIDANCE = "--parallel hybridiff and --otil_window auto compare the predictio
 """Why they need classifier-free guidance."""
 
 MAX_BLOCK = 64
+
+
+def selectors() -> tuple[str, ...]:
+    """Return what `OtilConfig.select` takes: what is compared to find the sub-blocks that changed most, and how."""
+    return *(f"{source}-{score}" for source in ("latent", "kv") for score in CHANGE_SCORES), "random"
+
 
 _SHORTEST_WAIT = 1e-3
 """Seconds; collectives count in milliseconds, and take 0 for no deadline at all."""
@@ -108,17 +97,17 @@ class OtilConfig:
     freshness: Freshness = "displaced"
     fresh_share: float = 0.5
     ratio: float = 0.875
-    codec: CodecName = "2bit"
+    codec: str = "2bit"
     extrapolation: Extrapolation = "fitted"
     extrapolation_gain: float = 0.75
     velocity_damping: float = 0.75
     block_size: int = 4
-    select: Selector = "kv-l2"
+    select: str = "kv-l2"
     score_reference: ScoreReference = "prediction"
     polling: float = 0.0
     max_age: int = 0
     warmup_steps: int = 2
-    warmup_codec: CodecName = "int8"
+    warmup_codec: str = "int8"
     refresh: int = 0
     tolerance: float = 0.0
     halo: SmallFreshness = "displaced"
@@ -138,6 +127,9 @@ class OtilConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), get_args(choices))
+        for name in ("codec", "warmup_codec"):
+            _check_choice(name, getattr(self, name), tuple(CODECS))
+        _check_choice("select", self.select, selectors())
         _check_number("ratio", self.ratio, above=0.0, up_to=1.0)
         for name in ("fresh_share", "extrapolation_gain", "velocity_damping", "polling"):
             _check_number(name, getattr(self, name), above=None, up_to=1.0)
@@ -220,10 +212,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
 
 _CHOICES = {
     "freshness": Freshness,
-    "codec": CodecName,
-    "warmup_codec": CodecName,
     "extrapolation": Extrapolation,
-    "select": Selector,
     "score_reference": ScoreReference,
     "halo": SmallFreshness,
     "moments": SmallFreshness,

@@ -127,7 +127,7 @@ class Predictor:
         run: slice,
         gains: torch.Tensor,
         levels: torch.Tensor,
-        scales: torch.Tensor,
+        scales: torch.Tensor | None,
         sent: torch.Tensor | None,
     ) -> None:
         """Carry the copies of some layers one step forward with everybody's residuals.
@@ -135,14 +135,15 @@ class Predictor:
         Args:
             run: of layers.
             gains: every sender's, float32 [l, N, 2].
-            levels, scales: float32 [l, N, 2, B, S, C] and [l, N, 2, B, S, 1], whose product are the residuals; scales
-                are 0 where nothing was sent.
+            levels, scales: float32 [l, N, 2, B, S, C] and [l, N, 2, B, S, 1], whose product is the residuals,
+                0 where nothing was sent; without scales the levels are.
             sent: float32 [l, N, S], 1 where something was and 0 elsewhere; None where everything was.
         """
         value, velocity = self._floats(run)
         moved = gains[:, :, :, None, None, None]
         if velocity is not None:
             value.addcmul_(velocity, moved)
+        scales = levels.new_ones(1) if scales is None else scales
         value.addcmul_(levels, scales)
         if velocity is not None:
             kept, share = self._kept(run, sent)

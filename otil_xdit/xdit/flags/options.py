@@ -9,16 +9,16 @@ from typing import Any, TypeVar, get_args
 
 from otil_xdit.catalog.schedulers import SCHEDULERS, scheduler_name
 from otil_xdit.method.checks import parse_ratio
+from otil_xdit.method.codec import CODECS
 from otil_xdit.method.config import (
     QUALITIES,
-    CodecName,
     Extrapolation,
     Freshness,
     HeldGuidance,
     KvCacheDtype,
     OtilConfig,
     ScoreReference,
-    Selector,
+    selectors,
 )
 from otil_xdit.method.window import PUBLISHED_DIT, PUBLISHED_UNET, WindowSettings
 from otil_xdit.runtime.strategies import strategies
@@ -91,7 +91,7 @@ OPTIONS = (
         "otil_codec",
         "HOW",
         "What is sent of a token: its values, or what the others' prediction lacks, in so "
-        f"many bits a number: {', '.join(get_args(CodecName))} (default {OtilConfig.codec}).",
+        f"many bits a number: {', '.join(CODECS)} (default {OtilConfig.codec}).",
         setting="codec",
     ),
     Option(
@@ -142,7 +142,7 @@ OPTIONS = (
     Option(
         "otil_select",
         "HOW",
-        f"What tells the sub-blocks that changed most: {', '.join(get_args(Selector))} (default {OtilConfig.select}).",
+        f"What tells the sub-blocks that changed most: {', '.join(selectors())} (default {OtilConfig.select}).",
         setting="select",
     ),
     Option(
@@ -176,7 +176,7 @@ OPTIONS = (
     Option(
         "otil_warmup_codec",
         "HOW",
-        f"What they send, of all tokens: {', '.join(get_args(CodecName))} (default {OtilConfig.warmup_codec}).",
+        f"What they send, of all tokens: {', '.join(CODECS)} (default {OtilConfig.warmup_codec}).",
         setting="warmup_codec",
     ),
     Option(
