@@ -83,7 +83,7 @@ def rows_of(model: str, steps: int, variants: list[str], pictures: list[Picture]
         pipe = parallel(model, text)
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             images = [made(pipe, pictures[0], steps)]
-        report = session_of(pipe).communicator.report().to_dict()
+        report = session_of(pipe).report().to_dict()
         flops = network_flops(counter, pipe)
         images += [made(pipe, picture, steps) for picture in pictures[1:]]
         session_of(pipe).detach()

@@ -36,10 +36,6 @@ ONLY_IN = {
 """Packages that only some rooms may import."""
 
 
-PENDING = {"exchange.communicator -> hybridiff.controller", "exchange.protocol -> hybridiff.controller"}
-"""Climbs that are about to be taken out."""
-
-
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name below `otil_xdit`."""
     found = {}
@@ -98,7 +94,7 @@ def test_an_import_goes_down(room: str) -> None:
         for target in own_imports(path, known)
         if room_of(target) not in below
     }
-    assert not climbs - PENDING
+    assert not climbs
 
 
 def test_no_circle_inside_a_room() -> None:

@@ -8,7 +8,7 @@ Shapes: B batch, C channels, h rows of this rank, W columns, S tokens of a patch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,6 @@ from otil_xdit.dryrun.networks import META, Layer, Network, check_size, layers_i
 from otil_xdit.dryrun.recorder import FOREIGN, Log, Message, Pattern, ShapesOnly
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.exchange.halo import HaloRows
-from otil_xdit.hybridiff.controller import CfgController
-from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.schedule import Clock
 from otil_xdit.networks.dit.architectures import architecture_of
@@ -164,7 +162,6 @@ class _Asked:
     def __init__(self, composition: ParallelDegrees, place: int) -> None:
         self.asks: list[Request] = []
         self.clock = Clock()
-        self.halves = CfgController(OtilConfig(), self.clock, None, self.collect)
         self._composition = composition
         self._place = place
 
@@ -205,6 +202,19 @@ class _Asked:
         return part.new_empty(self._composition.ranks, *part.shape)
 
 
+class _EveryPass:
+    """Stands for `CfgController` where a rank computes its own pass alone."""
+
+    def is_staged(self, network: Any) -> bool:
+        return False
+
+    def call(self, network: Any, call: Callable[[Any], Any], inputs: Any) -> Any:
+        return call(inputs)
+
+    def predicted(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole
+
+
 class _SessionProtocol:
     """What a U-Net needs of a session."""
 
@@ -212,6 +222,7 @@ class _SessionProtocol:
 
     def __init__(self, communicator: _Asked) -> None:
         self.communicator = communicator
+        self.cfg_controller = _EveryPass()
         self.name = ""
         self.kept_keys: torch.Tensor | None = None
 

@@ -23,12 +23,12 @@ from otil_xdit.exchange.halo import HaloLayer, HaloRows, halo_key
 from otil_xdit.exchange.kv import KVGroup
 from otil_xdit.exchange.moments import MomentsLayer, moments_key
 from otil_xdit.exchange.report import Report
-from otil_xdit.hybridiff.controller import CfgController
 from otil_xdit.method.block_selector import BlockSelector
 from otil_xdit.method.config import OtilConfig, SmallFreshness
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.schedule import Clock, Mode, Schedule
 from otil_xdit.method.scratch import ScratchBuffers
+from otil_xdit.method.window import Window
 
 OutOfMemory: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # 2.4 has the latter
 
@@ -76,12 +76,12 @@ class OtilCommunicator:
         self.collectives = make_collectives(group, config.timeout)
         self._rows = make_collectives(group.rows or group, config.timeout, self.collectives.traffic)
         self._bucketer = Bucketer(self._rows, self._scratch)
-        self._replica = make_collectives(group.replica or group, config.timeout, self.collectives.traffic)
+        self.replica_collectives = make_collectives(group.replica or group, config.timeout, self.collectives.traffic)
         self._spent = 0.0
         self.clock = Clock()
         self._finite = FiniteCheck()
         self.clock.after_step.append(self._look)
-        self.halves = CfgController(config, self.clock, self._replica, self.collect)
+        self.window = Window(config.window_settings)
         self._schedule = Schedule.from_config(config)
         # Of halo rows and moments that are a step old; keys and values have one of each layer and step.
         self._gain = 0.0 if config.extrapolation == "none" else config.extrapolation_gain
@@ -98,7 +98,7 @@ class OtilCommunicator:
         self.end()
         self.clock.reset()
         self._finite.begin()
-        self.halves.begin()
+        self.window.begin()
         self._spent = 0.0
         self.collectives.traffic.clear()
         self._picker.begin()
@@ -112,7 +112,6 @@ class OtilCommunicator:
     def end(self) -> None:
         """Finish what is still under way; also after an exception, before buffers are used again."""
         self._bucketer.drop()
-        self.halves.drain()
         for layer in self._all_layers():
             layer.drain()
 
@@ -265,8 +264,10 @@ class OtilCommunicator:
         step = self.clock.step
         if kind == "output":
             self._finite.record("the output", part)
-        gathered = part.new_empty(self._replica.group.world_size, *part.shape)
-        collected = self._replica.all_gather(part, gathered, self._step_kind(kind), f"the {kind} at step {step}").wait()
+        gathered = part.new_empty(self.replica_collectives.group.world_size, *part.shape)
+        collected = self.replica_collectives.all_gather(
+            part, gathered, self._step_kind(kind), f"the {kind} at step {step}"
+        ).wait()
         # The network is done: whoever is in the open parcel comes again at the next step only. On a slow link what is
         # waited for must not queue behind it.
         self._bucketer.send()
@@ -296,11 +297,9 @@ class OtilCommunicator:
             waited_seconds=sum(traffic.waited.values()),
             exchange_seconds=self._spent,
             buffer_bytes=sum(
-                holder.nbytes
-                for holder in (*self._all_layers(), self._bucketer, self.halves, *self._scratch_buffers.values())
+                holder.nbytes for holder in (*self._all_layers(), self._bucketer, *self._scratch_buffers.values())
             ),
-            discrepancy=self.halves.curve,
-            window=self.halves.window.found,
+            window=self.window.found,
         )
 
     @property
@@ -341,7 +340,7 @@ class OtilCommunicator:
 
     def _mode(self, num_calls: int) -> Mode:
         """How a layer that was called `num_calls` times before exchanges at this step."""
-        step, window = self.clock.step, self.halves.window
+        step, window = self.clock.step, self.window
         return self._schedule.mode(step, num_calls, self.clock.total, window.holds(step) if window.exists else None)
 
     def _small_mode(self, freshness: SmallFreshness, num_calls: int) -> Mode:

@@ -8,7 +8,6 @@ import torch
 
 from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.exchange.report import Report
-from otil_xdit.hybridiff.controller import CfgController
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.schedule import Clock
 
@@ -18,7 +17,6 @@ class Communicator(Protocol):
     method."""
 
     clock: Clock
-    halves: CfgController
 
     def begin(self) -> None: ...
     def end(self) -> None: ...

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from otil_xdit.comm.collectives import Collectives
+from otil_xdit.exchange.communicator import OtilCommunicator
+from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.hybridiff.guidance import Guidance
 from otil_xdit.hybridiff.stages import Side, Stages
 from otil_xdit.method.config import NO_GUIDANCE, OtilConfig
@@ -29,19 +31,30 @@ class CfgController:
     Args:
         config: the settings.
         clock: of the steps; it is listened to.
-        exchange: of all ranks that work on the image.
+        window: the steps in which the networks may be in two stages; it is told the discrepancy of each step.
+        collectives: of all ranks that work on the image.
         collect: see `Collect`.
     """
 
-    def __init__(self, config: OtilConfig, clock: Clock, collectives: Collectives | None, collect: Collect) -> None:
-        self._config, self._clock = config, clock
+    def __init__(
+        self, config: OtilConfig, clock: Clock, window: Window, collectives: Collectives | None, collect: Collect
+    ) -> None:
+        self._config, self._clock, self.window = config, clock, window
         self._collectives, self._collect = collectives, collect
-        self.window = Window(config.window_settings)
         self.guidance = Guidance(config.window_guidance)
         self.curve: list[float | None] = []
         """The denoising discrepancy of each step of the generation that is done."""
         self._stages: dict[int, tuple[nn.Module, Stages]] = {}
         clock.after_step.append(self._after_step)
+
+    @classmethod
+    def of(cls, communicator: Communicator) -> CfgController:
+        """Return the controller of a communicator's steps; one that is no `OtilCommunicator` has no window."""
+        if isinstance(communicator, OtilCommunicator):
+            config, window = communicator.config, communicator.window
+            return cls(config, communicator.clock, window, communicator.replica_collectives, communicator.collect)
+        config = OtilConfig()
+        return cls(config, communicator.clock, Window(config.window_settings), None, communicator.collect)
 
     # ---- a generation --------------------------------------------------------------------------------------------
 
@@ -58,8 +71,8 @@ class CfgController:
         self._config.check_call(steps if counted else None, scale if isinstance(scale, (int, float)) else None, name)
 
     def begin(self) -> None:
-        """Forget an earlier generation, of which nothing is under way."""
-        self.window.begin()
+        """Forget an earlier generation; the communicator, which owns the window, begins that."""
+        self.drain()
         self.guidance.begin()
         self.curve = []
 

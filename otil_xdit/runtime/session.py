@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache, wraps
 from inspect import signature
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from otil_xdit.comm.failure_detector import PeerStatus
 from otil_xdit.comm.groups import PatchGroup, UnetGroups, is_lost_connection, reason_of
 from otil_xdit.errors import ExchangeTimeout, NotFinite
 from otil_xdit.exchange.protocol import Communicator
+from otil_xdit.exchange.report import Report
+from otil_xdit.hybridiff.controller import CfgController
 from otil_xdit.hybridiff.stages import Stages
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.networks.class_swap import restore_class, subclass_of, swap_class
@@ -73,6 +76,7 @@ class PatchSession:
         facts: Facts | None = None,
     ) -> None:
         self.communicator, self.group = communicator, group
+        self.cfg_controller = CfgController.of(communicator)
         self.kept_keys: torch.Tensor | None = None
         self._layer = ""
         self._finished = finished
@@ -138,6 +142,12 @@ class PatchSession:
         planned = vars(self._pipe).get("_num_timesteps") if self._pipe is not None else None
         return planned if isinstance(planned, int) else None
 
+    def report(self) -> Report:
+        """Return the counters of the last (or current) generation, for this rank."""
+        report, controller = self.communicator.report(), self.cfg_controller
+        buffer_bytes = report.buffer_bytes + controller.nbytes
+        return replace(report, buffer_bytes=buffer_bytes, discrepancy=controller.curve, window=controller.window.found)
+
     def gather(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Every patch's keys and values for the attention call under way; see `OtilCommunicator.gather`."""
         name = self._layer or self._names.current(self.communicator.clock.step)
@@ -187,6 +197,7 @@ class PatchSession:
                 stack.enter_context(track_steps(scheduler, self.communicator.clock, self._settle, self.planned_steps))
                 self._names.begin()
                 self.communicator.begin()
+                self.cfg_controller.begin()
                 stack.callback(self._end_exchange)
                 self._begin_halves(networks)
                 if self._unet_patches:
@@ -264,6 +275,7 @@ class PatchSession:
     def _end_exchange(self) -> None:
         detector = self.group.detector
         if detector is None or not detector.why_broken:
+            self.cfg_controller.drain()
             self.communicator.end()
 
     def _watch(self, networks: dict[str, nn.Module]) -> None:
@@ -290,7 +302,7 @@ class PatchSession:
         for _, handles in _taken_out(self._watched, kept):
             for handle in handles:
                 handle.remove()
-        for network in self.communicator.halves.forget(kept):
+        for network in self.cfg_controller.forget(kept):
             if not is_unet(network):
                 restore_class(network)
         for patches in _taken_out(self._unet_patches, kept):
@@ -310,19 +322,19 @@ class PatchSession:
         if self.is_active and (self._unets is None or self._unets[0].cfg_degree == 1):
             found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
             if found is not None:
-                self.communicator.halves.guidance.note(found)
+                self.cfg_controller.guidance.note(found)
 
     def _settle(self, sample: Any) -> None:
-        self.communicator.halves.settle(sample)
+        self.cfg_controller.settle(sample)
 
     def gathered(self, shown: torch.Tensor | list[torch.Tensor], dim: int, own: torch.Tensor) -> Any:
         """What xDiT has gathered of both CFG groups (see `CfgController.gathered`); this rank sent `own`."""
         self.communicator.count(own, "guidance")
-        return self.communicator.halves.gathered(shown, dim)
+        return self.cfg_controller.gathered(shown, dim)
 
     def _begin_halves(self, networks: dict[str, nn.Module]) -> None:
         """Put networks in two stages, where the strategy does that, and begin anew."""
-        halves = self.communicator.halves
+        halves = self.cfg_controller
         rows = self.group.rows or self.group
         halves.guidance.has_parts = rows.world_size > 1 and not any(map(is_unet, networks.values()))
         for name, net in networks.items():
@@ -332,7 +344,7 @@ class PatchSession:
 
     def _stages_of(self, name: str, network: nn.Module, groups: UnetGroups) -> Stages:
         """A network's two stages, in which it is put where it has not been."""
-        halves, unet = self.communicator.halves, is_unet(network)
+        halves, unet = self.cfg_controller, is_unet(network)
         if halves.stages_of(network) is None:
             blocks = unet_blocks(network) if unet else dit_blocks(network)
             halves.join(network, name, blocks, groups.cfg_rank == 1, groups.peer, not unet)
@@ -384,7 +396,7 @@ def _bracketed(kind: type) -> type:
         def check() -> None:
             if wrapped is not None:
                 check_arguments_are_read(kind.__call__, type(wrapped).__call__, kwargs)
-            session.communicator.halves.check_call(arguments_of(call, (self, *args), kwargs))
+            session.cfg_controller.check_call(arguments_of(call, (self, *args), kwargs))
 
         with session.generation(self, facts_of_call(call, (self, *args), kwargs), check):
             return kind.__call__(self, *args, **kwargs)
@@ -403,7 +415,7 @@ def _staged_network(kind: Any) -> type:
         def call(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
             return kind.forward(self, *inputs[0], **inputs[1])
 
-        session.communicator.halves.is_staged(self)
-        return session.communicator.halves.call(self, call, (args, kwargs))
+        session.cfg_controller.is_staged(self)
+        return session.cfg_controller.call(self, call, (args, kwargs))
 
     return subclass_of(kind, {"forward": forward})

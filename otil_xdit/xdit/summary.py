@@ -31,7 +31,7 @@ def report(pipe: Any) -> Report | None:
         The counters of the last generation; None for a pipeline that exchanges nothing, such as any on one rank.
     """
     session = session_of(pipe)
-    return None if session is None else session.communicator.report()
+    return None if session is None else session.report()
 
 
 def summary(pipe: Any) -> str:
@@ -91,7 +91,7 @@ def _kind(layer: nn.Module) -> str | None:
 
 
 def _buffers(session: PatchSession) -> str:
-    made = session.communicator.report()
+    made = session.report()
     if not made.steps:
         return "none yet, the first image makes them"
     return f"{made.buffer_bytes / 1e6:.1f} MB on this rank after an image of {made.steps} steps"

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from otil_xdit.comm.groups import PatchGroup
-from otil_xdit.hybridiff.controller import CfgController
-from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.schedule import Clock
 from otil_xdit.runtime.session import PatchSession
@@ -24,7 +22,6 @@ class Recorder:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.halves = CfgController(OtilConfig(), self.clock, None, self.collect)
         self.calls: list[tuple[int, str]] = []
         self.on_collective = self.ended = 0
 

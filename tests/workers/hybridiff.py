@@ -89,8 +89,8 @@ def run(pipe: Any) -> dict[str, Any]:
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         made = latents(pipe)
     session = session_of(pipe)
-    report = session.communicator.report().to_dict()
-    stages = [stages for _, stages in session.communicator.halves._stages.values()]
+    report = session.report().to_dict()
+    stages = [stages for _, stages in session.cfg_controller._stages.values()]
     cut = stages[0].cut if stages else None
     session.detach()
     return {

@@ -56,7 +56,7 @@ def reported(case: dict[str, Any]) -> dict[str, Any]:
     )
     session = session_of(pipe)
     assert session is not None, "parallelize attaches a session on more than one rank"
-    report = session.communicator.report().to_dict()
+    report = session.report().to_dict()
     session.detach()
     return report
 

@@ -218,7 +218,7 @@ class Service:
         from otil_xdit.xdit.plugin.register import session_of
 
         sessions = [session_of(pipe) for _, pipe in self._parallel.values()]
-        return sum(session.communicator.report().buffer_bytes for session in sessions if session is not None)
+        return sum(session.report().buffer_bytes for session in sessions if session is not None)
 
     def make(self, job: dict[str, Any]) -> str:
         """The image's digest; "" on a rank that gets none."""

@@ -225,7 +225,7 @@ def refused_score(make: Callable[[], Any], draw: Callable[..., Any]) -> dict[str
         refused = ""
     except ValueError as error:
         refused = str(error)
-    messages = sum(session_of(pipe).communicator.report().messages.values())
+    messages = sum(session_of(pipe).report().messages.values())
     otil_xdit.restore(pipe)
     return {"refused": refused, "messages": messages}
 
@@ -241,7 +241,7 @@ def told(make: Callable[[], Any], draw: Callable[..., Any]) -> dict[str, Any]:
     logger.addHandler(said)
     together = otil_xdit.parallelize(pipe, config=CONFIGS["otil"])
     draw(together, height=None, width=None)
-    buffers = session_of(together).communicator.report().buffer_bytes / 1e6
+    buffers = session_of(together).report().buffer_bytes / 1e6
     logger.removeHandler(said)
     logging.disable(logging.WARNING)
     otil_xdit.restore(together)

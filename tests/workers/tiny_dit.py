@@ -76,7 +76,7 @@ def measured(config: OtilConfig, reference: torch.Tensor) -> dict[str, Any]:
     pipe = parallel(config)
     made = latents(pipe, CIRCLE)
     session = session_of(pipe)
-    report = session.communicator.report().to_dict()
+    report = session.report().to_dict()
     session.detach()
     if made is None:
         return report

@@ -42,7 +42,7 @@ def main() -> None:
         "unwrapped": unwrapped(pipe.unet),
         "max_error": (together - alone).abs().max().item(),
         "changed_by_lora": (alone - plain).abs().max().item(),
-        "messages": session_of(pipe).communicator.report().messages,
+        "messages": session_of(pipe).report().messages,
         "yellow": [yellow(made) for made in (plain, alone, together)],
     }
     session_of(pipe).detach()

@@ -181,7 +181,7 @@ def paired() -> dict[str, dict[str, float]]:
         exact, alone = image(pipe, steps=2), small_messages(pipe)
         otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync", warmup_steps=1))
         error = ((image(pipe, steps=2) - exact).abs().max() / exact.std()).item()
-        sent = session_of(pipe).communicator.report().messages
+        sent = session_of(pipe).report().messages
         session_of(pipe).detach()
         found[name] = {"error": error, "saved": alone - sent["halo"] - sent.get("moments", 0)}
     return found

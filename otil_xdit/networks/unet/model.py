@@ -37,10 +37,20 @@ _PASSED_KWARGS = ("scale",)
 """Entries of `cross_attention_kwargs` that mean the same on a patch: the weight of LoRA."""
 
 
+class PassProtocol(Protocol):
+    """Which of guidance's two passes this rank computes; `otil_xdit.hybridiff.controller.CfgController` documents
+    each method."""
+
+    def is_staged(self, network: Any) -> bool: ...
+    def call(self, network: Any, call: Callable[[Any], Any], inputs: Any) -> Any: ...
+    def predicted(self, whole: torch.Tensor) -> torch.Tensor: ...
+
+
 class SessionProtocol(Protocol):
     """The pipeline's session, as far as a U-Net needs it; `otil_xdit.runtime.session.PatchSession` documents each."""
 
     communicator: Any
+    cfg_controller: PassProtocol
 
     @property
     def is_active(self) -> bool: ...
@@ -218,7 +228,7 @@ class PatchedUNet:
         check_no_gradients(self.network, sample, *kwargs.values())
         return_dict = kwargs.pop("return_dict", True)
         # In two stages both segments are of the pass with the prompt, which the last CFG group computes.
-        is_staged = self.session.communicator.halves.is_staged(self.network)
+        is_staged = self.session.cfg_controller.is_staged(self.network)
         cut = self._cut(sample, self.groups.cfg_degree - 1 if is_staged else self.groups.cfg_rank)
         self._count_call()
         latent = cut.rows(cut.batch(sample))
@@ -229,10 +239,10 @@ class PatchedUNet:
         try:
             arguments = {name: cut.argument(name, value) for name, value in kwargs.items()}
             inputs = {"latent": latent, **arguments}
-            (part,) = self.session.communicator.halves.call(self.network, lambda given: plain(**given), inputs)
+            (part,) = self.session.cfg_controller.call(self.network, lambda given: plain(**given), inputs)
         finally:
             self._grid, self._rows, self.running = None, None, False
-        whole = self.session.communicator.halves.predicted(self._whole(part, sample, cut))
+        whole = self.session.cfg_controller.predicted(self._whole(part, sample, cut))
         return UNet2DConditionOutput(sample=whole) if return_dict else (whole,)
 
     def _cut(self, sample: torch.Tensor, cfg_rank: int) -> _Cut:

@@ -110,7 +110,7 @@ def _images(task: ImageTask) -> Callable[[], Answer]:
             callback_on_step_end=watch.step,
             callback_on_step_end_tensor_inputs=[],
         )
-        report = None if session is None else session.communicator.report().to_dict()
+        report = None if session is None else session.report().to_dict()
         return {"step_seconds": watch.seconds(), "cpu_step_seconds": watch.cpu_seconds(), "report": report}
 
     return image

@@ -88,7 +88,7 @@ def _make_variant(plan: dict[str, Any], case: dict[str, Any], saves: bool) -> No
         image, seconds = _call(pipe, plan, case, picture)
         if saves:
             assert image is not None, "the last rank has the picture of every pipeline"
-            report = session.communicator.report().to_dict()
+            report = session.report().to_dict()
             save_picture(Path(plan["store"]), picture["key"], Picture(image, report, seconds))
     session.detach()
 

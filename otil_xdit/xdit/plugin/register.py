@@ -179,7 +179,7 @@ def _reporter(choice: ParallelChoice) -> Callable[[PatchSession], None]:
     def finished(session: PatchSession) -> None:
         if dist.get_rank() != 0:
             return
-        report = session.communicator.report()
+        report = session.report()
         logger.info(
             "%s: %d steps (%d warm-up), sent per step and rank after warm-up: %.1f kB of keys and values, %.1f kB of "
             "halo rows and moments, %.1f kB of output; waited %.2f s, buffers %.1f MB",
