@@ -1,12 +1,22 @@
-"""The key-value store in which the ranks found each other: what is used of it."""
+"""`StoreThread`: talk with the key-value store in which the ranks found each other, from a thread that may hang.
+
+A store on a stopped machine may never answer, and whoever asks must be able to go on. So one thread makes all calls,
+and others give it jobs and wait for `STORE_SECONDS` at most.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Protocol
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 POLL_SECONDS = 0.25
-
+"""Seconds between two polls of the store."""
 
 STORE_SECONDS = 2.0
 """What the store may take for one answer, which is below a millisecond otherwise."""
@@ -22,7 +32,83 @@ class Store(Protocol):
     def delete_key(self, key: str) -> bool: ...
 
 
+class StoreThread:
+    """The thread that makes all calls of one session to the store.
+
+    Args:
+        store: where the ranks found each other; the thread uses a connection of its own to it.
+        on_poll: called with the store in the thread every `POLL_SECONDS` while polling.
+
+    Attributes:
+        is_silent: whether the store did not answer in time once; it is not asked again then.
+    """
+
+    def __init__(self, store: Store, on_poll: Callable[[Store], None]) -> None:
+        self.is_silent = False
+        self._store, self._on_poll = store, on_poll
+        self._jobs: SimpleQueue[Callable[[Store], object] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._is_polling = False
+
+    def start_polling(self) -> None:
+        """Start the thread where it does not run, and poll from now on."""
+        if self._thread is None:
+            self._store = _own_connection(self._store)
+            self._thread = threading.Thread(target=self._run, name="otil-xdit store", daemon=True)
+            self._thread.start()
+        self._is_polling = True
+        self.submit(lambda store: None)  # the thread may be waiting for a job without end
+
+    def stop_polling(self) -> None:
+        """Poll no more; jobs are still done."""
+        self._is_polling = False
+
+    def submit(self, job: Callable[[Store], object]) -> None:
+        """Have `job` done in the thread, and do not wait for it."""
+        self._jobs.put(job)
+
+    def ask(self, job: Callable[[Store], T]) -> T | None:
+        """Return what `job` returns in the thread; None where the store does not answer."""
+        answered, found = threading.Event(), []
+
+        def run(store: Store) -> None:
+            try:
+                found.append(job(store))
+            finally:
+                answered.set()
+
+        if self.is_silent:
+            return None
+        self.submit(run)
+        if not answered.wait(STORE_SECONDS) or not found:
+            self.is_silent = True
+            return None
+        return found[0]
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread = None
+
+    def _run(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=POLL_SECONDS if self._is_polling else None)
+            except Empty:
+                job = self._on_poll
+            if job is None:
+                return
+            with suppress(RuntimeError):  # a store that is gone; whoever asked finds no answer
+                job(self._store)
+
+
+def read(store: Store, key: str) -> bytes | None:
+    """Return what stands under a key; None where nothing does. For jobs of a `StoreThread`."""
+    return store.get(key) if store.check([key]) else None
+
+
 def _own_connection(store: Store) -> Store:
-    """A connection to the same store that blocks nobody else; where torch has no way to make one, the store itself."""
+    """Return a connection to the same store that blocks nobody else; the store itself where torch cannot make one."""
     clone = getattr(store, "clone", None)
     return store if clone is None else clone()

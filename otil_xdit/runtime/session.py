@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from otil_xdit.comm.failure_detector import PeerStatus
 from otil_xdit.comm.groups import PatchGroup, UnetGroups, is_lost_connection, reason_of
+from otil_xdit.comm.peer_status import PeerStatus
 from otil_xdit.errors import ExchangeTimeout, NotFinite
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.exchange.report import Report
@@ -372,11 +372,11 @@ class PatchSession:
             self.communicator.observe(*read_call(network, args, kwargs, chunks, chunks * self.group.world_size))
 
 
-def _with_origin(error: NotFinite, notes: Mapping[int, PeerStatus], rank: int) -> NotFinite:
+def _with_origin(error: NotFinite, statuses: Mapping[int, PeerStatus], rank: int) -> NotFinite:
     """The error, with the ranks that had it first: what is not finite spreads to all in a step or two."""
-    orders = {other: note.order for other, note in notes.items() if note.order is not None}
+    orders = {other: peer.order for other, peer in statuses.items() if peer.order is not None}
     first = min([error.order, *orders.values()])
-    origins = [notes[other].error.partition(": ")[2] for other, order in orders.items() if order == first]
+    origins = [statuses[other].error.partition(": ")[2] for other, order in orders.items() if order == first]
     if first < error.order:
         return NotFinite(f"rank {rank} stops with {'; '.join(origins)}", first)
     return NotFinite(f"{error}{''.join(f'; {origin}' for origin in origins)}", first)

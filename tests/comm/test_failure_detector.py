@@ -12,12 +12,13 @@ import pytest
 import torch.distributed as dist
 
 from otil_xdit.comm import failure_detector as detector
+from otil_xdit.comm import store as store_module
 from otil_xdit.comm.failure_detector import FailureDetector
 from otil_xdit.errors import ExchangeTimeout, NotFinite
 
 
 class Ranks:
-    """Some watches round one store, and who has broken its connections."""
+    """Some detectors round one store, and who has broken its connections."""
 
     def __init__(self, count: int, timeout: float = 10.0, store: Any = None) -> None:
         self.severed: list[int] = []
@@ -107,7 +108,7 @@ def test_who_says_nothing_is_named_and_who_computes_is_not(monkeypatch: pytest.M
     first, dead, computing = ranks.all
     first.begin()
     computing.begin()
-    dead.generation = 1  # its thread never runs
+    dead._board.generation = 1  # its thread never runs
     computing.on_collective("layer y at step 2")
     started = time.monotonic()
     verdict = first.diagnose()
@@ -126,7 +127,7 @@ def test_a_rank_that_does_not_begin_is_named_after_the_timeout() -> None:
 
 def test_an_alarm_of_the_last_generation_is_none_of_this(two: Ranks) -> None:
     first = two.all[0]
-    first._alarmed_in = first.generation
+    first._alarmed_in = first._board.generation
     assert first.is_alarmed
     first.begin()
     assert not first.is_alarmed
@@ -153,7 +154,7 @@ class Stopped(Gone):
 
 @pytest.mark.parametrize("store", [Gone(), Stopped()], ids=["gone", "stopped"])
 def test_a_store_that_does_not_answer_is_said_and_hangs_nobody(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detector, "STORE_SECONDS", 0.2)
+    monkeypatch.setattr(store_module, "STORE_SECONDS", 0.2)
     ranks = Ranks(2, store=store)
     ranks.all[0].begin()
     started = time.monotonic()
@@ -163,5 +164,5 @@ def test_a_store_that_does_not_answer_is_said_and_hangs_nobody(store: Any, monke
 
 def test_the_order_of_nan_travels(two: Ranks) -> None:
     first, second = two.all
-    notes = two.at_once(failing(first, NotFinite("here", (3, 7))), failing(second))
-    assert notes[1][0].order == (3, 7) and notes[0][1].order is None
+    statuses = two.at_once(failing(first, NotFinite("here", (3, 7))), failing(second))
+    assert statuses[1][0].order == (3, 7) and statuses[0][1].order is None

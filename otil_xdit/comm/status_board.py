@@ -1,0 +1,158 @@
+"""`StatusBoard`: what the ranks of one session write in the store about a generation, and read of each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+from otil_xdit.comm.peer_status import PeerStatus
+from otil_xdit.comm.store import POLL_SECONDS, Store, StoreThread, read
+
+
+class StatusBoard:
+    """The keys of one session in the store; those of a generation bear its number.
+
+    Methods that take a `Store` are jobs of the store's thread; all others may be called from any other thread.
+
+    Args:
+        name: the session's; the same on its ranks, and no other session's.
+        groups: name of the connections that the session shares with others.
+        ranks: all ranks that work on one image, by their global number.
+        rank: this one.
+        store: where the ranks found each other.
+        on_poll: see `StoreThread`.
+
+    Attributes:
+        generation: number of the generation under way, from 1.
+        others: all ranks but this one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        groups: str,
+        ranks: Sequence[int],
+        rank: int,
+        store: Store,
+        on_poll: Callable[[Store], None],
+    ) -> None:
+        self.generation = 0
+        self.others = [other for other in ranks if other != rank]
+        self._rank, self._name, self._broken_key = rank, name, f"otil/broken/{groups}"
+        self._on_poll = on_poll
+        self._thread = StoreThread(store, on_poll)
+        self.close, self.stop_polling = self._thread.close, self._thread.stop_polling
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the store has stopped to answer."""
+        return self._thread.is_silent
+
+    def begin(self) -> None:
+        """Begin the next generation, and poll."""
+        self.generation += 1
+        self._thread.start_polling()
+
+    def poll(self) -> None:
+        """Poll at once, and wait for it."""
+        self._thread.ask(self._on_poll)
+
+    # ---- statuses ------------------------------------------------------------------------------------------------
+
+    def post(self, status: PeerStatus, wait: bool = True) -> None:
+        """Write this rank's status.
+
+        Args:
+            wait: whether to wait until it is written.
+        """
+        key, text = self._key(self._rank), status.to_json()
+        (self._thread.ask if wait else self._thread.submit)(lambda store: store.set(key, text))
+
+    def statuses(self) -> dict[int, PeerStatus]:
+        """Return what the others have written so far, by rank."""
+        keys = {other: self._key(other) for other in self.others}
+        found = self._thread.ask(lambda store: {other: read(store, key) for other, key in keys.items()})
+        return {other: PeerStatus.from_json(text) for other, text in (found or {}).items() if text is not None}
+
+    def last_seen(self, rank: int) -> str:
+        """Return the place that a rank wrote at its last poll."""
+        at = self._thread.ask(lambda store: read(store, self._key(rank, "at")))
+        return "the start" if at is None else at.decode()
+
+    def acknowledge(self) -> None:
+        """Write that this rank knows who is to blame."""
+        self._thread.ask(lambda store: store.set(self._key(self._rank, "knows"), ""))
+
+    def have_acknowledged(self, ranks: Collection[int]) -> bool:
+        """Return whether all of `ranks` know who is to blame."""
+        keys = [self._key(rank, "knows") for rank in ranks]
+        return not keys or bool(self._thread.ask(lambda store: store.check(keys)))
+
+    # ---- the alarm -----------------------------------------------------------------------------------------------
+
+    def raise_alarm(self, reason: str) -> None:
+        """Have all ranks give up this generation, and refuse later ones because of `reason`."""
+        self._thread.ask(lambda store: store.set(self._key("alarm"), ""))
+        self._thread.ask(lambda store: store.set(self._broken_key, reason))
+
+    def why_broken(self) -> str:
+        """Return why a session gave up the connections; empty while none did."""
+        return (self._thread.ask(lambda store: read(store, self._broken_key)) or b"").decode()
+
+    def write_place(self, store: Store, generation: int, where: str) -> None:
+        """Write how far this rank is."""
+        store.set(self._key(self._rank, "at", generation=generation), where)
+
+    def has_alarm(self, store: Store, generation: int) -> bool:
+        """Return whether a rank raised the alarm."""
+        return store.check([self._key("alarm", generation=generation)])
+
+    def answer_alarm(self, store: Store, generation: int, status: PeerStatus) -> None:
+        """Write this rank's status where it has written none."""
+        key = self._key(self._rank, generation=generation)
+        if not store.check([key]):
+            store.set(key, status.to_json())
+
+    # ---- facts ---------------------------------------------------------------------------------------------------
+
+    def post_facts(self, facts: Mapping[str, str]) -> None:
+        """Write this rank's facts for this generation."""
+        self._thread.ask(lambda store: store.set(self._key(self._rank, "facts"), json.dumps(dict(facts))))
+
+    def facts(self) -> dict[int, dict[str, str]] | None:
+        """Return the others' facts by rank; None while a rank's are missing, after a poll's time."""
+        keys = {other: self._key(other, "facts") for other in self.others}
+
+        def gather(store: Store) -> dict[int, dict[str, str]] | None:
+            try:
+                store.wait(list(keys.values()), timedelta(seconds=POLL_SECONDS))
+            except RuntimeError:
+                self._on_poll(store)
+                return None
+            return {other: json.loads(store.get(key)) for other, key in keys.items()}
+
+        return self._thread.ask(gather)
+
+    def ranks_without_facts(self) -> list[int]:
+        """Return the ranks that have not begun this generation."""
+        come = self._thread.ask(
+            lambda store: [other for other in self.others if store.check([self._key(other, "facts")])]
+        )
+        return [other for other in self.others if other not in (come or [])]
+
+    def forget_last_generation(self) -> None:
+        """Delete what this rank wrote in the last generation; all have begun this one, so nobody reads it any more."""
+        last = self.generation - 1
+
+        def delete(store: Store) -> None:
+            for what in ((), ("facts",), ("at",)):
+                with suppress(RuntimeError):
+                    store.delete_key(self._key(self._rank, *what, generation=last))
+
+        self._thread.submit(delete)
+
+    def _key(self, *what: object, generation: int | None = None) -> str:
+        number = self.generation if generation is None else generation
+        return "/".join(["otil", self._name, str(number), *map(str, what)])
