@@ -20,7 +20,8 @@ from torch import nn
 from otil_xdit.catalog.folders import find_model
 from otil_xdit.method.grid import LevelGrid, TokenLayout
 from otil_xdit.networks.dit.architectures import architecture_of
-from otil_xdit.networks.unet.levels import Levels, check_supported
+from otil_xdit.networks.unet.compatibility import check_supported
+from otil_xdit.networks.unet.levels import Levels
 from otil_xdit.networks.unet.model import is_unet
 
 META = torch.device("meta")

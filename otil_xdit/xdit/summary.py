@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from otil_xdit.exchange.report import Report
-from otil_xdit.networks.unet.inspection import spatial_layers
+from otil_xdit.networks.unet.layers import spatial_layers
 from otil_xdit.networks.unet.model import is_unet
 from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.session import PatchSession

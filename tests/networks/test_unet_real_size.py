@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from otil_xdit.comm.groups import PatchGroup, UnetGroups
-from otil_xdit.networks.unet.inspection import unwrapped
+from otil_xdit.networks.unet.layers import unwrapped_layers
 from otil_xdit.networks.unet.model import PatchedUNet
 from tests.support.dits.case import Degrees
 from tests.support.torchrun import lines_of
@@ -74,7 +74,7 @@ def test_every_layer_that_looks_beyond_a_patch_is_wrapped(name: str) -> None:
     own = {kind: {type(module) for module in modules} for kind, modules in layers(unet).items()}
     assert own == {"convolution": {nn.Conv2d}, "group norm": {nn.GroupNorm}, "self-attention": {Attention}}
     patches_of(unet).prepare()
-    assert unwrapped(unet) == []
+    assert unwrapped_layers(unet) == []
     wrapped = Counter({kind: sum(type(one) not in own[kind] for one in ones) for kind, ones in layers(unet).items()})
     assert wrapped == LAYERS[name]
 
@@ -88,7 +88,7 @@ def test_names_of_parameters_stay_and_all_comes_back(name: str) -> None:
     assert list(unet.state_dict()) == names
     patches.release()
     assert [type(module) for module in unet.modules()] == kinds
-    assert len(unwrapped(unet)) == sum(LAYERS[name].values()) + LAYERS[name]["self-attention"]
+    assert len(unwrapped_layers(unet)) == sum(LAYERS[name].values()) + LAYERS[name]["self-attention"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig  # noqa: E402
 from otil_xdit.catalog.bundled import model_folder  # noqa: E402
-from otil_xdit.networks.unet.inspection import unwrapped  # noqa: E402
+from otil_xdit.networks.unet.layers import unwrapped_layers  # noqa: E402
 from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
 
 PROMPT = "a large red circle on the left and a small blue square on the right, striped background"
@@ -39,7 +39,7 @@ def main() -> None:
     otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync"))
     together = picture(pipe)
     found = {
-        "unwrapped": unwrapped(pipe.unet),
+        "unwrapped": unwrapped_layers(pipe.unet),
         "max_error": (together - alone).abs().max().item(),
         "changed_by_lora": (alone - plain).abs().max().item(),
         "messages": session_of(pipe).report().messages,

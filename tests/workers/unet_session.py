@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig, get_strategy  # noqa: E402
-from otil_xdit.networks.unet.inspection import unwrapped  # noqa: E402
+from otil_xdit.networks.unet.layers import unwrapped_layers  # noqa: E402
 from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
 from tests.support.unets.configs import build_unet  # noqa: E402
 from tests.support.unets.pipelines import pipeline_around  # noqa: E402
@@ -134,7 +134,7 @@ def undone() -> dict[str, bool]:
     kind = type(pipe)
     otil_xdit.parallelize(pipe, config=DISPLACED)
     image(pipe)
-    wrapped = not unwrapped(pipe.unet) and list(pipe.unet.state_dict()) == names
+    wrapped = not unwrapped_layers(pipe.unet) and list(pipe.unet.state_dict()) == names
     session_of(pipe).detach()
     restored = [type(m) for m in pipe.unet.modules()] == classes and type(pipe) is kind
     return {"wrapped": wrapped, "restored": restored, "same": torch.equal(image(pipe), before)}

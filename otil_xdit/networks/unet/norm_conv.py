@@ -1,4 +1,4 @@
-"""Pairs of a group norm and the convolution that reads it: what lets both ask the other ranks at once.
+"""Pairs of a group norm and the convolution that reads its output: one message serves both.
 
 Normalisation and activation act on every value by itself once the moments are known. So a rank may be sent its
 neighbours' rows as they are before the norm, together with the moments, and make of them what the convolution reads.
@@ -29,21 +29,21 @@ class NormConvPair:
 
     Attributes:
         norm, activation, dropout: the modules; None for no dropout.
-        read_by: the module that is given the result: the convolution, or what holds it and its adapters (peft).
+        reader: the module that is given the result: the convolution, or what holds it and its adapters (peft).
         conv: the convolution.
-        name, conv_name: names of `read_by` and `conv` in the network.
+        reader_name, conv_name: names of `reader` and `conv` in the network.
     """
 
     norm: nn.GroupNorm
     activation: nn.Module
     dropout: nn.Dropout | None
-    read_by: nn.Module
+    reader: nn.Module
     conv: nn.Conv2d
-    name: str
+    reader_name: str
     conv_name: str
 
-    def holds(self) -> bool:
-        """Whether nothing between norm and convolution is random or somebody else's.
+    def is_intact(self) -> bool:
+        """Tell whether nothing between norm and convolution is random or somebody else's.
 
         Hooks may change what they see; they must be registered on all ranks or on none, as ranks with and without
         one would wait for different messages.
@@ -52,52 +52,57 @@ class NormConvPair:
             return False
         between = [self.activation] if self.dropout is None else [self.activation, self.dropout]
         after = any(module._forward_hooks for module in (self.norm, *between))
-        before = any(module._forward_pre_hooks for module in (*between, self.read_by, self.conv))
+        before = any(module._forward_pre_hooks for module in (*between, self.reader, self.conv))
         return not (after or before)
 
 
 @dataclass
 class PrefetchedHalo:
-    """Rows beyond this rank's, as the convolution of a pair is to read them; for its next call.
+    """The neighbours' rows as the convolution of a pair is to read them, for its next call.
 
     Attributes:
-        pair: whose.
-        rows: above and below, None beyond the image's edge.
+        pair: whose convolution reads them.
+        rows: above and below, [B, C, rows, W]; None beyond the image's edge.
         key: `halo_key` of the map that they belong to.
     """
 
     pair: NormConvPair
     rows: HaloRows
     key: tuple[object, ...]
-    _read: torch.Tensor | None = field(default=None, init=False)
+    _input: torch.Tensor | None = field(default=None, init=False)
 
-    def take(self, name: str, x: torch.Tensor, above: int, below: int) -> HaloRows | None:
-        """The rows for the convolution `name` that reads `x`, [B, C, h, W]; None where they are not for this call.
+    def rows_for(self, name: str, x: torch.Tensor, above: int, below: int) -> HaloRows | None:
+        """Return the rows for the call of the convolution `name` on `x`, [B, C, h, W]; None for any other call.
 
-        The pair's convolution takes them first, and after it those of its adapters, if they are given the same tensor.
+        The pair's convolution reads them first, and after it those of its adapters, if they are given the same tensor.
+
+        Args:
+            name: of the convolution in the network.
+            x: its input.
+            above, below: numbers of rows that it needs.
         """
         if self.key != halo_key(x, above, below):
             return None
-        if self._read is None:
+        if self._input is None:
             found = name == self.pair.conv_name
-            self._read = x if found else None
+            self._input = x if found else None
         else:
-            found = x is self._read and name.startswith(f"{self.pair.name}.")
+            found = x is self._input and name.startswith(f"{self.pair.reader_name}.")
         return self.rows if found else None
 
     @property
-    def is_used_up(self) -> bool:
-        """Whether nobody can take them any more."""
-        return self._read is not None and self.pair.read_by is self.pair.conv
+    def is_consumed(self) -> bool:
+        """Tell whether no further convolution can read the rows."""
+        return self._input is not None and self.pair.reader is self.pair.conv
 
 
-def find_pairs(network: Any) -> dict[str, NormConvPair]:
-    """The pairs of a U-Net by the name of their norm; whatever is not exactly understood is left out."""
-    found = (pair for path, block in network.named_modules() for pair in _pairs_of(path, block))
+def find_norm_conv_pairs(network: Any) -> dict[str, NormConvPair]:
+    """Return the pairs of a U-Net by the name of their norm; whatever is not exactly understood is left out."""
+    found = (pair for path, block in network.named_modules() for pair in _pairs_of_block(path, block))
     return {norm: pair for norm, pair in found if pair is not None}
 
 
-def _pairs_of(path: str, block: Any) -> Iterator[tuple[str, NormConvPair | None]]:
+def _pairs_of_block(path: str, block: Any) -> Iterator[tuple[str, NormConvPair | None]]:
     if isinstance(block, UNet2DConditionModel) and block.conv_norm_out is not None:
         yield "conv_norm_out", _pair(block.conv_norm_out, block.conv_act, None, block.conv_out, "conv_out")
     if type(block).forward is not ResnetBlock2D.forward:
@@ -108,10 +113,10 @@ def _pairs_of(path: str, block: Any) -> Iterator[tuple[str, NormConvPair | None]
         yield f"{path}.norm2", _pair(block.norm2, block.nonlinearity, block.dropout, block.conv2, f"{path}.conv2")
 
 
-def _pair(norm: Any, activation: Any, dropout: Any, read_by: Any, name: str) -> NormConvPair | None:
-    conv, conv_name = read_by, name
-    if type(read_by).__module__.startswith("peft.tuners.lora."):
-        conv, conv_name = read_by.base_layer, f"{name}.base_layer"
+def _pair(norm: Any, activation: Any, dropout: Any, reader: Any, name: str) -> NormConvPair | None:
+    conv, conv_name = reader, name
+    if type(reader).__module__.startswith("peft.tuners.lora."):
+        conv, conv_name = reader.base_layer, f"{name}.base_layer"
     known = (
         isinstance(norm, nn.GroupNorm)
         and type(activation) in ACTIVATIONS
@@ -119,4 +124,4 @@ def _pair(norm: Any, activation: Any, dropout: Any, read_by: Any, name: str) -> 
         and isinstance(conv, nn.Conv2d)
         and conv.kernel_size[0] > 1
     )
-    return NormConvPair(norm, activation, dropout, read_by, conv, name, conv_name) if known else None
+    return NormConvPair(norm, activation, dropout, reader, conv, name, conv_name) if known else None

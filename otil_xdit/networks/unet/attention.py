@@ -1,0 +1,107 @@
+"""Attention of a U-Net on patches: this rank's tokens attend to those of all ranks, or to the text.
+
+Shapes: B batch, S tokens of this rank, D features, d features of a head.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch.nn import functional
+
+from otil_xdit.networks.class_swap import subclass_of
+from otil_xdit.networks.unet.context import CONTEXT, LayerContext, running_context
+
+PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
+"""Attention processors of diffusers that compute plain attention, whatever they compute it with."""
+
+TEXT_PROCESSORS = (
+    *PLAIN_PROCESSORS,
+    "IPAdapterAttnProcessor",
+    "IPAdapterAttnProcessor2_0",
+    "IPAdapterXFormersAttnProcessor",
+)
+"""Processors that may attend to text: every query by itself, so patches change nothing."""
+
+
+def check_attention(attention: Attention, name: str) -> None:
+    """Validate that an attention layer has a processor whose computation is known.
+
+    Raises:
+        ValueError: naming the layer and its processor.
+    """
+    processor = type(attention.processor)
+    known = TEXT_PROCESSORS if attention.is_cross_attention else PLAIN_PROCESSORS
+    if processor.__name__ not in known or not processor.__module__.startswith("diffusers."):
+        raise ValueError(
+            f"--parallel does not support the attention processor {processor.__module__}.{processor.__name__} of the "
+            f"layer {name}; it knows diffusers' {', '.join(known)}"
+        )
+
+
+@cache
+def patched_attention(kind: type) -> type:
+    """Derive from `kind`, diffusers' `Attention` or a subclass, the class of an attention layer on patches."""
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        context = running_context(self)
+        if context is not None:
+            if encoder_hidden_states is None:
+                return _self_attention(self, context, hidden_states)
+            if type(self.processor).__name__ in PLAIN_PROCESSORS:
+                return _cross_attention(self, context, hidden_states, encoder_hidden_states, attention_mask)
+        return kind.forward(  # type: ignore[attr-defined]  # diffusers' Attention or a subclass
+            self, hidden_states, encoder_hidden_states, attention_mask, **kwargs
+        )
+
+    return subclass_of(kind, {"forward": forward, CONTEXT: None})
+
+
+def _self_attention(attention: Any, context: LayerContext, x: torch.Tensor) -> torch.Tensor:
+    """Attend from this rank's tokens, [B, S, D], to those of all ranks."""
+    projections = (attention.to_q, attention.to_k, attention.to_v)
+    query, key, value = (_split_heads(attention, project(x)) for project in projections)
+    query, key = _norm_query_key(attention, query, key)
+    return _project_out(attention, context.unet.attend(context, query, key, value), x)
+
+
+def _cross_attention(
+    attention: Any, context: LayerContext, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attend from this rank's tokens, [B, S, D], to the text, whose keys and values are kept from step to step."""
+
+    def project() -> tuple[torch.Tensor, torch.Tensor]:
+        states = attention.norm_encoder_hidden_states(text) if attention.norm_cross else text
+        return _split_heads(attention, attention.to_k(states)), _split_heads(attention, attention.to_v(states))
+
+    key, value = context.unet.text_cache.get(context.name, text, (attention.to_k, attention.to_v), project)
+    query, key = _norm_query_key(attention, _split_heads(attention, attention.to_q(x)), key)
+    if mask is not None:
+        mask = attention.prepare_attention_mask(mask, text.shape[1], x.shape[0])
+        mask = mask.view(x.shape[0], attention.heads, -1, mask.shape[-1])
+    return _project_out(attention, functional.scaled_dot_product_attention(query, key, value, attn_mask=mask), x)
+
+
+def _split_heads(attention: Any, x: torch.Tensor) -> torch.Tensor:
+    """View [B, S, heads * d] as [B, heads, S, d]."""
+    return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+
+def _norm_query_key(attention: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    query = query if attention.norm_q is None else attention.norm_q(query)
+    return query, key if attention.norm_k is None else attention.norm_k(key)
+
+
+def _project_out(attention: Any, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Join heads, [B, heads, S, d] to [B, S, D], and apply what follows attention in diffusers."""
+    out = attention.to_out[1](attention.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype)))
+    return ((out + x) if attention.residual_connection else out) / attention.rescale_output_factor

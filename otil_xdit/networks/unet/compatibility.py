@@ -1,0 +1,107 @@
+"""Checks of a U-Net and its calls: each refuses, by name, what patches would compute differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+MID_BLOCKS = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "NoneType")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+"""Blocks of diffusers that are built of the layers which `otil_xdit.networks.unet.layers` wraps."""
+
+_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "downsample_padding": (1,),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "addition_embed_type": (None, "text", "text_time"),
+    "encoder_hid_dim_type": (None, "text_proj", "ip_image_proj"),
+    "dual_cross_attention": (False, None),
+    "conv_in_kernel": (1, 3),
+    "conv_out_kernel": (1, 3),
+}
+"""Settings of a `UNet2DConditionModel` and the values under which patches give what one device gives."""
+
+_SPATIAL = (
+    nn.ConvTranspose2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.BatchNorm2d,
+    nn.InstanceNorm2d,
+    nn.Upsample,
+)
+"""Layers that look beyond a patch and that no wrapper serves."""
+
+_PASSED_KWARGS = ("scale",)
+"""Entries of `cross_attention_kwargs` that mean the same on a patch: the weight of LoRA."""
+
+
+def check_supported(network: Any) -> None:
+    """Validate that patches can serve a U-Net.
+
+    Raises:
+        ValueError: naming the block, setting or layer that they cannot serve.
+    """
+    kinds = {
+        "down block": (DOWN_BLOCKS, network.down_blocks),
+        "mid block": (MID_BLOCKS, [network.mid_block]),
+        "up block": (UP_BLOCKS, network.up_blocks),
+    }
+    for what, (known, blocks) in kinds.items():
+        for block in blocks:
+            if type(block).__name__ not in known:
+                raise ValueError(
+                    f"--parallel does not support a U-Net with the {what} {type(block).__name__}; it knows "
+                    f"{', '.join(name for name in known if name != 'NoneType')}"
+                )
+    for setting, accepted in _SETTINGS.items():
+        value = network.config.get(setting, accepted[0])
+        if value not in accepted:
+            raise ValueError(
+                f"--parallel does not support a U-Net with {setting} = {value!r}; it knows "
+                f"{', '.join(repr(choice) for choice in accepted)}"
+            )
+    for path, module in network.named_modules():
+        if isinstance(module, _SPATIAL):
+            raise ValueError(f"--parallel does not support the layer {path} ({type(module).__name__}) of a U-Net")
+
+
+def check_heads(name: str, layer: Any, ulysses_degree: int) -> None:
+    """Validate that Ulysses can share out the heads of a self-attention layer; other layers have none to share.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    heads = getattr(layer, "heads", ulysses_degree)
+    if heads % ulysses_degree and not layer.is_cross_attention:
+        raise ValueError(
+            f"--ulysses_degree {ulysses_degree} cannot share out the {heads} attention heads of the U-Net's layer "
+            f"{name}; give a degree that divides them, or more patches instead"
+        )
+
+
+def check_arguments(kwargs: dict[str, Any]) -> None:
+    """Validate that a U-Net's arguments mean the same on patches.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if kwargs.get("attention_mask") is not None:
+        raise ValueError("--parallel does not support attention_mask of a U-Net: it describes whole maps")
+    unknown = set(kwargs.get("cross_attention_kwargs") or {}) - set(_PASSED_KWARGS)
+    if unknown:
+        raise ValueError(
+            f"--parallel does not support {', '.join(sorted(unknown))} in cross_attention_kwargs; it knows "
+            f"{', '.join(_PASSED_KWARGS)}"
+        )
+
+
+def check_freeu(network: Any) -> None:
+    """Validate that FreeU is off.
+
+    Raises:
+        ValueError: where any block has its scales.
+    """
+    if any(getattr(block, name, None) is not None for block in network.up_blocks for name in ("s1", "s2", "b1", "b2")):
+        raise ValueError("--parallel does not support FreeU, which filters whole maps; call disable_freeu()")

@@ -1,0 +1,159 @@
+"""What a wrapped layer of a U-Net knows of its place, and whom it asks for the other ranks' part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from otil_xdit.exchange.halo import HaloRows
+from otil_xdit.networks.unet.norm_conv import NormConvPair
+from otil_xdit.networks.unet.text_cache import TextCache
+
+CONTEXT = "_otil_context"
+"""Attribute of a wrapped layer that holds its `LayerContext`. The subclasses have None there: peft makes the layers of
+an adapter of the class of the layer that it adapts, without telling anybody."""
+
+
+class LayerExchange(Protocol):
+    """What a layer may ask the U-Net on patches for; `otil_xdit.networks.unet.model.PatchedUNet` is one.
+
+    `context` is always that of the layer that asks. Shapes: B batch, C channels, h rows of this rank, W columns, S
+    tokens of this rank, d features of a head.
+    """
+
+    text_cache: TextCache
+
+    @property
+    def running(self) -> bool:
+        """Tell whether a pass on patches is under way, so that layers need the other ranks."""
+        ...
+
+    @property
+    def is_last(self) -> bool:
+        """Tell whether this rank holds the image's lowest rows."""
+        ...
+
+    def prefetched_halo(self, context: LayerContext, x: torch.Tensor, above: int, below: int) -> HaloRows | None:
+        """Return the rows for a convolution of `x`, [B, C, h, W], if `prefetch_halo` was given them; None otherwise."""
+        ...
+
+    def halo(
+        self, context: LayerContext, x: torch.Tensor, above: int, below: int, precomputed: HaloRows | None
+    ) -> torch.Tensor:
+        """Return a map with the neighbours' rows above and below it, and zeros beyond the image's edge.
+
+        Args:
+            context: the convolution's.
+            x: this rank's map, [B, C, h, W].
+            above, below: numbers of rows.
+            precomputed: the rows, where they are known already; nothing is sent for them then.
+
+        Returns:
+            [B, C, above + h + below, W].
+
+        Raises:
+            ValueError: on every rank, when a rank has fewer rows than another needs of it.
+        """
+        ...
+
+    def moments(
+        self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and variance of the whole map from those of this rank's rows; all float32 [B, groups]."""
+        ...
+
+    def norm_halo(
+        self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, HaloRows | None]:
+        """Return `moments`, and the neighbours' rows of the norm's input that its convolution needs.
+
+        Args:
+            context: of a norm with a pair.
+            mean, var: of this rank's rows, float32 [B, groups].
+            x: the norm's input, [B, C, h, W].
+
+        Returns:
+            Mean and variance of the whole map, and the rows above and below `x`. The rows are None where the settings
+            or the pair's modules do not let the two travel together; the convolution then asks by itself.
+
+        Raises:
+            ValueError: as `halo`.
+        """
+        ...
+
+    def prefetch_halo(self, context: LayerContext, x: torch.Tensor, rows: HaloRows) -> None:
+        """Keep rows for the convolution of a norm's pair, whose call is the next that asks for any.
+
+        Args:
+            context: the norm's.
+            x: the norm's input, [B, C, h, W].
+            rows: above and below, as the convolution is to read them; None beyond the image's edge.
+        """
+        ...
+
+    def attend(
+        self, context: LayerContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend from this rank's tokens to those of all ranks.
+
+        Ranks with fewer rows than others pad theirs, as collectives want equal sizes; the padding is taken out again
+        before keys are attended to.
+
+        Args:
+            context: the attention layer's.
+            query, key, value: of this rank's tokens, [B, heads, S, d].
+
+        Returns:
+            [B, heads, S, d].
+        """
+        ...
+
+
+@dataclass
+class LayerContext:
+    """Place of one layer in a U-Net on patches.
+
+    Attributes:
+        unet: reaches the other ranks.
+        name: of the layer in the U-Net.
+        level: resolution that it works at; 0 is the latent's.
+        pair: of a group norm, the convolution that reads its output; None where no convolution does.
+    """
+
+    unet: LayerExchange
+    name: str
+    level: int
+    pair: NormConvPair | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerContext:
+        # A copied network may be wrapped anew; process groups cannot be copied.
+        return self
+
+
+def running_context(layer: Any) -> LayerContext | None:
+    """Return the context of a wrapped layer during a patched pass, and None outside one."""
+    context: LayerContext | None = layer._otil_context
+    return context if context is not None and context.unet.running else None
+
+
+def check_forward(module: nn.Module, base: type, name: str) -> None:
+    """Validate that a layer computes what its base class computes.
+
+    Args:
+        module: the layer.
+        base: class whose `forward` is known.
+        name: of the layer in the U-Net.
+
+    Raises:
+        ValueError: naming the layer, where a subclass has a `forward` of its own.
+    """
+    forward: Callable[..., Any] = type(module).forward
+    if forward is not base.forward:  # type: ignore[attr-defined]  # base is a class of modules
+        raise ValueError(
+            f"--parallel does not support the layer {name}: {type(module).__name__} computes something else than "
+            f"{base.__name__}"
+        )

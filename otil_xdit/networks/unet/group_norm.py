@@ -1,0 +1,101 @@
+"""A group norm on patches: it normalises by the moments of the whole map.
+
+Where a convolution reads its output, the norm fetches the neighbours' rows of its input together with the moments and
+normalises them too, so that the convolution need not wait for another message (`otil_xdit.networks.unet.norm_conv`).
+
+Shapes: B batch, C channels, h rows of this rank, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from otil_xdit.exchange.halo import HaloRows
+from otil_xdit.networks.class_swap import subclass_of
+from otil_xdit.networks.unet.context import CONTEXT, LayerContext, check_forward, running_context
+
+Normalise = Callable[[torch.Tensor], torch.Tensor]
+"""Normalises any rows of a map, [B, C, rows, W], by moments that are known."""
+
+
+def check_group_norm(norm: nn.GroupNorm, name: str) -> None:
+    """Validate that a group norm computes what `nn.GroupNorm` computes.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    check_forward(norm, nn.GroupNorm, name)
+
+
+@cache
+def patched_group_norm(kind: type) -> type:
+    """Derive from `kind`, `nn.GroupNorm` or a subclass that computes the same, the class of a group norm on patches."""
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        context = running_context(self)
+        if context is None:
+            return kind.forward(self, input)  # type: ignore[attr-defined]  # see check_group_norm
+        mean, var = _moments(input, self.num_groups)
+        halo = None
+        if context.pair is None:
+            mean, var = context.unet.moments(context, mean, var)
+        else:
+            mean, var, halo = context.unet.norm_halo(context, mean, var, input)
+        normalise = _affine(self, mean, var)
+        if halo is not None:
+            _prefetch(context, input, halo, normalise)
+        return normalise(input)
+
+    return subclass_of(kind, {"forward": forward, CONTEXT: None})
+
+
+def _moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and biased variance of [B, C, h, W], float32 [B, groups].
+
+    In two passes: torch.var_mean takes 0.85 ms in place of 0.04 ms for 2 x 8 groups of 10240 on one core of a CPU.
+    """
+    values = x.reshape(x.shape[0], groups, -1).float()
+    mean = values.mean(2, keepdim=True)
+    return mean.squeeze(2), (values - mean).square_().mean(2)
+
+
+def _affine(norm: nn.GroupNorm, mean: torch.Tensor, var: torch.Tensor) -> Normalise:
+    """Return the function that `norm` is of a map with these moments, float32 [B, groups].
+
+    A batch norm over B * C channels in inference mode: one operator, which computes in float32 (or float64).
+    """
+    per_group = norm.num_channels // norm.num_groups
+    means, variances = (one.repeat_interleave(per_group, dim=1).flatten() for one in (mean, var))
+    affine = (norm.weight, norm.bias)
+    weight, bias = (None if one is None else one.expand(len(mean), -1).reshape(-1) for one in affine)
+
+    def normalise(x: torch.Tensor) -> torch.Tensor:
+        kind = torch.promote_types(x.dtype, torch.float32)
+        scale, shift = (None if one is None else one.to(kind) for one in (weight, bias))
+        channels = x.reshape(1, -1, *x.shape[2:])
+        out = functional.batch_norm(channels, means.to(kind), variances.to(kind), scale, shift, eps=norm.eps)
+        return out.view(x.shape)
+
+    return normalise
+
+
+@torch.compiler.disable
+def _prefetch(context: LayerContext, x: torch.Tensor, halo: HaloRows, normalise: Normalise) -> None:
+    """Make the neighbours' rows of the norm's input into those that its convolution is to read.
+
+    Args:
+        context: the norm's.
+        x: the norm's input, [B, C, h, W].
+        halo: rows above and below it; None beyond the image's edge, where the convolution reads zeros.
+        normalise: the norm's own function.
+    """
+    assert context.pair is not None, "only a norm with a pair is given rows"
+    activation = context.pair.activation
+    above, below = (None if rows is None else activation(normalise(rows)) for rows in halo)
+    context.unet.prefetch_halo(context, x, (above, below))
