@@ -1,4 +1,4 @@
-"""The models that `otil-xdit eval` takes: what is known of them at once, loading, and where a picture is cut."""
+"""Models that the tools load: bundled ones and folders in diffusers format; loading, and where an image is cut."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def find_model(name: str) -> Model:
         )
     pipeline = json.loads((folder / "model_index.json").read_text()).get("_class_name")
     if pipeline in TEXT_TO_IMAGE:
-        facts = read_folder(str(folder))
-        return Model(name, str(folder), True, facts.vae, levels=facts.levels)
+        record = read_folder(str(folder))
+        return Model(name, str(folder), True, record.vae, levels=record.levels)
     if pipeline not in DIT_PIPELINES:
         known = ", ".join((*TEXT_TO_IMAGE, *DIT_PIPELINES))
         raise ValueError(f"--models {name} is a {pipeline}; eval compares folders of {known}")

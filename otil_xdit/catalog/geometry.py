@@ -1,75 +1,22 @@
-"""What is known of a model's picture before its weights load: how many rows it has, and how they are cut.
+"""Whether an image can be cut into patches: how many rows a model's image has, and how they are cut.
 
 Latent pixels: image pixels / `vae`. A token is `patch` x `patch` latent pixels. A U-Net has no tokens to divide, but as
-many rows at its lowest resolution as there are ranks (`otil_xdit.catalog.unets`).
+many rows at its lowest resolution as there are ranks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from otil_xdit.catalog.unets import UnetFacts, facts_of
+from otil_xdit.catalog.dits import DitRecord
+from otil_xdit.catalog.models import find_dit, find_unet
+from otil_xdit.catalog.unets import UnetRecord
 from otil_xdit.method.grid import LevelGrid
 
-Cut = Literal["rows", "tokens", "padded"]
-"""What must divide by the number of ranks: rows of tokens, tokens, or nothing (xDiT pads and stays exact)."""
-
 DIVISOR = 8
-"""Height and width of a U-Net's picture are multiples of this, by diffusers' own rule."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Facts of one model family.
-
-    Attributes:
-        models: names in xfuser's registry, without the owner, in lower case.
-        vae: image pixels of a latent pixel, per side.
-        patch: latent pixels of a token, per side.
-        cut: what has to divide.
-        height, width: the runner's default, in image pixels.
-        frames: the runner's default, or 0 for pictures.
-    """
-
-    models: tuple[str, ...]
-    vae: int
-    patch: int
-    cut: Cut
-    height: int
-    width: int
-    frames: int = 0
-
-    def latent_frames(self, frames: int) -> int:
-        """Frames of the latent: one for the first of a video, and one for every four after it."""
-        return 1 + frames // 4 if self.frames else 1
-
-
-GEOMETRIES = (
-    Geometry(("tiny-dit",), vae=4, patch=2, cut="rows", height=128, width=128),
-    Geometry(("sd3.5", "stable-diffusion-3.5-large"), vae=8, patch=2, cut="rows", height=1024, width=1024),
-    Geometry(("flux.1-dev", "flux.2-dev"), vae=8, patch=2, cut="tokens", height=1024, width=1024),
-    Geometry(("flux.2-klein-4b", "flux.2-klein-9b"), vae=8, patch=2, cut="tokens", height=2048, width=2048),
-    Geometry(("qwen-image", "qwen-image-2512"), vae=8, patch=2, cut="tokens", height=928, width=1664),
-    Geometry(("z-image", "z-image-turbo"), vae=8, patch=2, cut="padded", height=1024, width=1024),
-    Geometry(
-        ("wan2.1-t2v", "wan2.1-t2v-14b-diffusers", "wan2.2-t2v", "wan2.2-t2v-a14b-diffusers"),
-        vae=8,
-        patch=2,
-        cut="tokens",
-        height=720,
-        width=1280,
-        frames=81,
-    ),
-)
-
-
-def geometry_of(model: str | None) -> Geometry | None:
-    """The facts of a model by its name in xfuser's registry; None where they are not known."""
-    name = (model or "").rsplit("/", 1)[-1].lower()
-    return next((geometry for geometry in GEOMETRIES if name in geometry.models), None)
+"""Height and width of a U-Net's image are multiples of this, by diffusers' own rule."""
 
 
 def check_geometry(values: Mapping[str, Any], patch_degree: int, ulysses_degree: int, block: int | None) -> None:
@@ -84,38 +31,38 @@ def check_geometry(values: Mapping[str, Any], patch_degree: int, ulysses_degree:
         ValueError: naming the flag and what would be accepted.
     """
     model = values.get("model")
-    unet = facts_of(model) if isinstance(model, str) else None
+    unet = find_unet(model) if isinstance(model, str) else None
     if unet is not None:
         _check_unet(unet, values, patch_degree, ulysses_degree, block)
         return
-    geometry = geometry_of(model)
-    if geometry is None:
+    dit = find_dit(model)
+    if dit is None:
         return
-    height, width = values.get("height") or geometry.height, values.get("width") or geometry.width
+    height, width = values.get("height") or dit.height, values.get("width") or dit.width
     ranks = patch_degree * ulysses_degree
-    if geometry.cut == "rows":
-        _check_rows(geometry, height, ranks)
+    if dit.cut == "rows":
+        _check_rows(dit, height, ranks)
     else:
-        _check_tokens(geometry, height, width, values.get("num_frames") or geometry.frames, ranks)
-    rows, cols = height // geometry.vae // ranks, width // geometry.vae
+        _check_tokens(dit, height, width, values.get("num_frames") or dit.frames, ranks)
+    rows, cols = height // dit.vae // ranks, width // dit.vae
     _check_block(block, rows, cols, f"{height} x {width} pixels on {ranks} ranks")
 
 
-def _check_rows(geometry: Geometry, height: int, ranks: int) -> None:
-    step = geometry.vae * geometry.patch * ranks
+def _check_rows(dit: DitRecord, height: int, ranks: int) -> None:
+    step = dit.vae * dit.patch * ranks
     if height < step or height % step:
         raise ValueError(
             f"--height {height} cannot be cut into {ranks} patches of whole rows of tokens; give a multiple of {step} "
-            f"({geometry.vae * geometry.patch} pixels a token x {ranks} patches)"
+            f"({dit.vae * dit.patch} pixels a token x {ranks} patches)"
         )
 
 
-def _check_tokens(geometry: Geometry, height: int, width: int, frames: int, ranks: int) -> None:
-    side = geometry.vae * geometry.patch
-    rows, cols, times = height // side, width // side, geometry.latent_frames(frames)
+def _check_tokens(dit: DitRecord, height: int, width: int, frames: int, ranks: int) -> None:
+    side = dit.vae * dit.patch
+    rows, cols, times = height // side, width // side, dit.latent_frames(frames)
     tokens = rows * cols * times
-    if rows < ranks or (geometry.cut == "tokens" and tokens % ranks):
-        counts = f"{rows} x {cols}" + (f" x {times} frames" if geometry.frames else "")
+    if rows < ranks or (dit.cut == "tokens" and tokens % ranks):
+        counts = f"{rows} x {cols}" + (f" x {times} frames" if dit.frames else "")
         raise ValueError(
             f"--height {height} cannot be cut into {ranks} patches: {counts} = {tokens} tokens; give a "
             f"multiple of {side * ranks} ({side} pixels a token x {ranks} patches)"
@@ -132,7 +79,7 @@ def _check_block(block: int | None, rows: int, cols: int, picture: str) -> None:
 
 
 def _check_unet(
-    unet: UnetFacts, values: Mapping[str, Any], patch_degree: int, ulysses_degree: int, block: int | None
+    unet: UnetRecord, values: Mapping[str, Any], patch_degree: int, ulysses_degree: int, block: int | None
 ) -> None:
     sizes = {flag: values.get(flag) or getattr(unet, flag) for flag in ("height", "width")}
     for flag, size in sizes.items():

@@ -1,8 +1,30 @@
-"""Which diffusers pipelines run on patches."""
+"""Which pipelines run on patches: those of diffusers round a U-Net, and those that xDiT wraps but has no runner for."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+from otil_xdit.catalog.record import State
+
+
+class WrappedPipeline(NamedTuple):
+    """A pipeline that xDiT wraps: its class in xfuser, what happens under ``--parallel``, and why."""
+
+    name: str
+    state: State
+    note: str = ""
+
+
+WRAPPED_PIPELINES = (
+    WrappedPipeline("xFuserPixArtAlphaPipeline", "exact"),
+    WrappedPipeline("xFuserPixArtSigmaPipeline", "exact"),
+    WrappedPipeline("xFuserHunyuanDiTPipeline", "exact"),
+    WrappedPipeline("xFuserCogVideoXPipeline", "exact"),
+    WrappedPipeline("xFuserConsisIDPipeline", "untested", "needs a face encoder"),
+    WrappedPipeline("xFuserSanaPipeline", "refused", "its linear attention does not use the ring slot"),
+    WrappedPipeline("xFuserLattePipeline", "refused", "wrong under sequence parallelism in xfuser 0.7.0, Ulysses too"),
+)
+"""Those without a runner, for a script of one's own: see `examples/xdit_args.py`."""
 
 SUPPORTED = (
     "StableDiffusionPipeline",
@@ -26,15 +48,11 @@ SUPPORTED = (
 )
 """By the class that diffusers gives them; subclasses of these count as these."""
 
-
 _PAG = "perturbed-attention guidance replaces attention processors and adds a branch to the batch"
-
 
 _MAPS = "it reads attention maps of the whole image"
 
-
 _UNTRIED = "how it calls its U-Net has not been checked"
-
 
 REFUSED = {
     **dict.fromkeys(

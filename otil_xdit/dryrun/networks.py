@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from otil_xdit.catalog.folders import find_model
+from otil_xdit.catalog.models import published_networks
 from otil_xdit.method.grid import LevelGrid, TokenLayout
 from otil_xdit.networks.dit.architectures import architecture_of
 from otil_xdit.networks.unet.compatibility import check_supported
@@ -75,64 +76,6 @@ class Layer:
     path: str = ""
 
 
-_CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-
-PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
-    "SDXL": (
-        "UNet2DConditionModel",
-        {
-            "down_block_types": ("DownBlock2D", _CROSS_DOWN, _CROSS_DOWN),
-            "up_block_types": (_CROSS_UP, _CROSS_UP, "UpBlock2D"),
-            "block_out_channels": (320, 640, 1280),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        {"vae": 8},
-    ),
-    "SD1.5": ("UNet2DConditionModel", {"attention_head_dim": 8, "cross_attention_dim": 768}, {"vae": 8}),
-    # Its guidance is distilled: one pass for each image. The pipeline packs 2 x 2 latent pixels into a token.
-    "FLUX": ("FluxTransformer2DModel", {}, {"vae": 8, "patch": 2, "batch": 1, "text": 512}),
-    "SD3": (
-        "SD3Transformer2DModel",
-        {
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "attention_head_dim": 64,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 1536,
-            "out_channels": 16,
-            "pos_embed_max_size": 192,
-        },
-        {"vae": 8, "patch": 2, "text": 77 + T5_TOKENS},
-    ),
-    "SD3.5": (
-        "SD3Transformer2DModel",
-        {
-            "num_layers": 38,
-            "num_attention_heads": 38,
-            "attention_head_dim": 64,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 2432,
-            "out_channels": 16,
-            "pos_embed_max_size": 192,
-            "qk_norm": "rms_norm",
-        },
-        {"vae": 8, "patch": 2, "text": 77 + T5_TOKENS},
-    ),
-    "PixArt": (
-        "PixArtTransformer2DModel",
-        {"caption_channels": 4096, "cross_attention_dim": 1152},
-        {"vae": 8, "patch": 2, "text": 300},
-    ),
-}
-"""By name: class in diffusers, settings of the published config that are not that class's defaults, facts."""
-
-
 def find_network(name: str, times: int = 1) -> Network:
     """A published network, or that of a shipped model or of a folder in diffusers format; only json files are read.
 
@@ -143,15 +86,19 @@ def find_network(name: str, times: int = 1) -> Network:
     Raises:
         ValueError: naming what is accepted.
     """
-    if name in PUBLISHED:
-        kind, settings, facts = PUBLISHED[name]
-        return Network(name, _empty(kind, settings), **facts)
+    published = published_networks()
+    if name in published:
+        record = published[name]
+        config = record.network
+        assert config is not None, "published networks have one"
+        module = _empty(config.kind, dict(config.settings))
+        return Network(name, module, record.vae, record.patch, config.passes, config.text_tokens)
     try:
         model = find_model(name)
     except ValueError as error:
-        raise ValueError(f"{error}; published networks are {', '.join(PUBLISHED)}") from error
-    config = Path(model.folder) / ("unet" if model.is_unet else "transformer") / "config.json"
-    settings = json.loads(config.read_text())
+        raise ValueError(f"{error}; published networks are {', '.join(published)}") from error
+    file = Path(model.folder) / ("unet" if model.is_unet else "transformer") / "config.json"
+    settings = json.loads(file.read_text())
     known = {setting: value for setting, value in settings.items() if not setting.startswith("_")}
     module = _empty(settings["_class_name"], known if times == 1 else wider_settings(known, times))
     return Network(model.label, module, model.vae, model.patch, text=_text_tokens(Path(model.folder), model.is_unet))

@@ -1,6 +1,6 @@
 """Fresh exchange between patches gives the latents of diffusers in one process, for every DiT that xDiT runs.
 
-Each run is one torchrun with many cases (`tests/workers/dit_exactness.py`); a test reads its lines. `docs/models.md`
+Each run is one torchrun with many cases (`tests/workers/dit_exactness.py`); a test reads its lines. `docs/supported-models.md`
 has the numbers.
 """
 
@@ -114,7 +114,7 @@ def test_what_the_plugin_refuses(case: str) -> None:
 @pytest.mark.parametrize("case", STOPPED)
 def test_what_xdit_cannot_run(case: str) -> None:
     line = line_of(case, Degrees(patch=2), "plugin")
-    assert line["stopped"] is not None, f"{case} runs now: say so here and in docs/models.md"
+    assert line["stopped"] is not None, f"{case} runs now: say so here and in docs/supported-models.md"
     assert STOPPED[case] in line["stopped"]
 
 

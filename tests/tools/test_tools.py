@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from otil_xdit.catalog import support_matrix as support
+from otil_xdit.catalog import record
+from otil_xdit.catalog.models import MODELS
+from otil_xdit.catalog.pipelines import WRAPPED_PIPELINES
 from otil_xdit.tools import main as tools
 from otil_xdit.xdit import versions
 from otil_xdit.xdit.launcher import main as cli
@@ -56,20 +58,21 @@ def test_two_dashes_are_no_value(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_table_names_what_xfuser_has() -> None:
     known = {name.rsplit("/", 1)[-1].lower() for name in model_registry()}
-    assert {name for entry in support.RUNNERS for name in entry.models} <= known
+    runners = [model for model in MODELS.values() if model.has_runner]
+    assert {name for model in runners for name in model.short_names} <= known
     xfuser = importlib.import_module("xfuser.model_executor.pipelines")
-    assert all(hasattr(xfuser, name) for entry in support.PIPELINES for name in entry.models)
+    assert all(hasattr(xfuser, pipeline.name) for pipeline in WRAPPED_PIPELINES)
 
 
 def test_a_refusal_may_depend_on_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     run = ["--model", "Tongyi-MAI/Z-Image", "--parallel", "sync", "--patch_degree", "2"]
     monkeypatch.setattr(cli, "visible_devices", lambda: 0)
-    monkeypatch.setattr(support, "version", lambda package: "0.42.1")
+    monkeypatch.setattr(record, "version", lambda package: "0.42.1")
     with pytest.raises(
         ValueError, match="--model Tongyi-MAI/Z-Image is not supported together with --parallel: xfuser"
     ):
         cli.plan(run, {})
-    monkeypatch.setattr(support, "version", lambda package: "0.41.0")
+    monkeypatch.setattr(record, "version", lambda package: "0.41.0")
     assert cli.plan(run, {}).command
 
 

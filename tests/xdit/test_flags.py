@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from otil_xdit.catalog.geometry import GEOMETRIES, geometry_of
+from otil_xdit.catalog.dits import DITS, DitRecord
+from otil_xdit.catalog.models import find_dit
 from otil_xdit.errors import FlagError
 from otil_xdit.tools.eval.matrix import parse_variant
 from otil_xdit.xdit.cpu import enable_cpu_ranks
@@ -175,13 +176,16 @@ def test_every_flag_has_one_line_of_help() -> None:
         assert action.default is None
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.models[0])
-def test_geometry_table_agrees_with_xfuser(geometry) -> None:
+SIZED = [record for record in DITS if record.vae and record.has_runner]
+
+
+@pytest.mark.parametrize("record", SIZED, ids=lambda record: record.label)
+def test_a_record_agrees_with_xfuser(record: DitRecord) -> None:
     enable_cpu_ranks()
     registry = importlib.import_module("xfuser.model_executor.models.runner_models.base_model").MODEL_REGISTRY
     importlib.import_module("otil_xdit").register()
-    known = {name: cls for name, cls in registry.items() if geometry_of(name) is geometry}
-    assert {name.rsplit("/", 1)[-1].lower() for name in known} == set(geometry.models)
+    known = {name: cls for name, cls in registry.items() if find_dit(name) is record}
+    assert {name.rsplit("/", 1)[-1].lower() for name in known} == set(record.short_names)
     for name, model in known.items():
         default = model.default_input_values
-        assert (default.height, default.width) == (geometry.height, geometry.width), name
+        assert (default.height, default.width) == (record.height, record.width), name

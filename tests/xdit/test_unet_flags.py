@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from otil_xdit.catalog.geometry import check_geometry
+from otil_xdit.catalog.models import find_unet
 from otil_xdit.catalog.schedulers import SCHEDULERS, make_scheduler
-from otil_xdit.catalog.unets import UNETS, UnetFacts, facts_of, heads_of, read_folder
+from otil_xdit.catalog.unets import UNETS, UnetRecord, heads_of, read_folder
 from otil_xdit.errors import FlagError
 from otil_xdit.method.grid import LevelGrid
 from otil_xdit.xdit.flags.choice import choose
@@ -101,35 +102,37 @@ def test_a_model_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPa
 
 
 @given(
-    facts=some.sampled_from(UNETS),
+    record=some.sampled_from(UNETS),
     eighths=some.integers(1, 300),
     patches=some.integers(1, 4),
     ulysses_degree=some.sampled_from([1, 2]),
     block=some.integers(1, 64),
 )
-def test_what_passes_can_be_cut(facts: UnetFacts, eighths: int, patches: int, ulysses_degree: int, block: int) -> None:
-    values, ranks = {"model": facts.label, "height": 8 * eighths, "width": 512}, patches * ulysses_degree
+def test_what_passes_can_be_cut(
+    record: UnetRecord, eighths: int, patches: int, ulysses_degree: int, block: int
+) -> None:
+    values, ranks = {"model": record.label, "height": 8 * eighths, "width": 512}, patches * ulysses_degree
     try:
         check_geometry(values, patches, ulysses_degree, block)
         accepted = True
     except ValueError:
         accepted = False
-    divides = all(heads % ulysses_degree == 0 for heads in facts.heads)
+    divides = all(heads % ulysses_degree == 0 for heads in record.heads)
     try:
-        smallest = min(LevelGrid.build(8 * eighths // facts.vae, 512 // facts.vae, facts.levels, ranks).rows[0])
+        smallest = min(LevelGrid.build(8 * eighths // record.vae, 512 // record.vae, record.levels, ranks).rows[0])
     except ValueError:
         smallest = 0
     assert accepted == (divides and block <= smallest)
 
 
-@given(facts=some.sampled_from(UNETS), ranks=some.integers(2, 8))
-def test_the_height_that_a_refusal_names_is_the_least(facts: UnetFacts, ranks: int) -> None:
+@given(record=some.sampled_from(UNETS), ranks=some.integers(2, 8))
+def test_the_height_that_a_refusal_names_is_the_least(record: UnetRecord, ranks: int) -> None:
     with pytest.raises(ValueError, match="give at least") as caught:
-        check_geometry({"model": facts.label, "height": 8}, ranks, 1, None)
+        check_geometry({"model": record.label, "height": 8}, ranks, 1, None)
     least = int(str(caught.value).split("at least ")[1].split(",")[0])
-    check_geometry({"model": facts.label, "height": least}, ranks, 1, None)
+    check_geometry({"model": record.label, "height": least}, ranks, 1, None)
     with pytest.raises(ValueError, match="give at least"):
-        check_geometry({"model": facts.label, "height": least - 8}, ranks, 1, None)
+        check_geometry({"model": record.label, "height": least - 8}, ranks, 1, None)
 
 
 SD_BLOCKS = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
@@ -146,7 +149,7 @@ SDXL_BLOCKS = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
     ],
 )
 def test_heads_are_those_of_levels_with_attention(model: str, config: dict) -> None:
-    known = facts_of(model)
+    known = find_unet(model)
     assert known is not None and heads_of(config) == known.heads
     assert known.levels == len(config["down_block_types"])
 
@@ -157,9 +160,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_says_what_it_holds(folder: Path) -> None:
-    facts = read_folder(str(folder))
-    assert (facts.pipeline, facts.vae, facts.levels, facts.heads) == ("StableDiffusionPipeline", 2, 2, (2,))
-    assert (facts.height, facts.width, facts.guidance, facts.steps) == (PIXELS, PIXELS, 7.5, 30)
+    record = read_folder(str(folder))
+    assert (record.pipeline, record.vae, record.levels, record.heads) == ("StableDiffusionPipeline", 2, 2, (2,))
+    assert (record.height, record.width, record.guidance, record.steps) == (PIXELS, PIXELS, 7.5, 30)
 
 
 def test_a_folder_is_checked_before_anything_starts(folder: Path, no_start: None) -> None:
@@ -196,8 +199,8 @@ def json_folder(path: Path, pipeline: str, unet: dict | None, network: str = "UN
 )
 def test_defaults_of_a_folder(pipeline: str, sample: object, expected: tuple, tmp_path: Path) -> None:
     unet = {"down_block_types": SDXL_BLOCKS, "attention_head_dim": [5, 10, 20], "sample_size": sample}
-    facts = read_folder(json_folder(tmp_path / "model", pipeline, unet))
-    assert (facts.height, facts.width, facts.guidance, facts.steps) == expected
+    record = read_folder(json_folder(tmp_path / "model", pipeline, unet))
+    assert (record.height, record.width, record.guidance, record.steps) == expected
 
 
 def test_folders_that_cannot_be_run_are_one_line(tmp_path: Path, no_start: None) -> None:
@@ -223,7 +226,7 @@ def test_folders_that_cannot_be_run_are_one_line(tmp_path: Path, no_start: None)
 def test_a_folder_named_like_a_model_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     json_folder(tmp_path / "tiny-dit", "StableDiffusion3Pipeline", {})
     monkeypatch.chdir(tmp_path)
-    assert facts_of("tiny-dit") is None
+    assert find_unet("tiny-dit") is None
     assert cli.plan(["--prompt", "x", "--model", "tiny-dit", "--parallel", "sync"], {}).command
 
 
@@ -273,5 +276,5 @@ def test_a_change_of_the_unet_changes_the_facts(folder: Path, tmp_path: Path) ->
 
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     change_json(copy / "unet" / "config.json", sample_size=[8, 40], attention_head_dim=[4, 6])
-    facts = read_folder(str(copy))
-    assert (facts.height, facts.width, facts.heads) == (16, 80, (4, 6))
+    record = read_folder(str(copy))
+    assert (record.height, record.width, record.heads) == (16, 80, (4, 6))

@@ -37,13 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_sd(tmp_path_factory.mktemp("pipelines") / "my-sd")
 
 
-@pytest.mark.parametrize("facts", UNETS, ids=lambda facts: facts.label)
-def test_every_name_of_a_unet_is_in_the_registry(facts) -> None:
-    found = {model_registry()[name] for name in facts.names}
+@pytest.mark.parametrize("record", UNETS, ids=lambda record: record.label)
+def test_every_name_of_a_unet_is_in_the_registry(record) -> None:
+    found = {model_registry()[name] for name in record.names}
     (model,) = found
     defaults = model.default_input_values
-    assert (defaults.height, defaults.width) == (facts.height, facts.width)
-    assert (defaults.guidance_scale, defaults.num_inference_steps) == (facts.guidance, facts.steps)
+    assert (defaults.height, defaults.width) == (record.height, record.width)
+    assert (defaults.guidance_scale, defaults.num_inference_steps) == (record.guidance, record.steps)
     can = model.capabilities
     for flag in ("ulysses_degree", "ring_degree", "data_parallel_degree", "use_cfg_parallel", "use_parallel_vae"):
         assert getattr(can, flag), flag
@@ -52,14 +52,14 @@ def test_every_name_of_a_unet_is_in_the_registry(facts) -> None:
 
 
 def test_a_full_name_loads_that_repository() -> None:
-    facts = next(facts for facts in UNETS if facts.label == "SD1.5")
-    assert source_of("SD1.5", facts) == "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert source_of("runwayml/stable-diffusion-v1-5", facts) == "runwayml/stable-diffusion-v1-5"
+    record = next(record for record in UNETS if record.label == "SD1.5")
+    assert source_of("SD1.5", record) == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert source_of("runwayml/stable-diffusion-v1-5", record) == "runwayml/stable-diffusion-v1-5"
 
 
 @pytest.mark.parametrize("name", BUNDLED_UNETS)
 def test_what_is_known_of_a_shipped_model_is_what_its_folder_says(name: str) -> None:
-    known = next(facts for facts in UNETS if facts.label == name)
+    known = next(record for record in UNETS if record.label == name)
     said = read_folder(model_folder(name))
     for fact in ("pipeline", "vae", "levels", "heads", "height", "width"):
         assert getattr(said, fact) == getattr(known, fact), fact

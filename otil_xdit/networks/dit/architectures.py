@@ -1,62 +1,22 @@
-"""How xDiT 0.7 hands each architecture its part of the tokens: frozen facts, and the functions that apply them."""
+"""What a transformer's call says of its tokens, by its architecture (`otil_xdit.catalog.architectures`)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from otil_xdit.method.grid import TextPosition, TokenLayout
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What the exchange must know of a network.
-
-    Attributes:
-        rows: it is called with a rank's rows of the latent, [B, C, rows, cols]: sub-blocks are squares. Otherwise
-            it is called with everybody's tokens and cuts them itself: sub-blocks are runs of tokens.
-        text: where the text tokens stand in a rank's attention sequence.
-        even: xDiT computes something else than one device does when these tokens cannot be shared out evenly.
-        refused: why it cannot run on patches at all; empty where it can.
-        stages: whether it has been compared in two stages (`otil_xdit.hybridiff.stages`).
-    """
-
-    rows: bool = False
-    text: TextPosition = "none"
-    even: tuple[str, ...] = ()
-    refused: str = ""
-    stages: bool = False
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "SD3Transformer2DModel": Architecture(rows=True, text="rear", stages=True),
-    "PixArtTransformer2DModel": Architecture(rows=True, stages=True),
-    "HunyuanDiT2DModel": Architecture(rows=True, stages=True),
-    "FluxTransformer2DModel": Architecture(text="front", even=("text", "image")),
-    "Flux2Transformer2DModel": Architecture(text="front", even=("text", "image")),
-    "QwenImageTransformer2DModel": Architecture(text="front", even=("text", "image")),
-    "WanTransformer3DModel": Architecture(even=("image",)),
-    "LatteTransformer3DModel": Architecture(
-        refused="xDiT lets its temporal blocks attend to the tokens of another place than their own"
-    ),
-    "SanaTransformer2DModel": Architecture(
-        refused="its self-attention is linear and sends no keys and values, and its cross-attention would gather the "
-        "text once from every rank"
-    ),
-}
-"""By the class that diffusers gives them; unknown ones are taken for packed tokens."""
+from otil_xdit.catalog.architectures import ARCHITECTURES, UNKNOWN, Architecture
+from otil_xdit.method.grid import TokenLayout
 
 
 def architecture_of(network: nn.Module) -> Architecture:
     """The facts for a diffusers network, or for xDiT's wrapper of one."""
     kind = getattr(network, "module_type", type(network))
-    return next(
-        (ARCHITECTURES[base.__name__] for base in kind.__mro__ if base.__name__ in ARCHITECTURES), Architecture()
-    )
+    names = (base.__name__ for base in kind.__mro__)
+    return next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), UNKNOWN)
 
 
 def check_stages(network: nn.Module) -> None:

@@ -8,8 +8,9 @@ from typing import get_args
 
 import torch
 
+from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.memory import Memory, memory_of
-from otil_xdit.dryrun.networks import DTYPES, PUBLISHED, Network, attention_layers, find_network
+from otil_xdit.dryrun.networks import DTYPES, Network, attention_layers, find_network
 from otil_xdit.method.config import KvCacheDtype, OtilConfig
 from otil_xdit.runtime.strategies import get_strategy
 from otil_xdit.tools.plan.tables import markdown
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["SDXL", "FLUX"],
         metavar="MODEL",
-        help=f"{', '.join(PUBLISHED)}, shipped models, or folders in diffusers format (default SDXL FLUX)",
+        help=f"{', '.join(published_networks())}, shipped models, or folders in diffusers format (default SDXL FLUX)",
     )
     add("--size", type=int, default=1024, metavar="PIXELS", help="height and width (default 1024)")
     add("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="numbers of patches (default 2 4 8)")

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from otil_xdit import __version__
-from otil_xdit.catalog.pipelines import REFUSED, SUPPORTED
-from otil_xdit.catalog.support_matrix import PIPELINES, ULYSSES_ONLY, support_of
+from otil_xdit.catalog.dits import ULYSSES_ONLY
+from otil_xdit.catalog.models import find_record
+from otil_xdit.catalog.pipelines import REFUSED, SUPPORTED, WRAPPED_PIPELINES
 from otil_xdit.xdit.launcher.runner_registry import model_registry
 from otil_xdit.xdit.versions import TESTED_XFUSER
 
@@ -16,7 +17,7 @@ HEADER = f"""\
 otil-xdit {__version__}, tested with xfuser {TESTED_XFUSER}.
 `xfuser --model` also takes the folder of a text-to-image U-Net in diffusers' format.
 
-exact     a tiny network of the architecture gave diffusers' latents under --parallel sync; see docs/models.md
+exact     a tiny network of the architecture gave diffusers' latents under --parallel sync; see docs/supported-models.md
 untested  should work where xDiT allows ring_degree > 1, but nobody has compared it
 refused   ends with an error that says why
 """
@@ -36,7 +37,7 @@ def print_models() -> None:
     print(HEADER)
     print_table(("xfuser --model", "--parallel", "--use_cfg_parallel", "note"), runner_rows(model_registry()))
     print()
-    rows = [(name, known.state, "", known.note) for known in PIPELINES for name in known.models]
+    rows = [(name, state, "", note) for name, state, note in WRAPPED_PIPELINES]
     print_table(("pipeline of xDiT, in a script", "--parallel", "", "note"), rows)
     print()
     unets = [(name, "yes", "") for name in SUPPORTED] + [(name, "refused", why) for name, why in REFUSED.items()]
@@ -54,11 +55,12 @@ def runner_rows(models: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def model_row(name: str, model: Any) -> tuple[str, str, str, str]:
     """Name, state, CFG parallelism, note."""
-    known = support_of(name)
-    if known.state == "untested" and not model.capabilities.ring_degree:
+    record = find_record(name)
+    state, note = ("untested", "") if record is None else (record.state, record.note)
+    if state == "untested" and not model.capabilities.ring_degree:
         return name, "refused", "", ULYSSES_ONLY
     cfg_parallel = "yes" if model.capabilities.use_cfg_parallel else "no"
-    return name, known.state, "" if known.state == "refused" else cfg_parallel, known.note
+    return name, state, "" if state == "refused" else cfg_parallel, note
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

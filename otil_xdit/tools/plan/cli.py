@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.flops import flops_of
-from otil_xdit.dryrun.networks import DTYPES, PUBLISHED, check_size, find_network
+from otil_xdit.dryrun.networks import DTYPES, check_size, find_network
 from otil_xdit.dryrun.requests import Job, ParallelDegrees
 from otil_xdit.tools.plan.advice import advise, bar_of
 from otil_xdit.tools.plan.fit import TERMS, WITHIN, compare, fit, orders, read_machine, write_machine
@@ -29,7 +30,7 @@ MISSING = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is made, on what, and what is known of the machine."""
     add = parser.add_argument
-    add("--model", help=f"{', '.join(PUBLISHED)}, a shipped model, or a folder in diffusers format")
+    add("--model", help=f"{', '.join(published_networks())}, a shipped model, or a folder in diffusers format")
     add("--size", type=int, metavar="PIXELS", help="height and width (default 1024)")
     add("--height", type=int, metavar="PIXELS", help="in place of --size")
     add("--width", type=int, metavar="PIXELS", help="in place of --size")
@@ -101,7 +102,7 @@ def job_of(arguments: argparse.Namespace) -> Job:
         ValueError: naming flag, value and what would be accepted.
     """
     if arguments.model is None:
-        raise ValueError(f"--model is missing; give {', '.join(PUBLISHED)}, a shipped model, or a folder")
+        raise ValueError(f"--model is missing; give {', '.join(published_networks())}, a shipped model, or a folder")
     for flag, least in (("gpus", 2), ("steps", 1), ("images", 1), ("text_tokens", 1), ("ulysses_degree", 1)):
         value = getattr(arguments, flag)
         if value is None and flag == "gpus":

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from otil_xdit.catalog.geometry import check_geometry
-from otil_xdit.catalog.unets import UnetFacts, facts_of
+from otil_xdit.catalog.models import find_unet
+from otil_xdit.catalog.unets import UnetRecord
 from otil_xdit.errors import FlagError
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
@@ -85,7 +86,7 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     Raises:
         FlagError: for flags that contradict each other, the world or the image's size.
     """
-    name, unet = values.get("parallel"), facts_of(values.get("model"))
+    name, unet = values.get("parallel"), find_unet(values.get("model"))
     _check_scheduler(values, unet)
     if name is None:
         _check_given_without_parallel(values)
@@ -151,7 +152,7 @@ def _check_shared_unet(values: Mapping[str, Any]) -> None:
     _flag_errors(lambda: check_geometry(values, patches, ulysses_degree, None))
 
 
-def _check_scheduler(values: Mapping[str, Any], unet: UnetFacts | None) -> None:
+def _check_scheduler(values: Mapping[str, Any], unet: UnetRecord | None) -> None:
     if values.get("scheduler") is not None and unet is None:
         raise FlagError(
             f"--scheduler {values['scheduler']} is for U-Nets; --model {values.get('model')} is none, and keeps the "

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from otil_xdit import __version__
-from otil_xdit.catalog.support_matrix import ULYSSES_ONLY, refusal
+from otil_xdit.catalog.dits import ULYSSES_ONLY
+from otil_xdit.catalog.models import find_record
 from otil_xdit.catalog.trust import check_trust
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.cpu import has_accelerator
@@ -191,7 +192,8 @@ def _check_model(values: Mapping[str, Any]) -> None:
         raise FlagError(unknown_model(name, registry))
     check_trust(name, registry[name], values)
     can = registry[name].capabilities
-    why_not = refusal(name) if can.ring_degree else ULYSSES_ONLY
+    record = find_record(name)
+    why_not = (record and record.refusal()) if can.ring_degree else ULYSSES_ONLY
     if values.get("parallel") is not None and why_not is not None:
         raise FlagError(f"--model {name} is not supported together with --parallel: {why_not}")
     for flag in OTHER_DEGREES:

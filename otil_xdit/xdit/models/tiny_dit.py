@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from otil_xdit.catalog.bundled import TINY_DIT, absent_parts, model_folder
+from otil_xdit.catalog.models import find_dit
 
 
 def register_models() -> None:
@@ -30,6 +31,9 @@ def _register_tiny_dit() -> None:
         xFuserModel,
     )
 
+    record = find_dit(TINY_DIT)
+    assert record is not None, "it is in the catalog"
+
     @register_model(TINY_DIT)
     class TinyDiT(xFuserModel):
         """The small trained DiT of SD3's architecture that ships with this package."""
@@ -42,7 +46,9 @@ def _register_tiny_dit() -> None:
             enable_slicing=True,
             enable_tiling=True,
         )
-        default_input_values = DefaultInputValues(height=128, width=128, num_inference_steps=28, guidance_scale=4.0)
+        default_input_values = DefaultInputValues(
+            height=record.height, width=record.width, num_inference_steps=28, guidance_scale=4.0
+        )
         settings = ModelSettings(
             model_name=model_folder(TINY_DIT),
             output_name=TINY_DIT.replace("-", "_"),

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from otil_xdit.catalog.bundled import BUNDLED_UNETS, model_folder
+from otil_xdit.catalog.models import find_unet, unet_records
 from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.catalog.schedulers import make_scheduler
 from otil_xdit.catalog.trust import add_trust_args, check_trust
-from otil_xdit.catalog.unets import UNETS, UnetFacts, facts_of, read_folder
+from otil_xdit.catalog.unets import UnetRecord, read_folder
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.flags.options import add_unet_args
@@ -26,8 +27,8 @@ def register_unet_models() -> None:
     """Add the U-Nets known by name to `MODEL_REGISTRY`, and their flags to the runner's; xfuser must be importable."""
     from xfuser import xFuserArgs
 
-    for facts in UNETS:
-        _register(facts)
+    for record in unet_records():
+        register_unet(record)
     add_runner_args = xFuserArgs.add_runner_args
 
     @wraps(add_runner_args)
@@ -49,14 +50,14 @@ def register_folder(model: str) -> None:
     from xfuser.model_executor.models.runner_models.base_model import MODEL_REGISTRY
 
     if model not in MODEL_REGISTRY and Path(model).is_dir():
-        _register(read_folder(model))
+        register_unet(read_folder(model))
 
 
-def source_of(model: str, facts: UnetFacts) -> str:
+def source_of(model: str, record: UnetRecord) -> str:
     """The folder or repository that ``--model`` loads."""
-    if facts.source in BUNDLED_UNETS:
-        return model_folder(facts.source)
-    return model if "/" in model else facts.source
+    if record.source in BUNDLED_UNETS:
+        return model_folder(record.source)
+    return model if "/" in model else record.source
 
 
 def check_source(model: str) -> None:
@@ -65,13 +66,13 @@ def check_source(model: str) -> None:
     Raises:
         FlagError: with what the hub, or its cache, says.
     """
-    facts = facts_of(model)
-    if facts is None:
+    record = find_unet(model)
+    if record is None:
         return
-    source = source_of(model, facts)
+    source = source_of(model, record)
     if Path(source).is_dir():
         return
-    if facts.source in BUNDLED_UNETS:
+    if record.source in BUNDLED_UNETS:
         raise FlagError(f"--model {model}: {source} is missing; install otil-xdit again")
     import huggingface_hub
 
@@ -91,7 +92,8 @@ def _not_found(model: str, source: str, error: Exception) -> FlagError:
     )
 
 
-def _register(facts: UnetFacts) -> None:
+def register_unet(record: UnetRecord) -> None:
+    """Add a U-Net to xfuser's `MODEL_REGISTRY` under each of its names; xfuser must be importable."""
     from xfuser.model_executor.models.runner_models.base_model import (
         DefaultInputValues,
         ModelSettings,
@@ -99,23 +101,23 @@ def _register(facts: UnetFacts) -> None:
     )
 
     members = {
-        "facts": facts,
+        "record": record,
         "default_input_values": DefaultInputValues(
-            height=facts.height,
-            width=facts.width,
-            num_inference_steps=facts.steps,
-            guidance_scale=facts.guidance,
+            height=record.height,
+            width=record.width,
+            num_inference_steps=record.steps,
+            guidance_scale=record.guidance,
         ),
         "settings": ModelSettings(
-            model_name=source_of(facts.label, facts),
-            output_name=re.sub(r"\W+", "_", Path(facts.label).resolve().name.lower()),
+            model_name=source_of(record.label, record),
+            output_name=re.sub(r"\W+", "_", Path(record.label).resolve().name.lower()),
             model_output_type="image",
             resolution_divisor=8,
         ),
-        "__doc__": f"{facts.label}: a {facts.pipeline} on patches.",
+        "__doc__": f"{record.label}: a {record.pipeline} on patches.",
     }
     model = type("UNetModel", (_runner_class(),), members)
-    for name in facts.names:
+    for name in record.names:
         register_model(name)(model)
 
 
@@ -128,7 +130,7 @@ def _runner_class() -> Any:
     class UNetModel(xFuserModel):
         """A text-to-image U-Net: the pipeline is diffusers' own, attached in place, and every rank gets its images."""
 
-        facts: UnetFacts
+        record: UnetRecord
         capabilities = ModelCapabilities(
             ulysses_degree=True,
             ring_degree=True,
@@ -140,7 +142,7 @@ def _runner_class() -> Any:
         )
 
         def _customize_settings(self, config: Any) -> None:
-            self.settings.model_name = source_of(config.model, self.facts)
+            self.settings.model_name = source_of(config.model, self.record)
 
         def initialize(self, input_args: dict[str, Any]) -> None:
             self._values = input_args
@@ -172,7 +174,7 @@ def _runner_class() -> Any:
 
         def _validate_args(self, input_args: dict[str, Any]) -> None:
             super()._validate_args(input_args)
-            if input_args.get("negative_prompt") and self.facts.pipeline.startswith("LatentConsistencyModel"):
+            if input_args.get("negative_prompt") and self.record.pipeline.startswith("LatentConsistencyModel"):
                 raise FlagError("--negative_prompt: a latent consistency model has no branch for it; leave it out")
 
         def _run_pipe(self, input_args: dict[str, Any]) -> Any:

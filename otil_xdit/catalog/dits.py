@@ -1,0 +1,198 @@
+"""The transformers that xDiT runs: one record a model. Those that have none here are untested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from otil_xdit.catalog.architectures import ARCHITECTURES, UNKNOWN, Architecture
+from otil_xdit.catalog.record import ModelRecord, NetworkConfig
+
+Cut = Literal["rows", "tokens", "padded"]
+"""What must divide by the number of ranks: rows of tokens, tokens, or nothing (xDiT fills up and stays exact)."""
+
+ULYSSES_ONLY = "xDiT cuts it by Ulysses only; use --ulysses_degree"
+
+_T5_TOKENS = 256
+"""Of SD3: `max_sequence_length` of diffusers' pipeline unless the user says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitRecord(ModelRecord):
+    """What is known of one transformer.
+
+    Attributes:
+        kind: its network's class in diffusers, which says how xDiT cuts it (`otil_xdit.catalog.architectures`).
+        frames: default number of a video's frames; 0 for images.
+    """
+
+    kind: str = ""
+    frames: int = 0
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES.get(self.kind, UNKNOWN)
+
+    @property
+    def cut(self) -> Cut:
+        if self.architecture.rows:
+            return "rows"
+        return "tokens" if "image" in self.architecture.even else "padded"
+
+    def latent_frames(self, frames: int) -> int:
+        """Return the frames of the latent: one for the first of a video, and one for every four after it."""
+        return 1 + frames // 4 if self.frames else 1
+
+
+_EVEN_PROMPT = "refused where the ranks do not divide the prompt's tokens"
+
+DITS = (
+    DitRecord(
+        names=("tiny-dit",),
+        state="exact",
+        note="SD3's architecture; ships with this package",
+        kind="SD3Transformer2DModel",
+        vae=4,
+        patch=2,
+        height=128,
+        width=128,
+    ),
+    DitRecord(
+        names=("SD3.5", "stabilityai/stable-diffusion-3.5-large"),
+        state="exact",
+        note="3.5-medium fails in xfuser, with --ulysses_degree too",
+        kind="SD3Transformer2DModel",
+        vae=8,
+        patch=2,
+        height=1024,
+        width=1024,
+        network=NetworkConfig(
+            kind="SD3Transformer2DModel",
+            label="SD3.5",
+            settings={
+                "num_layers": 38,
+                "num_attention_heads": 38,
+                "attention_head_dim": 64,
+                "joint_attention_dim": 4096,
+                "caption_projection_dim": 2432,
+                "out_channels": 16,
+                "pos_embed_max_size": 192,
+                "qk_norm": "rms_norm",
+            },
+            text_tokens=77 + _T5_TOKENS,
+        ),
+    ),
+    DitRecord(
+        names=("stabilityai/stable-diffusion-3-medium-diffusers",),
+        state="exact",
+        has_runner=False,
+        kind="SD3Transformer2DModel",
+        vae=8,
+        patch=2,
+        height=1024,
+        width=1024,
+        network=NetworkConfig(
+            kind="SD3Transformer2DModel",
+            label="SD3",
+            settings={
+                "num_layers": 24,
+                "num_attention_heads": 24,
+                "attention_head_dim": 64,
+                "joint_attention_dim": 4096,
+                "caption_projection_dim": 1536,
+                "out_channels": 16,
+                "pos_embed_max_size": 192,
+            },
+            text_tokens=77 + _T5_TOKENS,
+        ),
+    ),
+    DitRecord(
+        names=("PixArt-alpha/PixArt-XL-2-1024-MS",),
+        state="exact",
+        has_runner=False,
+        kind="PixArtTransformer2DModel",
+        vae=8,
+        patch=2,
+        height=1024,
+        width=1024,
+        network=NetworkConfig(
+            kind="PixArtTransformer2DModel",
+            label="PixArt",
+            settings={"caption_channels": 4096, "cross_attention_dim": 1152},
+            text_tokens=300,
+        ),
+    ),
+    DitRecord(
+        names=("black-forest-labs/FLUX.1-dev",),
+        state="exact",
+        note=_EVEN_PROMPT,
+        kind="FluxTransformer2DModel",
+        vae=8,
+        patch=2,  # the pipeline packs 2 x 2 latent pixels into a token
+        height=1024,
+        width=1024,
+        # Its guidance is distilled.
+        network=NetworkConfig(kind="FluxTransformer2DModel", label="FLUX", passes=1, text_tokens=512),
+    ),
+    DitRecord(
+        names=("black-forest-labs/FLUX.2-dev",),
+        state="exact",
+        kind="Flux2Transformer2DModel",
+        vae=8,
+        patch=2,
+        height=1024,
+        width=1024,
+    ),
+    DitRecord(
+        names=("black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"),
+        note="FLUX.2-dev's transformer wrapper",
+        kind="Flux2Transformer2DModel",
+        vae=8,
+        patch=2,
+        height=2048,
+        width=2048,
+    ),
+    DitRecord(
+        names=("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
+        state="exact",
+        note=_EVEN_PROMPT,
+        kind="QwenImageTransformer2DModel",
+        vae=8,
+        patch=2,
+        height=928,
+        width=1664,
+    ),
+    DitRecord(
+        names=("Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo"),
+        state="refused",
+        note="xfuser 0.7.0 cannot run Z-Image with diffusers 0.42; use an older diffusers",
+        from_diffusers="0.42",
+        kind="ZImageTransformer2DModel",
+        vae=8,
+        patch=2,
+        height=1024,
+        width=1024,
+    ),
+    DitRecord(
+        names=("Wan2.1-T2V", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+        state="exact",
+        kind="WanTransformer3DModel",
+        vae=8,
+        patch=2,
+        height=720,
+        width=1280,
+        frames=81,
+    ),
+    DitRecord(
+        names=("Wan2.2-T2V", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+        kind="WanTransformer3DModel",
+        vae=8,
+        patch=2,
+        height=720,
+        width=1280,
+        frames=81,
+    ),
+    DitRecord(names=("HunyuanVideo",), state="exact", kind="HunyuanVideoTransformer3DModel"),
+    DitRecord(names=("Lumina2", "Alpha-VLLM/Lumina-Image-2.0"), state="refused", note=ULYSSES_ONLY),
+    DitRecord(names=("Krea-2-Raw", "Krea-2-Turbo"), state="refused", note=ULYSSES_ONLY),
+)
