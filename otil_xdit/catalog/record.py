@@ -15,8 +15,8 @@ from packaging.version import Version
 
 State = Literal["exact", "refused", "untested"]
 """What happens under ``--parallel``. "exact": a tiny network of the architecture, with random weights, gave the latents
-of plain diffusers (float32, gloo, ``--parallel sync``; 2 and 4 patches, 2 x 2 with Ulysses, and 2 x 2 with CFG parallelism
-where xDiT has it); docs/supported-models.md has the measurements."""
+of plain diffusers (float32, gloo, ``--parallel sync``; 2 and 4 patches, 2 x 2 with Ulysses, and 2 x 2 with CFG
+parallelism where xDiT has it); docs/supported-models.md has the measurements."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Fresh exchange between patches gives the latents of diffusers in one process, for every DiT that xDiT runs.
 
-Each run is one torchrun with many cases (`tests/workers/dit_exactness.py`); a test reads its lines. `docs/supported-models.md`
-has the numbers.
+Each run is one torchrun with many cases (`tests/workers/dit_exactness.py`); a test reads its lines.
+`docs/supported-models.md` has the numbers.
 """
 
 from __future__ import annotations

@@ -412,8 +412,8 @@ def test_flops_are_counted() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--gpus 2", "--model is missing; give SDXL, SD1.5, FLUX"),
-        ("--model nothing --gpus 2", "nothing: no such model; choose from .*published networks are SDXL"),
+        ("--gpus 2", "--model is missing; give SD1.5, SDXL, .*FLUX"),
+        ("--model nothing --gpus 2", "nothing: no such model; choose from .*published networks are SD1.5, SDXL"),
         ("--model tiny-sd", "--gpus is missing; give a whole number from 2 up"),
         ("--model tiny-sd --gpus 1", "--gpus 1: give a whole number from 2 up"),
         ("--model tiny-sd --gpus 2 --size 129", "--size 129 is not possible with tiny-sd; give a multiple of 4"),
