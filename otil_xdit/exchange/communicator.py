@@ -23,11 +23,11 @@ from otil_xdit.exchange.halo import HaloLayer, HaloRows, halo_key
 from otil_xdit.exchange.kv import KVGroup
 from otil_xdit.exchange.moments import MomentsLayer, moments_key
 from otil_xdit.exchange.report import Report
-from otil_xdit.method.block_selector import BlockSelector
 from otil_xdit.method.config import OtilConfig, SmallFreshness
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.schedule import Clock, Mode, Schedule
 from otil_xdit.method.scratch import ScratchBuffers
+from otil_xdit.method.selection import BlockSelector
 from otil_xdit.method.window import Window
 
 OutOfMemory: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # 2.4 has the latter
@@ -125,7 +125,7 @@ class OtilCommunicator:
         self._halos.clear()
         self._moments.clear()
         self._bucketer.free()
-        self._picker.free()
+        self._picker.clear()
         self._scratch_buffers.clear()
 
     def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None:
@@ -374,7 +374,7 @@ class OtilCommunicator:
         return self._layers[name]
 
     def _new_stack(self, name: str, shape: torch.Size, dtype: torch.dtype, table: torch.Tensor) -> KVGroup:
-        self._picker.forget(name)
+        self._picker.discard(name)
         scratch = self._scratch(table.device)
         stack = KVGroup(self.collectives, shape, dtype, table, self.config, self._picker, scratch)
         self.stacks.append(stack)

@@ -10,12 +10,12 @@ import torch
 
 from otil_xdit.comm.collectives import Collectives, Pending
 from otil_xdit.exchange.kv_payload import PayloadLayout
-from otil_xdit.method.block_selector import BlockSelector
 from otil_xdit.method.codec import Codec, Decoded, make_codec
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.predictor import Predictor, storage_dtypes
 from otil_xdit.method.schedule import Mode
 from otil_xdit.method.scratch import ScratchBuffers
+from otil_xdit.method.selection import BlockSelector
 
 _MOST_LAYERS, _MOST_VALUES = 4, 2**23
 """Bounds of a stack: that many layers, and that many values of one rank (but one layer at least). Layers that travel
@@ -253,7 +253,7 @@ class KVGroup:
         assert predictor is not None, "the first step is synchronous, and the stack sealed after it"
         gain = predictor.gain(layer, fresh)
         if self._layout.count and mode != "frozen":
-            self._picked = self._picker.shared(self.table, self.shape[2])
+            self._picked = self._picker.select_shared(self.table, self.shape[2])
         if mode == "fresh":
             self.flush()
             alone = slice(layer, layer + 1)
@@ -306,7 +306,7 @@ class KVGroup:
             reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
             if self._picked is None:
                 layers = self.names[0], len(self.names)
-                picked = self._picker.pick(layers, self.table, fresh, reference, difference, run)
+                picked = self._picker.select(layers, self.table, fresh, reference, difference, run)
             else:
                 picked = self._picked.expand(len(fresh), -1)
             payload[:, layout.error : layout.indices].view(torch.int32).copy_(picked)

@@ -13,10 +13,10 @@ from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.dryrun.recorder import Log, RecordedCollectives
 from otil_xdit.exchange import kv
 from otil_xdit.exchange.communicator import OtilCommunicator, OutOfMemory
-from otil_xdit.method.block_selector import MOST_GEOMETRIES
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.scratch import MOST_VIEWS, ScratchBuffers
+from otil_xdit.method.selection import MOST_GEOMETRIES
 from tests.support.ranks import run_ranks
 
 HEADS, SIZE, STEPS = 2, 4, 5

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otil_xdit.method.selection import Selector, blocks_to_send
+from otil_xdit.method.selection import TopKSelector, blocks_to_send
 
 
-class OneLayer(Selector):
+class OneLayer(TopKSelector):
     """A selector for scores [K] of one layer."""
 
-    def pick(self, scores: torch.Tensor) -> torch.Tensor:
-        return super().pick(scores[None])[0]
+    def select(self, scores: torch.Tensor) -> torch.Tensor:
+        return super().select(scores[None])[0]
 
 
 def make_selector(total: int, ratio: float, polling: float, max_age: int = 0) -> OneLayer:
@@ -40,12 +40,12 @@ def test_polling_sends_every_sub_block_within_its_bound(total, ratio, polling, s
     selector = make_selector(total, ratio, polling)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(skipped):
-        selector.pick(torch.rand(total, generator=generator))
+        selector.select(torch.rand(total, generator=generator))
     sent: set[int] = set()
     for _ in range(math.ceil(total / selector.polled)):
-        picked = selector.pick(torch.rand(total, generator=generator)).tolist()
-        assert len(picked) == len(set(picked)) == selector.count
-        sent.update(picked)
+        selected = selector.select(torch.rand(total, generator=generator)).tolist()
+        assert len(selected) == len(set(selected)) == selector.count
+        sent.update(selected)
     assert sent == set(range(total))
 
 
@@ -54,11 +54,11 @@ def test_no_sub_block_gets_older_than_its_bound(total: int, ratio: float, max_ag
     selector = make_selector(total, ratio, 0.0, max_age)
     scores, last = torch.arange(float(total)), [0] * total
     for step in range(1, 50):
-        for block in selector.pick(scores).tolist():
+        for block in selector.select(scores).tolist():
             last[block] = step
         assert step - min(last) < max_age or step < max_age
     starving = make_selector(total, ratio, 0.0)
-    assert ratio == 1 or all(0 not in starving.pick(scores).tolist() for _ in range(50))
+    assert ratio == 1 or all(0 not in starving.select(scores).tolist() for _ in range(50))
 
 
 @settings(deadline=None)
@@ -74,7 +74,7 @@ def test_every_layer_keeps_the_bound_whatever_its_scores_are(
     total: int, ratio: float, polling: float, max_age: int, levels: int, seed: int
 ) -> None:
     """Scores with many equal ones, and the same few in front at every step; two layers, called in turn or together."""
-    selector = Selector(total, ratio, polling, max_age, torch.device("cpu"), layers=2)
+    selector = TopKSelector(total, ratio, polling, max_age, torch.device("cpu"), layers=2)
     bound = max(max_age, math.ceil(total / selector.count))  # more than k a step cannot be sent
     generator = torch.Generator().manual_seed(seed)
     last = [[0] * total for _ in range(2)]
@@ -83,41 +83,41 @@ def test_every_layer_keeps_the_bound_whatever_its_scores_are(
         scores[:, : total // 2] += levels
         runs = [slice(0, 2)] if step % 3 else [slice(1, 2), slice(0, 1)]
         for run in runs:
-            for layer, picked in zip(range(2)[run], selector.pick(scores[run], run).tolist(), strict=True):
-                assert len(set(picked)) == len(picked) == selector.count and set(picked) <= set(range(total))
-                for block in picked:
+            for layer, selected in zip(range(2)[run], selector.select(scores[run], run).tolist(), strict=True):
+                assert len(set(selected)) == len(selected) == selector.count and set(selected) <= set(range(total))
+                for block in selected:
                     last[layer][block] = step
         assert all(step - oldest < bound for oldest in map(min, last))
 
 
 def test_without_polling_the_best_scores_win() -> None:
     scores = torch.tensor([0.1, 5.0, 0.2, 3.0, 0.0, 0.0, 0.0, 4.0])
-    assert sorted(make_selector(8, 3 / 8, 0.0).pick(scores).tolist()) == [1, 3, 7]
+    assert sorted(make_selector(8, 3 / 8, 0.0).select(scores).tolist()) == [1, 3, 7]
 
 
 def test_a_sub_block_without_change_can_starve_without_polling_but_not_with_it() -> None:
     scores = torch.arange(16.0)
     starving, polled = make_selector(16, 1 / 4, 0.0), make_selector(16, 1 / 4, 0.5)
-    assert all(0 not in starving.pick(scores).tolist() for _ in range(20))
-    assert any(0 in polled.pick(scores).tolist() for _ in range(8))
+    assert all(0 not in starving.select(scores).tolist() for _ in range(20))
+    assert any(0 in polled.select(scores).tolist() for _ in range(8))
 
 
 def test_reset_makes_generations_alike() -> None:
     selector = make_selector(10, 0.3, 1.0)
-    first = [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]
+    first = [selector.select(torch.zeros(10)).tolist() for _ in range(5)]
     selector.reset()
-    assert first == [selector.pick(torch.zeros(10)).tolist() for _ in range(5)]
+    assert first == [selector.select(torch.zeros(10)).tolist() for _ in range(5)]
 
 
 @pytest.mark.parametrize("polling", [0.0, 0.5])
-def test_layers_are_picked_for_as_each_by_itself(polling: float) -> None:
+def test_layers_are_selected_for_as_each_by_itself(polling: float) -> None:
     scores = torch.rand(20, 3, 12, generator=torch.Generator().manual_seed(0))
-    together = Selector(12, 0.5, polling, 0, torch.device("cpu"), layers=3)
+    together = TopKSelector(12, 0.5, polling, 0, torch.device("cpu"), layers=3)
     alone = [make_selector(12, 0.5, polling) for _ in range(3)]
     for step, now in enumerate(scores):
         # At odd steps two of the layers are called by themselves.
         runs = [slice(0, 3)] if step % 2 == 0 else [slice(2, 3), slice(0, 1)]
         for run in runs:
-            picked = together.pick(now[run], run)
-            expected = [alone[layer].pick(now[layer]) for layer in range(3)[run]]
-            assert torch.equal(picked, torch.stack(expected))
+            selected = together.select(now[run], run)
+            expected = [alone[layer].select(now[layer]) for layer in range(3)[run]]
+            assert torch.equal(selected, torch.stack(expected))
