@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
-from otil_xdit.hybridiff.stages import Side, Stages
+from otil_xdit.hybridiff.forward_hooks import ForwardHooks, Inputs
 from otil_xdit.hybridiff.tracing import Tracer
 from otil_xdit.networks.dit.layer_names import blocks_of as dit_blocks
 from otil_xdit.networks.unet.levels import blocks_of as unet_blocks
@@ -37,12 +38,17 @@ class UnitWatch:
     @contextmanager
     def over(self, *lists: Sequence[Any]) -> Iterator[None]:
         """The network is called; units add to `lists`."""
-        seats = _Seats(self, lists)
+
+        def call_unit(number: int, forward: Callable[[Inputs], Any], inputs: Inputs) -> Any:
+            with self.inside(number, *lists):
+                return self.tracer.unit(number, partial(forward, inputs))
+
+        hooks = ForwardHooks(self.units, call_unit)
         try:
             with self.tracer:
                 yield
         finally:
-            seats.release()
+            hooks.release()
 
     @contextmanager
     def inside(self, number: int, *lists: Sequence[Any]) -> Iterator[None]:
@@ -61,16 +67,3 @@ class UnitWatch:
         """Of the list at `place` what units in `kept` have added, and what was added outside all units."""
         others = {at for unit, spans in self.spans.items() if unit not in kept for at in spans[place]}
         return [one for at, one in enumerate(whole) if at not in others]
-
-
-class _Seats(Stages):
-    """Has units called as a run in two stages has, which is all that a watch needs: nothing is left out or sent."""
-
-    def __init__(self, watch: UnitWatch, lists: Sequence[Sequence[Any]]) -> None:
-        nobody: Any = None
-        super().__init__("network", watch.units, Side(False, 0, nobody, nobody), needs_prompt=False)
-        self._watch, self._lists = watch, lists
-
-    def unit(self, number: int, call: Callable[[], Any]) -> Any:
-        with self._watch.inside(number, *self._lists):
-            return self._watch.tracer.unit(number, call)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from otil_xdit.dryrun.blocks import UnitWatch
 from otil_xdit.dryrun.flops import call_of
 from otil_xdit.dryrun.requests import Job, ParallelDegrees, Pass, asks_of
-from otil_xdit.hybridiff.stages import Boundary
+from otil_xdit.hybridiff.boundary import Boundary
 from otil_xdit.hybridiff.tracing import Cut, Form, Tracer
 from otil_xdit.method.grid import LevelGrid
 from otil_xdit.networks.dit.architectures import architecture_of

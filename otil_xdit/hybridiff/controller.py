@@ -16,7 +16,8 @@ from otil_xdit.comm.collectives import Collectives
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.hybridiff.guidance import Guidance
-from otil_xdit.hybridiff.stages import Side, Stages
+from otil_xdit.hybridiff.role import StageRole
+from otil_xdit.hybridiff.stages import Stages
 from otil_xdit.method.config import NO_GUIDANCE, OtilConfig
 from otil_xdit.method.schedule import Clock
 from otil_xdit.method.window import Window
@@ -138,11 +139,11 @@ class CfgController:
         assert self._collectives is not None, "two stages are two ranks"
         self.guidance.is_wanted = True
 
-        def add_up(counts: torch.Tensor) -> torch.Tensor:
+        def sum_over_ranks(counts: torch.Tensor) -> torch.Tensor:
             return self._collect(counts, "stages").sum(0)
 
-        side = Side(is_second, peer, self._collectives, add_up)
-        self._stages[id(network)] = network, Stages(name, blocks, side, needs_prompt)
+        role = StageRole(is_second, peer, self._collectives, sum_over_ranks)
+        self._stages[id(network)] = network, Stages(name, blocks, role, needs_prompt)
 
     @property
     def has_stages(self) -> bool:
@@ -156,7 +157,7 @@ class CfgController:
     def is_staged(self, network: nn.Module) -> bool:
         """Whether the call of `network` that is about to be made is one in two stages."""
         stages, step = self.stages_of(network), self._clock.step
-        staged = stages is not None and self.window.holds(step) and stages.can_be_staged(step)
+        staged = stages is not None and self.window.holds(step) and stages.can_run_staged(step)
         self.guidance.is_staged = staged
         return staged
 
@@ -173,8 +174,8 @@ class CfgController:
         step, total = self._clock.step, self._clock.total
         goes_on = self.window.holds(step + 1) and step + 1 != total
         if self.guidance.is_staged:
-            return stages.staged(call, inputs, step, goes_on)
-        return stages.whole(call, inputs, step, goes_on or self.window.may_begin_at(step + 1, total))
+            return stages.run_staged(call, inputs, step, goes_on)
+        return stages.run_whole(call, inputs, step, goes_on or self.window.may_begin_at(step + 1, total))
 
     def forget(self, kept: set[int]) -> list[nn.Module]:
         """Undo `join` for all networks but those whose `id` is in `kept`; those for which that was to be done."""
@@ -186,7 +187,7 @@ class CfgController:
     def drain(self) -> None:
         """Wait for what is under way."""
         for _, stages in self._stages.values():
-            stages.drain()
+            stages.wait()
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,35 +11,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from otil_xdit.errors import NotInStages
-from otil_xdit.hybridiff.stages import _SEAT, _staged_unit
+from otil_xdit.hybridiff.forward_hooks import ForwardHooks
 from otil_xdit.hybridiff.tracing import CPU_ATTENTION, Cut, Tracer
-from otil_xdit.networks.class_swap import restore_class, swap_class
 from otil_xdit.networks.unet.levels import blocks_of
 from tests.support.unets import Trial, build_unet
 
 
-class Through:
-    """Stands for `Stages`: calls units by a tracer."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        self.tracer = tracer
-
-    def unit(self, number: int, call):
-        return self.tracer.unit(number, call)
-
-
 def traced(units: list[nn.Module], call) -> Tracer:
     tracer = Tracer()
-    for number, unit in enumerate(units):
-        swap_class(unit, _staged_unit)
-        vars(unit)[_SEAT] = (Through(tracer), number)
+    hooks = ForwardHooks(units, lambda number, forward, inputs: tracer.unit(number, partial(forward, inputs)))
     try:
         with torch.no_grad(), tracer:
             call()
     finally:
-        for unit in units:
-            restore_class(unit)
-            del vars(unit)[_SEAT]
+        hooks.release()
     return tracer
 
 
