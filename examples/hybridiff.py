@@ -29,7 +29,7 @@ from otil_xdit.hybridiff.tracing import CPU_ATTENTION
 from otil_xdit.tools.eval.matrix import parse_variant
 from otil_xdit.tools.eval.metrics import psnr, ssim
 from otil_xdit.tools.study.trajectories import PROMPTS, read_prompts
-from otil_xdit.xdit.plugin.register import session_of
+from otil_xdit.xdit.plugin.sessions import session_of
 
 VARIANTS = (*(f"hybridiff:window_steps={steps}" for steps in (0, 3, 5, 10, 20)), "otil", "distrifusion")
 GUIDANCE, SIZE = 4.0, 128

@@ -15,7 +15,9 @@ from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
-from otil_xdit.xdit.plugin.register import carry, register, undo
+from otil_xdit.xdit.plugin.args import carry
+from otil_xdit.xdit.plugin.register import register
+from otil_xdit.xdit.plugin.sessions import undo
 
 
 def parallelize(

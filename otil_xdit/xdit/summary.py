@@ -15,7 +15,7 @@ from otil_xdit.networks.unet.layers import spatial_layers
 from otil_xdit.networks.unet.model import is_unet
 from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.session import PatchSession
-from otil_xdit.xdit.plugin.register import session_of
+from otil_xdit.xdit.plugin.sessions import session_of
 
 _SHARED_VAE = ("distvae", "xfuser")
 """Packages whose layers a VAE has that several ranks share."""

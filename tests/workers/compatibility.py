@@ -27,7 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import otil_xdit  # noqa: E402
-from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
+from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 from tests.workers.tiny_dit import CIRCLE, load  # noqa: E402
 from tests.workers.unet_session import image, pipeline  # noqa: E402
 

@@ -163,7 +163,7 @@ def rank_main(case: Case, pipe: Any, rank: int, folder: Path) -> int:
     """A rank's life; leaves what it saw in a file."""
     import otil_xdit
     from otil_xdit import OtilConfig
-    from otil_xdit.xdit.plugin.register import session_of
+    from otil_xdit.xdit.plugin.sessions import session_of
 
     seen: dict[str, Any] = {}
     mine = rank == case.victim

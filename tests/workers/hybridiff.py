@@ -24,7 +24,7 @@ from otil_xdit import OtilConfig, get_strategy  # noqa: E402
 from otil_xdit.catalog.bundled import model_folder  # noqa: E402
 from otil_xdit.catalog.folders import load_pipe  # noqa: E402
 from otil_xdit.hybridiff.tracing import CPU_ATTENTION  # noqa: E402
-from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
+from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 from tests.support.in_rank import leave_groups  # noqa: E402
 
 STEPS, FIRST, LAST = 10, 4, 6

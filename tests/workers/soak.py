@@ -215,7 +215,7 @@ class Service:
     @property
     def buffer_bytes(self) -> int:
         """What the exchanges of both models keep."""
-        from otil_xdit.xdit.plugin.register import session_of
+        from otil_xdit.xdit.plugin.sessions import session_of
 
         sessions = [session_of(pipe) for _, pipe in self._parallel.values()]
         return sum(session.report().buffer_bytes for session in sessions if session is not None)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig, get_strategy  # noqa: E402
 from otil_xdit.catalog.bundled import model_folder  # noqa: E402
-from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
+from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 
 STEPS = 10
 CIRCLE = {"prompt": "a large red circle on the left, striped background", "height": 128, "width": 128}

@@ -22,7 +22,7 @@ import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig  # noqa: E402
 from otil_xdit.catalog.bundled import model_folder  # noqa: E402
 from otil_xdit.networks.unet.layers import unwrapped_layers  # noqa: E402
-from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
+from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 
 PROMPT = "a large red circle on the left and a small blue square on the right, striped background"
 

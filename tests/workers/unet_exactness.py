@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig  # noqa: E402
-from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
+from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 from tests.support.in_rank import described, leave_groups  # noqa: E402
 from tests.support.unets import ALTERATIONS, Trial, build_unet, pipeline_around  # noqa: E402
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig, get_strategy  # noqa: E402
 from otil_xdit.networks.unet.layers import unwrapped_layers  # noqa: E402
-from otil_xdit.xdit.plugin.register import session_of  # noqa: E402
+from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 from tests.support.unets.configs import build_unet  # noqa: E402
 from tests.support.unets.pipelines import pipeline_around  # noqa: E402
 

@@ -13,7 +13,7 @@ import pytest
 
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.launcher import main as cli
-from otil_xdit.xdit.launcher.processes import run_to_end
+from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, run_to_end
 
 PATIENCE = 240.0  # seconds; importing xfuser takes 5 on an idle machine and a minute on a crowded one
 MODEL = ["--model", "tiny-dit", "--prompt", "a red circle"]
@@ -157,7 +157,7 @@ def test_two_runs_on_one_machine_get_two_ports() -> None:
 def test_environment_of_cpu_ranks_can_be_overruled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "has_accelerator", lambda: False)
     environment = cli.plan(MODEL, {"OMP_NUM_THREADS": "3"}).environment
-    assert environment == {**cli.CPU_ENVIRONMENT, "OMP_NUM_THREADS": "3"}
+    assert environment == {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": "3"}
     monkeypatch.setattr(cli, "has_accelerator", lambda: True)
     assert cli.plan(MODEL, {"A": "b"}).environment == {"A": "b"}
 

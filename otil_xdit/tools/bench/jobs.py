@@ -26,8 +26,7 @@ from otil_xdit.tools.bench.link import Namespaces
 from otil_xdit.tools.bench.protocol import Answer, GatherTask, ImageTask
 from otil_xdit.tools.eval.generate import Interrupted
 from otil_xdit.xdit.cpu import has_accelerator
-from otil_xdit.xdit.launcher.main import CPU_ENVIRONMENT
-from otil_xdit.xdit.launcher.processes import free_port
+from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, free_port
 
 WORKER = "otil_xdit.tools.bench.worker"
 

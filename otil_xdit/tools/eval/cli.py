@@ -25,7 +25,7 @@ from otil_xdit.tools.eval.report import plot, table
 from otil_xdit.tools.eval.rows import Row, as_json, make_rows
 from otil_xdit.xdit.flags.degrees import check_at_least
 from otil_xdit.xdit.flags.options import OPTIONS
-from otil_xdit.xdit.launcher.main import visible_devices
+from otil_xdit.xdit.launcher.processes import visible_devices
 
 EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplotlib"}
 """Modules that are not among the plugin's own dependencies, and their packages."""

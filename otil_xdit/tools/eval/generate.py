@@ -17,8 +17,7 @@ from tqdm import tqdm
 from otil_xdit.tools.eval.cache import Store
 from otil_xdit.tools.eval.matrix import Call, Case, Matrix
 from otil_xdit.xdit.cpu import has_accelerator
-from otil_xdit.xdit.launcher.main import CPU_ENVIRONMENT
-from otil_xdit.xdit.launcher.processes import STUCK, run_to_end
+from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, STUCK, run_to_end
 
 WORKER = "otil_xdit.tools.eval.worker"
 

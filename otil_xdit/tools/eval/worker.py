@@ -73,7 +73,7 @@ def _make_references(plan: dict[str, Any], case: dict[str, Any], rank: int, rank
 
 def _make_variant(plan: dict[str, Any], case: dict[str, Any], saves: bool) -> None:
     import otil_xdit
-    from otil_xdit.xdit.plugin.register import session_of
+    from otil_xdit.xdit.plugin.sessions import session_of
 
     otil_xdit.register()
     variant = parse_variant(case["variant"])

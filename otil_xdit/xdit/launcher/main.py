@@ -26,7 +26,7 @@ from otil_xdit.errors import FlagError
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.flags.choice import choose, implied, implies_cfg_parallel
 from otil_xdit.xdit.flags.degrees import OTHER_DEGREES, check_values, degree, given_patch_degree
-from otil_xdit.xdit.launcher.processes import free_port, run_to_end
+from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, free_port, run_to_end, visible_devices
 from otil_xdit.xdit.launcher.runner_registry import model_registry
 from otil_xdit.xdit.models.unets import check_source, register_folder
 
@@ -40,15 +40,6 @@ TORCHRUN_FLAGS = {
     "master_port": ("29500", "Port there. Default with --parallel on one machine: a free one; otherwise 29500."),
 }
 """Flags that torchrun gets instead of the runner: xdit's defaults and a line for ``--help``."""
-
-CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    # glibc would give large tensors back to the system and fetch them again at every step.
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
-"""What ranks without an accelerator run best with, unless the user says otherwise."""
 
 PATCHES_ON_CPU = 2
 
@@ -168,13 +159,6 @@ def unknown_model(name: str, known: Iterable[str]) -> str:
     hint = f"; did you mean {' or '.join(spelled[model] for model in nearest)}?" if nearest else ""
     what = "model or folder" if "/" in name else "model"
     return f"--model {name}: no such {what}{hint} (`otil-xdit models` lists all)"
-
-
-def visible_devices() -> int:
-    """Accelerators that this machine offers; 0 for none."""
-    torch = importlib.import_module("torch")
-    devices = (getattr(torch, name, None) for name in ("cuda", "musa", "npu"))
-    return next((int(device.device_count()) for device in devices if device is not None and device.is_available()), 0)
 
 
 def _add_launch_help(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -14,6 +15,15 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # glibc would give large tensors back to the system and fetch them again at every step.
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""What ranks without an accelerator run best with, unless the user says otherwise."""
 
 LAUNCH_MARK = "OTIL_XDIT_LAUNCH"
 """Environment variable that all processes of one launch share. Neither the process group nor the tree tells them
@@ -67,6 +77,13 @@ def run_to_end(
     if ended is None:
         return STUCK
     return ended if ended >= 0 else 128 - ended
+
+
+def visible_devices() -> int:
+    """Return how many accelerators this machine offers."""
+    torch = importlib.import_module("torch")
+    devices = (getattr(torch, name, None) for name in ("cuda", "musa", "npu"))
+    return next((int(device.device_count()) for device in devices if device is not None and device.is_available()), 0)
 
 
 def free_port() -> int:

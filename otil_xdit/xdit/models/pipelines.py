@@ -1,7 +1,7 @@
 """Which diffusers pipelines around `UNet2DConditionModel` run on patches, and their place in xDiT.
 
 xDiT has a pipeline wrapper for SDXL and a runtime state for U-Nets that allow two ranks with CFG and nothing else. Here
-a pipeline is not wrapped but attached in place (`otil_xdit.xdit.plugin.register`), on any number of ranks, and every
+a pipeline is not wrapped but attached in place (`otil_xdit.xdit.plugin.sessions`), on any number of ranks, and every
 rank gets the images. `register_unets` makes xDiT's own ways of getting there lead to that: its registry of pipeline
 wrappers, `xFuserStableDiffusionXLPipeline`, and `UnetRuntimeState`.
 """

@@ -1,4 +1,4 @@
-"""The seam: what stands in the place of xDiT's `ring_attn` while a pipeline runs with a parallel strategy.
+"""What stands in the place of xDiT's attention and guidance while a pipeline runs with a parallel strategy.
 
 xDiT's ring attention passes keys and values round and merges partial results by log-sum-exp, which few attention
 backends support. Here the keys and values of all patches are gathered first (fresh or not, as the strategy says), and
@@ -19,8 +19,34 @@ _KEY_POSITIONS = ("indices_k", "cu_seqlens_k", "attn_mask", "attention_mask", "k
 """Attention arguments that describe this rank's keys; with everybody's keys in their place they would be wrong."""
 
 
+def hook_attention() -> None:
+    """Replace xDiT's ring attention while a session is active."""
+    from xfuser.model_executor.layers import usp
+
+    usp.ring_attn = over_patches(usp.ring_attn)
+    usp._get_attention_function = without_padding(usp._get_attention_function)
+
+
+def hook_guidance() -> None:
+    """Show the session the predictions of CFG parallelism: ranks send them to each other by this function alone."""
+    from xfuser.core.distributed import parallel_state
+    from xfuser.core.distributed.group_coordinator import GroupCoordinator
+
+    all_gather = GroupCoordinator.all_gather
+
+    @wraps(all_gather)
+    def gather(self: Any, input_: torch.Tensor, dim: int = 0, separate_tensors: bool = False) -> Any:
+        gathered = all_gather(self, input_, dim, separate_tensors)
+        session = PatchSession.active()
+        if session is None or self.world_size == 1 or self is not parallel_state.get_cfg_group():
+            return gathered
+        return session.gathered(gathered, dim, input_)
+
+    GroupCoordinator.all_gather = gather
+
+
 def over_patches(ring_attn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`ring_attn` of xfuser's usp module, replaced while a `PatchSession` is active and untouched otherwise."""
+    """Return `ring_attn` of xfuser's usp module, replaced while a `PatchSession` is active and untouched otherwise."""
 
     @wraps(ring_attn)
     @torch.compiler.disable
@@ -39,7 +65,7 @@ def over_patches(ring_attn: Callable[..., torch.Tensor]) -> Callable[..., torch.
             return ring_attn(
                 attention_function, query, key, value, dropout_p, is_causal, joint_attn_kwargs, attention_kwargs
             )
-        _refuse(is_causal, attention_kwargs)
+        _check_attention(is_causal, attention_kwargs)
         key, value = session.gather(key, value)
         if joint_attn_kwargs is not None:
             # One call in place of a ring of them: the text is joined in it, be it "front" (at the first step of a
@@ -60,7 +86,7 @@ def over_patches(ring_attn: Callable[..., torch.Tensor]) -> Callable[..., torch.
 
 
 def without_padding(get_attention_function: Callable[..., Any]) -> Callable[..., Any]:
-    """`_get_attention_function` of xfuser's usp module: the backend it finds, called without keys that are padding.
+    """Return `_get_attention_function` of xfuser's usp module, whose backends are called without keys that are padding.
 
     Only a U-Net whose ranks have different numbers of rows pads (`PatchSession.kept_keys`). Ring attention is not in
     the way with Ulysses alone, so this cannot be left to `over_patches`.
@@ -83,7 +109,12 @@ def without_padding(get_attention_function: Callable[..., Any]) -> Callable[...,
     return get
 
 
-def _refuse(is_causal: bool, attention_kwargs: dict[str, Any] | None) -> None:
+def _check_attention(is_causal: bool, attention_kwargs: dict[str, Any] | None) -> None:
+    """Check that attention depends on no position and no mask of this rank's keys.
+
+    Raises:
+        ValueError: naming what it depends on.
+    """
     if is_causal:
         raise ValueError("causal attention is not supported with --parallel: a patch has no place in the causal order")
     masks = [name for name in _KEY_POSITIONS if (attention_kwargs or {}).get(name) is not None]

@@ -1,4 +1,4 @@
-"""Taking xDiT's wrappers off a pipeline again: what `otil_xdit.restore` needs and xfuser 0.7.0 has not.
+"""Take xDiT's wrappers off a pipeline again: what `otil_xdit.restore` needs and xfuser 0.7.0 has not.
 
 xDiT wraps a pipeline in an object of its own, and in place the pipeline's transformer, layers of it, and the scheduler.
 """
@@ -14,7 +14,7 @@ PARTS = ("transformer", "unet", "scheduler", "vae")
 
 
 def parts_of(pipeline: Any) -> dict[str, Any]:
-    """A pipeline's parts that xDiT is about to wrap."""
+    """Return a pipeline's parts that xDiT is about to wrap, by name."""
     return {name: getattr(pipeline, name) for name in PARTS if getattr(pipeline, name, None) is not None}
 
 

@@ -1,0 +1,195 @@
+"""Sessions and pipelines: which session an engine config has, and how a pipeline is attached to it and undone."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from otil_xdit.catalog.pipelines import check_unet_pipeline
+from otil_xdit.networks.compatibility import check_processors
+from otil_xdit.networks.dit.architectures import check_stages
+from otil_xdit.runtime.network_hooks import NETWORKS
+from otil_xdit.runtime.session import PatchSession
+from otil_xdit.runtime.strategies import SYNC
+from otil_xdit.xdit.flags.choice import ParallelChoice
+from otil_xdit.xdit.plugin.args import choice_of
+from otil_xdit.xdit.plugin.groups import connect
+from otil_xdit.xdit.plugin.unwrap import parts_of, unwrap
+
+_SESSION = "otil_session"
+_UNDO = "_otil_undo"
+
+
+def session_of(pipe: Any) -> PatchSession | None:
+    """Return the session that a pipeline (or xDiT wrapper of one) is attached to; None for no session."""
+    return vars(pipe).get("_otil_session")
+
+
+def undo(pipe: Any) -> Any:
+    """Give the pipeline back as it was before xDiT wrapped it and a session took it; see `otil_xdit.restore`."""
+    inner = vars(pipe).get("module", pipe)
+    for one in (pipe, inner):
+        session = session_of(one)
+        if session is not None:
+            session.detach()
+    vars(pipe).pop(_UNDO, _nothing)()
+    return inner
+
+
+def _nothing() -> None:
+    """Undo the wrapping of a pipeline that xDiT has not wrapped."""
+
+
+def hook_runtime_state() -> None:
+    """Attach a pipeline for which xDiT initializes its state; lift the limits of ring attention on backends."""
+    from xfuser.core import distributed
+    from xfuser.core.distributed import runtime_state
+
+    initialize = runtime_state.initialize_runtime_state
+
+    @wraps(initialize)
+    def initialize_runtime_state(pipeline: Any = None, engine_config: Any = None) -> None:
+        initialize(pipeline, engine_config)
+        session = _session_for(engine_config, pipeline)
+        if session is not None and pipeline is not None:
+            session.surroundings = partial(_in_state, runtime_state, runtime_state._RUNTIME)
+            _attach(session, pipeline)
+
+    _replace_everywhere(initialize, initialize_runtime_state)
+    assert distributed.initialize_runtime_state is initialize_runtime_state
+
+    check = runtime_state.RuntimeState._check_if_backend_compatible_with_current_configuration
+
+    @wraps(check)
+    def check_backend(self: Any, attention_backend: Any) -> None:
+        if choice_of(self.parallel_config) is None:
+            return check(self, attention_backend)
+        # Nothing is merged by log-sum-exp under a strategy, so the limits of ring_degree > 1 do not hold.
+        without_ring = copy.copy(self)
+        without_ring.parallel_config = copy.copy(self.parallel_config)
+        without_ring.parallel_config.ring_degree = 1
+        return check(without_ring, attention_backend)
+
+    runtime_state.RuntimeState._check_if_backend_compatible_with_current_configuration = check_backend
+
+
+def hook_pipelines() -> None:
+    """Attach what xDiT wraps a pipeline in, and keep what `undo` needs to unwrap it."""
+    from xfuser.model_executor.pipelines.base_pipeline import xFuserPipelineBaseWrapper
+
+    init = xFuserPipelineBaseWrapper.__init__
+
+    @wraps(init)
+    def __init__(self: Any, pipeline: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:
+        if choice_of(getattr(engine_config, "parallel_config", None)) is not None:
+            for name in NETWORKS:
+                if isinstance(network := getattr(pipeline, name, None), torch.nn.Module):
+                    check_processors(name, network)
+        vars(self)[_UNDO] = partial(unwrap, pipeline, parts_of(pipeline))
+        vars(self)["module"] = pipeline  # as xDiT's own last line does; for `undo`, should it not get there
+        try:
+            init(self, pipeline, engine_config, *args, **kwargs)
+            session = _session_for(self.engine_config, self)
+            if session is not None:
+                _attach(session, self)
+        except Exception:
+            undo(self)
+            raise
+
+    xFuserPipelineBaseWrapper.__init__ = __init__
+
+
+def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
+    """Return the one session of an engine config; None where nothing is shared out.
+
+    xDiT initializes its state for a wrapper and for what it wraps, so this is called more than once.
+    A U-Net has nothing in xDiT that would share it out, so it has a session with any degree, and without a strategy
+    one that is as exact as xDiT's own for DiTs.
+    """
+    parallel = getattr(engine_config, "parallel_config", None)
+    if parallel is None:
+        return None
+    choice = choice_of(parallel)
+    if choice is not None:
+        _check_groups(parallel)
+    if getattr(pipeline, "unet", None) is not None:
+        if parallel.sp_degree * parallel.cfg_degree == 1:
+            return None
+        check_unet_pipeline(pipeline)
+        choice = choice or ParallelChoice(SYNC, SYNC.make_config({}), parallel.ring_degree, parallel.ulysses_degree)
+    elif choice is None or choice.patch_degree * parallel.cfg_degree == 1:
+        return None
+    if choice.strategy.requires_cfg_parallel:
+        for name in ("transformer", "transformer_2"):
+            if isinstance(network := getattr(pipeline, name, None), torch.nn.Module):
+                check_stages(network)
+    if getattr(parallel, _SESSION, None) is None:
+        setattr(parallel, _SESSION, connect(choice))
+    return getattr(parallel, _SESSION)
+
+
+def _check_groups(parallel: Any) -> None:
+    """Check that a pipeline asks for the degrees that this process has: xDiT makes its groups once a process.
+
+    Raises:
+        ValueError: naming both.
+    """
+    from xfuser.core.distributed import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    sequence = parallel_state.get_sp_group()
+    wanted = (parallel.ring_degree, parallel.ulysses_degree, parallel.cfg_degree)
+    made = (
+        sequence.ring_world_size,
+        sequence.ulysses_world_size,
+        parallel_state.get_classifier_free_guidance_world_size(),
+    )
+    if wanted != made:
+        raise ValueError(
+            "this pipeline is to run on {} patches x {} Ulysses x {} CFG, and this process's groups were made for {} x "
+            "{} x {}; xDiT makes them once: give all pipelines of a process the same degrees".format(*wanted, *made)
+        )
+
+
+def _attach(session: PatchSession, pipe: Any) -> None:
+    """Attach a pipeline to its session; only rank 0 keeps the progress bar."""
+    session.attach(pipe)
+    if dist.get_rank() != 0 and hasattr(pipe, "set_progress_bar_config"):
+        owner = pipe.set_progress_bar_config.__self__  # the pipeline that an xDiT wrapper holds
+        session.on_detach(partial(_put_back, owner, "_progress_bar_config", vars(owner).get("_progress_bar_config")))
+        pipe.set_progress_bar_config(**{**getattr(pipe, "_progress_bar_config", {}), "disable": True})
+
+
+@contextmanager
+def _in_state(module: Any, state: Any) -> Iterator[None]:
+    """Let xDiT's one runtime state be that of the pipeline which generates: each new pipeline's replaces it for all."""
+    before, module._RUNTIME = module._RUNTIME, state
+    try:
+        yield
+    finally:
+        module._RUNTIME = before
+
+
+def _put_back(owner: Any, attribute: str, value: Any) -> None:
+    """Give an attribute its value back; None for one that was not there."""
+    if value is None:
+        vars(owner).pop(attribute, None)
+    else:
+        setattr(owner, attribute, value)
+
+
+def _replace_everywhere(old: object, new: object) -> None:
+    """Replace a function wherever it is bound: xfuser's modules import names from each other."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("xfuser") and module is not None:
+            for attribute, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, attribute, new)
