@@ -6,10 +6,10 @@
     python tests/workers/bit_for_bit.py compare /tmp/before.json /tmp/after.json
 
 ``make`` runs the package of the current directory, whichever commit it is of, and prints one JSON document. Of each
-case it holds, rank by rank, a digest of the final latents (None on a rank that does not get them), and the bytes and
-messages that were counted, by kind. ``--only WORD`` makes the cases whose name contains the word. ``compare`` says what
-differs and ends with exit code 1 where anything does, or where a case failed; cases that one of the documents lacks are
-only counted.
+case it holds, rank by rank, a digest of the final latents (None on a rank that does not get them), in some cases of the
+image too, and the bytes and messages that were counted, by kind. ``--only WORD`` makes the cases whose name contains
+the word. ``compare`` says what differs and ends with exit code 1 where anything does, or where a case failed; cases
+that one of the documents lacks are only counted.
 
 What the commits call by different names stands in the first section; nothing else here depends on the commit. It is
 one long file that imports nothing from its checkout, because it is run in the checkouts of other commits.
@@ -136,6 +136,8 @@ class Case:
         settings: of the strategy, by their newest names.
         steps: of the sampler; ``otil`` waits for fresh payloads in the first 8 at least, so it has more than that.
         height, width: of the image, in pixels.
+        decoded: whether the same call is made once more for the image instead of its latents; the bytes and messages
+            are the second call's.
     """
 
     model: str
@@ -148,6 +150,7 @@ class Case:
     steps: int = 12
     height: int = 128
     width: int = 128
+    decoded: bool = False
 
     @property
     def name(self) -> str:
@@ -167,7 +170,9 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every case; those that one torchrun can make are neighbours, and among them those of one model."""
-    return sorted([*_published(), *_other_degrees(), *_settings()], key=lambda case: (case.degrees, case.model))
+    return sorted(
+        [*_published(), *_other_degrees(), *_settings(), *_decoded()], key=lambda case: (case.degrees, case.model)
+    )
 
 
 def _published() -> Iterator[Case]:
@@ -204,6 +209,14 @@ def _settings() -> Iterator[Case]:
         for label, settings in SETTINGS.items():
             yield Case(model, "otil", label=label, settings=settings, steps=10)
     yield Case("tiny-sd", "hybridiff", 1, cfg=2, label="no guidance", settings={"window": "3:8", **NO_GUIDANCE})
+
+
+def _decoded() -> Iterator[Case]:
+    """Images, and a second call of the same pipeline."""
+    for model in MODELS:
+        yield Case(model, "otil", label="image", decoded=True)
+    for model in ("tiny-sd", "tiny-dit"):
+        yield Case(model, "hybridiff", cfg=2, label="image", decoded=True)
 
 
 NO_GUIDANCE = {"window_guidance": "none"}
@@ -302,27 +315,26 @@ def made(pipe: Any, case: Case) -> dict[str, Any]:
 
     parallel = parallelized(pipe, case)
     parallel.set_progress_bar_config(disable=True)
-    output = parallel(
-        PROMPT,
-        height=case.height,
-        width=case.width,
-        num_inference_steps=case.steps,
-        guidance_scale=4.0,
-        generator=torch.Generator().manual_seed(3),
-        output_type="latent",
-    )
+    found: dict[str, Any] = {}
+    for what, output_type in (("latents", "latent"), ("image", "pt"))[: 1 + case.decoded]:
+        output = parallel(
+            PROMPT,
+            height=case.height,
+            width=case.width,
+            num_inference_steps=case.steps,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(3),
+            output_type=output_type,
+        )
+        found[what] = None if output is None else digest(output.images)
     report = report_of(parallel)
     otil_xdit.restore(parallel)
-    return {
-        "latents": None if output is None else digest(output.images),
-        "bytes": counted(report.sent_bytes),
-        "messages": counted(report.messages),
-    }
+    return {**found, "bytes": counted(report.sent_bytes), "messages": counted(report.messages)}
 
 
-def digest(latents: Any) -> str:
-    """Of float32 [B, C, h, w]."""
-    return hashlib.sha256(latents.float().contiguous().cpu().numpy().tobytes()).hexdigest()
+def digest(values: Any) -> str:
+    """Of latents or an image, float32 [B, C, h, w]."""
+    return hashlib.sha256(values.float().contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
 def by_rank(found: dict[str, Any]) -> dict[str, list[Any]]:
@@ -433,8 +445,11 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two commits' results of one case."""
-    ranks = [rank for rank, pair in enumerate(zip(old["latents"], new["latents"], strict=True)) if pair[0] != pair[1]]
-    found = [f"latents of rank {', '.join(map(str, ranks))}"] if ranks else []
+    found = []
+    for what in ("latents", "image"):
+        pairs = zip(old.get(what, []), new.get(what, []), strict=True)
+        ranks = [rank for rank, pair in enumerate(pairs) if pair[0] != pair[1]]
+        found += [f"{what} of rank {', '.join(map(str, ranks))}"] if ranks else []
     for what in ("bytes", "messages"):
         for rank, (before, after) in enumerate(zip(old[what], new[what], strict=True)):
             kinds = [kind for kind in sorted({*before, *after}) if before.get(kind, 0) != after.get(kind, 0)]
