@@ -26,9 +26,8 @@ import otil_xdit
 from otil_xdit.catalog.bundled import model_folder
 from otil_xdit.catalog.folders import OWN, load_pipe
 from otil_xdit.hybridiff.tracing import CPU_ATTENTION
-from otil_xdit.tools.eval.matrix import parse_variant
+from otil_xdit.tools.eval.matrix import make_calls, parse_variant, read_prompts
 from otil_xdit.tools.eval.metrics import psnr, ssim
-from otil_xdit.tools.study.trajectories import PROMPTS, read_prompts
 from otil_xdit.xdit.plugin.sessions import session_of
 
 VARIANTS = (*(f"hybridiff:window_steps={steps}" for steps in (0, 3, 5, 10, 20)), "otil", "distrifusion")
@@ -55,7 +54,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     otil_xdit.register()
-    pictures = [(prompt, seed) for prompt in read_prompts(PROMPTS, given.prompts) for seed in range(given.seeds)]
+    calls = make_calls(read_prompts(), given.prompts, given.seeds)
+    pictures = [(call.prompt, call.seed) for call in calls]
     rows = []
     for model in given.models:
         for steps in given.steps:

@@ -190,7 +190,6 @@ BEGINS = {
     "plan": ("options_of", "flops_of"),
     "memory": ("rows_of",),
     "models": ("print_models",),
-    "study": ("run_study",),
 }
 """Names in each tool's module at which work begins."""
 
@@ -203,8 +202,6 @@ TOOL_LIKELY = {
     "sampler": ("own", "ddim"),
     "link": ("20MB/s", "ratio=2", "nvlink", "12GB/s,20us"),
     "ranks": ("1", "2", "3", "4"),
-    "ratios": ("1/2", "0.25", "1"),
-    "metrics": ("cosine", "l2", "ssim"),
     "gpus": ("2", "3", "4", "8"),
     "size": ("64", "128", "256"),
     "sizes": ("64", "128", "256"),

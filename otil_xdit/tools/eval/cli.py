@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterable
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +18,7 @@ from otil_xdit.runtime.strategies import strategies
 from otil_xdit.tools.eval.cache import Store
 from otil_xdit.tools.eval.contact_sheets import Column, sheet
 from otil_xdit.tools.eval.generate import Failures, Interrupted, make_pictures
-from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, parse_variant
+from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, parse_variant, read_prompts
 from otil_xdit.tools.eval.perceptual_metrics import absences
 from otil_xdit.tools.eval.report import plot, table
 from otil_xdit.tools.eval.rows import Row, as_json, make_rows
@@ -170,7 +169,7 @@ def read_matrix(arguments: argparse.Namespace) -> Matrix:
         variants=_each(parse_variant, arguments.presets),
         ranks=tuple(dict.fromkeys(arguments.ranks)),
         samplers=_each(parse_sampler, arguments.samplers),
-        calls=make_calls(_prompts(arguments.prompt_file), arguments.prompts, arguments.seeds),
+        calls=make_calls(read_prompts(arguments.prompt_file), arguments.prompts, arguments.seeds),
         guidance=arguments.guidance,
         size=arguments.size,
         lora=None if arguments.lora is None else str(lora_file(Path(arguments.lora))),
@@ -180,17 +179,6 @@ def read_matrix(arguments: argparse.Namespace) -> Matrix:
 def _each(parse: Callable[[str], T], texts: Iterable[str]) -> tuple[T, ...]:
     """Each text once, parsed."""
     return tuple(parse(text) for text in dict.fromkeys(texts))
-
-
-def _prompts(file: Path | None) -> list[str]:
-    if file is None:
-        text = (files("otil_xdit") / "tools" / "eval" / "prompts.txt").read_text()
-    else:
-        try:
-            text = file.read_text()
-        except OSError as error:
-            raise ValueError(f"--prompt_file {file}: {error.strerror}; give a text file, a prompt a line") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _trusted_model(name: str) -> Model:

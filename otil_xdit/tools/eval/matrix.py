@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from otil_xdit.catalog.folders import OWN, Model
@@ -16,6 +17,9 @@ from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy, strategies
 from otil_xdit.xdit.flags.options import OPTIONS
+
+PROMPTS = Path(__file__).with_name("prompts.txt")
+"""One prompt a line, of the kind that the shipped models were trained on."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,19 @@ def parse_sampler(text: str) -> Sampler:
     if not steps.isdecimal() or int(steps) < 1:
         raise ValueError(f"--samplers {text}: give the number of steps after a colon, say {name}:15")
     return Sampler(name, int(steps))
+
+
+def read_prompts(file: Path | None = None) -> list[str]:
+    """Return the prompts of a file, one a line, or those that ship.
+
+    Raises:
+        ValueError: for a file that cannot be read.
+    """
+    try:
+        text = (file or PROMPTS).read_text()
+    except OSError as error:
+        raise ValueError(f"--prompt_file {file}: {error.strerror}; give a text file, a prompt a line") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def make_calls(prompts: Sequence[str], count: int, seeds: int) -> tuple[Call, ...]:

@@ -20,9 +20,7 @@ import torch
 from otil_xdit.catalog.bundled import model_folder
 from otil_xdit.catalog.folders import OWN, load_pipe
 from otil_xdit.catalog.schedulers import SCHEDULERS
-
-PROMPTS = Path(__file__).parents[1] / "eval" / "prompts.txt"
-"""One prompt a line, of the kind that the shipped models were trained on."""
+from otil_xdit.tools.eval.matrix import PROMPTS
 
 VARIANCE_PRESERVING = ("ddim", "ddpm", "deis", "dpm-solver", "dpm-solver-single", "unipc")
 """Samplers whose latent is sqrt(a) * clean + sqrt(1 - a) * noise, a from the table of the training noise levels."""
@@ -48,15 +46,15 @@ class Trajectory:
     pixels: torch.Tensor
 
 
-def read_prompts(path: Path, count: int) -> list[str]:
-    """The first `count` lines.
+def read_prompts(count: int) -> list[str]:
+    """Return the first `count` of the prompts that ship with `otil-xdit eval`.
 
     Raises:
-        ValueError: when the file has fewer.
+        ValueError: when there are fewer.
     """
-    prompts = path.read_text().splitlines()
+    prompts = PROMPTS.read_text().splitlines()
     if not 1 <= count <= len(prompts):
-        raise ValueError(f"--prompts is {count}; {path.name} has 1 to {len(prompts)}")
+        raise ValueError(f"--prompts is {count}; {PROMPTS.name} has 1 to {len(prompts)}")
     return prompts[:count]
 
 

@@ -8,17 +8,17 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import selection as selection_study
+import study
 import torch
+import trajectories
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from report import tables
+from selection import Measurement, Row, Settings, cells, changes, largest, regions, roc_auc
 from torch.nn import functional
+from trajectories import SAMPLERS, Trajectory
 
 from otil_xdit.catalog.schedulers import make_scheduler
-from otil_xdit.tools import main as tools
-from otil_xdit.tools.study import selection as selection_study
-from otil_xdit.tools.study import trajectories
-from otil_xdit.tools.study.report import tables
-from otil_xdit.tools.study.selection import Measurement, Row, Settings, cells, changes, largest, regions, roc_auc
-from otil_xdit.tools.study.trajectories import SAMPLERS, Trajectory
 
 
 def auc_by_pairs(scores: list[float], positive: list[bool]) -> float:
@@ -170,7 +170,7 @@ def test_bad_flags_are_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(selection_study, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as ended:
-        tools.main(["study", "--out", str(tmp_path), *flags])
+        study.main(["--out", str(tmp_path), *flags])
     assert ended.value.code == 2
     assert re.search(said, capsys.readouterr().err)
 
@@ -216,12 +216,12 @@ def test_the_last_prediction_is_the_picture() -> None:
 def test_the_whole_study_on_tiny_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     flags = "--models tiny-dit --prompts 1 --steps 3 --blocks 4 --ratios 1/4 --metrics l2 random".split()
-    assert tools.main(["study", *flags, "--out", str(out)]) == 0
+    assert study.main([*flags, "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert "tiny-dit: picture 1 of 1" in said.err and "| tiny-dit | l2 |" in said.out
-    study = json.loads((out / "study.json").read_text())
-    rows = {(row["metric"], row["source"], row["truth"]): row for row in study["rows"]}
-    assert len(rows) == len(study["rows"]) == 8 and study["settings"]["steps"] == 3
+    found = json.loads((out / "study.json").read_text())
+    rows = {(row["metric"], row["source"], row["truth"]): row for row in found["rows"]}
+    assert len(rows) == len(found["rows"]) == 8 and found["settings"]["steps"] == 3
     assert all(row["regions"] == 64 and len(row["by_step"]) == 2 for row in rows.values())
     # The prediction decodes to the picture: where it moves, the picture moves. Chance would be 0.5.
     assert rows["l2", "clean", "l2"]["auc"] > 0.8

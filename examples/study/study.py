@@ -1,24 +1,42 @@
-"""`otil-xdit study`: the paper's selection study, does change of the latent tell change of the picture?"""
+"""The paper's selection study: does change of the latent tell change of the image? (docs/selection-study.md)
+
+    python examples/study/study.py --seeds 2 --out study-out
+
+Writes `study.json`, `table.md` and two figures to the folder.
+"""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from report import tables, write_report
+from selection import METRICS, Settings, run_study
+from trajectories import SAMPLERS
+
 from otil_xdit import __version__
 from otil_xdit.method.checks import parse_ratio
-from otil_xdit.tools.study.report import tables, write_report
-from otil_xdit.tools.study.selection import METRICS, Settings, run_study
-from otil_xdit.tools.study.trajectories import SAMPLERS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study, write its files and print its tables; a wrong flag is one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    try:
+        run(parser.parse_args(arguments))
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags; their defaults are those of `Settings`."""
+    """Add the flags; their defaults are those of `Settings`."""
     default = Settings()
 
     def add(flag: str, about: str, **how: Any) -> None:
@@ -49,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     for note in settings.notes():
         _say(note)
     rows = run_study(settings, _say)
-    command = shlex.join(["otil-xdit", *sys.argv[1:]])
+    command = shlex.join(["python", *sys.argv])
     versions = {"otil-xdit": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
     write_report(arguments.out, settings, rows, command, versions)
     print(tables(settings, rows))
@@ -68,3 +86,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

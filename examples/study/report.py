@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from otil_xdit.tools.study.selection import METRICS, SOURCES, TRUTHS, Row, Settings, distinct, fraction, select
+from selection import METRICS, SOURCES, TRUTHS, Row, Settings, distinct, fraction, select
 
 COLOURS = dict(zip(METRICS, ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#888888"), strict=True))
 """One a metric, in every figure."""

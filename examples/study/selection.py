@@ -17,12 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-
-from otil_xdit.method.grid import Segment, block_table
-from otil_xdit.method.scores import CHANGE_SCORES, LEAST_SIDE
-from otil_xdit.method.selection import blocks_to_send
-from otil_xdit.tools.study.trajectories import (
-    PROMPTS,
+from trajectories import (
     Trajectory,
     generate,
     latent_side,
@@ -30,6 +25,10 @@ from otil_xdit.tools.study.trajectories import (
     read_prompts,
     sampler_of,
 )
+
+from otil_xdit.method.grid import Segment, block_table
+from otil_xdit.method.scores import CHANGE_SCORES, LEAST_SIDE
+from otil_xdit.method.selection import blocks_to_send
 
 METRICS = (*CHANGE_SCORES, "random")
 
@@ -77,7 +76,7 @@ class Settings:
         for metric in self.metrics:
             if metric not in METRICS:
                 raise ValueError(f"--metrics {metric}: no such metric; choose from {', '.join(METRICS)}")
-        read_prompts(PROMPTS, self.prompts)
+        read_prompts(self.prompts)
         for model in self.models:
             sampler_of(model, self.sampler)
             side = latent_side(model, self.size)
@@ -277,7 +276,7 @@ def run_study(settings: Settings, say: Callable[[str], None]) -> list[Row]:
         settings: checked (`Settings.check`).
         say: told about progress, a line at a time.
     """
-    calls = [(prompt, seed) for prompt in read_prompts(PROMPTS, settings.prompts) for seed in range(settings.seeds)]
+    calls = [(prompt, seed) for prompt in read_prompts(settings.prompts) for seed in range(settings.seeds)]
     rows: list[Row] = []
     for model in settings.models:
         pipe, measurement = load(model, settings.sampler), Measurement(settings, model)
