@@ -1,138 +1,197 @@
-"""The demo: one prompt on one process, and on two with each strategy, through the same command that users type.
+"""The demo: one image by one process and by several, under each strategy, and a large one that several draw faster.
 
-For a U-Net (tiny-sd) and a DiT (tiny-dit) it prints the bytes that each strategy sends, how close its picture is to one
-process's, and the time, and writes the pictures side by side, a row for each model. Every run is a fresh
-`xfuser --model ...`; its time is that of the whole generation after one warm-up call, as xDiT's runner measures it.
-
-    python examples/demo.py
+It starts its ranks once, with torchrun. They load each model once and go from strategy to strategy with `parallelize`
+and `restore`; rank 0 alone draws what one process draws, while the others wait. Every rank has one thread, as if it
+were one GPU. A short image comes before every timed one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import math
+import os
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import otil_xdit
+from otil_xdit.catalog.bundled import model_folder
+from otil_xdit.catalog.folders import OWN, load_pipe
 
 PROMPT = "a large red circle on the left and a small blue square on the right, striped background"
-RUNS = {
-    "one process": [],
-    "sync": ["--parallel", "sync"],
-    "distrifusion": ["--parallel", "distrifusion"],
-    "otil-paper": ["--parallel", "otil-paper"],
-    "otil": ["--parallel", "otil"],
-    "otil draft": ["--parallel", "otil", "--otil_quality", "draft"],
+STRATEGIES: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "one process": None,
+    "sync": ("sync", {}),
+    "distrifusion": ("distrifusion", {}),
+    "otil-paper": ("otil-paper", {}),
+    "otil": ("otil", {}),
+    "otil, draft": ("otil", {"quality": "draft"}),
 }
-MODELS = {
-    "tiny-sd": ["--scheduler", "dpm-solver", "--num_inference_steps", "20"],
-    "tiny-dit": ["--num_inference_steps", "28"],
-}
-"""What is run, and how it samples."""
+"""What is compared: a strategy and its settings."""
 
-DEADLINE = 300
-"""Seconds that one run may take."""
+
+NOTES = """
+Bytes: handed to collectives, mean over the steps after warm-up; a U-Net's output is left out.
+Seconds: the whole image, one thread a rank, after a short image that is not timed."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Images of one model: how it samples, their side in pixels, and how often each is drawn."""
+
+    model: str
+    sampler: str
+    steps: int
+    size: int
+    strategies: tuple[str, ...]
+    rounds: int = 1
+    warmup_steps: int = 3
+
+
+SCENES = (
+    Scene("tiny-sd", "dpm-solver", 20, 128, tuple(STRATEGIES)),
+    Scene("tiny-dit", OWN, 28, 128, tuple(STRATEGIES)),
+    # Latent 96 x 96: large enough for two ranks to be faster than one, although each also does the link's work.
+    Scene("tiny-sd", "dpm-solver", 4, 384, ("one process", "otil"), rounds=3, warmup_steps=1),
+)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run: its picture, seconds, and rank 0's report (None on one process)."""
+    """One strategy's image, its seconds (median), and rank 0's report (None on one process)."""
 
     name: str
     image: Image.Image
     seconds: float
-    report: dict[str, float] | None
-
-    def kilobytes(self, kind: str) -> float:
-        """Sent per step and rank after warm-up."""
-        return self.report[f"{kind}_bytes_per_step"] / 1e3 if self.report else 0.0
+    report: otil_xdit.Report | None
 
 
 def main() -> None:
+    """Start the ranks, or be one of them."""
     arguments = parse_arguments()
-    rows = []
-    for model in arguments.models:
-        results = []
-        for name, flags in RUNS.items():
-            ranks = [] if name == "one process" else ["--patch_degree", str(arguments.ranks)]
-            results.append(run(model, name, [*flags, *ranks], arguments))
-            print(f"{model:>10} {name:>14}: {results[-1].seconds:.2f} s", flush=True)
-        rows.append((model, results))
-    print(f'\n"{arguments.prompt}", seed {arguments.seed}')
-    for model, results in rows:
-        print(f"\n{table(model, results, arguments)}")
-    print("\nBytes: handed to collectives, mean over the steps after warm-up; a U-Net's output is left out.")
-    sheet(rows).save(arguments.output)
-    print(f"Pictures, in this order: {arguments.output}")
+    if "RANK" in os.environ:
+        run_rank(arguments)
+        return
+    started = time.perf_counter()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
+    done = subprocess.run([*torchrun, __file__, *sys.argv[1:]], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    print(f"{time.perf_counter() - started:.0f} seconds in all, loading included")
+    sys.exit(done.returncode)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2, help="patches, for every strategy")
-    parser.add_argument("--output", type=Path, default=Path("demo.png"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
     return parser.parse_args()
 
 
-def run(model: str, name: str, flags: list[str], arguments: argparse.Namespace) -> Result:
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "otil_xdit", "--model", model, "--prompt", arguments.prompt]
-        command += [*MODELS[model], "--seed", str(arguments.seed)]
-        command += ["--output_directory", folder, "--warmup_calls", "1", *flags]
-        command += ["--otil_report", str(report)] if flags else []
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
-        if done.returncode != 0:
-            sys.exit(f"{' '.join(command)}\nfailed with exit code {done.returncode}:\n{done.stderr[-4000:]}")
-        (picture,) = Path(folder).glob("*.png")
-        image = Image.open(picture).convert("RGB").copy()
-        (seconds,) = json.loads((Path(folder) / "timings.json").read_text())
-        return Result(name, image, seconds, json.loads(report.read_text()) if flags else None)
+def run_rank(arguments: argparse.Namespace) -> None:
+    """Draw everything; rank 0 shows the progress, prints the tables and writes the sheet."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    logging.disable(logging.WARNING)  # what xDiT notes at every start would drown the progress bar
+    dist.init_process_group()
+    images = sum(len(scene.strategies) * (1 + scene.rounds) for scene in SCENES)
+    with tqdm(total=images, unit="image", disable=dist.get_rank() > 0) as bar:
+        results = [draw_scene(scene, arguments, bar) for scene in SCENES]
+    if dist.get_rank() == 0:
+        print(f'\n"{arguments.prompt}", seed {arguments.seed}')
+        for scene, drawn in zip(SCENES, results, strict=True):
+            print(f"\n{table(scene, drawn)}")
+        print(NOTES)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        make_sheet(results[:2]).save(arguments.output)
+        print(f"Images side by side: {arguments.output}")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two 8-bit pictures; infinite where they are the same."""
+def draw_scene(scene: Scene, arguments: argparse.Namespace, bar: tqdm) -> list[Result]:
+    """Draw a scene's images, the strategies taking turns in every round."""
+    pipe = load_pipe(model_folder(scene.model), scene.sampler, None)
+    drawn: dict[str, list[Result]] = {name: [] for name in scene.strategies}
+    for turn, name in product(range(-1, scene.rounds), scene.strategies):
+        bar.set_description(f"{scene.model} {scene.size}, {name}")
+        one = draw(pipe, name, scene, scene.warmup_steps if turn < 0 else scene.steps, arguments)
+        drawn[name] += [one] * (turn >= 0)
+        bar.update()
+    return [replace(images[-1], seconds=median(one.seconds for one in images)) for images in drawn.values()]
+
+
+def draw(pipe: Any, name: str, scene: Scene, steps: int, arguments: argparse.Namespace) -> Result:
+    """Draw one image on all ranks, or on rank 0 alone; every rank gets it, and the same seconds."""
+    choice, images, seconds, report = STRATEGIES[name], None, 0.0, None
+    if choice is not None:
+        config = otil_xdit.get_strategy(choice[0]).make_config(choice[1])
+        pipe = otil_xdit.parallelize(pipe, choice[0], config)
+    dist.barrier()  # all begin together, and none while another still draws
+    if choice is not None or dist.get_rank() == 0:
+        started = time.perf_counter()
+        settings = {"height": scene.size, "width": scene.size, "num_inference_steps": steps, "guidance_scale": 4.0}
+        output = pipe(arguments.prompt, **settings, generator=torch.Generator().manual_seed(arguments.seed))
+        images, seconds = output and output.images, time.perf_counter() - started
+    if choice is not None:
+        report = otil_xdit.report(pipe)
+        otil_xdit.restore(pipe)
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (images, seconds))
+    image = next(images for images, _ in reversed(answers) if images)[0]  # xDiT leaves a DiT's on the last rank
+    return Result(name, image, max(seconds for _, seconds in answers), report)
+
+
+def psnr(image: Image.Image, reference: Image.Image) -> str:
+    """Return the peak signal-to-noise ratio of two 8-bit images, in words."""
     error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64)).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    return f"{10 * math.log10(255**2 / error):.1f} dB" if error else "identical"
 
 
-def table(model: str, results: list[Result], arguments: argparse.Namespace) -> str:
+def table(scene: Scene, results: list[Result]) -> str:
+    """Return a scene's table; PSNR and speed are against its first result."""
     lines = [
-        f"{model}: {' '.join(MODELS[model])}",
-        f"{'':>14} |       | kB sent per step and rank    |                     |",
-        f"{'':>14} | ranks | keys, values | halo, moments | PSNR to one process | seconds",
-        f"{'-' * 15}|-------|--------------|---------------|---------------------|--------",
+        f"{scene.model}, {scene.size} x {scene.size} pixels, {scene.steps} steps",
+        f"{'':>14} |       | kB sent per step and rank    | PSNR to one |         | times",
+        f"{'':>14} | ranks | keys, values | halo, moments | process     | seconds | as fast",
+        f"{'-' * 15}|-------|--------------|---------------|-------------|---------|--------",
     ]
     for result in results:
-        ranks = arguments.ranks if result.report else 1
-        sent = f"{result.kilobytes('kv'):>12.1f} | {result.kilobytes('small'):>13.1f}"
-        close = psnr(result.image, results[0].image)
-        shown = "identical" if math.isinf(close) else f"{close:.1f} dB"
-        lines.append(f"{result.name:>14} | {ranks:>5} | {sent} | {shown:>19} | {result.seconds:>7.2f}")
+        ranks = dist.get_world_size() if result.report else 1
+        sent = (result.report.kv_bytes_per_step, result.report.small_bytes_per_step) if result.report else (0, 0)
+        near = psnr(result.image, results[0].image)
+        lines.append(
+            f"{result.name:>14} | {ranks:>5} | {sent[0] / 1e3:>12.1f} | {sent[1] / 1e3:>13.1f} | {near:>11} "
+            f"| {result.seconds:>7.2f} | {results[0].seconds / result.seconds:>7.2f}"
+        )
     return "\n".join(lines)
 
 
-def sheet(rows: list[tuple[str, list[Result]]], scale: int = 2) -> Image.Image:
-    """A row of pictures for each model, enlarged, with their names above."""
-    width, height = (side * scale for side in rows[0][1][0].image.size)
-    margin, caption = 8, 24
-    size = (len(rows[0][1]) * (width + margin) + margin, len(rows) * (height + caption) + margin)
+def make_sheet(rows: list[list[Result]], scale: int = 2) -> Image.Image:
+    """Lay out a row of images for each scene, enlarged, with their names above."""
+    (width, height), margin, caption = (side * scale for side in rows[0][0].image.size), 8, 24
+    size = (len(rows[0]) * (width + margin) + margin, len(rows) * (height + caption) + margin)
     page = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(16)
-    for row, (model, results) in enumerate(rows):
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+    for row, results in enumerate(rows):
         top = row * (height + caption)
         for column, result in enumerate(results):
             left = margin + column * (width + margin)
-            draw.text((left, top + 3), f"{model}, {result.name}", "black", font)
-            page.paste(result.image.resize((width, height), Image.Resampling.LANCZOS), (left, top + caption))
+            near = f", {psnr(result.image, results[0].image)}" if column else ""
+            pen.text((left, top + 3), f"{result.name}{near}", "black", font)
+            page.paste(result.image.resize((width, height)), (left, top + caption))
     return page
 
 
