@@ -107,7 +107,7 @@ def modes_of(
     has_window = config.window != NONE
 
     def mode(step: int) -> str:
-        if step in window and config.stages == 2:
+        if step in window and config.requires_cfg_parallel:
             return STAGED if step + 1 in window else LAST_STAGED
         if step < config.warmup_steps and step not in window:
             return WARMUP
@@ -182,7 +182,7 @@ class Traffic:
             found[WARMUP], found[mode], nbytes, sizes = self._replayed(steady, count, mode)
             kept, rooms = max(kept, nbytes), rooms | sizes  # of each room the largest
         total = kept + sum(rooms.values())
-        if config.stages == 2:
+        if config.requires_cfg_parallel:
             total += 2 * self._segments.boundary.memory.nbytes
             total += self._segments.prompt if any(map(_is_staged, modes)) else 0
         once = self._once(config, modes, begins)
@@ -242,7 +242,7 @@ class Traffic:
         found: defaultdict[str, list[int]] = defaultdict(list)
         if self._job.network.is_unet:
             found["random-state-warmup"].append(torch.get_rng_state().nbytes)
-        if config.stages == 2:
+        if config.requires_cfg_parallel:
             found["stages-warmup"].append(_NUMBER * (self._segments.units + 1))
             if self._half == 1 and self._segments.prompt and any(map(_is_staged, modes)):
                 found["prompt"].append(self._segments.prompt)

@@ -148,7 +148,7 @@ class CfgController:
     @property
     def has_stages(self) -> bool:
         """Whether the settings want networks in two stages."""
-        return self._config.stages == 2
+        return self._config.requires_cfg_parallel
 
     def stages_of(self, network: nn.Module) -> Stages | None:
         """The network's two stages; None for a network that is not cut."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.exchange.communicator import OtilCommunicator
@@ -35,7 +35,8 @@ class Strategy:
         make_config: builds the strategy's settings from those that the user gave (names as in `OtilConfig`, only the
             given ones). Raises `ValueError` for what it cannot do; called before any process group exists.
         connect: builds the communicator of one pipeline from the settings and the ranks that hold its patches.
-        in_halves: whether it needs CFG parallelism, which is then taken as given.
+        requires_cfg_parallel: True where the passes with and without the prompt run on different ranks;
+            ``--use_cfg_parallel`` is then taken as given.
     """
 
     name: str
@@ -54,40 +55,68 @@ class Strategy:
         register()
 
 
+class NoEffect(NamedTuple):
+    """Settings that a user may give and that change nothing under some strategies, and why."""
+
+    settings: tuple[str, ...]
+    strategies: tuple[str, ...]
+    reason: str
+
+
+_FIXED_POINTS = ("distrifusion", "compact-1bit", "compact-2bit", "sync", "naive", "hybridiff")
+_NOT_DISPLACED = ("compact-1bit", "compact-2bit", "sync", "naive", "hybridiff")
+_ONE_STAGE = ("otil", "otil-paper", "distrifusion", "compact-1bit", "compact-2bit", "sync", "naive")
+_SELECTION = ("block_size", "select", "score_reference", "polling", "max_age", "seed")
+_WINDOW = ("window", "window_steps", "window_slope", "window_span", "window_cap")
+
+NO_EFFECT = (
+    NoEffect(_SELECTION, _FIXED_POINTS, "every sub-block is sent"),
+    NoEffect(("extrapolation_gain", "velocity_damping"), ("otil-paper", *_FIXED_POINTS), "nothing is extrapolated"),
+    NoEffect(("fresh_share", "tolerance"), ("otil-paper", *_FIXED_POINTS), "the strategy says which steps wait"),
+    NoEffect(("quality",), ("otil-paper", *_FIXED_POINTS), "the strategy says what is sent"),
+    NoEffect(("halo", "moments"), _NOT_DISPLACED, "they are never displaced"),
+    NoEffect(("warmup_steps", "kv_cache_dtype", "check"), ("sync", "hybridiff"), "nothing is kept from step to step"),
+    NoEffect(("refresh",), ("sync", "hybridiff", "naive"), "steps after warm-up are all alike"),
+    NoEffect(_WINDOW, ("sync",), "steps are all alike"),
+    NoEffect(("window_guidance",), _ONE_STAGE, "both predictions are computed at every step"),
+)
+"""What has no effect where; a setting that a strategy fixes (`_preset`) has none either, and needs no row."""
+
+
+def without_effect(strategy: str) -> set[str]:
+    """Return the settings that change nothing under a strategy of this project."""
+    return {setting for row in NO_EFFECT if strategy in row.strategies for setting in row.settings}
+
+
 def _preset(
     name: str,
     summary: str,
     fixed: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
-    unread: tuple[str, ...] = (),
     requires_cfg_parallel: bool = False,
 ) -> Strategy:
-    """A named point of `OtilConfig`.
+    """Return a named point of `OtilConfig`.
+
+    It warns about a setting that has no effect: one of `without_effect`, or another value than a fixed one.
 
     Args:
-        fixed: what makes it that strategy; giving another value is warned about, and so are settings in `unread`,
-            which change nothing under it.
+        fixed: the settings that make it that strategy.
         defaults: its own defaults where they are not those of `OtilConfig`.
+        requires_cfg_parallel: see `Strategy`.
     """
-    fixed, defaults = {"stages": 1, **(fixed or {})}, defaults or {}
-    unread += () if requires_cfg_parallel else ("window_guidance",)
+    fixed, defaults = {"requires_cfg_parallel": requires_cfg_parallel, **(fixed or {})}, defaults or {}
+    unread = without_effect(name)
 
     def make_config(given: Mapping[str, Any]) -> OtilConfig:
-        useless = {
-            setting for setting in given if setting in unread or fixed.get(setting, given[setting]) != given[setting]
-        }
-        for setting in sorted(useless):
-            flag = "warmup" if setting == "warmup_steps" else setting
-            logger.warning("--otil_%s has no effect with --parallel %s", flag, name)
+        for setting in sorted(given):
+            if setting in unread or fixed.get(setting, given[setting]) != given[setting]:
+                logger.warning("--otil_%s has no effect with --parallel %s", setting, name)
         chosen = {setting: value for setting, value in given.items() if setting not in unread}
         return OtilConfig.of_quality(chosen.pop("quality", None), **{**defaults, **chosen, **fixed})
 
     return Strategy(name, summary, make_config, requires_cfg_parallel=requires_cfg_parallel)
 
 
-_PICKING = ("block_size", "select", "score_reference", "polling", "max_age", "seed")
-_WINDOW = ("window", "window_steps", "window_slope", "window_span", "window_cap")
-_MOVING = ("extrapolation_gain", "velocity_damping", "fresh_share", "tolerance", "quality")
 _NOT_PREDICTED: dict[str, Any] = {"extrapolation": "none", "tolerance": 0.0, "warmup_codec": "raw"}
 _ALL_VALUES: dict[str, Any] = {"ratio": 1.0, "codec": "raw"}
 _ALL_STALE: dict[str, Any] = {"freshness": "displaced", "fresh_share": 0.0, "halo": "displaced", "moments": "displaced"}
@@ -100,21 +129,18 @@ OTIL_PAPER = _preset(
     "Otil as published: displaced patches; each step sends only the sub-blocks that changed most",
     fixed={**_ALL_STALE, **_NOT_PREDICTED, "codec": "raw", "score_reference": "previous"},
     defaults={"ratio": 0.125, "select": "latent-cosine", "polling": 0.5, "warmup_steps": 4},
-    unread=_MOVING,
 )
 DISTRIFUSION = _preset(
     "distrifusion",
     "DistriFusion as published: displaced patches; each step sends everything, a step late",
     fixed={**_ALL_STALE, **_NOT_PREDICTED, **_ALL_VALUES},
     defaults={"warmup_steps": 4},
-    unread=(*_PICKING, *_MOVING),
 )
 COMPACT_1BIT, COMPACT_2BIT = (
     _preset(
         f"compact-{codec}",
         f"CompactFusion's point: each step waits for {codec[0]}-bit residuals of everything",
         fixed={**_NOT_PREDICTED, "freshness": "fresh", "ratio": 1.0, "codec": codec},
-        unread=(*_PICKING, *_MOVING, "halo", "moments"),
     )
     for codec in ("1bit", "2bit")
 )
@@ -122,21 +148,18 @@ SYNC = _preset(
     "sync",
     "every step waits for everybody: exact",
     fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync"},
-    unread=(*_PICKING, *_MOVING, *_WINDOW, "halo", "moments", "warmup_steps", "refresh", "kv_cache_dtype", "check"),
 )
 NAIVE = _preset(
     "naive",
     "nothing is exchanged after warm-up: a lower bound",
     fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "frozen"},
-    unread=(*_PICKING, *_MOVING, "halo", "moments", "refresh"),
 )
 
 HYBRIDIFF = _preset(
     "hybridiff",
     "Hybridiff: one half of the ranks computes with the prompt, one without; in a window each half of the network",
-    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync", "stages": 2},
+    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync"},
     defaults={"window": AUTO},
-    unread=(*_PICKING, *_MOVING, "halo", "moments", "warmup_steps", "refresh", "kv_cache_dtype", "check"),
     requires_cfg_parallel=True,
 )
 
@@ -160,7 +183,7 @@ def register_strategy(strategy: Strategy, replace: bool = False) -> Strategy:
 
 
 def strategies() -> dict[str, Strategy]:
-    """Every known strategy by name: registered ones first, then those of entry points.
+    """Return every known strategy by name: registered ones first, then those of entry points.
 
     An entry point that cannot be loaded is named in a warning and left out.
     """
@@ -174,7 +197,7 @@ def strategies() -> dict[str, Strategy]:
 
 @cache
 def _loaded(entry: EntryPoint) -> Strategy | None:
-    """What the entry point names, or None; tried, and complained about, once."""
+    """Return what the entry point names, or None; it is tried, and warned about, once."""
     try:
         loaded = entry.load()
         strategy = loaded if isinstance(loaded, Strategy) else loaded()
@@ -187,7 +210,7 @@ def _loaded(entry: EntryPoint) -> Strategy | None:
 
 
 def get_strategy(name: str) -> Strategy:
-    """The strategy of that name.
+    """Return the strategy of that name.
 
     Raises:
         ValueError: naming the known ones.

@@ -121,7 +121,7 @@ def test_the_flag_takes_cfg_parallelism_as_given() -> None:
     choice = choose(VALUES, 4)
     assert choice is not None
     assert choice.patch_degree == 2
-    assert choice.config.stages == 2 and choice.config.window == "auto"
+    assert choice.config.requires_cfg_parallel and choice.config.window == "auto"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,6 @@ def test_wrong_use_is_refused(given: dict[str, Any], ranks: int, message: str) -
 
 def test_otil_takes_a_window_too() -> None:
     config = get_strategy("otil").make_config({"window": "auto"})
-    assert config.needs_guidance and config.stages == 1
+    assert config.needs_guidance and not config.requires_cfg_parallel
     with pytest.raises(FlagError, match="--guidance_scale is 1"):
         choose({**VALUES, "parallel": "otil", "otil_window": "auto", "guidance_scale": 1.0}, 2)

@@ -94,7 +94,7 @@ def test_other_texts_are_refused(text: str) -> None:
 
 def test_two_stages_without_a_window_are_refused() -> None:
     with pytest.raises(ValueError, match="two stages work in a window"):
-        OtilConfig(stages=2)
+        OtilConfig(requires_cfg_parallel=True)
 
 
 @pytest.mark.parametrize("step", range(6))

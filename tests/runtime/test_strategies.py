@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.config import SETTINGS, OtilConfig
 from otil_xdit.runtime import strategies as registry
 from otil_xdit.runtime.strategies import Strategy, get_strategy, register_strategy, strategies
 from otil_xdit.xdit.cpu import enable_cpu_ranks
@@ -146,7 +146,9 @@ OTHER_VALUES = {
 
 @pytest.mark.parametrize("preset", BUILT_IN)
 def test_a_setting_has_an_effect_or_is_warned_about(preset: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert set(OTHER_VALUES) == {*OtilConfig.__dataclass_fields__, "quality"} - {"stages"}, "which is no flag"
+    assert set(OTHER_VALUES) == {*OtilConfig.__dataclass_fields__, "quality"} - {"requires_cfg_parallel"}, (
+        "which is no flag"
+    )
     make_config = get_strategy(preset).make_config
     plain = make_config({})
     for setting, values in OTHER_VALUES.items():
@@ -156,8 +158,7 @@ def test_a_setting_has_an_effect_or_is_warned_about(preset: str, caplog: pytest.
                 continue
             changed = make_config({setting: value}) != plain
             said = [record.getMessage() for record in caplog.records]
-            flag = "warmup" if setting == "warmup_steps" else setting
-            assert said == ([] if changed else [f"--otil_{flag} has no effect with --parallel {preset}"]), setting
+            assert said == ([] if changed else [f"--otil_{setting} has no effect with --parallel {preset}"]), setting
 
 
 def test_what_makes_a_preset_may_be_said_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -165,3 +166,10 @@ def test_what_makes_a_preset_may_be_said_again(caplog: pytest.LogCaptureFixture)
         "distrifusion"
     ).make_config({})
     assert not caplog.records
+
+
+def test_the_table_of_what_has_no_effect_names_what_there_is() -> None:
+    for settings, names, _ in registry.NO_EFFECT:
+        assert set(settings) <= {*SETTINGS, "quality"} and set(names) < set(BUILT_IN)
+    told = [(setting, name) for settings, names, _ in registry.NO_EFFECT for setting in settings for name in names]
+    assert len(told) == len(set(told)), "each is told once"

@@ -83,8 +83,8 @@ def test_otil_takes_settings_of_all_kinds() -> None:
     [
         ("sync", OtilConfig(), "freshness is 'displaced' and not 'sync'"),
         ("distrifusion", OtilConfig(warmup_steps=3), "fresh_share is 0.5 and not 0.0"),
-        ("otil", OtilConfig(stages=2, window="auto"), "stages is 2 and not 1"),
-        ("hybridiff", OtilConfig(freshness="sync", window="auto"), "stages is 1 and not 2"),
+        ("otil", OtilConfig(requires_cfg_parallel=True, window="auto"), "requires_cfg_parallel is True and not False"),
+        ("hybridiff", OtilConfig(freshness="sync", window="auto"), "requires_cfg_parallel is False and not True"),
     ],
 )
 def test_settings_that_contradict_a_strategy_are_refused(name: str, config: OtilConfig, message: str) -> None:

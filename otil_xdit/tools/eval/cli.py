@@ -23,7 +23,7 @@ from otil_xdit.tools.eval.perceptual_metrics import absences
 from otil_xdit.tools.eval.report import plot, table
 from otil_xdit.tools.eval.rows import Row, as_json, make_rows
 from otil_xdit.xdit.flags.degrees import check_at_least
-from otil_xdit.xdit.flags.options import OPTIONS
+from otil_xdit.xdit.flags.options import options
 from otil_xdit.xdit.launcher.processes import visible_devices
 
 EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplotlib"}
@@ -37,7 +37,7 @@ Rows = dict[tuple[str, int, str, int, str], Row]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The matrix, the pictures, and how they are made."""
-    settings = ", ".join(option.setting for option in OPTIONS if option.setting is not None)
+    settings = ", ".join(option.setting for option in options() if option.setting is not None)
     add = parser.add_argument
     add("--models", nargs="+", default=["tiny-sd"], metavar="MODEL", help=MODELS_HELP)
     add(

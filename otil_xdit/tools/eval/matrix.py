@@ -16,7 +16,7 @@ from otil_xdit.catalog.folders import OWN, Model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy, strategies
-from otil_xdit.xdit.flags.options import OPTIONS
+from otil_xdit.xdit.flags.options import options
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 """One prompt a line, of the kind that the shipped models were trained on."""
@@ -193,7 +193,7 @@ def parse_variant(text: str) -> Variant:
 
 
 def _parse_setting(text: str, part: str) -> tuple[str, Any]:
-    known = {option.setting: option for option in OPTIONS if option.setting is not None}
+    known = {option.setting: option for option in options() if option.setting is not None}
     name, equals, value = (piece.strip() for piece in part.partition("="))
     if not equals or name not in known:
         raise ValueError(f"--presets {text}: {part!r} is not setting=value; settings are {', '.join(known)}")

@@ -15,10 +15,10 @@ from otil_xdit.catalog.geometry import check_geometry
 from otil_xdit.catalog.models import find_unet
 from otil_xdit.catalog.unets import UnetRecord
 from otil_xdit.errors import FlagError
-from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.config import SETTINGS, OtilConfig
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.degrees import degree, resolve_patch_degree
-from otil_xdit.xdit.flags.options import OPTIONS, SETTINGS
+from otil_xdit.xdit.flags.options import given_settings, options
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,14 @@ class ParallelChoice:
 
 
 def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice | None:
-    """What the flags ask for, or None without ``--parallel``.
+    """Turn parsed flags into a choice, checked as far as can be before any process group exists.
 
     Args:
         values: parsed flags by name, as ``vars(parser.parse_args())`` gives them; missing ones count as not given.
         world_size: number of processes, or None where it shall follow from the degrees.
+
+    Returns:
+        None without ``--parallel``.
 
     Raises:
         FlagError: for flags that contradict each other, the world or the image's size.
@@ -90,52 +93,51 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     _check_scheduler(values, unet)
     if name is None:
         _check_given_without_parallel(values)
-        if unet is not None:
-            _check_shared_unet(values)
+        _check_shared_unet(values, unet)
         return None
     strategy = _flag_errors(lambda: get_strategy(name))
-    values = implied(values)
+    values, given = implied(values), given_settings(values)
     _check_unsupported(values, f"--parallel {name}", _REFUSED if unet is None else _REFUSED_BY_UNETS)
-    try:
-        patch_degree = resolve_patch_degree(values, world_size)
-    except FlagError as error:
-        reason = f"--parallel {name} implies --use_cfg_parallel: " if strategy.requires_cfg_parallel else ""
-        raise FlagError(f"{reason}{error}") from None
-    given = {setting: values[flag] for flag, setting in SETTINGS.items() if values.get(flag) is not None}
+    patch_degree, ulysses_degree = _patch_degree(values, world_size, strategy), degree(values, "ulysses_degree")
     config = _flag_errors(lambda: strategy.make_config(given))
-    ulysses_degree = degree(values, "ulysses_degree")
     _check_selector(config, ulysses_degree)
-    if isinstance(config, OtilConfig):
-        steps, scale = values.get("num_inference_steps"), values.get("guidance_scale")
-        _flag_errors(lambda: config.check_call(steps, scale, "--guidance_scale"))
+    _check_call(values, config)
     _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block_size")))
     _check_report(values.get("otil_report"))
-    for setting in {"halo", "moments"} & set(given) if unet is None else ():
-        logger.warning("--otil_%s has an effect on U-Nets only", setting)
+    _warn_of_unet_settings(given, unet)
     if patch_degree == 1 and (unet is None or ulysses_degree == 1) and not strategy.requires_cfg_parallel:
         logger.warning("--parallel %s has no effect with one patch", name)
     return ParallelChoice(strategy, config, patch_degree, ulysses_degree, values.get("otil_report"))
 
 
+def _patch_degree(values: Mapping[str, Any], world_size: int | None, strategy: Strategy) -> int:
+    try:
+        return resolve_patch_degree(values, world_size)
+    except FlagError as error:
+        implies = strategy.requires_cfg_parallel
+        reason = f"--parallel {strategy.name} implies --use_cfg_parallel: " if implies else ""
+        raise FlagError(f"{reason}{error}") from None
+
+
 def implies_cfg_parallel(values: Mapping[str, Any]) -> bool:
-    """Whether ``--parallel`` names a strategy whose ranks share the passes with and without the prompt."""
+    """Return whether ``--parallel`` names a strategy whose ranks share the passes with and without the prompt."""
     strategy = strategies().get(values.get("parallel") or "")
     return strategy is not None and strategy.requires_cfg_parallel
 
 
 def implied(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Flags, with those that ``--parallel`` takes as given."""
+    """Return the flags, with those that ``--parallel`` takes as given."""
     return {**values, "use_cfg_parallel": True} if implies_cfg_parallel(values) else values
 
 
 def _check_given_without_parallel(values: Mapping[str, Any]) -> None:
-    given = [f"--{option.flag}" for option in OPTIONS if values.get(option.flag) is not None]
+    given = [f"--{option.flag}" for option in options() if values.get(option.flag) is not None]
     if given:
         raise FlagError(f"{', '.join(given)} given without --parallel; add --parallel {'|'.join(strategies())}")
 
 
 def _check_unsupported(values: Mapping[str, Any], what: str, refused: Mapping[str, str]) -> None:
-    """Raises `FlagError` where one of xDiT's flags in `refused` is given together with `what`."""
+    """Refuse one of xDiT's flags in `refused` that is given together with `what`."""
     for flag, reason in refused.items():
         value = values.get(flag)
         if not value or (flag.endswith("_degree") and value == 1):
@@ -144,8 +146,10 @@ def _check_unsupported(values: Mapping[str, Any], what: str, refused: Mapping[st
         raise FlagError(f"{what} and {shown} are not supported together ({reason})")
 
 
-def _check_shared_unet(values: Mapping[str, Any]) -> None:
-    """Without ``--parallel`` a U-Net that shares an image among ranks runs as ``--parallel sync`` would."""
+def _check_shared_unet(values: Mapping[str, Any], unet: UnetRecord | None) -> None:
+    """Check a U-Net without ``--parallel``: where ranks share an image, it runs as ``--parallel sync`` would."""
+    if unet is None:
+        return
     if any(degree(values, flag) > 1 for flag in _SHARING):
         _check_unsupported(values, f"--model {values['model']} on several ranks", _REFUSED_BY_UNETS)
     patches, ulysses_degree = degree(values, "ring_degree"), degree(values, "ulysses_degree")
@@ -169,18 +173,30 @@ def _check_selector(config: Any, ulysses_degree: int) -> None:
         )
 
 
+def _check_call(values: Mapping[str, Any], config: Any) -> None:
+    if isinstance(config, OtilConfig):
+        steps, scale = values.get("num_inference_steps"), values.get("guidance_scale")
+        _flag_errors(lambda: config.check_call(steps, scale, "--guidance_scale"))
+
+
+def _warn_of_unet_settings(given: Mapping[str, Any], unet: UnetRecord | None) -> None:
+    for name in given:
+        if unet is None and name in SETTINGS and SETTINGS[name].unet_only:
+            logger.warning("--otil_%s has an effect on U-Nets only", name)
+
+
 def _check_report(report: str | None) -> None:
     if report is not None and not Path(report).absolute().parent.is_dir():
         raise FlagError(f"--otil_report {report}: no such directory")
 
 
 def _flag_errors(call: Callable[[], T]) -> T:
-    """The call's result; its `ValueError` as a `FlagError` that names the flag instead of the setting."""
+    """Return what the call returns; its `ValueError` becomes a `FlagError` that names the flag, not the setting."""
     try:
         return call()
     except ValueError as error:
         message = str(error)
-        for flag, setting in SETTINGS.items():
-            if message.startswith(f"{setting} is "):
-                message = f"--{flag}{message[len(setting) :]}"
+        name = message.partition(" is ")[0]
+        if name in SETTINGS or name == "quality":
+            message = f"--otil_{message}"
         raise FlagError(message) from error
