@@ -26,7 +26,8 @@ import otil_xdit
 from otil_xdit.catalog.bundled import model_folder
 from otil_xdit.catalog.folders import OWN, load_pipe
 from otil_xdit.hybridiff.tracing import CPU_ATTENTION
-from otil_xdit.tools.eval.matrix import make_calls, parse_variant, read_prompts
+from otil_xdit.tools.common.variants import parse_variant
+from otil_xdit.tools.eval.matrix import make_calls, read_prompts
 from otil_xdit.tools.eval.metrics import psnr, ssim
 from otil_xdit.xdit.plugin.sessions import session_of
 

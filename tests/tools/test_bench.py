@@ -24,7 +24,6 @@ from otil_xdit.catalog.folders import find_model
 from otil_xdit.dryrun.networks import attention_layers, find_network
 from otil_xdit.tools import main as tools
 from otil_xdit.tools.bench import link
-from otil_xdit.tools.bench import runner as conductor
 from otil_xdit.tools.bench.calibrate import Link, fit
 from otil_xdit.tools.bench.jobs import JobFailed, jobs_of_a_run
 from otil_xdit.tools.bench.networks import wider
@@ -32,6 +31,7 @@ from otil_xdit.tools.bench.plan import Cell, Plan, parse_strategy
 from otil_xdit.tools.bench.protocol import GatherTask, ImageTask
 from otil_xdit.tools.bench.report import plot, table
 from otil_xdit.tools.bench.results import Results, Run
+from otil_xdit.tools.bench.runner import CellRunner
 from tests.tools.test_bench_link import namespaces_of, no_link
 
 PATIENCE = 120.0  # seconds; a rank loads in 8 on an idle machine
@@ -239,7 +239,7 @@ def turns(jobs: FakeJobs, *strategies: str) -> list[Run]:
     """The runs of a cell with 5 rounds after 1."""
     chosen = plan(*strategies, models=(find_model("tiny-dit"),), rounds=5)
     results = Results(chosen, "")
-    conductor._Turns(chosen, next(iter(chosen.cells)), jobs, None, tqdm(total=99, disable=True)).run(results)  # type: ignore[arg-type]
+    CellRunner(chosen, next(iter(chosen.cells)), jobs, None, tqdm(total=99, disable=True)).run(results)  # type: ignore[arg-type]
     assert not jobs.alive
     return results.runs
 

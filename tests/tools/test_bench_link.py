@@ -12,6 +12,7 @@ import pytest
 
 from otil_xdit.tools import main as tools
 from otil_xdit.tools.bench import link
+from otil_xdit.tools.common.links import LinkRequest, parse_shaped_link
 
 
 @pytest.mark.usefixtures("no_start")
@@ -35,10 +36,10 @@ def test_a_link_that_cannot_be_made_is_refused(
 
 
 def test_a_link_is_asked_for_by_rate_or_ratio() -> None:
-    assert link.parse_link("20MB/s").rate == 20e6
-    assert link.parse_link("1gbit").rate == 125e6
-    assert link.parse_link(".5mbit").rate == 62500
-    assert link.parse_link("ratio=2.5") == link.LinkRequest("ratio=2.5", ratio=2.5)
+    assert parse_shaped_link("20MB/s").rate == 20e6
+    assert parse_shaped_link("1gbit").rate == 125e6
+    assert parse_shaped_link(".5mbit").rate == 62500
+    assert parse_shaped_link("ratio=2.5") == LinkRequest("ratio=2.5", ratio=2.5)
 
 
 class Recorder:

@@ -15,12 +15,13 @@ from peft.utils import get_peft_model_state_dict
 from otil_xdit.catalog.folders import find_model, load_pipe
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.tools import main as tools
+from otil_xdit.tools.common.processes import last_line
+from otil_xdit.tools.common.variants import parse_variant
 from otil_xdit.tools.eval import cache as store
 from otil_xdit.tools.eval import cli as tool
 from otil_xdit.tools.eval import generate, metrics
 from otil_xdit.tools.eval.cache import Picture, Store, load_picture, save_picture
-from otil_xdit.tools.eval.matrix import Call, Case, Matrix, Sampler, parse_sampler, parse_variant
-from otil_xdit.tools.eval.worker import last_line
+from otil_xdit.tools.eval.matrix import Call, Case, Matrix, Sampler, parse_sampler
 
 REFUSED = {
     "model": ("--models tiny-sdd", "--models tiny-sdd: no such model; choose from tiny-sd, tiny-sdxl, tiny-dit"),

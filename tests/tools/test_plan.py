@@ -22,11 +22,11 @@ from otil_xdit.dryrun.traffic import RunTraffic, Traffic, modes_of
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy
 from otil_xdit.tools import main as tools
-from otil_xdit.tools.eval.matrix import parse_variant
+from otil_xdit.tools.common.links import LINKS, Link, parse_link
+from otil_xdit.tools.common.variants import parse_variant
 from otil_xdit.tools.plan.advice import advise, bar_of
 from otil_xdit.tools.plan.fit import Comparison, compare, fit, least_squares, orders, read_machine
 from otil_xdit.tools.plan.latency import Load, Machine, share_of, step_time
-from otil_xdit.tools.plan.links import LINKS, Link, parse_link
 from otil_xdit.tools.plan.observations import IN_FLIGHT, read_bench
 from otil_xdit.tools.plan.options import Option
 

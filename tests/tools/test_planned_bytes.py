@@ -12,7 +12,7 @@ import torch
 from otil_xdit.dryrun.networks import find_network
 from otil_xdit.dryrun.requests import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import Traffic
-from otil_xdit.tools.eval.matrix import parse_variant
+from otil_xdit.tools.common.variants import parse_variant
 from tests.support.torchrun import lines_of
 
 STEPS = 10

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import otil_xdit  # noqa: E402
 from otil_xdit.catalog.folders import OWN, find_model, load_pipe  # noqa: E402
-from otil_xdit.tools.eval.matrix import parse_variant  # noqa: E402
+from otil_xdit.tools.common.variants import parse_variant  # noqa: E402
 from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 
 

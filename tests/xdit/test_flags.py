@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 from otil_xdit.catalog.dits import DITS, DitRecord
 from otil_xdit.catalog.models import find_dit
 from otil_xdit.errors import FlagError
-from otil_xdit.tools.eval.matrix import parse_variant
+from otil_xdit.tools.common.variants import parse_variant
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.flags.choice import ParallelChoice, choose
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree

@@ -7,20 +7,21 @@ import json
 import shlex
 import signal
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from otil_xdit.catalog.folders import MODELS_HELP, OWN, find_model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.runtime.strategies import get_strategy, strategies
 from otil_xdit.tools.bench.jobs import JobFailed
-from otil_xdit.tools.bench.link import LinkError, LinkRequest, check_possible, parse_link
+from otil_xdit.tools.bench.link import LinkError, check_possible
 from otil_xdit.tools.bench.plan import DEFAULT, PEERS, Plan, parse_strategy
 from otil_xdit.tools.bench.report import plot, table
 from otil_xdit.tools.bench.results import Results
 from otil_xdit.tools.bench.runner import run_plan
 from otil_xdit.tools.bench.scaling import plot_over_latents, plot_over_ranks
-from otil_xdit.tools.eval.generate import Interrupted
+from otil_xdit.tools.common.figures import check_installed
+from otil_xdit.tools.common.links import LinkRequest, parse_shaped_link
+from otil_xdit.tools.common.processes import Interrupted
 
 LINK_HELP = """\
 limit what the ranks send each other, as root on Linux: RATE in each direction of each rank's cable (20MB/s, 1gbit),
@@ -94,8 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     plan, link = read_plan(arguments), read_link(arguments)
     out: Path = arguments.out
-    if find_spec("matplotlib") is None:
-        raise ValueError("the plot needs matplotlib; pip install 'otil-xdit[bench]'")
+    check_installed("the plot needs")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
     results = Results(plan, shlex.join(["otil-xdit", *sys.argv[1:]]))
@@ -153,7 +153,7 @@ def read_link(arguments: argparse.Namespace) -> LinkRequest | None:
     """
     if arguments.link is None:
         return None
-    request = parse_link(arguments.link)
+    request = parse_shaped_link(arguments.link)
     several = sorted(set(arguments.ranks) - {1})
     if len(several) != 1:
         given = " ".join(map(str, arguments.ranks))

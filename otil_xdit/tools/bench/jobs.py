@@ -6,7 +6,6 @@ for their turn would wake ten times a second on the cores that are measured.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -24,9 +23,8 @@ import psutil
 
 from otil_xdit.tools.bench.link import Namespaces
 from otil_xdit.tools.bench.protocol import Answer, GatherTask, ImageTask
-from otil_xdit.tools.eval.generate import Interrupted
-from otil_xdit.xdit.cpu import has_accelerator
-from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, free_port
+from otil_xdit.tools.common.processes import Interrupted, rank_environment
+from otil_xdit.xdit.launcher.processes import free_port
 
 WORKER = "otil_xdit.tools.bench.worker"
 
@@ -121,7 +119,7 @@ class Jobs:
         with log.open("wb") as output:
             for rank in range(ranks):
                 place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                environment = {**({} if has_accelerator() else CPU_ENVIRONMENT), **os.environ, **shared, **place}
+                environment = {**rank_environment(), **shared, **place}
                 command = [sys.executable, "-m", WORKER, self._address, str(self._started)]
                 job.processes.append(
                     subprocess.Popen(

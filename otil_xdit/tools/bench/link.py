@@ -12,12 +12,10 @@ is changed.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import psutil
 
@@ -26,18 +24,6 @@ PREFIX = "otil-bench-"
 
 DEVICE = "veth0"
 BRIDGE = "switch0"
-
-UNITS = {
-    "kB/s": 1e3,
-    "MB/s": 1e6,
-    "GB/s": 1e9,
-    "kbit": 1e3 / 8,
-    "mbit": 1e6 / 8,
-    "gbit": 1e9 / 8,
-}
-"""Bytes per second."""
-
-LEAST_RATE = 10e3
 
 BURST_BYTES, BURST_SECONDS = 16 << 10, 1e-3
 """Size of the token bucket: what may pass at once after a pause. Little, because small messages come after pauses; but
@@ -52,41 +38,6 @@ Command = tuple[str, ...]
 
 class LinkError(RuntimeError):
     """A command that makes the link failed; the message is one line."""
-
-
-@dataclass(frozen=True)
-class LinkRequest:
-    """What ``--link`` asks for; one of the two is given.
-
-    Attributes:
-        text: as given.
-        rate: bytes per second in each direction of each rank's cable.
-        ratio: how long the keys and values of a synchronous step shall take, in computing times of a step.
-    """
-
-    text: str
-    rate: float | None = None
-    ratio: float | None = None
-
-
-def parse_link(text: str) -> LinkRequest:
-    """``20MB/s``, ``1gbit`` or ``ratio=2``.
-
-    Raises:
-        ValueError: naming what would be accepted.
-    """
-    accepted = f"give a rate in {', '.join(UNITS)}, say 20MB/s, or ratio=R, say ratio=2"
-    found = re.fullmatch(r"(ratio=)?([0-9]*\.?[0-9]+)(\S*)", text)
-    if found is None or bool(found[1]) == bool(found[3]) or (found[3] and found[3] not in UNITS):
-        raise ValueError(f"--link {text}: {accepted}")
-    number = float(found[2])
-    if found[1]:
-        if number <= 0:
-            raise ValueError(f"--link {text}: give a ratio above 0")
-        return LinkRequest(text, ratio=number)
-    if number * UNITS[found[3]] < LEAST_RATE:
-        raise ValueError(f"--link {text}: give at least {LEAST_RATE / 1e3:g}kB/s")
-    return LinkRequest(text, rate=number * UNITS[found[3]])
 
 
 def check_possible(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ import torch.distributed as dist
 
 from otil_xdit.catalog.folders import load_pipe
 from otil_xdit.dryrun.networks import wider_settings
-from otil_xdit.runtime.strategies import get_strategy, register_strategy
 from otil_xdit.tools.bench.plan import ALONE, Strategy
 
 SEED = 0
@@ -53,16 +51,7 @@ def share_out(pipe: Any, strategy: Strategy) -> Any:
     if strategy.variant is None:
         assert strategy.text == "cfg", f"{strategy.text} has no U-Nets"
         return otil_xdit.parallelize(pipe, "sync", use_cfg_parallel=True)
-    return otil_xdit.parallelize(pipe, _registered(strategy))
-
-
-def _registered(strategy: Strategy) -> str:
-    """The name under which a variant runs here: a strategy of its own, with the variant's settings for defaults."""
-    assert strategy.variant is not None
-    config, name = strategy.variant.config, "otil-xdit-bench"
-    preset = get_strategy(strategy.variant.preset)
-    register_strategy(replace(preset, name=name, make_config=lambda given: config), replace=True)
-    return name
+    return otil_xdit.parallelize(pipe, strategy.variant.strategy)
 
 
 def _by_xdit(pipe: Any, way: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from otil_xdit.catalog.folders import OWN, Model
 from otil_xdit.catalog.schedulers import SCHEDULERS
-from otil_xdit.tools.eval.matrix import Variant, parse_variant
+from otil_xdit.tools.common.variants import Variant, parse_variant
 from otil_xdit.xdit.flags.degrees import check_at_least
 
 Peer = Literal["one-process", "cfg", "ulysses", "ring", "pipefusion"]
@@ -205,8 +205,4 @@ def parse_strategy(text: str) -> Strategy:
     """
     if text in PEERS:
         return Strategy(text)
-    try:
-        return Strategy(text, parse_variant(text))
-    except ValueError as error:
-        others = f", or from {', '.join(PEERS)}" if "is not a preset" in str(error) else ""
-        raise ValueError(f"{str(error).replace('--presets', '--strategies', 1)}{others}") from error
+    return Strategy(text, parse_variant(text, "--strategies", f", or from {', '.join(PEERS)}"))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from otil_xdit.tools.bench.calibrate import Link
 from otil_xdit.tools.bench.plan import ALONE
-from otil_xdit.tools.bench.results import Results, Run, Spread, machine
-from otil_xdit.tools.eval.rows import versions
+from otil_xdit.tools.bench.results import Results, Run, Spread
+from otil_xdit.tools.common.environment import machine, versions
+from otil_xdit.tools.common.figures import new_figure
+from otil_xdit.tools.common.tables import markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +58,8 @@ def table(results: Results) -> str:
     lines += [_describe(results.link) if results.link is not None else "Link: this machine's loopback.", ""]
     lines += _reached(results)
     for runs in by_cell(results.runs):
-        lines += [f"### {title(runs[0], results)}", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-        lines += [_line(run, runs) for run in runs if run.skipped is None]
+        rows = [_cells(run, runs) for run in runs if run.skipped is None]
+        lines += [f"### {title(runs[0], results)}", "", markdown(COLUMNS, rows)]
         lines += ["", *_notes(runs)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -105,7 +107,7 @@ def _reached(results: Results) -> list[str]:
     return [f"{text}.", ""]
 
 
-def _line(run: Run, runs: Sequence[Run]) -> str:
+def _cells(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
     image, best = run.image(), alone(runs)
     report = run.report or {}
     waited, worked = (
@@ -113,7 +115,7 @@ def _line(run: Run, runs: Sequence[Run]) -> str:
         for seconds in (run.waited_seconds, run.worked_seconds)
     )
     kinds = ("kv_bytes_per_step", "small_bytes_per_step", "output_bytes_per_step")
-    cells = (
+    return (
         run.strategy.label,
         str(run.ranks),
         _milliseconds(image),
@@ -125,7 +127,6 @@ def _line(run: Run, runs: Sequence[Run]) -> str:
         _milliseconds(run.steady_cpu()),
         *(f"{report[kind] / 1e3:.1f}" if kind in report else "" for kind in kinds),
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def _milliseconds(spread: Spread | None) -> str:
@@ -152,13 +153,9 @@ def _said(first: int, end: int) -> str:
 
 def plot(results: Results, path: Path) -> None:
     """Median milliseconds per step as horizontal bars, least and most as whiskers; a panel for each cell."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     cells = [found for runs in by_cell(results.runs) if (found := [run for run in runs if run.skipped is None])]
     heights = [0.36 * len(runs) + 1.1 for runs in cells]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, sum(heights))
     panels = figure.subplots(len(cells), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, runs in zip(panels, cells, strict=True):
         axes.set_title(title(runs[0], results), fontsize=10)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -15,7 +12,7 @@ from otil_xdit.method.config import OtilConfig
 from otil_xdit.tools.bench.calibrate import Link
 from otil_xdit.tools.bench.plan import Cell, Plan, Strategy
 from otil_xdit.tools.bench.protocol import Answer
-from otil_xdit.tools.eval.rows import versions
+from otil_xdit.tools.common.environment import machine, versions
 
 _LATE = ("displaced", STAGED, LAST_STAGED)
 """Modes of the steps that use what was sent at the step before."""
@@ -197,16 +194,3 @@ def _as_dict(run: Run, plan: Plan) -> dict[str, Any]:
         "skipped": run.skipped,
         "alternation": run.alternation,
     }
-
-
-def machine() -> dict[str, Any]:
-    """Where it was measured."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"cores": cores, "cpu": _processor(), "pinned": f"rank r to core r mod {cores}, 1 thread"}
-
-
-def _processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,11 +13,12 @@ from tqdm import tqdm
 
 from otil_xdit.tools.bench.calibrate import calibrate, calibrate_to
 from otil_xdit.tools.bench.jobs import Job, JobFailed, Jobs, jobs_of_a_run
-from otil_xdit.tools.bench.link import LinkRequest, Namespaces
+from otil_xdit.tools.bench.link import Namespaces
 from otil_xdit.tools.bench.plan import Cell, Plan, Strategy, parse_strategy
 from otil_xdit.tools.bench.protocol import ImageTask
 from otil_xdit.tools.bench.results import Results, Run
-from otil_xdit.tools.eval.generate import LOG_SECONDS
+from otil_xdit.tools.common.links import LinkRequest
+from otil_xdit.tools.common.processes import progress
 from otil_xdit.xdit.launcher.processes import caught_signals
 
 SPARE_BYTES = 1 << 30
@@ -56,11 +56,10 @@ def run_plan(plan: Plan, request: LinkRequest | None, logs: Path, results: Resul
         if link is not None and request is not None:
             _make_slow(plan, cells[0], request, link, jobs, results)
         total = (plan.warmup_rounds + plan.rounds) * sum(len(plan.strategies_of(cell)) for cell in cells)
-        interval = 1.0 if sys.stderr.isatty() else LOG_SECONDS
-        bar = stack.enter_context(tqdm(total=total, unit="image", file=sys.stderr, mininterval=interval))
+        bar = stack.enter_context(progress(total, "image"))
         for cell in cells:
             bar.set_description(str(cell))
-            _Turns(plan, cell, jobs, link, bar).run(results)
+            CellRunner(plan, cell, jobs, link, bar).run(results)
             save()
 
 
@@ -76,8 +75,8 @@ def _task(plan: Plan, cell: Cell, strategy: Strategy) -> ImageTask:
     )
 
 
-class _Turns:
-    """One cell's strategies."""
+class CellRunner:
+    """Makes the images of one cell's strategies, which take turns."""
 
     def __init__(self, plan: Plan, cell: Cell, jobs: Jobs, link: Namespaces | None, bar: tqdm) -> None:
         self._plan, self._cell, self._jobs, self._link, self._bar = plan, cell, jobs, link, bar

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from otil_xdit.tools.bench.plan import ALONE, parse_strategy
 from otil_xdit.tools.bench.report import name_of
-from otil_xdit.tools.bench.results import Results, Run, Spread, machine
+from otil_xdit.tools.bench.results import Results, Run, Spread
+from otil_xdit.tools.common.environment import machine
+from otil_xdit.tools.common.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,14 +105,10 @@ def _middle(spreads: Sequence[Spread]) -> Spread:
 def _plot(
     results: Results, path: Path, axis: str, place: Callable[[Run], int], row_of: Callable[[Run], Hashable]
 ) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows: dict[Hashable, list[Run]] = {}
     for run in results.runs:
         rows.setdefault(row_of(run), []).append(run)
-    figure = Figure(figsize=(4 * len(PANELS), 3.4 * len(rows) + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4 * len(PANELS), 3.4 * len(rows) + 1.2)
     panels = figure.subplots(len(rows), len(PANELS), squeeze=False)
     labels = list(dict.fromkeys(run.strategy.label for run in results.runs))
     for line, runs in zip(panels, rows.values(), strict=True):

@@ -64,7 +64,7 @@ def _answer(connection: Connection) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except Exception as error:
-        from otil_xdit.tools.eval.worker import last_line
+        from otil_xdit.tools.common.processes import last_line
 
         connection.send({"error": last_line(error)})
         raise
@@ -72,12 +72,9 @@ def _answer(connection: Connection) -> None:
 
 def _prepared(task: ImageTask | GatherTask) -> Callable[[], Answer]:
     """What answers a question, loaded."""
-    import torch
+    from otil_xdit.tools.common.processes import take_device
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    else:
-        torch.set_num_threads(1)
+    take_device()
     return _gathers(task) if isinstance(task, GatherTask) else _images(task)
 
 

@@ -15,15 +15,16 @@ from otil_xdit.catalog.folders import MODELS_HELP, OWN, Model, find_model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.catalog.trust import check_folder, check_lora
 from otil_xdit.runtime.strategies import strategies
+from otil_xdit.tools.common.processes import Interrupted
+from otil_xdit.tools.common.variants import parse_variant, variant_settings
 from otil_xdit.tools.eval.cache import Store
 from otil_xdit.tools.eval.contact_sheets import Column, sheet
-from otil_xdit.tools.eval.generate import Failures, Interrupted, make_pictures
-from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, parse_variant, read_prompts
+from otil_xdit.tools.eval.generate import Failures, make_pictures
+from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, read_prompts
 from otil_xdit.tools.eval.perceptual_metrics import absences
 from otil_xdit.tools.eval.report import plot, table
 from otil_xdit.tools.eval.rows import Row, as_json, make_rows
 from otil_xdit.xdit.flags.degrees import check_at_least
-from otil_xdit.xdit.flags.options import options
 from otil_xdit.xdit.launcher.processes import visible_devices
 
 EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplotlib"}
@@ -37,7 +38,6 @@ Rows = dict[tuple[str, int, str, int, str], Row]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The matrix, the pictures, and how they are made."""
-    settings = ", ".join(option.setting for option in options() if option.setting is not None)
     add = parser.add_argument
     add("--models", nargs="+", default=["tiny-sd"], metavar="MODEL", help=MODELS_HELP)
     add(
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["distrifusion", "otil", "naive"],
         metavar="PRESET[:SETTING=VALUE,...]",
         help=f"variants, say otil:ratio=1/4,select=kv-l2; presets are {', '.join(strategies())}; settings are "
-        f"{settings} (default distrifusion otil naive)",
+        f"{', '.join(variant_settings())} (default distrifusion otil naive)",
     )
     add("--ranks", nargs="+", type=int, default=[2], metavar="N", help="numbers of patches (default 2)")
     add(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -14,32 +12,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from otil_xdit.tools.common.processes import SIGNALLED, Interrupted, progress, rank_environment
 from otil_xdit.tools.eval.cache import Store
 from otil_xdit.tools.eval.matrix import Call, Case, Matrix
-from otil_xdit.xdit.cpu import has_accelerator
-from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, STUCK, run_to_end
+from otil_xdit.xdit.launcher.processes import STUCK, run_to_end
 
 WORKER = "otil_xdit.tools.eval.worker"
 
 WATCH_SECONDS = 0.5
 """How often the folder is looked at for new pictures."""
 
-LOG_SECONDS = 30.0
-"""How often progress is written where stderr is no terminal but a file."""
-
-SIGNALLED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes after a signal to this process."""
-
 Failures = dict[Case, str]
 """What went wrong, one line for each case that could not be made."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came while ranks ran; all of them are stopped. Carries the exit code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 def make_pictures(matrix: Matrix, store: Store, jobs: int, timeout: float) -> Failures:
@@ -112,13 +96,13 @@ class _Launch:
         """The torchrun's exit code, when it has ended."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(self._processes), "-m", WORKER, str(self._plan)]
-        environment = {**({} if has_accelerator() else CPU_ENVIRONMENT), **os.environ}
         paths = [self._store.path(case, call) for case, calls in self._calls.items() for call in calls]
         name = "one process" if self._cases[0].variant is None else f"{self._processes} ranks"
-        interval = 1.0 if sys.stderr.isatty() else LOG_SECONDS
-        with tqdm(total=len(paths), desc=name, unit="picture", file=sys.stderr, mininterval=interval) as bar:
+        with progress(len(paths), "picture", name) as bar:
             watch = _Watch(paths, bar, timeout)
-            code = run_to_end(command, environment, program="otil-xdit eval", log=self.log, is_stuck=watch.is_stuck)
+            code = run_to_end(
+                command, rank_environment(), program="otil-xdit eval", log=self.log, is_stuck=watch.is_stuck
+            )
             watch.count()
         return code
 

@@ -1,22 +1,18 @@
 """What `otil-xdit eval` makes, as frozen data, and the parsing of it; all is checked before any process starts.
 
 A case is one row of the table: a model, a sampler with its steps, a variant and a number of ranks; each case makes the
-same pictures. A variant is ``PRESET[:setting=value,...]``: a strategy of the registry, and the settings that the flags
-of xfuser's command line have.
+same pictures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from otil_xdit.catalog.folders import OWN, Model
 from otil_xdit.catalog.schedulers import SCHEDULERS
-from otil_xdit.method.config import OtilConfig
-from otil_xdit.runtime.strategies import get_strategy, strategies
-from otil_xdit.xdit.flags.options import options
+from otil_xdit.tools.common.variants import Variant
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 """One prompt a line, of the kind that the shipped models were trained on."""
@@ -31,60 +27,6 @@ class Sampler:
 
     def __str__(self) -> str:
         return f"{self.name}:{self.steps}"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A preset with some settings changed.
-
-    Attributes:
-        text: as the user wrote it; the row's name.
-        preset: name of the strategy.
-        config: what the strategy's `make_config` built.
-        block: the side of a sub-block where it was given, else None.
-    """
-
-    text: str
-    preset: str
-    config: Any
-    block: int | None = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All settings by name."""
-        is_data = is_dataclass(self.config) and not isinstance(self.config, type)
-        return asdict(self.config) if is_data else {"config": repr(self.config)}
-
-    @property
-    def requires_cfg_parallel(self) -> bool:
-        """Whether the passes with and without the prompt are on different halves of the ranks."""
-        return get_strategy(self.preset).requires_cfg_parallel
-
-    def patches(self, ranks: int) -> int:
-        """How many patches there are on so many ranks, which `check_ranks` accepts."""
-        return ranks // 2 if self.requires_cfg_parallel else ranks
-
-    def check_ranks(self, ranks: int) -> None:
-        """Refuse a number of ranks that cannot be shared out.
-
-        Raises:
-            ValueError: naming the flag and what would be accepted.
-        """
-        if self.requires_cfg_parallel and ranks % 2:
-            raise ValueError(f"--ranks {ranks}: {self.text} has two halves of the ranks; give an even number")
-
-    def check_call(self, steps: int, guidance: float) -> None:
-        """Refuse a picture of so many steps, at such a guidance scale, that the settings cannot make.
-
-        Raises:
-            ValueError: naming setting or flag and what would be accepted.
-        """
-        if not isinstance(self.config, OtilConfig):
-            return
-        try:
-            self.config.check_call(steps, guidance, "--guidance")
-        except ValueError as error:
-            raise ValueError(f"{self.text}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -173,34 +115,6 @@ class Matrix:
             for reference in self.references
             for variant in self.variants
         )
-
-
-def parse_variant(text: str) -> Variant:
-    """A variant from ``PRESET[:setting=value,...]``.
-
-    Raises:
-        ValueError: naming the preset, setting or value, and what is accepted.
-    """
-    preset, _, rest = text.partition(":")
-    if preset not in strategies():
-        raise ValueError(f"--presets {text}: {preset!r} is not a preset; choose from {', '.join(strategies())}")
-    given = dict(_parse_setting(text, part) for part in rest.split(",") if part.strip())
-    try:
-        config = get_strategy(preset).make_config(given)
-    except ValueError as error:
-        raise ValueError(f"--presets {text}: {error}") from error
-    return Variant(text, preset, config, given.get("block_size"))
-
-
-def _parse_setting(text: str, part: str) -> tuple[str, Any]:
-    known = {option.setting: option for option in options() if option.setting is not None}
-    name, equals, value = (piece.strip() for piece in part.partition("="))
-    if not equals or name not in known:
-        raise ValueError(f"--presets {text}: {part!r} is not setting=value; settings are {', '.join(known)}")
-    try:
-        return name, known[name].parse(value)
-    except ValueError as error:
-        raise ValueError(f"--presets {text}: {name}={value}: {error} ({known[name].help})") from error
 
 
 def parse_sampler(text: str) -> Sampler:

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from otil_xdit.tools.common.environment import versions
+from otil_xdit.tools.common.figures import new_figure
+from otil_xdit.tools.common.tables import markdown, number
 from otil_xdit.tools.eval.perceptual_metrics import WEIGHTED
-from otil_xdit.tools.eval.rows import YARDSTICK, Row, versions
+from otil_xdit.tools.eval.rows import YARDSTICK, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,9 +58,7 @@ def table(rows: Sequence[Row], command: str, absent: Sequence[str]) -> str:
         pictures = f"{count} picture{'' if count == 1 else 's'}"
         lines += [f"### {Path(model).name}, {ranks} ranks, {sampler}, {steps} steps, {pictures}", ""]
         weighted = [metric.name for metric in WEIGHTED if any(metric.name in row.weighted for row in group)]
-        columns = [*COLUMNS, *weighted]
-        lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [*(_line(row, weighted) for row in group), ""]
+        lines += [markdown([*COLUMNS, *weighted], [_cells(row, weighted) for row in group]), ""]
         lines += [note for row in group if (note := _note(row))]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -69,25 +70,23 @@ def _by_place(rows: Sequence[Row]) -> dict[tuple[str, int, str, int], list[Row]]
     return groups
 
 
-def _line(row: Row, weighted: Sequence[str]) -> str:
+def _cells(row: Row, weighted: Sequence[str]) -> tuple[str, ...]:
     if row.error:
-        error = row.error.replace("|", "\\|")
-        return f"| {row.variant} | failed: {error} |{' |' * (len(COLUMNS) + len(weighted) - 2)}"
+        return row.variant, f"failed: {row.error}", *[""] * (len(COLUMNS) + len(weighted) - 2)
     assert row.psnr is not None and row.psnr_min is not None and row.psnr_std is not None
-    cells = (
+    return (
         row.variant,
-        _kilobytes(row.kv_bytes),
+        number(row.kv_bytes, 1, 1e-3),
         _percent(row.kv_share),
-        _kilobytes(row.small_bytes),
-        _kilobytes(row.kv_total),
+        number(row.small_bytes, 1, 1e-3),
+        number(row.kv_total, 1, 1e-3),
         _percent(row.total_share),
         f"{row.psnr:.1f} ({row.psnr_min:.1f}) ± {row.psnr_std:.1f}",
-        _number(row.ssim, 4),
-        _number(row.seam, 2),
-        _number(row.seconds, 2),
-        *(_number(row.weighted.get(name), 3) for name in weighted),
+        number(row.ssim, 4),
+        number(row.seam, 2),
+        number(row.seconds, 2),
+        *(number(row.weighted.get(name), 3) for name in weighted),
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def _note(row: Row) -> str:
@@ -100,14 +99,6 @@ def _note(row: Row) -> str:
     )
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _kilobytes(value: float | None) -> str:
-    return "" if value is None else f"{value / 1e3:.1f}"
-
-
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
@@ -117,14 +108,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     What sends nothing is a dashed line; what is exact, or failed, is left to the legend.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = _by_place(rows)
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(5 * columns, 3.8 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5 * columns, 3.8 * lines)
     presets = list(dict.fromkeys(row.preset for row in rows))
     for index, (place, group) in enumerate(groups.items()):
         axes = figure.add_subplot(lines, columns, index + 1)

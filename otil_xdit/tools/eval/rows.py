@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from statistics import fmean, pstdev
 from typing import Any
 
-import otil_xdit
+from otil_xdit.tools.common.environment import versions
 from otil_xdit.tools.eval.cache import Picture, Store
 from otil_xdit.tools.eval.generate import Failures
 from otil_xdit.tools.eval.matrix import Case, Matrix
@@ -18,8 +16,6 @@ from otil_xdit.tools.eval.perceptual_metrics import weighted_figures
 
 YARDSTICK = "distrifusion"
 """The variant whose bytes of keys and values the others' are given a share of."""
-
-PACKAGES = ("xfuser", "diffusers", "torch", "torchmetrics")
 
 
 @dataclass(frozen=True)
@@ -153,12 +149,6 @@ def _with_share(row: Row, yardstick: Row | None) -> Row:
 
 def _share(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
-
-
-def versions() -> dict[str, str]:
-    """Of everything that the figures may depend on."""
-    found = {"otil-xdit": otil_xdit.__version__, "python": platform.python_version()}
-    return found | {package: version(package) for package in PACKAGES}
 
 
 def as_json(rows: Sequence[Row], command: str) -> list[dict[str, Any]]:

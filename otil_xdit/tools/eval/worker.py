@@ -12,8 +12,6 @@ import json
 import os
 import sys
 import time
-import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,9 @@ import torch
 import torch.distributed as dist
 
 from otil_xdit.catalog.folders import device, load_pipe
-from otil_xdit.runtime.strategies import get_strategy, register_strategy
+from otil_xdit.tools.common.processes import last_line, take_device
+from otil_xdit.tools.common.variants import parse_variant
 from otil_xdit.tools.eval.cache import Picture, save_picture
-from otil_xdit.tools.eval.matrix import parse_variant
-
-STRATEGY = "otil-xdit-eval"
-"""The strategy under which a variant runs here: its preset's, with its settings for defaults."""
 
 
 def main() -> None:
@@ -34,10 +29,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     plan = json.loads(path.read_text())
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    else:
-        torch.set_num_threads(1)
+    take_device()
     for index, case in enumerate(plan["cases"]):
         try:
             if case["variant"] is None:
@@ -51,13 +43,6 @@ def main() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def last_line(error: Exception) -> str:
-    """An error's kind and the last line of what it says; where it says nothing, where it was raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {lines[-1] if lines else f'{Path(place.filename).name}: {place.line}'}"
 
 
 def _make_references(plan: dict[str, Any], case: dict[str, Any], rank: int, ranks: int) -> None:
@@ -76,11 +61,8 @@ def _make_variant(plan: dict[str, Any], case: dict[str, Any], saves: bool) -> No
     from otil_xdit.xdit.plugin.sessions import session_of
 
     otil_xdit.register()
-    variant = parse_variant(case["variant"])
-    config = variant.config
-    strategy = replace(get_strategy(variant.preset), name=STRATEGY, make_config=lambda given: config)
-    register_strategy(strategy, replace=True)
-    pipe = otil_xdit.parallelize(load_pipe(case["folder"], case["sampler"], plan["lora"]), STRATEGY)
+    pipe = load_pipe(case["folder"], case["sampler"], plan["lora"])
+    pipe = otil_xdit.parallelize(pipe, parse_variant(case["variant"]).strategy)
     pipe.set_progress_bar_config(disable=True)
     session = session_of(pipe)
     assert session is not None, "parallelize attaches a session on more than one rank"

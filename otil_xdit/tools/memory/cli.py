@@ -13,7 +13,7 @@ from otil_xdit.dryrun.memory import Memory, memory_of
 from otil_xdit.dryrun.networks import DTYPES, Network, attention_layers, find_network
 from otil_xdit.method.config import KvCacheDtype, OtilConfig
 from otil_xdit.runtime.strategies import get_strategy
-from otil_xdit.tools.plan.tables import markdown
+from otil_xdit.tools.common.tables import markdown
 from otil_xdit.xdit.flags.degrees import check_at_least
 
 TITLES = ("model", "ranks", "preset", "largest layer", "all layers", "values", "velocities", "payloads", "in turn")

@@ -12,10 +12,10 @@ from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.flops import flops_of
 from otil_xdit.dryrun.networks import DTYPES, check_size, find_network
 from otil_xdit.dryrun.requests import Job, ParallelDegrees
+from otil_xdit.tools.common.links import LINKS, parse_link
 from otil_xdit.tools.plan.advice import advise, bar_of
 from otil_xdit.tools.plan.fit import TERMS, WITHIN, compare, fit, orders, read_machine, write_machine
 from otil_xdit.tools.plan.latency import Machine
-from otil_xdit.tools.plan.links import LINKS, parse_link
 from otil_xdit.tools.plan.observations import LOOPBACK, Observation, read_bench
 from otil_xdit.tools.plan.options import Option, compositions, fastest_of_each, options_of, timed
 from otil_xdit.tools.plan.tables import as_data, bytes_table, command_of, comparison_table, memory_table, time_table

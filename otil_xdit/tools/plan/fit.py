@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from otil_xdit.tools.common.links import Link
 from otil_xdit.tools.plan.latency import Load, Machine, StepTime, step_time
-from otil_xdit.tools.plan.links import Link
 from otil_xdit.tools.plan.observations import LOOPBACK, Observation
 
 TERMS = ("slowdown", "per_ask", "per_message", "per_byte", "per_layer", "per_number", "contention")

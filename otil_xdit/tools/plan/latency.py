@@ -39,7 +39,7 @@ from otil_xdit.dryrun.requests import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import RunTraffic, StepTraffic
 from otil_xdit.method.grid import LevelGrid
 from otil_xdit.networks.unet.levels import Levels
-from otil_xdit.tools.plan.links import Link
+from otil_xdit.tools.common.links import Link
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from otil_xdit.dryrun.requests import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import RunTraffic, Traffic
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy
+from otil_xdit.tools.common.links import Link
 from otil_xdit.tools.plan.latency import Load, Machine, load_of, run_time, share_of
-from otil_xdit.tools.plan.links import Link
 
 LOOPBACK = Link("loopback", math.inf, 0.0)
 """Where nothing was shaped: whatever messages cost there is the host's work."""

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from otil_xdit.dryrun.requests import Job, ParallelDegrees
+from otil_xdit.tools.common.tables import markdown
 from otil_xdit.tools.plan.advice import Advice
 from otil_xdit.tools.plan.fit import Comparison
 from otil_xdit.tools.plan.options import Option
@@ -61,21 +62,6 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
         figures = (f"{one.predicted * 1e3:.1f}", f"{seen.step * 1e3:.1f}", f"{one.error:+.0%}")
         rows.append((seen.group, seen.strategy, "fitted" if one.fitted else "", *figures))
     return markdown(("runs", "strategy", "", "predicted, ms", "measured, ms", "off by"), rows, text=3)
-
-
-def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> str:
-    """A table whose columns after the first `text` are figures, to the right."""
-    widths = [max(len(line[column]) for line in (titles, *rows)) for column in range(len(titles))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.ljust(width) if column < text else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * width if column < text else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return "\n".join([line(titles), line(rule), *(line(row) for row in rows)])
 
 
 def command_of(option: Option, job: Job, model: str, steps: int) -> str:

@@ -1,9 +1,10 @@
-"""Links by name, or by rate and latency."""
+"""Links between ranks: by name, by rate and latency, or to be shaped; and the parsing of ``--link``."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -71,18 +72,37 @@ LINKS = {
 
 _RATES = {"gb/s": 1e9, "mb/s": 1e6, "kb/s": 1e3, "gbit/s": 1e9 / 8, "mbit/s": 1e6 / 8}
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-_NUMBER = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)([a-z/]+)")
+
+SHAPED_RATES = {"kB/s": 1e3, "MB/s": 1e6, "GB/s": 1e9, "kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
+"""Bytes per second of the units that a link to be shaped is given in."""
+
+LEAST_RATE = 10e3
+
+
+@dataclass(frozen=True)
+class LinkRequest:
+    """A link that is to be shaped; one of the two is given.
+
+    Attributes:
+        text: as given.
+        rate: bytes per second in each direction of each rank's cable.
+        ratio: how long the keys and values of a synchronous step shall take, in computing times of a step.
+    """
+
+    text: str
+    rate: float | None = None
+    ratio: float | None = None
 
 
 def parse_link(text: str) -> Link:
-    """A link by its name in `LINKS`, or from ``RATE[,LATENCY]`` such as ``12GB/s,20us``; without latency 0.
+    """Parse a name in `LINKS`, or ``RATE[,LATENCY]`` such as ``12GB/s,20us``; without latency 0.
 
     Raises:
         ValueError: naming the flag, the value and what would be accepted.
     """
     if text in LINKS:
         return LINKS[text]
-    rate, _, latency = text.partition(",")
+    rate, _, latency = text.lower().partition(",")
     found = _quantity(rate, _RATES), _quantity(latency, _TIMES) if latency else 0.0
     if found[0] is None or found[1] is None or found[0] == 0:
         raise ValueError(
@@ -92,8 +112,27 @@ def parse_link(text: str) -> Link:
     return Link(text, found[0], found[1])
 
 
-def _quantity(text: str, units: dict[str, float]) -> float | None:
-    match = _NUMBER.fullmatch(text.strip().lower())
+def parse_shaped_link(text: str) -> LinkRequest:
+    """Parse ``20MB/s``, ``1gbit`` or ``ratio=2``.
+
+    Raises:
+        ValueError: naming what would be accepted.
+    """
+    is_ratio = text.startswith("ratio=")
+    value = _quantity(text.removeprefix("ratio="), {"": 1.0} if is_ratio else SHAPED_RATES)
+    if value is None:
+        accepted = f"give a rate in {', '.join(SHAPED_RATES)}, say 20MB/s, or ratio=R, say ratio=2"
+        raise ValueError(f"--link {text}: {accepted}")
+    if is_ratio and value == 0:
+        raise ValueError(f"--link {text}: give a ratio above 0")
+    if not is_ratio and value < LEAST_RATE:
+        raise ValueError(f"--link {text}: give at least {LEAST_RATE / 1e3:g}kB/s")
+    return LinkRequest(text, ratio=value) if is_ratio else LinkRequest(text, rate=value)
+
+
+def _quantity(text: str, units: Mapping[str, float]) -> float | None:
+    """Return a number with one of `units` behind it, in the unit that those are factors of; None for anything else."""
+    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)([A-Za-z/]*)", text.strip())
     if match is None or match[2] not in units:
         return None
     try:

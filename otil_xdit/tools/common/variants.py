@@ -1,0 +1,106 @@
+"""Variants of a strategy: ``PRESET[:setting=value,...]``, with the settings that the flags of xfuser have."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any
+
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
+from otil_xdit.xdit.flags.options import Option, options
+
+
+def variant_settings() -> dict[str, Option]:
+    """Return the flag of each setting that a variant may give."""
+    return {option.setting: option for option in options() if option.setting is not None}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A preset with some settings changed.
+
+    Attributes:
+        text: as the user wrote it; the row's name.
+        preset: name of the strategy.
+        config: what the strategy's `make_config` built.
+        block: the side of a sub-block where it was given, else None.
+    """
+
+    text: str
+    preset: str
+    config: Any
+    block: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings by name."""
+        is_data = is_dataclass(self.config) and not isinstance(self.config, type)
+        return asdict(self.config) if is_data else {"config": repr(self.config)}
+
+    @property
+    def strategy(self) -> Strategy:
+        """The preset with this variant's settings for its own."""
+        return replace(get_strategy(self.preset), make_config=lambda given: self.config)
+
+    @property
+    def requires_cfg_parallel(self) -> bool:
+        """Whether the passes with and without the prompt are on different halves of the ranks."""
+        return get_strategy(self.preset).requires_cfg_parallel
+
+    def patches(self, ranks: int) -> int:
+        """Return how many patches there are on so many ranks, which `check_ranks` accepts."""
+        return ranks // 2 if self.requires_cfg_parallel else ranks
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a number of ranks that cannot be shared out.
+
+        Raises:
+            ValueError: naming the flag and what would be accepted.
+        """
+        if self.requires_cfg_parallel and ranks % 2:
+            raise ValueError(f"--ranks {ranks}: {self.text} has two halves of the ranks; give an even number")
+
+    def check_call(self, steps: int, guidance: float) -> None:
+        """Refuse an image of so many steps, at such a guidance scale, that the settings cannot make.
+
+        Raises:
+            ValueError: naming setting or flag and what would be accepted.
+        """
+        if isinstance(self.config, OtilConfig):
+            try:
+                self.config.check_call(steps, guidance, "--guidance")
+            except ValueError as error:
+                raise ValueError(f"{self.text}: {error}") from None
+
+
+def parse_variant(text: str, flag: str = "--presets", others: str = "") -> Variant:
+    """Parse ``PRESET[:setting=value,...]``.
+
+    Args:
+        text: what the user wrote.
+        flag: under which it was given, for messages.
+        others: what the flag takes besides presets, for messages.
+
+    Raises:
+        ValueError: naming the preset, setting or value, and what is accepted.
+    """
+    preset, _, rest = text.partition(":")
+    if preset not in strategies():
+        known = f"{', '.join(strategies())}{others}"
+        raise ValueError(f"{flag} {text}: {preset!r} is not a preset; choose from {known}")
+    try:
+        given = dict(_parse_setting(part) for part in rest.split(",") if part.strip())
+        return Variant(text, preset, get_strategy(preset).make_config(given), given.get("block_size"))
+    except ValueError as error:
+        raise ValueError(f"{flag} {text}: {error}") from error
+
+
+def _parse_setting(part: str) -> tuple[str, Any]:
+    name, equals, value = (piece.strip() for piece in part.partition("="))
+    known = variant_settings()
+    if not equals or name not in known:
+        raise ValueError(f"{part!r} is not setting=value; settings are {', '.join(known)}")
+    try:
+        return name, known[name].parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value}: {error} ({known[name].help})") from error
