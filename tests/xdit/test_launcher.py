@@ -1,6 +1,7 @@
 """The launcher: what it starts, what it refuses, and that it leaves nothing behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.launcher import main as cli
 from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, run_to_end
+from otil_xdit.xdit.launcher.quiet import QUIET_ENVIRONMENT
 
 PATIENCE = 240.0  # seconds; importing xfuser takes 5 on an idle machine and a minute on a crowded one
 MODEL = ["--model", "tiny-dit", "--prompt", "a red circle"]
@@ -162,11 +164,75 @@ def test_environment_of_cpu_ranks_can_be_overruled(monkeypatch: pytest.MonkeyPat
     assert cli.plan(MODEL, {"A": "b"}).environment == {"A": "b"}
 
 
+@pytest.mark.parametrize(
+    ("line", "is_quiet"),
+    [("", False), ("--verbose", False), ("--parallel otil --verbose", False), ("--parallel otil", True)],
+)
+def test_only_parallel_runs_are_quiet(line: str, is_quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = cli.plan([*MODEL, *line.split()], {})
+    assert (launch.environment.items() >= QUIET_ENVIRONMENT.items()) is is_quiet
+    assert not set(QUIET_ENVIRONMENT) & set(launch.environment) or is_quiet
+    assert "--verbose" not in launch.command
+    assert cli.plan([*MODEL, *line.split()], {"LOG_LEVEL": "info"}).environment["LOG_LEVEL"] == "info"
+    monkeypatch.setattr(cli, "has_accelerator", lambda: True)
+    monkeypatch.setattr(cli, "visible_devices", lambda: 2)
+    threads = cli.plan([*MODEL, *line.split()], {}).environment.get("OMP_NUM_THREADS")
+    assert threads == ("1" if is_quiet else None)
+
+
+def launched(folder: Path, *flags: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of two ranks that make a small image."""
+    done = subprocess.run(
+        [sys.executable, "-m", "otil_xdit", "--model", "tiny-sd", "--prompt", "a red circle", "--parallel", "otil"]
+        + ["--patch_degree", "2", "--num_inference_steps", "3", "--output_directory", str(folder), *flags],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_run_says_what_runs_on_what_and_where_the_image_is(tmp_path: Path) -> None:
+    code, out, err = launched(tmp_path)
+    assert code == 0, err
+    (image,) = tmp_path.glob("*.png")
+    before, after = out.splitlines()
+    assert before == "xfuser: tiny-sd, 128 x 128 pixels, 3 steps, strategy otil, 2 ranks (2 patches) on the CPU"
+    assert re.fullmatch(rf"xfuser: {re.escape(str(image))}, \d+\.\d\d s, \d+\.\d\d MB sent by one rank", after)
+    assert not after.endswith(" 0.00 MB sent by one rank")
+    bar = err.replace("\r", "\n").split()
+    assert "3/3" in bar and all(
+        "it/s" in line or "s/it" in line for line in err.replace("\r", "\n").splitlines() if line
+    )
+
+
+@pytest.mark.slow
+def test_a_verbose_run_says_it_all(tmp_path: Path) -> None:
+    code, out, err = launched(tmp_path, "--verbose")
+    assert code == 0, err
+    (image,) = tmp_path.glob("*.png")
+    assert len(out.splitlines()) > 50 and f"Output image saved to {image}" in out
+    assert "kB of keys and values" in err
+
+
+@pytest.mark.slow
+def test_an_error_of_a_rank_is_seen(tmp_path: Path) -> None:
+    code, _, err = launched(tmp_path, "--otil_report", str(tmp_path))  # rank 0 cannot write its report to a folder
+    assert code == 1 and "IsADirectoryError" in err
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for title in ("Otil options:", "Launch options:", "--num_inference_steps", "--patch_degree", "--nproc_per_node"):
+    for title in (
+        "Otil options:",
+        "Launch options:",
+        "--num_inference_steps",
+        "--patch_degree",
+        "--nproc_per_node",
+        "--verbose",
+    ):
         assert title in text
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("otil-xdit 0.")

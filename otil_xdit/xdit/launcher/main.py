@@ -27,6 +27,7 @@ from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.flags.choice import choose, implied, implies_cfg_parallel
 from otil_xdit.xdit.flags.degrees import OTHER_DEGREES, check_values, degree, given_patch_degree
 from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, free_port, run_to_end, visible_devices
+from otil_xdit.xdit.launcher.quiet import QUIET_ENVIRONMENT
 from otil_xdit.xdit.launcher.runner_registry import model_registry
 from otil_xdit.xdit.models.unets import check_source, register_folder
 
@@ -42,6 +43,8 @@ TORCHRUN_FLAGS = {
 """Flags that torchrun gets instead of the runner: xdit's defaults and a line for ``--help``."""
 
 PATCHES_ON_CPU = 2
+
+VERBOSE = "--verbose"
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
     check_values(arguments)
     torchrun, runner_arguments = split_torchrun_flags(arguments)
     values = implied(parse(runner_arguments))
+    runner_arguments = [argument for argument in runner_arguments if argument != VERBOSE]
     _check_model(values)
     _check_prompts(values)
     _check_output(values.get("output_directory"))
@@ -107,7 +111,18 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
         *("-m", RUNNER),
         *runner_arguments,
     )
-    return Launch(command, {**({} if has_accelerator() else CPU_ENVIRONMENT), **environment}, note)
+    is_quiet = values.get("parallel") is not None and not values["verbose"]
+    return Launch(command, {**_environment(is_quiet, torchrun["nproc_per_node"]), **environment}, note)
+
+
+def _environment(is_quiet: bool, processes: str) -> dict[str, str]:
+    """Return the environment variables of the ranks, which the user's own overrule."""
+    quiet = dict(QUIET_ENVIRONMENT) if is_quiet else {}
+    if not has_accelerator():
+        return {**CPU_ENVIRONMENT, **quiet}
+    if is_quiet and processes != "1":
+        quiet["OMP_NUM_THREADS"] = "1"  # torchrun would set it too, and say so in three lines
+    return quiet
 
 
 def split_torchrun_flags(arguments: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -165,6 +180,7 @@ def _add_launch_help(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Launch options")
     for name, (default, text) in TORCHRUN_FLAGS.items():
         group.add_argument(f"--{name}", metavar=name.rsplit("_")[-1].upper(), help=text, default=default)
+    group.add_argument(VERBOSE, action="store_true", help="With --parallel: show all that xDiT and its libraries log.")
     group.add_argument("--version", action="store_true", help="Print versions and exit.")
 
 

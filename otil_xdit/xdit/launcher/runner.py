@@ -17,12 +17,17 @@ from typing import Any
 
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.launcher.processes import LAUNCH_MARK
+from otil_xdit.xdit.launcher.quiet import QUIET_MARK, say_little
 from otil_xdit.xdit.models.unets import register_folder
 from otil_xdit.xdit.plugin.register import register
 
 
 def main() -> int:
-    """Run xfuser's runner on this rank; 2 for flags that cannot be run, said in one line by rank 0."""
+    """Run xfuser's runner on this rank.
+
+    Returns:
+        The exit code: 2 for flags that cannot be run, of which rank 0 says one line.
+    """
     rank = int(os.environ.get("RANK") or 0)
     if rank != 0:
         logging.getLogger("otil_xdit").setLevel(logging.WARNING)
@@ -32,6 +37,8 @@ def main() -> int:
     try:
         runner = importlib.import_module("xfuser.runner")
         _take_folders(runner.xFuserModelRunner)
+        if QUIET_MARK in os.environ:
+            say_little(runner.xFuserModelRunner)
         run_main_block(runner)
     except FlagError as error:
         if rank == 0:
@@ -68,8 +75,8 @@ def _take_folders(runner_class: Any) -> None:
 
 
 def _say_nothing_about_flags() -> None:
-    """The launcher, or rank 0, says the same."""
-    for name in ("registry", "xdit.flags", "xdit.versions"):
+    """Silence what the launcher, or rank 0, says as well."""
+    for name in ("runtime.strategies", "xdit.flags", "xdit.versions"):
         logging.getLogger(f"otil_xdit.{name}").setLevel(logging.ERROR)
 
 
