@@ -6,6 +6,7 @@ is said while modules are imported, `say_little` the rest. Errors, tracebacks an
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -114,11 +115,11 @@ class _SavedFiles(logging.Handler):
 def _hide_loading_bars(rank: int) -> None:
     """Hide the bars of files that are read; downloads, which take minutes, keep theirs on rank 0."""
     import diffusers
-    import huggingface_hub
     import transformers
 
-    shown = not huggingface_hub.utils.are_progress_bars_disabled()
+    hub = importlib.import_module("huggingface_hub.utils")
+    shown = not hub.are_progress_bars_disabled()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     if rank == 0 and shown:
-        huggingface_hub.utils.enable_progress_bars()
+        hub.enable_progress_bars()
