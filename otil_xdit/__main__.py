@@ -1,4 +1,4 @@
-"""``python -m otil_xdit``: the launcher."""
+"""Run the launcher `xfuser`: ``python -m otil_xdit``."""
 
 import sys
 

@@ -143,4 +143,5 @@ def check_config(strategy: Strategy, config: Any) -> Any:
 
 
 def _differs(name: str, one: OtilConfig, other: OtilConfig) -> bool:
+    """Tell whether a setting is not the same in both."""
     return bool(getattr(one, name) != getattr(other, name))

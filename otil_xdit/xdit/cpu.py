@@ -45,7 +45,10 @@ logger = logging.getLogger("otil_xdit")
 def enable_cpu_ranks() -> bool:
     """Make xfuser importable and its runner work on gloo, if this machine has no accelerator.
 
-    Returns whether the overrides are active. Calling it again changes nothing.
+    Calling it again changes nothing.
+
+    Returns:
+        Whether the overrides are active.
     """
     if any(isinstance(finder, OverridingFinder) for finder in sys.meta_path):
         return True
@@ -60,7 +63,7 @@ def enable_cpu_ranks() -> bool:
 
 
 def has_accelerator() -> bool:
-    """Whether there is a device that xfuser supports by itself."""
+    """Tell whether there is a device that xfuser supports by itself."""
     if find_spec("torch_musa") is not None:
         importlib.import_module("torch_musa")  # adds torch.musa, as xfuser.envs would
     devices = (getattr(torch, name, None) for name in ("cuda", "musa", "npu"))
@@ -84,6 +87,11 @@ class Override:
     reason: str
 
     def apply(self, module: ModuleType) -> None:
+        """Replace the name in the imported module.
+
+        Raises:
+            RuntimeError: when this version of xfuser has no such name.
+        """
         owner_path, _, name = self.attribute.rpartition(".")
         try:
             owner = attrgetter(owner_path)(module) if owner_path else module
@@ -97,7 +105,7 @@ class Override:
 
 
 class OverridingFinder(MetaPathFinder):
-    """Applies overrides to each module right after it has been executed, so that importers see only the new values."""
+    """Apply overrides to each module right after it has been executed, so that importers see only the new values."""
 
     def __init__(self, overrides: tuple[Override, ...]) -> None:
         self.overrides: dict[str, list[Override]] = {}
@@ -105,6 +113,7 @@ class OverridingFinder(MetaPathFinder):
             self.overrides.setdefault(override.module, []).append(override)
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of a module with overrides, whose loader applies them; None for all other modules."""
         if fullname not in self.overrides:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -121,6 +130,7 @@ class OverridingFinder(MetaPathFinder):
         return spec
 
     def apply(self, module: ModuleType) -> None:
+        """Replace all names of an imported module."""
         for override in self.overrides[module.__name__]:
             override.apply(module)
 
@@ -132,18 +142,19 @@ class CpuEvent:
         self.seconds = 0.0
 
     def record(self) -> None:
+        """Take the time."""
         self.seconds = time.perf_counter()
 
     def synchronize(self) -> None:
-        """Nothing is pending."""
+        """Return at once: nothing is pending."""
 
     def elapsed_time(self, end: CpuEvent) -> float:
-        """Milliseconds, as torch gives them."""
+        """Return milliseconds, as torch does."""
         return 1e3 * (end.seconds - self.seconds)
 
 
 class ModuleView(ModuleType):
-    """Another module, but for the names given."""
+    """Show another module, but for the names given."""
 
     def __init__(self, module: ModuleType, **names: Any) -> None:
         super().__init__(module.__name__)
@@ -155,28 +166,34 @@ class ModuleView(ModuleType):
 
 
 def _always(value: Any) -> Callable[[Any], Any]:
-    """A replacement of a function by one that returns `value` whatever it is called with."""
+    """Replace a function by one that returns `value` whatever it is called with."""
     return lambda old: lambda *args, **kwargs: value
 
 
 def _yunchang_groups(old: None) -> Any:
+    """Return the process groups that xfuser imports only where there is an accelerator."""
     return importlib.import_module("yunchang.globals").PROCESS_GROUP
 
 
 def _with_cpu_clock(old: ModuleType) -> ModuleType:
+    """Return torch with events that read the host's clock."""
     cuda = ModuleView(old.cuda, Event=CpuEvent, synchronize=lambda device=None: None)
     return ModuleView(old, cuda=cuda)
 
 
 def _with_cpu_generators(old: ModuleType) -> ModuleType:
+    """Return torch with generators on the CPU, whatever device is asked for."""
     return ModuleView(old, Generator=lambda device=None: old.Generator())
 
 
 def _with_long_context_attention(packages: dict[str, Any]) -> dict[str, Any]:
+    """Return xfuser's findings on packages, with yunchang among them."""
     return {**packages, "has_long_ctx_attn": True}
 
 
 def _sdpa_unless_named(select: Callable[..., Any]) -> Callable[..., Any]:
+    """Return xfuser's choice of attention, with SDPA where the user names none."""
+
     @wraps(select)
     def select_on_cpu(self: Any, engine_config: Any = None) -> Any:
         if engine_config is not None and engine_config.runtime_config.attention_backend:
@@ -187,6 +204,8 @@ def _sdpa_unless_named(select: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _place_on_cpu(place: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Replace the move of weights to a GPU by a check that they need none."""
+
     @wraps(place)
     def place_pipeline_components(loader: Any) -> None:
         config = loader.model.config

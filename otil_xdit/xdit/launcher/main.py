@@ -63,7 +63,7 @@ class Launch:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Launch the ranks; the exit code."""
+    """Launch the ranks and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(format="xfuser: %(message)s", level=logging.WARNING)
     if "--version" in arguments:
@@ -84,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
     """Check all flags and find out what to start.
+
+    Args:
+        arguments: the command line, without the program.
+        environment: all variables of this process, which overrule those that the ranks are given.
 
     Raises:
         FlagError: for a command line that cannot be run.
@@ -126,7 +130,7 @@ def _environment(is_quiet: bool, processes: str) -> dict[str, str]:
 
 
 def split_torchrun_flags(arguments: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """torchrun's flags by name, and all other arguments as they are.
+    """Return torchrun's flags by name, and all other arguments as they are.
 
     Raises:
         FlagError: for one without a value.
@@ -149,7 +153,7 @@ def split_torchrun_flags(arguments: Iterable[str]) -> tuple[dict[str, str], list
 
 
 def parse(runner_arguments: Sequence[str]) -> dict[str, Any]:
-    """The runner's flags by name, parsed by xfuser's own parser; ``--help`` ends the process.
+    """Return the runner's flags by name, parsed by xfuser's own parser; ``--help`` ends the process.
 
     Raises:
         FlagError: for what the parser does not understand.
@@ -168,7 +172,7 @@ def parse(runner_arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def unknown_model(name: str, known: Iterable[str]) -> str:
-    """What to say about a model that is not in xfuser's registry."""
+    """Return what to say about a model that is not in xfuser's registry."""
     spelled = {model.lower(): model for model in known}
     nearest = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(spelled[model] for model in nearest)}?" if nearest else ""
@@ -185,6 +189,7 @@ def _add_launch_help(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_model(values: Mapping[str, Any]) -> None:
+    """Check that xfuser has the model, and that it runs with the degrees and strategy that are asked for."""
     registry = model_registry()
     name = values["model"]
     register_folder(name)
@@ -202,6 +207,7 @@ def _check_model(values: Mapping[str, Any]) -> None:
 
 
 def _check_prompts(values: Mapping[str, Any]) -> None:
+    """Check that there is a prompt for every group of ranks that makes images of its own."""
     prompts, replicas = values.get("prompt"), degree(values, "data_parallel_degree")
     if isinstance(prompts, list) and not values.get("dataset_path") and len(prompts) < replicas:
         raise FlagError(
@@ -211,12 +217,13 @@ def _check_prompts(values: Mapping[str, Any]) -> None:
 
 
 def _check_output(folder: str | None) -> None:
-    """xDiT would find out when the pictures are done."""
+    """Check that the images can be saved: xDiT would find out when they are done."""
     if folder and not Path(folder).is_dir():
         raise FlagError(f"--output_directory {folder}: no such directory")
 
 
 def _processes_of_xdit(runner_arguments: Sequence[str]) -> str:
+    """Return the processes on this machine without ``--parallel``, as `xdit` counts them."""
     try:
         return str(importlib.import_module("xfuser.cli").get_nproc_from_args(list(runner_arguments)))
     except ValueError as error:
@@ -224,7 +231,7 @@ def _processes_of_xdit(runner_arguments: Sequence[str]) -> str:
 
 
 def _processes(values: Mapping[str, Any], torchrun: Mapping[str, str]) -> tuple[str, str | None]:
-    """Processes on this machine under ``--parallel``, as torchrun takes them, and a note on how they were found."""
+    """Return the processes on this machine under ``--parallel``, and a note where nobody gave their number."""
     nodes = _whole("nnodes", torchrun.get("nnodes", "1"))
     devices = visible_devices()
     others = math.prod(degree(values, flag) for flag in OTHER_DEGREES)
@@ -250,6 +257,7 @@ def _processes(values: Mapping[str, Any], torchrun: Mapping[str, str]) -> tuple[
 
 
 def _whole(name: str, text: str) -> int:
+    """Return the number from 1 up that a flag of torchrun is."""
     if not text.isdecimal() or int(text) < 1:
         raise FlagError(f"--{name} is {text!r}; give a whole number from 1 up")
     return int(text)

@@ -1,4 +1,4 @@
-"""Runs torchrun and its ranks as a child, and leaves none of them behind."""
+"""Run torchrun and its ranks as a child, and leave none of them behind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_to_end(
     log: Path | None = None,
     is_stuck: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Run a command; its exit code as a shell gives it.
+    """Run a command to its end.
 
     On SIGINT or SIGTERM, and however the command ends, everything that it has started is ended too.
 
@@ -52,7 +52,10 @@ def run_to_end(
         command, environment: what to run.
         program: who says that a signal came.
         log: file for all that the command writes; None to let it through.
-        is_stuck: asked every `POLL_SECONDS`; once it says yes, everything is ended and the exit code is `STUCK`.
+        is_stuck: asked every `POLL_SECONDS`; once it says yes, everything is ended.
+
+    Returns:
+        The exit code as a shell gives it; `STUCK` where `is_stuck` said yes.
     """
     mark, stuck = uuid.uuid4().hex, False
     with caught_signals() as caught, _opened(log) as output:
@@ -87,7 +90,7 @@ def visible_devices() -> int:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
+    """Return a TCP port of this machine that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return int(listener.getsockname()[1])
@@ -95,7 +98,7 @@ def free_port() -> int:
 
 @contextmanager
 def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
-    """The file, open for appending; None for none."""
+    """Open the file for appending; None for no file."""
     if log is None:
         yield None
         return
@@ -105,7 +108,7 @@ def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the list instead of ending this process."""
+    """Note SIGINT and SIGTERM in the list, instead of letting them end this process."""
     caught: list[int] = []
     before = {
         number: signal.signal(number, lambda signum, frame: caught.append(signum))
@@ -137,6 +140,7 @@ def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
 
 
 def _marked(mark: str) -> list[psutil.Process]:
+    """Return the processes of a launch."""
     marked = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):

@@ -107,6 +107,7 @@ class _SavedFiles(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep the path, where the record names one."""
         found = _SAVED.fullmatch(record.getMessage())
         if found:
             self.paths.append(found[1])

@@ -14,7 +14,7 @@ from otil_xdit.xdit.plugin.register import register
 
 
 def model_registry() -> dict[str, Any]:
-    """xfuser's models by name, with ours among them; hooks the plugin in."""
+    """Return xfuser's models by name, with ours among them; the plugin is hooked in."""
     enable_cpu_ranks()
     with _quiet():
         base_model = importlib.import_module("xfuser.model_executor.models.runner_models.base_model")
@@ -25,7 +25,7 @@ def model_registry() -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines or warnings: the ranks will write them again."""
+    """Silence log lines and warnings: the ranks will write them again."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
