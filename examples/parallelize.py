@@ -30,11 +30,18 @@ def main() -> None:
     pipe = DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32).to(device)
     pipe = otil_xdit.parallelize(pipe, use_cfg_parallel=arguments.cfg)
 
+    if os.environ["RANK"] == "0":
+        print(otil_xdit.summary(pipe))
+
     generator = torch.Generator(device).manual_seed(0)  # the same on every rank
     output = pipe(arguments.prompt, guidance_scale=4.0, generator=generator)
     if output is not None and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
         # A U-Net's pipeline has the picture on every rank, a DiT's, as everywhere in xDiT, on the last.
         output.images[0].save(arguments.output)
+        report = otil_xdit.report(pipe)
+        if report is not None:  # None on one rank
+            kilobytes = report.kv_bytes_per_step / 1e3
+            print(f"waited {report.waited_seconds:.2f} s, sent {kilobytes:.1f} kB of keys and values a step")
 
 
 if __name__ == "__main__":
