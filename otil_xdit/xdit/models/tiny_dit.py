@@ -33,6 +33,7 @@ def _register_tiny_dit() -> None:
 
     record = find_dit(TINY_DIT)
     assert record is not None, "it is in the catalog"
+    defaults = DefaultInputValues(height=record.height, width=record.width, num_inference_steps=28, guidance_scale=4.0)
 
     @register_model(TINY_DIT)
     class TinyDiT(xFuserModel):
@@ -46,9 +47,7 @@ def _register_tiny_dit() -> None:
             enable_slicing=True,
             enable_tiling=True,
         )
-        default_input_values = DefaultInputValues(
-            height=record.height, width=record.width, num_inference_steps=28, guidance_scale=4.0
-        )
+        default_input_values = defaults
         settings = ModelSettings(
             model_name=model_folder(TINY_DIT),
             output_name=TINY_DIT.replace("-", "_"),
