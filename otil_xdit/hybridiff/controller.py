@@ -92,7 +92,7 @@ class CfgController:
         if self._config.needs_guidance and not self.guidance.is_guided:
             raise ValueError(f"this call makes one prediction a step, or two in a way that is not known; {NO_GUIDANCE}")
         if self.window.is_looked_for:
-            self.window.see(step, self.guidance.discrepancy(self._share), total)
+            self.window.record(step, self.guidance.discrepancy(self._share), total)
 
     def _share(self, part: torch.Tensor) -> torch.Tensor:
         return self._collect(part, "discrepancy")

@@ -1,4 +1,4 @@
-"""Geometry only: how rows become patches, and how a rank's tokens become sub-blocks.
+"""Geometry: how rows become patches, and how a rank's tokens become sub-blocks.
 
 Shapes: S tokens of one rank, K sub-blocks, T tokens of one sub-block.
 """
@@ -17,7 +17,10 @@ TextPosition = Literal["front", "rear", "none"]
 
 
 def split_rows(rows: int, parts: int) -> tuple[int, ...]:
-    """`rows` cut into `parts` patches whose heights differ by at most one, the taller ones first.
+    """Cut `rows` into `parts` patches whose heights differ by at most one, the taller ones first.
+
+    Returns:
+        The heights.
 
     Raises:
         ValueError: when a patch would be empty.
@@ -30,11 +33,11 @@ def split_rows(rows: int, parts: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class LevelGrid:
-    """The maps of a U-Net, cut by rows, at each resolution.
+    """The feature maps of a U-Net, cut by rows, at each resolution.
 
-    The cut is made where the map is smallest and doubled upwards. So a row's owner is the same at every level, a
-    sub-block of the latent is the same place at every level, and a down-sampling convolution needs no more than the row
-    above. The price is that patches may differ by as many latent pixels as one row of the smallest map covers.
+    The cut is made where the map is smallest and doubled upwards. So a row has the same owner at every level, a
+    sub-block of the latent is the same place at every level, and a down-sampling convolution needs the row above alone.
+    In exchange patches may differ by as many latent pixels as one row of the smallest map covers.
 
     Attributes:
         heights, widths: of each level's map, finest first.
@@ -72,12 +75,12 @@ class LevelGrid:
         return cls(tuple(heights), tuple(widths), tuple(cuts))
 
     def slice_of(self, level: int, rank: int) -> slice:
-        """The rows of `rank` in the whole map of `level`."""
+        """Return the rows of `rank` in the whole map of `level`."""
         start = sum(self.rows[level][:rank])
         return slice(start, start + self.rows[level][rank])
 
     def level_of(self, height: int, width: int) -> int:
-        """The level whose map has this size.
+        """Return the level whose map has this size.
 
         Raises:
             ValueError: when none has.
@@ -89,11 +92,12 @@ class LevelGrid:
         return sizes.index((height, width))
 
     def is_even(self, level: int) -> bool:
+        """Return whether all ranks have equally many rows at a level."""
         return len(set(self.rows[level])) == 1
 
 
 def kept_tokens(counts: Sequence[int], chunk: int) -> torch.Tensor:
-    """Positions of the real tokens where chunks of `counts` tokens were padded to `chunk` each; int64 [sum(counts)]."""
+    """Return the positions of the real tokens where chunks of `counts` tokens are padded to `chunk`; int64 [sum]."""
     return torch.cat([torch.arange(count) + chunk * index for index, count in enumerate(counts)])
 
 
@@ -111,7 +115,7 @@ class Segment:
 
 
 def block_table(segments: Sequence[Segment], side: int) -> torch.Tensor:
-    """Positions of every sub-block's tokens in a rank's sequence.
+    """Return the positions of every sub-block's tokens in a rank's sequence.
 
     Image segments are cut into `side` x `side` tokens; text, and images narrower than a sub-block, into runs of
     `side`**2 tokens. Where the size does not divide, the last sub-block moves back and overlaps its neighbour: every
@@ -137,7 +141,7 @@ def block_table(segments: Sequence[Segment], side: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What one rank's attention sequence is made of.
+    """The parts of one rank's attention sequence.
 
     Attributes:
         rows, cols: image tokens of one chunk; ``rows=0`` where the model's order is not known, and then the sequence is
@@ -158,7 +162,7 @@ class TokenLayout:
         return self.rows * self.cols
 
     def segments(self, tokens: int) -> list[Segment]:
-        """The sequence of `tokens` tokens as segments, in order."""
+        """Cut a sequence of `tokens` tokens into its segments, in order."""
         chunk, rest = divmod(tokens, self.chunks)
         text_tokens = chunk - self.image_tokens
         fits = rest == 0 and (text_tokens == 0 or (text_tokens > 0 and self.text != "none"))
@@ -170,18 +174,18 @@ class TokenLayout:
 
 
 def image_positions(segments: Sequence[Segment]) -> torch.Tensor:
-    """For every token of a rank its number among the image tokens, or -1 for text; int64 [S]."""
+    """Return each token's number among the image tokens of its rank, or -1 for text; int64 [S]."""
     is_image = torch.cat([torch.full((segment.tokens,), segment.is_image) for segment in segments])
     return torch.where(is_image, is_image.cumsum(0) - 1, -1)
 
 
 def pixel_table(tokens: torch.Tensor, cols: int, side: int) -> torch.Tensor:
-    """The latent pixels under sub-blocks of an image, in row order within each sub-block.
+    """Return the latent pixels under sub-blocks of an image, in row order within each sub-block.
 
     Args:
         tokens: int64 [K, T], image tokens of each sub-block, numbered by rows; T a square number or a run.
         cols: tokens of one row of the image.
-        side: of a token, in latent pixels.
+        side: latent pixels a side of a token.
 
     Returns:
         int64 [K, T * side**2].
@@ -195,15 +199,17 @@ def pixel_table(tokens: torch.Tensor, cols: int, side: int) -> torch.Tensor:
 
 
 def _starts(length: int, size: int) -> torch.Tensor:
-    """Starts of the windows of `size` that cover range(length); the last one is moved back to fit."""
+    """Return the starts of the windows of `size` that cover range(length); the last one is moved back to fit."""
     return torch.arange(0, length, size).clamp_(max=length - size)
 
 
 def _runs(tokens: int, run: int) -> torch.Tensor:
+    """Cut tokens into runs; int64 [K, run]."""
     return _starts(tokens, run)[:, None] + torch.arange(run)
 
 
 def _squares(rows: int, cols: int, side: int) -> torch.Tensor:
+    """Cut a `rows` x `cols` image of tokens into squares; int64 [K, side**2]."""
     top, left = torch.meshgrid(_starts(rows, side), _starts(cols, side), indexing="ij")
     corner = (top * cols + left).reshape(-1, 1)
     inside = (torch.arange(side)[:, None] * cols + torch.arange(side)).reshape(1, -1)

@@ -1,11 +1,10 @@
-"""The shared predictor: what every rank believes the keys and values of all patches to be, and how they move.
+"""The shared predictor: each rank's copy of the keys and values of all patches, extrapolated from step to step.
 
-Sender and receivers keep the same copy and carry it forward by the same rule, from the same payloads: what differs from
-rank to rank (a rank's own fresh values) never enters it. Bit for bit the same, because everything but one number is
-done element by element, and that number, the gain, is measured by the sender and travels in its payload.
+All ranks hold bit-identical copies, because each update uses only data that every rank has received, element by
+element. The one measured quantity, the gain, is computed by the sender and shipped in the payload.
 
 Shapes: L layers, l of them in a run; N patches, B batch, S tokens of one patch, C features (heads x head dimension),
-m tokens that a rank sends. Everything is computed in float32, whatever the copies are stored in.
+m tokens that a rank sends. Everything is computed in float32, whatever dtype the copies are stored in.
 """
 
 from __future__ import annotations
@@ -16,25 +15,25 @@ from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.scratch import ScratchBuffers
 
 _MAX_GAIN = 1.25
-"""Beyond it an extrapolation does more harm by its noise than good, even where a rank's own values moved faster."""
+"""Bound on the fitted gain: beyond it the velocity's noise costs more than the extrapolation wins."""
 
 
 class Predictor:
     """Value and velocity of the keys and values of all patches, for layers of equal shape.
 
-    With value v, velocity u and the gain g of a patch, the prediction for a step is ``p = v + g u``. A payload brings
-    fresh - p, or what a codec leaves of it, q; then ``v' = p + q`` and ``u' = g u + q / age`` where it brought
-    something, age being the steps since it last did, and ``v' = p``, ``u' = damping g u`` elsewhere.
+    With value v, velocity u and gain g of a patch, the prediction for a step is ``p = v + g u``. A payload carries q,
+    the residual fresh - p as its codec rounds it. Where a token was sent, ``v' = p + q`` and ``u' = g u + q / age``,
+    age being the number of steps since it was last sent. Elsewhere ``v' = p`` and ``u' = velocity_damping g u``.
 
-    The gain is 0 (``extrapolation="none"``), a constant (``"constant"``), or measured (``"fitted"``): the least-squares
-    fit of a rank's own change since the last step by its own velocity. It follows schedulers whose steps differ in
-    size. A receiver, who does not know the others' gain of this step yet, uses its own.
+    The gain is 0 (``extrapolation="none"``), a constant (``"constant"``), or fitted (``"fitted"``): the least-squares
+    fit of a rank's own change since the last step by its own velocity. So it follows schedulers whose steps differ in
+    size. A receiver does not know the senders' gains of this step yet, and predicts with its own.
 
     Args:
         like: one rank's keys and values of all layers, [L, 2, B, S, C]; gives shape, dtype and device.
         ranks, rank: number of patches, and this rank's.
-        config: reads `predict`, `gain`, `damping`, `copies` and `ratio`.
-        room: for what is needed for a moment only.
+        config: reads `extrapolation`, `extrapolation_gain`, `velocity_damping`, `kv_cache_dtype` and `ratio`.
+        scratch: buffers for intermediate results.
     """
 
     def __init__(self, like: torch.Tensor, ranks: int, rank: int, config: OtilConfig, scratch: ScratchBuffers) -> None:
@@ -55,21 +54,21 @@ class Predictor:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Everything that must be equal on all ranks; the first dimension of each is L."""
+        """All state, which must be bit-identical on all ranks; the first dimension of each is L."""
         return [tensor for tensor in (self.value, self.velocity, self._age) if tensor is not None]
 
     def reset(self) -> None:
-        """Forget what is known; the next thing must be `set_values`."""
+        """Start a generation: mark all values as unknown. Each layer needs `set_values` before it is predicted."""
         self._known = [False] * len(self._known)
 
     def last_values(self, layer: int) -> torch.Tensor:
-        """Everybody's values of a layer at the step before, float32 [N, 2, B, S, C], in a room; 0 at first."""
+        """Return all ranks' values of a layer at the step before, float32 [N, 2, B, S, C], in scratch; 0 at first."""
         value = self.value[layer]
         known = self._scratch("known", tuple(value.shape), torch.float32)
         return known.copy_(value) if self._known[layer] else known.zero_()
 
     def set_values(self, layer: int, values: torch.Tensor) -> None:
-        """Take everybody's values of a layer, [N, 2, B, S, C], of a synchronous step, the same on every rank."""
+        """Replace all ranks' values of a layer, [N, 2, B, S, C], after a synchronous step; the velocity follows."""
         value = self.value[layer]
         if self.velocity is not None:
             velocity, age = self.velocity[layer], None if self._age is None else self._age[layer]
@@ -86,11 +85,11 @@ class Predictor:
         self._known[layer] = True
 
     def gain(self, layer: int, fresh: torch.Tensor) -> torch.Tensor:
-        """How far this rank's own values have moved since the last step, in velocities.
+        """Return how far this rank's own values have moved since the last step, in velocities.
 
         Args:
-            layer: which.
-            fresh: this rank's, [2, B, S, C].
+            layer: of the L.
+            fresh: this rank's keys and values, [2, B, S, C].
 
         Returns:
             float32 [2], one for keys and one for values, in [0, 1.25].
@@ -107,15 +106,15 @@ class Predictor:
         return along.div_(square.clamp_min_(1e-30)).clamp_(0, _MAX_GAIN)
 
     def predict(self, layer: int, gain: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the prediction of everybody's values for this step to `out`, [N, 2, B, S, C]; `gain` is [2]."""
+        """Write the prediction of all ranks' values for this step to `out`, [N, 2, B, S, C]; `gain` is [2]."""
         velocity = None if self.velocity is None else self.velocity[layer]
         self._moved(self.value[layer], velocity, gain.view(2, 1, 1, 1), out)
 
     def predict_own(self, run: slice, gains: torch.Tensor, out: torch.Tensor) -> None:
-        """What the others take this rank's values to be once they know its gains.
+        """Write the prediction that the other ranks make of this rank's values once they have its gains.
 
         Args:
-            run: of layers.
+            run: layers.
             gains: float32 [l, 2].
             out: float32 [l, 2, B, S, C].
         """
@@ -130,14 +129,14 @@ class Predictor:
         scales: torch.Tensor | None,
         sent: torch.Tensor | None,
     ) -> None:
-        """Carry the copies of some layers one step forward with everybody's residuals.
+        """Advance the copies of some layers by one step, with the residuals that all ranks sent.
 
         Args:
-            run: of layers.
-            gains: every sender's, float32 [l, N, 2].
+            run: layers.
+            gains: of the senders, float32 [l, N, 2].
             levels, scales: float32 [l, N, 2, B, S, C] and [l, N, 2, B, S, 1], whose product is the residuals,
                 0 where nothing was sent; without scales the levels are.
-            sent: float32 [l, N, S], 1 where something was and 0 elsewhere; None where everything was.
+            sent: float32 [l, N, S], 1 for tokens that were sent and 0 for others; None where all were.
         """
         value, velocity = self._floats(run)
         moved = gains[:, :, :, None, None, None]
@@ -158,19 +157,19 @@ class Predictor:
         rows: torch.Tensor | None,
         sent: torch.Tensor | None,
     ) -> None:
-        """`apply_residuals` with the values themselves.
+        """Advance the copies of some layers by one step, with the values that all ranks sent.
 
         Args:
             run, gains, sent: as in `apply_residuals`.
             values: float [l, N, 2, B, m, C].
-            rows: int64 [l * N * 2 * B * m], where each is to go of the l * N * 2 * B * S; one that is there twice has
+            rows: int64 [l * N * 2 * B * m], the row of each among all l * N * 2 * B * S; one that is named twice gets
                 equal values. None where m = S.
         """
         if self.velocity is None:
             self._put(self.value[run], values, rows)
             return
         value, velocity = self._floats(run)
-        assert velocity is not None, "it is kept, see above"
+        assert velocity is not None, "see above"
         moved = gains[:, :, :, None, None, None]
         value.addcmul_(velocity, moved)
         change = self._scratch("change", tuple(value.shape), torch.float32).copy_(value).neg_()
@@ -197,9 +196,10 @@ class Predictor:
             out.copy_(moved.mul_(gain).add_(value))
 
     def _kept(self, run: slice, sent: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What velocities are multiplied with, and the share of a correction that they get; counts the ages on.
+        """Return the factor of the velocities and the share of a correction that they get; advance the ages.
 
-        Both float32 [l, N, 1, 1, S, 1], or [1] where everything was sent.
+        Returns:
+            Both float32 [l, N, 1, 1, S, 1], or [1] where all tokens were sent.
         """
         if sent is None or self._age is None:
             one = self.value.new_ones(1, dtype=torch.float32)
@@ -210,27 +210,32 @@ class Predictor:
         return kept[:, :, None, None, :, None], share[:, :, None, None, :, None]
 
     def _floats(self, run: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Value and velocity of a run of layers in float32: themselves where they are that, else copies in rooms."""
+        """Return value and velocity of a run of layers in float32: the state itself, or else copies in scratch."""
         velocity = None if self.velocity is None else self._in_float32("velocity", self.velocity[run])
         return self._in_float32("value", self.value[run]), velocity
 
     def _in_float32(self, name: str, kept: torch.Tensor) -> torch.Tensor:
-        """What is kept itself where it is float32, else a copy of it in a room."""
+        """Return `kept` where it is float32, else a copy of it in scratch."""
         if kept.dtype == torch.float32:
             return kept
         return self._scratch(name, tuple(kept.shape), torch.float32).copy_(kept)
 
     def _store(self, run: slice, value: torch.Tensor, velocity: torch.Tensor | None) -> None:
-        """Undo `_floats`."""
+        """Write back what `_floats` returned."""
         if self.value.dtype != torch.float32:
             self.value[run].copy_(value)
         if self.velocity is not None and velocity is not None and self.velocity.dtype != torch.float32:
             self.velocity[run].copy_(velocity)
 
 
-def storage_dtypes(copies: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """What values and velocities are stored in: ``auto`` as the layer's own, ``bfloat16`` bfloat16, ``float8`` bfloat16
-    values and velocities of 8 bits (float8_e5m2, whose range needs no scale)."""
-    if copies == "auto":
+def storage_dtypes(kv_cache_dtype: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtypes that values and velocities are stored in.
+
+    Args:
+        kv_cache_dtype: ``auto`` for the layer's own, ``bfloat16``, or ``float8`` for bfloat16 values and velocities in
+            float8_e5m2, whose range needs no scale.
+        dtype: the layer's.
+    """
+    if kv_cache_dtype == "auto":
         return dtype, dtype
-    return torch.bfloat16, torch.float8_e5m2 if copies == "float8" else torch.bfloat16
+    return torch.bfloat16, torch.float8_e5m2 if kv_cache_dtype == "float8" else torch.bfloat16

@@ -1,4 +1,4 @@
-"""What each step does: synchronous warm-up, displaced steps, refreshes; and the clock that counts steps."""
+"""The mode of each step (synchronous warm-up, displaced steps, refreshes), and the clock that counts steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Literal
 from otil_xdit.method.config import OtilConfig
 
 Mode = Literal["sync", "fresh", "displaced", "frozen"]
-"""How one layer is exchanged at one step: everybody's exact values of this step, what is sent of them at this step,
-what was sent until the step before, or what was last known."""
+"""How one layer is exchanged at one step: with all ranks' exact values of this step, with the payloads of this step,
+with the payloads until the step before, or with what was last known."""
 
 LEAST_FRESH_STEPS = 8
 """Steps that wait for their payloads, warm-up included, however few there are in all: few steps are large ones, and a
@@ -20,14 +20,13 @@ prediction from the last of them is poor."""
 
 @dataclass
 class Clock:
-    """Counts the denoising steps of one generation; the scheduler's `step` ticks it.
+    """Count the denoising steps of one generation; the scheduler's `step` ticks it.
 
     Attributes:
-        step: the number of steps done.
-        total: how many there will be, None while that is not known: before the first is done, and where the scheduler
-            does not say.
-        after_step: called when a step is done, and again when it is known to have been the last: with its number, and
-            with that knowledge.
+        step: number of steps done, which is the index of the present one.
+        total: number of steps of the generation; None before the first is done, and where the scheduler does not say.
+        after_step: called with the index of a step when it is done and False, and again with True when it turns out to
+            have been the last.
     """
 
     step: int = 0
@@ -35,22 +34,27 @@ class Clock:
     after_step: list[Callable[[int, bool], None]] = field(default_factory=list)
 
     def tick(self) -> None:
+        """Count a step that is done."""
         self.step += 1
         for call in self.after_step:
             call(self.step - 1, False)
 
     def finish(self) -> None:
-        """No step follows in this generation."""
+        """Tell the listeners that no step follows in this generation."""
         for call in self.after_step:
             call(self.step - 1, True)
 
     def reset(self) -> None:
+        """Start a generation."""
         self.step, self.total = 0, None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Says how a layer is exchanged at a step; the same answer on every rank, from settings and counts alone."""
+    """Say how a layer is exchanged at a step; every rank gets the same answer, from settings and counts alone.
+
+    Attributes: see the settings of the same names in `OtilConfig`.
+    """
 
     freshness: Mode
     warmup_steps: int
@@ -62,13 +66,16 @@ class Schedule:
         return cls(config.freshness, config.warmup_steps, config.refresh, config.fresh_share)
 
     def mode(self, step: int, num_calls: int, total: int | None, window: bool | None = None) -> Mode:
-        """How a layer exchanges at `step` of `total` when it was called `num_calls` times before in this generation.
+        """Return how a layer is exchanged.
 
-        A layer has its own warm-up besides the run's: a second transformer that starts halfway (Wan 2.2) has no
+        A layer has its own warm-up besides the generation's: a second transformer that starts halfway (Wan 2.2) has no
         remote values yet, whatever the step is.
 
         Args:
-            window: whether `step` is in the window; None where the run has none.
+            step: index of the step, from 0.
+            num_calls: how often the layer was called before in this generation.
+            total: number of steps; None where it is not known.
+            window: whether `step` is in the window; None where the generation has none.
         """
         if window is not None:
             return self.freshness if window and num_calls > 0 else "sync"
@@ -76,16 +83,17 @@ class Schedule:
         if self.freshness == "sync" or done < self.warmup_steps or self.is_refresh(step):
             return "sync"
         if self.freshness == "displaced" and self.fresh_share > 0:
-            # Without a total nobody knows when the pictures' large shapes are settled: wait throughout.
+            # Without a total nobody knows when the image's large shapes have settled: wait throughout.
             if total is None or done < max(math.ceil(self.fresh_share * total - 1e-9), LEAST_FRESH_STEPS):
                 return "fresh"
         return self.freshness
 
     def is_warmup(self, step: int) -> bool:
+        """Return whether `step` is one of the initial synchronous steps."""
         return step < self.warmup_steps
 
     def is_refresh(self, step: int) -> bool:
-        """Whether `step` is a synchronous step after warm-up; frozen runs have none."""
+        """Return whether `step` is a synchronous step after warm-up; frozen runs have none."""
         if self.freshness == "frozen" or self.refresh == 0 or self.is_warmup(step):
             return False
         return (step - self.warmup_steps + 1) % self.refresh == 0

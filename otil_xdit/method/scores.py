@@ -1,4 +1,4 @@
-"""Change scores: how much each sub-block differs from itself a step earlier. Tensors in, one number a sub-block out.
+"""Change scores: how much each sub-block differs from itself a step earlier.
 
 Shapes: S tokens of one rank, K sub-blocks of T tokens, D features; ``...`` any leading dimensions (keys and values,
 batch, heads); V values of one sub-block. A channel is one feature of one index of the leading dimensions.
@@ -28,7 +28,7 @@ LEAST_SIDE = {"ssim": 8, "dhash": 2}
 
 
 def cosine_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """1 - cosine similarity of each sub-block with itself a step earlier (Otil's criterion).
+    """Return 1 - cosine similarity of each sub-block with itself a step earlier (Otil's criterion).
 
     Args:
         fresh, previous: [..., S, D], any float type; summed in float32.
@@ -45,12 +45,12 @@ def cosine_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tens
 
 
 def l2_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Squared Euclidean distance of each sub-block from itself a step earlier; arguments as in `cosine_change`."""
+    """Return each sub-block's squared Euclidean distance from its last state; arguments as in `cosine_change`."""
     return _block_sums((fresh.float() - previous.float()).square(), table)
 
 
 def l2_of_difference(difference: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """`l2_change` of several layers at once, from fresh - previous.
+    """Return `l2_change` of several layers at once, from fresh - previous.
 
     Args:
         difference: float32 [L, ..., S, D].
@@ -64,7 +64,9 @@ def l2_of_difference(difference: torch.Tensor, table: torch.Tensor) -> torch.Ten
 
 
 def ssim_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """1 - structural similarity (Wang et al., 2004) of each sub-block with itself a step earlier, mean over channels.
+    """Return 1 - structural similarity (Wang et al., 2004) of each sub-block with itself a step earlier.
+
+    It is the mean over channels.
 
     The window is the sub-block, without weights: means, population variances and covariance over its T tokens. The
     range in the two constants is the channel's own, over all S tokens of both steps, since keys, values and latents
@@ -87,7 +89,7 @@ def ssim_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor
 
 
 def mi_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Minus the mutual information (nats) between each sub-block and itself a step earlier.
+    """Return minus the mutual information (nats) between each sub-block and itself a step earlier.
 
     From the joint histogram of a sub-block's values, all channels together: `MI_BINS` equal bins between the least and
     the largest value, of each step by itself. Arguments as in `cosine_change`.
@@ -108,7 +110,7 @@ def mi_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) 
 
 
 def dhash_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Share of the bits of the difference hash that differ between the steps; arguments as in `cosine_change`.
+    """Return the share of the difference hash's bits that differ between the steps; arguments as in `cosine_change`.
 
     A bit says whether a value is larger than its left neighbour in the sub-block, channel by channel.
 
@@ -127,11 +129,11 @@ CHANGE_SCORES: dict[str, ChangeScore] = {
     "mi": mi_change,
     "dhash": dhash_change,
 }
-"""Criteria by the name that follows ``latent-`` or ``kv-`` in `OtilConfig.select`; a new one is one function here."""
+"""Change scores by the name that follows ``latent-`` or ``kv-`` in `OtilConfig.select`; a new one is one entry here."""
 
 
 def check_score(criterion: str, tokens_a_side: int) -> None:
-    """Refuse a criterion that does not exist or means nothing for sub-blocks of that many tokens a side.
+    """Refuse a change score that does not exist or means nothing for sub-blocks of that many tokens a side.
 
     Raises:
         ValueError: naming what would be accepted.
@@ -154,18 +156,18 @@ def _block_sums(features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The sub-blocks of [..., S, D], copied out; float32 [..., K, T, D]."""
+    """Copy the sub-blocks out of [..., S, D]; float32 [..., K, T, D]."""
     return features[..., table, :].float()
 
 
 def _channel_range(fresh: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Largest less least value of each channel over both steps; [..., 1, D]."""
+    """Return the largest less the least value of each channel over both steps; [..., 1, D]."""
     lows, highs = zip(*(features.aminmax(dim=-2, keepdim=True) for features in (fresh, previous)), strict=True)
     return torch.maximum(*highs) - torch.minimum(*lows)
 
 
 def _bins(values: torch.Tensor) -> torch.Tensor:
-    """Bin of each value of [K, V] between its row's least and largest; int64 in [0, MI_BINS)."""
+    """Return the bin of each value of [K, V] between its row's least and largest; int64 in [0, MI_BINS)."""
     low, high = values.aminmax(dim=1, keepdim=True)
     # A row of one constant has no width; all its values are in the first bin.
     place = (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
@@ -173,7 +175,7 @@ def _bins(values: torch.Tensor) -> torch.Tensor:
 
 
 def _difference_hash(features: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Whether each value exceeds its left neighbour; bool [..., K, rows, cols - 1, D]. No square T is one row."""
+    """Compare each value with its left neighbour; bool [..., K, rows, cols - 1, D]. T that is no square is one row."""
     tokens = table.shape[1]
     side = math.isqrt(tokens)
     shape = (side, side) if side * side == tokens else (1, tokens)

@@ -1,11 +1,11 @@
-"""The window: the steps in which a run may leave out what it does at all others.
+"""The window: the steps in which a generation may skip work that all other steps do.
 
 Hybridiff (Jung et al., "Accelerating Diffusion via Hybrid Data-Pipeline Parallelism Based on Conditional Guidance
 Scheduling", CVPR 2026) finds it in the *denoising discrepancy* of a step: how far the predictions with and without the
 prompt differ, mean|e_c - e_u| / mean|e_u|. It falls in the early steps, stays low, and rises at the end. The window
 begins at tau_1, when it has stopped falling, and ends at tau_2 = tau_1 + k.
 
-Only numbers here: every rank is shown the same ones, so every rank finds the same window.
+Every rank records the same numbers, so every rank finds the same window.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ AUTO, NONE = "auto", "none"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When the discrepancy has stopped falling.
+    """When the discrepancy counts as having stopped falling.
 
     Attributes:
-        slope: eps; what it falls a step, at most.
-        span: L; over how many steps that is taken.
+        slope: eps of the paper; the largest fall a step.
+        span: L of the paper; the number of steps over which the fall is averaged.
         cap: the step at which the window begins if it has not by then.
     """
 
@@ -33,12 +33,12 @@ class Thresholds:
 
 PUBLISHED_UNET = Thresholds(slope=4e-4, span=12, cap=15)
 PUBLISHED_DIT = Thresholds(slope=5e-4, span=15, cap=40)
-"""Of SDXL and of Stable Diffusion 3, for 50 steps."""
+"""The paper's thresholds for SDXL and for Stable Diffusion 3, both for 50 steps."""
 
 
 @dataclass(frozen=True)
 class WindowSettings:
-    """What is known of the window before a run.
+    """What the settings say of the window.
 
     Attributes:
         kind: `NONE` for none, `AUTO` to find it, or ``"FIRST:END"``, steps counted from 0, END not among them.
@@ -54,7 +54,7 @@ class WindowSettings:
 
     @property
     def given(self) -> tuple[int, int] | None:
-        """The first step and the one after the last, where the settings say them.
+        """The first step and the one after the last, where the settings name them; else None.
 
         Raises:
             ValueError: naming what is accepted.
@@ -71,7 +71,7 @@ class WindowSettings:
         return first, end
 
     def thresholds(self, is_unet: bool, total: int | None) -> Thresholds:
-        """Those that hold in a run of `total` steps; published ones make room for the window, given ones do not."""
+        """Return the thresholds for `total` steps; published ones leave room for the window, given ones stay."""
         published = PUBLISHED_UNET if is_unet else PUBLISHED_DIT
         cap = published.cap if total is None else max(1, min(published.cap, total - self.steps))
         return Thresholds(
@@ -81,7 +81,7 @@ class WindowSettings:
         )
 
     def check(self, total: int) -> None:
-        """Refuse a window that a run of `total` steps has no room for.
+        """Refuse a window that does not fit into `total` steps.
 
         Raises:
             ValueError: naming the setting and what is accepted.
@@ -100,57 +100,62 @@ class WindowSettings:
 
 
 class Window:
-    """The window of one run after another.
+    """The window of one generation after another.
 
     Args:
-        settings: what is known of it.
+        settings: where it is, or how to find it.
+
+    Attributes:
+        is_unet: True where the network is a U-Net, whose published thresholds are others than a transformer's.
     """
 
     def __init__(self, settings: WindowSettings) -> None:
         self.settings = settings
-        self._given = settings.given  # asked for by every layer at every step
+        self._given = settings.given  # read by every layer at every step
         self._first: int | None = None
         self._curve: list[float] = []
         self.is_unet = False
 
     def begin(self) -> None:
-        """Forget an earlier run."""
+        """Start a generation."""
         self._curve.clear()
         self._first = None if self._given is None else self._given[0]
 
     @property
     def exists(self) -> bool:
-        """Whether steps differ at all."""
+        """True where the settings name or search for a window."""
         return self.settings.kind != NONE
 
     @property
     def found(self) -> tuple[int, int] | None:
-        """tau_1 and tau_2: its first step and the one after its last; None while it is not known."""
+        """tau_1 and tau_2, the first step and the one after the last; None while they are not known."""
         if self._first is None:
             return None
         return self._given or (self._first, self._first + self.settings.steps)
 
     @property
     def is_looked_for(self) -> bool:
-        """Whether `see` wants to be told of each step."""
+        """True while the window has not been found and `record` needs each step's discrepancy."""
         return self.settings.kind == AUTO and self._first is None
 
     def holds(self, step: int) -> bool:
-        """Whether `step` is in the window."""
+        """Return whether `step` is in the window."""
         return self.found is not None and self.found[0] <= step < self.found[1]
 
     def may_begin_at(self, step: int, total: int | None) -> bool:
-        """Whether the window may begin at `step`, as far as can be said before the step in front of it is done."""
+        """Return whether the window may begin at `step`, as far as is known before the step in front is done."""
         if not self.is_looked_for:
             return self.found is not None and self.found[0] == step
         wanted = self.settings.thresholds(self.is_unet, total)
         return step > wanted.span or step >= wanted.cap
 
-    def see(self, step: int, discrepancy: float, total: int | None) -> None:
-        """Be told the discrepancy of `step`, which is done; the steps before it have been told.
+    def record(self, step: int, discrepancy: float, total: int | None) -> None:
+        """Record a step's discrepancy, and begin the window after it where the thresholds say so.
 
         Args:
-            total: steps of the run; None where nobody knows.
+            step: index of the step, which is done; all steps before it have been recorded.
+            discrepancy: mean|e_c - e_u| / mean|e_u|.
+            total: number of steps; None where it is not known.
         """
         self._curve.append(discrepancy)
         wanted = self.settings.thresholds(self.is_unet, total)

@@ -117,4 +117,4 @@ def test_a_workspace_keeps_few_views() -> None:
     scratch = ScratchBuffers(torch.device("cpu"))
     for size in range(2 * MOST_VIEWS):
         scratch("a", (size,), torch.float32)
-    assert len(scratch._seen) <= MOST_VIEWS
+    assert len(scratch._views) <= MOST_VIEWS

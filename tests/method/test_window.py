@@ -17,7 +17,7 @@ def run(window: Window, curve: list[float], total: int | None = None) -> list[in
         if window.holds(step):
             inside.append(step)
         elif window.is_looked_for:
-            window.see(step, discrepancy, total)
+            window.record(step, discrepancy, total)
     return inside
 
 
@@ -104,7 +104,7 @@ def test_it_may_begin_where_it_does(step: int) -> None:
     window.begin()
     for now in range(10):
         may_begin = window.may_begin_at(now + 1, 10)
-        window.see(now, 1 / (1 + now), 10)
+        window.record(now, 1 / (1 + now), 10)
         if window.found is not None:
             assert may_begin and window.found[0] == now + 1
             return
