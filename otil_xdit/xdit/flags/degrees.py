@@ -39,13 +39,13 @@ class UngivenDegree(int):
 
 
 def degree(values: Mapping[str, Any], flag: str) -> int:
-    """How many processes a flag of xDiT multiplies the world by."""
+    """Return the number of processes that a flag of xDiT multiplies the world by."""
     value = values.get(flag)
     return 2 if value is True else int(value or 1)
 
 
 def given_patch_degree(values: Mapping[str, Any]) -> int | None:
-    """The patch degree that the flags name, or None.
+    """Return the patch degree that the flags name, or None.
 
     Raises:
         FlagError: when ``--patch_degree`` and ``--ring_degree`` contradict each other, or are below 1.
@@ -65,7 +65,7 @@ def given_patch_degree(values: Mapping[str, Any]) -> int | None:
 
 
 def resolve_patch_degree(values: Mapping[str, Any], world_size: int | None) -> int:
-    """The number of patches, which together with the other degrees fills the world.
+    """Return the number of patches, which together with the other degrees fills the world.
 
     Raises:
         FlagError: when it does not, with the arithmetic.
@@ -85,6 +85,6 @@ def resolve_patch_degree(values: Mapping[str, Any], world_size: int | None) -> i
 
 
 def _product(values: Mapping[str, Any]) -> str:
-    """The other degrees as arithmetic: ``2 (--use_cfg_parallel) x 2 (--ulysses_degree)``."""
+    """Write the other degrees as arithmetic: ``2 (--use_cfg_parallel) x 2 (--ulysses_degree)``."""
     degrees = {flag: degree(values, flag) for flag in OTHER_DEGREES}
     return " x ".join(f"{size} (--{flag})" for flag, size in degrees.items() if size > 1)
