@@ -205,14 +205,14 @@ class _Asked:
 class _EveryPass:
     """Stands for `CfgController` where a rank computes its own pass alone."""
 
-    def is_staged(self, network: Any) -> bool:
+    def begin_call(self, network: Any) -> bool:
         return False
 
     def call(self, network: Any, call: Callable[[Any], Any], inputs: Any) -> Any:
         return call(inputs)
 
-    def predicted(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole
+    def record_prediction(self, prediction: torch.Tensor) -> torch.Tensor:
+        return prediction
 
 
 class _SessionProtocol:

@@ -1,66 +1,67 @@
 """`CfgController`: the passes with and without the prompt: what they tell, and who computes them.
 
-It shows a generation's predictions to `Guidance` and their discrepancy to `Window`, and puts networks in two `Stages`
-where the settings want that.
+It shows a generation's predictions to `Guidance` and their discrepancy to `Window`, and puts networks in two stages
+(`StagedNetworks`) where the settings want that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from otil_xdit.comm.collectives import Collectives
+from otil_xdit.comm.groups import PatchGroup, UnetGroups
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.exchange.protocol import Communicator
+from otil_xdit.hybridiff.forward_hooks import Inputs
 from otil_xdit.hybridiff.guidance import Guidance
-from otil_xdit.hybridiff.role import StageRole
+from otil_xdit.hybridiff.staged_networks import StagedNetworks
 from otil_xdit.hybridiff.stages import Stages
 from otil_xdit.method.config import NO_GUIDANCE, OtilConfig
-from otil_xdit.method.schedule import Clock
 from otil_xdit.method.window import Window
-
-Collect = Callable[[torch.Tensor, str], torch.Tensor]
-"""Gives a tensor of every rank that works on the image, [N, ...], and counts what is sent."""
+from otil_xdit.networks.unet.model import is_unet
 
 
 class CfgController:
     """The two passes of one pipeline.
 
     Args:
-        config: the settings.
-        clock: of the steps; it is listened to.
+        communicator: of its session; one that is no `OtilCommunicator` has no window and no stages.
+        group: the ranks that hold the patches.
+        groups: the CFG groups; None where no network is shared out by them.
+        is_active: whether a generation of the session is under way.
+
+    Attributes:
         window: the steps in which the networks may be in two stages; it is told the discrepancy of each step.
-        collectives: of all ranks that work on the image.
-        collect: see `Collect`.
+        guidance: what the predictions tell.
+        curve: the denoising discrepancy of each step of the last generation; None where it was not measured.
     """
 
     def __init__(
-        self, config: OtilConfig, clock: Clock, window: Window, collectives: Collectives | None, collect: Collect
+        self, communicator: Communicator, group: PatchGroup, groups: UnetGroups | None, is_active: Callable[[], bool]
     ) -> None:
-        self._config, self._clock, self.window = config, clock, window
-        self._collectives, self._collect = collectives, collect
-        self.guidance = Guidance(config.window_guidance)
-        self.curve: list[float | None] = []
-        """The denoising discrepancy of each step of the generation that is done."""
-        self._stages: dict[int, tuple[nn.Module, Stages]] = {}
-        clock.after_step.append(self._after_step)
-
-    @classmethod
-    def of(cls, communicator: Communicator) -> CfgController:
-        """Return the controller of a communicator's steps; one that is no `OtilCommunicator` has no window."""
+        self._clock, self._collect, self._is_active = communicator.clock, communicator.collect, is_active
+        self._rows, self._groups = group.rows or group, groups
+        self._config, collectives = OtilConfig(), None
+        self.window = Window(self._config.window_settings)
         if isinstance(communicator, OtilCommunicator):
-            config, window = communicator.config, communicator.window
-            return cls(config, communicator.clock, window, communicator.replica_collectives, communicator.collect)
-        config = OtilConfig()
-        return cls(config, communicator.clock, Window(config.window_settings), None, communicator.collect)
+            self._config, collectives = communicator.config, communicator.replica_collectives
+            self.window = communicator.window
+        self.guidance = Guidance(self._config.window_guidance)
+        self.curve: list[float | None] = []
+        self._staged: StagedNetworks | None = None
+        if self._config.requires_cfg_parallel and groups is not None and groups.cfg_degree == 2:
+            assert collectives is not None, "two stages are two ranks"
+            self._staged = StagedNetworks(groups, collectives, communicator.collect, self._call_network)
+            self.guidance.is_wanted = True
+        communicator.clock.after_step.append(self._after_step)
 
     # ---- a generation --------------------------------------------------------------------------------------------
 
     def check_call(self, arguments: Mapping[str, Any]) -> None:
-        """Look at the arguments of a pipeline's call, by name.
+        """Validate the arguments of a pipeline's call, by name.
 
         Raises:
             ValueError: for a window outside the steps, or a call that is known not to be guided.
@@ -73,13 +74,33 @@ class CfgController:
 
     def begin(self) -> None:
         """Forget an earlier generation; the communicator, which owns the window, begins that."""
-        self.drain()
+        self.wait()
         self.guidance.begin()
         self.curve = []
 
-    def settle(self, sample: Any) -> None:
-        """All predictions of a step are there; `sample` is the latent that the scheduler is about to step."""
-        self.guidance.settle(sample if isinstance(sample, torch.Tensor) else None)
+    def begin_networks(self, networks: Mapping[str, nn.Module], state_of: Callable[[str, nn.Module], object]) -> None:
+        """Begin a generation of a pipeline's networks, and put them in two stages where the settings want that.
+
+        Args:
+            networks: by attribute of the pipeline.
+            state_of: returns what else than the inputs' shapes says what a network's blocks cost (LoRA).
+
+        Raises:
+            ValueError: for a network that cannot be in two stages.
+        """
+        self.guidance.has_parts = self._rows.world_size > 1 and not any(map(is_unet, networks.values()))
+        for name, network in networks.items():
+            self.window.is_unet = is_unet(network)
+            if self._staged is not None:
+                self._staged.begin(name, network, state_of(name, network))
+
+    def end_step(self, sample: Any) -> None:
+        """Evaluate the predictions of a step, which are all there.
+
+        Args:
+            sample: the latent that the scheduler is about to step, [B, C, ...].
+        """
+        self.guidance.end_step(sample if isinstance(sample, torch.Tensor) else None)
 
     def _after_step(self, step: int, is_last: bool) -> None:
         """Tell the window of a step; after the last one find the curve."""
@@ -99,70 +120,42 @@ class CfgController:
 
     # ---- predictions ---------------------------------------------------------------------------------------------
 
-    def predicted(self, whole: torch.Tensor) -> torch.Tensor:
-        """A U-Net's whole prediction, [B, C, H, W] or [2 B, C, H, W]; what is to be used as such comes back."""
-        if self.guidance.is_wanted and whole.shape[0] % 2 == 0:
-            return cast(torch.Tensor, self.gathered(whole, 0))
-        self.guidance.note(whole)
-        return whole
-
-    def gathered(self, shown: torch.Tensor | list[torch.Tensor], dim: int) -> Any:
-        """What the two CFG groups of ranks have shown each other, first that of the group without the prompt.
+    def record_prediction(self, prediction: torch.Tensor) -> torch.Tensor:
+        """Record a U-Net's whole prediction, and return the one to use in its place.
 
         Args:
-            shown: each group's, or both joined along `dim`; what is to be used as such comes back.
+            prediction: [B, C, H, W] of one pass, or [2 B, C, H, W] of both, first that without the prompt.
         """
-        if isinstance(shown, list):
-            return [*self.guidance.pair(*shown)]
-        return torch.cat(self.guidance.pair(*shown.chunk(2, dim)), dim)
+        if self.guidance.is_wanted and prediction.shape[0] % 2 == 0:
+            return cast(torch.Tensor, self.record_gathered(prediction, 0))
+        self.guidance.record(prediction)
+        return prediction
+
+    def record_own(self, prediction: torch.Tensor) -> None:
+        """Record a DiT's prediction, [B, ...] or [2 B, ...]; with CFG groups `record_gathered` records both."""
+        if self._groups is None or self._groups.cfg_degree == 1:
+            self.guidance.record(prediction)
+
+    def record_gathered(self, predictions: torch.Tensor | list[torch.Tensor], dim: int) -> Any:
+        """Record the predictions of both CFG groups, and return those to use in their place.
+
+        Args:
+            predictions: each group's, or both joined along `dim`; first that of the group without the prompt.
+        """
+        if isinstance(predictions, list):
+            return [*self.guidance.record_pair(*predictions)]
+        return torch.cat(self.guidance.record_pair(*predictions.chunk(2, dim)), dim)
 
     # ---- two stages ----------------------------------------------------------------------------------------------
 
-    def join(
-        self, network: nn.Module, name: str, blocks: Sequence[nn.Module], is_second: bool, peer: int, needs_prompt: bool
-    ) -> None:
-        """Put a network in two stages.
-
-        Args:
-            network: the denoising network.
-            name: of it, for messages.
-            blocks: its blocks, in any order.
-            is_second: whether this rank computes the second stage, and is one with the prompt.
-            peer: the rank with the same rows in the other half, by its place among the ranks of the image.
-            needs_prompt: as in `Stages`.
-
-        Raises:
-            ValueError: for a compiled network, whose blocks are not called one by one.
-        """
-        if getattr(network, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"--parallel hybridiff does not support the compiled {name}: give the one that it was")
-        assert self._collectives is not None, "two stages are two ranks"
-        self.guidance.is_wanted = True
-
-        def sum_over_ranks(counts: torch.Tensor) -> torch.Tensor:
-            return self._collect(counts, "stages").sum(0)
-
-        role = StageRole(is_second, peer, self._collectives, sum_over_ranks)
-        self._stages[id(network)] = network, Stages(name, blocks, role, needs_prompt)
-
-    @property
-    def has_stages(self) -> bool:
-        """Whether the settings want networks in two stages."""
-        return self._config.requires_cfg_parallel
-
-    def stages_of(self, network: nn.Module) -> Stages | None:
-        """The network's two stages; None for a network that is not cut."""
-        return self._stages.get(id(network), (None, None))[1]
-
-    def is_staged(self, network: nn.Module) -> bool:
-        """Whether the call of `network` that is about to be made is one in two stages."""
+    def begin_call(self, network: nn.Module) -> bool:
+        """Begin a call of a network, and return whether it is made in two stages."""
         stages, step = self.stages_of(network), self._clock.step
-        staged = stages is not None and self.window.holds(step) and stages.can_run_staged(step)
-        self.guidance.is_staged = staged
-        return staged
+        self.guidance.is_staged = stages is not None and self.window.holds(step) and stages.can_run_staged(step)
+        return self.guidance.is_staged
 
     def call(self, network: nn.Module, call: Callable[[Any], Any], inputs: Any) -> Any:
-        """A network's call, after `is_staged` has been asked.
+        """Make the call of a network that `begin_call` has begun.
 
         Args:
             call: makes it.
@@ -177,19 +170,28 @@ class CfgController:
             return stages.run_staged(call, inputs, step, goes_on)
         return stages.run_whole(call, inputs, step, goes_on or self.window.may_begin_at(step + 1, total))
 
-    def forget(self, kept: set[int]) -> list[nn.Module]:
-        """Undo `join` for all networks but those whose `id` is in `kept`; those for which that was to be done."""
-        gone = [self._stages.pop(key) for key in [*self._stages] if key not in kept]
-        for _, stages in gone:
-            stages.release()
-        return [network for network, _ in gone]
+    def stages_of(self, network: nn.Module) -> Stages | None:
+        """Return the network's two stages; None for a network that is not in two stages."""
+        return None if self._staged is None else self._staged.stages_of(network)
 
-    def drain(self) -> None:
+    def keep_only(self, kept: set[int]) -> None:
+        """Give all networks but those whose `id` is in `kept` their own calls back."""
+        if self._staged is not None:
+            self._staged.keep_only(kept)
+
+    def wait(self) -> None:
         """Wait for what is under way."""
-        for _, stages in self._stages.values():
-            stages.wait()
+        if self._staged is not None:
+            self._staged.wait()
 
     @property
     def nbytes(self) -> int:
-        """Of the buffers."""
-        return sum(stages.nbytes for _, stages in self._stages.values())
+        """Return the bytes of the buffers."""
+        return 0 if self._staged is None else self._staged.nbytes
+
+    def _call_network(self, network: nn.Module, forward: Callable[[Inputs], Any], inputs: Inputs) -> Any:
+        """Call a DiT: as it is outside the session's generations."""
+        if not self._is_active():
+            return forward(inputs)
+        self.begin_call(network)
+        return self.call(network, forward, inputs)

@@ -1,4 +1,4 @@
-"""`Guidance`: both predictions of classifier-free guidance, how far they differ, and one in the place of both.
+"""`Guidance`: both predictions of classifier-free guidance, how far they differ, and one in place of both.
 
 A network predicts with and without the prompt (e_c and e_u): for both in one batch, [e_u, e_c], as most pipelines of
 diffusers do; in two calls, first e_c; or on different ranks (CFG parallelism), which show each other theirs.
@@ -15,11 +15,11 @@ import torch
 from otil_xdit.method.config import HeldGuidance
 
 Share = Callable[[torch.Tensor], torch.Tensor]
-"""Gives a tensor, [...], of every rank: [N, ...]."""
+"""Returns a tensor, [...], of every rank: [N, ...]."""
 
 
 class Guidance:
-    """What one pipeline's generations tell of the two predictions.
+    """The two predictions of one pipeline's generations.
 
     Args:
         held: see `HeldGuidance`.
@@ -32,7 +32,7 @@ class Guidance:
         self.is_wanted = False
         """Whether differences are to be kept for such calls."""
         self.is_guided = False
-        """Whether the step that was settled last has been predicted with and without the prompt."""
+        """Whether the step that ended last has been predicted with and without the prompt."""
         self.has_parts = False
         """Whether a rank sees its own rows of the predictions only."""
         self._outputs: list[torch.Tensor] = []
@@ -48,12 +48,12 @@ class Guidance:
         self._differences.clear()
         self._forget_step()
 
-    def note(self, output: torch.Tensor) -> None:
-        """A network's prediction, [B, ...] or [2 B, ...]; which of the two is known by `settle`."""
+    def record(self, output: torch.Tensor) -> None:
+        """Record a network's prediction, [B, ...] or [2 B, ...]; which of the two it is `end_step` knows."""
         self._outputs.append(output)
 
-    def pair(self, uncond: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both predictions of a network call, of one shape; what is to be used as such comes back."""
+    def record_pair(self, uncond: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Record both predictions of a network call, of one shape, and return those to use in their place."""
         call, self._calls = self._calls, self._calls + 1
         if not self.is_staged:
             self._pairs.append((uncond, cond))
@@ -64,8 +64,8 @@ class Guidance:
             return cond, cond
         return cond - self._differences[call], cond
 
-    def settle(self, sample: torch.Tensor | None) -> None:
-        """All predictions of a step have been shown.
+    def end_step(self, sample: torch.Tensor | None) -> None:
+        """Pair the predictions of a step, which have all been recorded, and add them up.
 
         Args:
             sample: the latent that the scheduler is about to step, [B, C, ...].
@@ -73,7 +73,7 @@ class Guidance:
         if sample is not None:
             if self._calls == 0:
                 self._pair_outputs(sample.shape[0])
-            # Halves of a batch of three passes, or of two images and one pass, are not what they seem.
+            # The two parts of a batch of three passes, or of two images and one pass, are not what they seem.
             self._pairs = [pair for pair in self._pairs if pair[0].shape[0] == sample.shape[0]]
         self.is_guided = bool(self._pairs or (self._calls and self.is_staged))
         sums = [_sums(_like(uncond, sample), _like(cond, sample)) for uncond, cond in self._pairs]
@@ -81,7 +81,7 @@ class Guidance:
         self._forget_step()
 
     def discrepancy(self, share: Share) -> float:
-        """That of the step that was settled last, in which both predictions were computed.
+        """Return the discrepancy of the step that ended last, in which both predictions were computed.
 
         Args:
             share: every rank takes part, and every rank gets the same number.
@@ -91,7 +91,7 @@ class Guidance:
         return _ratio(share(last))
 
     def curve(self, share: Share | None) -> list[float | None]:
-        """The discrepancy of every step; None for one that was not guided by two computed predictions.
+        """Return the discrepancy of every step; None for one that was not guided by two computed predictions.
 
         Args:
             share: as in `discrepancy`; None where this rank's numbers are those of the whole.
@@ -118,20 +118,20 @@ class Guidance:
 
 
 def _like(prediction: torch.Tensor, sample: torch.Tensor | None) -> torch.Tensor:
-    """Without the channels of a predicted variance, which guidance does not read."""
+    """Return a prediction without the channels of a predicted variance, which guidance does not read."""
     if sample is None or not sample.ndim == prediction.ndim > 2 or prediction.shape[1] != 2 * sample.shape[1]:
         return prediction
     return prediction[:, : sample.shape[1]]
 
 
 def _sums(uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-    """The sums of |e_c - e_u| and |e_u|, float64 [2]."""
+    """Return the sums of |e_c - e_u| and |e_u|, float64 [2]."""
     differences = (cond - uncond).abs().sum(dtype=torch.float64)
     return torch.stack((differences, uncond.abs().sum(dtype=torch.float64)))
 
 
 def _ratio(sums: torch.Tensor) -> float:
-    """Of every rank's sums, [N, 2]: added up on the host, in the same order everywhere."""
+    """Return the discrepancy of all ranks' sums, [N, 2], added up on the host in the same order everywhere."""
     parts: list[list[float]] = sums.tolist()
     difference, size = (sum(part[place] for part in parts) for place in (0, 1))
     return difference / size if size else 0.0

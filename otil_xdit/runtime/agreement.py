@@ -19,6 +19,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from otil_xdit.comm.failure_detector import FailureDetector
+from otil_xdit.exchange.protocol import Communicator
+
 Facts = dict[str, str]
 """What is compared, by name. A rank that lacks one is not compared by it."""
 
@@ -34,11 +37,57 @@ _OWN_MATTER = ("output_type", "return_dict", "callback")
 RANDOM_STATE = "the random state (no generator is given)"
 """A fact of calls that draw from torch's own generator."""
 
+_REFUSAL = "a refusal"
+"""The fact, of a rank that has one, by which the others know why it will not go on."""
+
 _PACKAGES = ("otil-xdit", "xfuser", "torch", "diffusers")
 
 
+def check_agreement(detector: FailureDetector | None, facts: Facts, refusal: ValueError | None) -> None:
+    """Wait for all ranks to begin a generation, and compare their facts.
+
+    Args:
+        detector: the session's; None for a single rank.
+        facts: this rank's.
+        refusal: why this rank cannot serve the call; None where it can.
+
+    Raises:
+        ValueError: on every rank, where one of them refuses, or what must be equal is not.
+        ExchangeTimeout: when another rank fails or does not answer.
+    """
+    if detector is None:
+        if refusal is not None:
+            raise refusal
+        return
+    by_rank = detector.exchange_facts(facts if refusal is None else {**facts, _REFUSAL: str(refusal)})
+    if refusal is not None:
+        raise refusal
+    # What a rank refuses is often what is different there: the better message of the two.
+    refused = [f"rank {rank} refuses: {found[_REFUSAL]}" for rank, found in by_rank.items() if _REFUSAL in found]
+    if refused:
+        raise ValueError(f"rank {detector.rank}: {'; '.join(refused)}")
+    found = differences(by_rank)
+    if found:
+        raise ValueError(f"rank {detector.rank}: the ranks do not agree: {found}")
+
+
+def share_random_state(communicator: Communicator, device: torch.device) -> None:
+    """Let every rank draw as the first one does where a call gives no generator: one image, one noise.
+
+    Args:
+        device: the networks'; its random state is shared too.
+    """
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    first = [communicator.collect(state.to(device), "random-state")[0].cpu() for state in states]
+    torch.set_rng_state(first[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(first[1], device)
+
+
 def differences(by_rank: Mapping[int, Facts]) -> str:
-    """What is not equal on all ranks, in a line; empty where everything is."""
+    """Return what is not equal on all ranks, in a line; empty where everything is."""
     known = set().union(*by_rank.values())
     found = []
     for name in sorted(known):
@@ -58,12 +107,12 @@ def differences(by_rank: Mapping[int, Facts]) -> str:
 
 @cache
 def versions() -> Facts:
-    """Of the packages that compute."""
+    """Return the versions of the packages that compute."""
     return {f"the version of {name}": _version(name) for name in _PACKAGES}
 
 
 def facts_of_settings(name: str, config: Any) -> Facts:
-    """A strategy and its settings; the timeout is every rank's own matter."""
+    """Return a strategy and its settings as facts; the timeout is every rank's own matter."""
     if not is_dataclass(config):
         return {"the strategy": name, "its settings": _short(repr(config))}
     settings = {one.name: getattr(config, one.name) for one in fields(config) if one.name != "timeout"}
@@ -71,7 +120,12 @@ def facts_of_settings(name: str, config: Any) -> Facts:
 
 
 def facts_of_call(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Facts:
-    """The arguments of a pipeline's call, `self` among `args`; nothing where they do not fit: the call will say so."""
+    """Return the arguments of a pipeline's call as facts; none where they do not fit: the call will say so.
+
+    Args:
+        signature: of the pipeline's ``__call__``.
+        args, kwargs: what it is called with, `self` among `args`.
+    """
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError:
@@ -91,7 +145,7 @@ class NetworkFacts:
         self._known: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
 
     def of(self, pipe: Any, networks: Mapping[str, nn.Module]) -> Facts:
-        """Facts of a pipeline's denoising networks, text encoders and scheduler."""
+        """Return facts of a pipeline's denoising networks, text encoders and scheduler."""
         facts = {"the pipeline": type(pipe).__name__}
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is not None:
@@ -110,7 +164,7 @@ class NetworkFacts:
 
 
 def described(value: Any) -> str | None:
-    """A short text, equal for equal values; None for what has no such thing (functions, objects)."""
+    """Return a short text, equal for equal values; None for what has no such thing (functions, objects)."""
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return _short(repr(value))
     if isinstance(value, torch.Tensor):
@@ -165,12 +219,12 @@ class _Weights:
 
 
 def _written(tensor: torch.Tensor) -> int:
-    """How often a tensor has been written to, as far as torch counts."""
+    """Return how often a tensor has been written to, as far as torch counts."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def lora_facts(name: str, network: nn.Module) -> Facts:
-    """Adapters of PEFT: their names, scales, whether they are merged, and a sum of some weights."""
+    """Return facts of PEFT's adapters: their names, scales, whether they are merged, and a sum of some weights."""
     if not getattr(network, "peft_config", None):
         return {f"LoRA of the {name}": "none"}
     layers: list[Any] = [
@@ -188,7 +242,7 @@ def lora_facts(name: str, network: nn.Module) -> Facts:
 
 
 def _config(whose: str, thing: Any) -> Facts:
-    """Settings of a diffusers object; names that begin with "_" tell where it came from."""
+    """Return the settings of a diffusers object as facts; names that begin with "_" tell where it came from."""
     config = getattr(thing, "config", None)
     if not isinstance(config, Mapping):
         return {}
@@ -197,7 +251,7 @@ def _config(whose: str, thing: Any) -> Facts:
 
 
 def _flattened(signature: Signature, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Arguments by name, those in ``*args`` by number; without `self`."""
+    """Yield arguments by name, those in ``*args`` by number; without `self`."""
     for place, (name, value) in enumerate(arguments.items()):
         kind = signature.parameters[name].kind
         if kind is Parameter.VAR_KEYWORD:
@@ -209,7 +263,7 @@ def _flattened(signature: Signature, arguments: Mapping[str, Any]) -> Iterator[t
 
 
 def _sum(tensor: torch.Tensor, start: int = 0) -> int:
-    """CRC-32 of a tensor's bytes."""
+    """Return the CRC-32 of a tensor's bytes."""
     if tensor.device.type == "meta" or tensor.layout is not torch.strided:
         return start
     flat = tensor.detach().contiguous().cpu().view(-1)
@@ -227,7 +281,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed as a package"
-
-
-REFUSAL = "a refusal"
-"""The fact, of a rank that has one, by which the others know why it will not go on."""

@@ -1,10 +1,23 @@
-"""The denoising networks of a pipeline."""
+"""`NetworkHooks`: the denoising networks of a session's pipelines, hooked from their first generation on."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from otil_xdit.comm.groups import PatchGroup, UnetGroups
+from otil_xdit.exchange.protocol import Communicator
+from otil_xdit.hybridiff.controller import CfgController
+from otil_xdit.networks.compatibility import ModuleInspector, check_no_gradients
+from otil_xdit.networks.dit.architectures import check_architecture, read_call, token_layout
+from otil_xdit.networks.dit.layer_names import LayerNames
+from otil_xdit.networks.unet.model import Attend, PatchedUNet, SessionProtocol, is_unet
 
 T = TypeVar("T")
 
@@ -12,13 +25,127 @@ NETWORKS = ("transformer", "transformer_2", "unet")
 """Attributes of a pipeline that may hold a denoising network."""
 
 
-def _networks_of(pipe: Any) -> dict[str, nn.Module]:
-    """A pipeline's denoising networks by attribute."""
+def networks_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return a pipeline's denoising networks by attribute."""
     networks = {name: net for name in NETWORKS if isinstance(net := getattr(pipe, name, None), nn.Module)}
     # torch.compile(network) is a module round the network, whose layers are the ones that count.
     return {name: getattr(net, "_orig_mod", net) for name, net in networks.items()}
 
 
-def _taken_out(found: dict[int, T], kept: set[int]) -> list[T]:
-    """Take all entries but those of `kept` out of `found`."""
+class HookedSession(SessionProtocol, Protocol):
+    """What the hooks need of a session; `otil_xdit.runtime.session.PatchSession` documents each."""
+
+    communicator: Communicator
+    cfg_controller: CfgController
+    group: PatchGroup
+
+
+class NetworkHooks:
+    """The hooks of one session.
+
+    A DiT gets forward hooks, and a name for each of its attention calls; a U-Net gets patched layers.
+
+    Args:
+        session: whose networks they are.
+        unets: who shares a U-Net, and the attention across them; None where no pipeline may hold one.
+    """
+
+    def __init__(self, session: HookedSession, unets: tuple[UnetGroups, Attend] | None) -> None:
+        self._session, self._unets = session, unets
+        self._names = LayerNames()
+        self._inspectors: dict[int, ModuleInspector] = {}
+        self._handles: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
+        self._patched: dict[int, PatchedUNet] = {}
+
+    def inspect_wrapped(self, pipe: Any) -> None:
+        """Record xDiT's networks as they are: they have the processors that xDiT gave them, and no changes yet."""
+        for name, network in networks_of(pipe).items():
+            if type(network).__module__.startswith("xfuser."):
+                self._inspector_of(name, network)
+
+    def prepare(self, networks: Mapping[str, nn.Module], pipes: Iterable[Any]) -> None:
+        """Check the networks, and hook those that are not hooked yet: a pipeline may have been given a new one.
+
+        Args:
+            networks: of the pipeline that is called, by attribute.
+            pipes: all pipelines of the session; networks that are in none of them are let go.
+
+        Raises:
+            ValueError: for a network that patches cannot serve.
+        """
+        self.keep_only({id(network) for pipe in pipes for network in networks_of(pipe).values()})
+        for name, network in networks.items():
+            self._inspector_of(name, network).check()
+            if is_unet(network):
+                self._patched_unet(network).prepare()
+            elif id(network) not in self._handles:
+                check_architecture(name, network)
+                self._session.communicator.observe(None, token_layout(network))
+                before = network.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+                after = network.register_forward_hook(self._after_forward)
+                self._handles[id(network)] = (network, [before, after, *self._names.watch(name, network)])
+
+    @contextmanager
+    def naming(self, networks: Iterable[nn.Module]) -> Iterator[None]:
+        """Name attention calls anew for a generation, and follow the names that diffusers gives its passes."""
+        self._names.begin()
+        with ExitStack() as stack:
+            for network in networks:
+                stack.enter_context(self._names.follow_contexts(network))
+            yield
+
+    def current_layer(self) -> str:
+        """Return the name of the attention call under way.
+
+        Raises:
+            ValueError: when no known attention module is under way.
+        """
+        return self._names.current(self._session.communicator.clock.step)
+
+    @property
+    def unet_device(self) -> torch.device | None:
+        """Return the device of the patched U-Nets; None where there is none."""
+        return next((patched.network.device for patched in self._patched.values()), None)
+
+    def keep_only(self, kept: set[int]) -> None:
+        """Give all networks but those whose `id` is in `kept` back as they were."""
+        for _, handles in _take_out(self._handles, kept):
+            for handle in handles:
+                handle.remove()
+        self._session.cfg_controller.keep_only(kept)
+        for patched in _take_out(self._patched, kept):
+            patched.release()
+        _take_out(self._inspectors, kept)
+
+    def _inspector_of(self, name: str, network: nn.Module) -> ModuleInspector:
+        if id(network) not in self._inspectors:
+            self._inspectors[id(network)] = ModuleInspector(name, network, patched=is_unet(network))
+        return self._inspectors[id(network)]
+
+    def _patched_unet(self, unet: nn.Module) -> PatchedUNet:
+        found = self._patched.get(id(unet))
+        if found is None:
+            if self._unets is None:
+                raise ValueError("this session was not made for a pipeline with a U-Net")
+            found = self._patched[id(unet)] = PatchedUNet(self._session, unet, *self._unets)
+        return found
+
+    def _before_forward(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the communicator what a DiT's sequence is made of."""
+        session = self._session
+        if session.is_active:
+            check_no_gradients(network, *args, *kwargs.values())
+            chunks = session.group.ulysses_degree
+            session.communicator.observe(*read_call(network, args, kwargs, chunks, chunks * session.group.world_size))
+
+    def _after_forward(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Show a DiT's prediction to the controller of the two passes."""
+        if self._session.is_active:
+            found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
+            if found is not None:
+                self._session.cfg_controller.record_own(found)
+
+
+def _take_out(found: dict[int, T], kept: set[int]) -> list[T]:
+    """Remove and return all entries but those of `kept`."""
     return [found.pop(key) for key in [*found] if key not in kept]

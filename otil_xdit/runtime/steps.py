@@ -22,21 +22,25 @@ from otil_xdit.networks.class_swap import restore_class, subclass_of, swap_class
 @dataclass(frozen=True)
 class _Listener:
     clock: Clock
-    settle: Callable[[Any], None]
+    before_step: Callable[[Any], None]
     planned: Callable[[], int | None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Listener:
-        return _Listener(Clock(), _hears_nothing, _knows_nothing)
+        return _Listener(Clock(), _ignore_sample, _plan_nothing)
 
 
-def _hears_nothing(sample: Any) -> None: ...
+def _ignore_sample(sample: Any) -> None: ...
 
 
-def _knows_nothing() -> None: ...
+def _plan_nothing() -> None: ...
 
 
 def check_scheduler_step(scheduler: Any) -> None:
-    """Raises `ValueError` for a scheduler whose steps cannot be counted."""
+    """Check that a scheduler's steps can be counted.
+
+    Raises:
+        ValueError: for one whose `step` has been replaced.
+    """
     if scheduler is not None and "step" in vars(scheduler):
         raise ValueError(
             f"--parallel does not support a {type(scheduler).__name__} whose step has been replaced: nobody would "
@@ -48,22 +52,22 @@ def check_scheduler_step(scheduler: Any) -> None:
 def track_steps(
     scheduler: Any,
     clock: Clock,
-    settle: Callable[[Any], None] = _hears_nothing,
-    planned: Callable[[], int | None] = _knows_nothing,
+    before_step: Callable[[Any], None] = _ignore_sample,
+    planned: Callable[[], int | None] = _plan_nothing,
 ) -> Iterator[None]:
     """Let every `scheduler.step` tick `clock`.
 
     Args:
         scheduler: a pipeline's, or None.
         clock: learns the number of steps in the first one.
-        settle: called before a step with the latent that is stepped.
+        before_step: called before a step with the latent that is stepped.
         planned: how many steps the pipeline says that it will do; None where it does not.
     """
     if scheduler is None:
         yield
         return
     swap_class(scheduler, _ticked)
-    vars(scheduler)["_otil_listener"] = _Listener(clock, settle, planned)
+    vars(scheduler)["_otil_listener"] = _Listener(clock, before_step, planned)
     try:
         yield
     finally:
@@ -72,13 +76,19 @@ def track_steps(
 
 
 def arguments_of(call: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, however they are given; none where they do not fit: the call will say so."""
+    """Return the arguments of a call by name; none where they do not fit: the call will say so."""
     try:
         bound = call.bind(*args, **kwargs)
     except TypeError:
         return {}
     bound.apply_defaults()
     return {**bound.arguments, **bound.arguments.get("kwargs", {})}
+
+
+def planned_steps(pipe: Any) -> int | None:
+    """Return how many steps a pipeline whose call is under way says it will do; None where it does not say."""
+    planned = vars(pipe).get("_num_timesteps")
+    return planned if isinstance(planned, int) else None
 
 
 @cache
@@ -88,7 +98,7 @@ def _ticked(kind: Any) -> type:
     @wraps(kind.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         listener: _Listener = self._otil_listener
-        listener.settle(arguments_of(call, (self, *args), kwargs).get("sample"))
+        listener.before_step(arguments_of(call, (self, *args), kwargs).get("sample"))
         out = kind.step(self, *args, **kwargs)
         if listener.clock.step == 0:
             first = kwargs.get("timestep", args[1] if len(args) > 1 else None)
@@ -100,11 +110,15 @@ def _ticked(kind: Any) -> type:
 
 
 def _steps_of(scheduler: Any, first: Any, planned: int | None) -> int | None:
-    """The number of `step` calls of a generation whose first one is for the timestep `first`; None if it is not known.
+    """Return the number of `step` calls of a generation; None if it is not known.
 
     Image-to-image begins in the middle of the scheduler's timesteps; where a scheduler of second order has one twice,
     with the second, as diffusers does. A pipeline that ends early (SDXL's `denoising_end`) does fewer, and says how
     many before it begins. Reads the timesteps from the device, once a generation.
+
+    Args:
+        first: the timestep of the first call.
+        planned: see `track_steps`.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, torch.Tensor) or first is None:

@@ -24,6 +24,7 @@ from otil_xdit import OtilConfig, get_strategy  # noqa: E402
 from otil_xdit.catalog.bundled import model_folder  # noqa: E402
 from otil_xdit.catalog.folders import load_pipe  # noqa: E402
 from otil_xdit.hybridiff.tracing import CPU_ATTENTION  # noqa: E402
+from otil_xdit.runtime.network_hooks import networks_of  # noqa: E402
 from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 from tests.support.in_rank import leave_groups  # noqa: E402
 
@@ -90,8 +91,9 @@ def run(pipe: Any) -> dict[str, Any]:
         made = latents(pipe)
     session = session_of(pipe)
     report = session.report().to_dict()
-    stages = [stages for _, stages in session.cfg_controller._stages.values()]
-    cut = stages[0].cut if stages else None
+    (network,) = networks_of(pipe).values()
+    stages = session.cfg_controller.stages_of(network)
+    cut = None if stages is None else stages.cut
     session.detach()
     return {
         "latents": made,

@@ -19,17 +19,6 @@ def architecture_of(network: nn.Module) -> Architecture:
     return next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), UNKNOWN)
 
 
-def check_stages(network: nn.Module) -> None:
-    """Raises `ValueError` for a DiT that has not been compared in two stages."""
-    if not architecture_of(network).stages:
-        kind = getattr(network, "module_type", type(network)).__name__
-        known = ", ".join(name for name, architecture in ARCHITECTURES.items() if architecture.stages)
-        raise ValueError(
-            f"--parallel hybridiff has not been compared with one process for {kind}; it has for U-Nets and {known}. "
-            "Choose another strategy, with --use_cfg_parallel where the model has it"
-        )
-
-
 def check_architecture(name: str, network: nn.Module) -> None:
     """Raises `ValueError` for a network that patches would make compute something else."""
     reason = architecture_of(network).refused

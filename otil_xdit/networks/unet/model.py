@@ -42,9 +42,9 @@ class PassProtocol(Protocol):
     """Which of guidance's two passes this rank computes; `otil_xdit.hybridiff.controller.CfgController` documents
     each method."""
 
-    def is_staged(self, network: Any) -> bool: ...
+    def begin_call(self, network: Any) -> bool: ...
     def call(self, network: Any, call: Callable[[Any], Any], inputs: Any) -> Any: ...
-    def predicted(self, whole: torch.Tensor) -> torch.Tensor: ...
+    def record_prediction(self, prediction: torch.Tensor) -> torch.Tensor: ...
 
 
 class SessionProtocol(Protocol):
@@ -214,7 +214,7 @@ class PatchedUNet:
         return_dict = kwargs.pop("return_dict", True)
         communicator, cfg_controller = self.session.communicator, self.session.cfg_controller
         # In two stages both segments are of the pass with the prompt, which the last CFG group computes.
-        is_staged = cfg_controller.is_staged(self.network)
+        is_staged = cfg_controller.begin_call(self.network)
         cfg_rank = self.groups.cfg_degree - 1 if is_staged else self.groups.cfg_rank
         sharding = UNetSharding.of(sample, self._levels.count, self.groups, cfg_rank)
         self._count_call()
@@ -229,7 +229,7 @@ class PatchedUNet:
         finally:
             self._sharding, self._prefetched, self.running = None, None, False
         whole = sharding.join(communicator.collect(sharding.padded(part)), part)
-        whole = cfg_controller.predicted(whole)
+        whole = cfg_controller.record_prediction(whole)
         return UNet2DConditionOutput(sample=whole) if return_dict else (whole,)
 
     def _count_call(self) -> None:

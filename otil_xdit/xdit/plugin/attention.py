@@ -40,7 +40,7 @@ def hook_guidance() -> None:
         session = PatchSession.active()
         if session is None or self.world_size == 1 or self is not parallel_state.get_cfg_group():
             return gathered
-        return session.gathered(gathered, dim, input_)
+        return session.record_gathered(gathered, dim, input_)
 
     GroupCoordinator.all_gather = gather
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from otil_xdit.catalog.pipelines import check_unet_pipeline
+from otil_xdit.hybridiff.staged_networks import check_stages
 from otil_xdit.networks.compatibility import check_processors
-from otil_xdit.networks.dit.architectures import check_stages
 from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.runtime.strategies import SYNC
