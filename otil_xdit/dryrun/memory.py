@@ -45,7 +45,9 @@ class Memory:
 def memory_of(layers: Sequence[Layer], ranks: int, batch: int, dtype: torch.dtype, config: OtilConfig) -> Memory:
     """What one rank keeps for these layers, in the order of their calls, once every kind of step has been made."""
     # A step that does not wait takes the most: all layers of a message at once. Nobody predicts anything here.
-    steady = config.replace(warmup_steps=min(2, config.warmup_steps), fresh_share=0.0, window=NONE, stages=1)
+    steady = config.replace(
+        warmup_steps=min(2, config.warmup_steps), fresh_share=0.0, window=NONE, requires_cfg_parallel=False
+    )
     nobody: Any = None
     run = OtilCommunicator(steady, PatchGroup(nobody, 0, ranks), partial(RecordedCollectives, log=Log()))
     run.begin()

@@ -278,7 +278,7 @@ def _steady(config: OtilConfig, mode: str) -> OtilConfig:
     The second warm-up step is the first that needs room for a velocity. There is no window, as nothing is predicted.
     """
     warmup = min(config.warmup_steps, 2)
-    config = config.replace(window=NONE, stages=1)
+    config = config.replace(window=NONE, requires_cfg_parallel=False)
     if mode == WARMUP or config.freshness == "sync":
         return config.replace(warmup_steps=warmup)
     if mode == "sync":
