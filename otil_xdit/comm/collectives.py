@@ -1,6 +1,6 @@
-"""The communicator between patches: the only module of the package that touches collectives.
+"""The only module of the package that touches collectives.
 
-Every collective is asynchronous, has a timeout that names rank, layer and step, and is counted where it is sent:
+Every collective is asynchronous, has a timeout whose error names rank, layer and step, and is counted where it is sent:
 from the tensor that is handed to it.
 """
 
@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,45 +21,92 @@ from otil_xdit.errors import ExchangeTimeout
 
 T = TypeVar("T")
 
-Neighbours = tuple[torch.Tensor, torch.Tensor]
-"""What the rank before and the rank after this one send."""
+Phase = Literal["warmup", "steady"]
+"""Whether a message belongs to a warm-up step or to one after it."""
 
-Shares = Mapping[str, int]
+CounterKey = str
+"""What bytes, messages and waits are counted by: the kind of message, those of warm-up steps apart ("kv-warmup")."""
+
+Neighbours = tuple[torch.Tensor, torch.Tensor]
+"""Tensors from the rank before this one and from the rank after it."""
+
+Shares = Mapping[CounterKey, int]
 """The bytes of one message by the counters that they go to; the message itself counts where most of its bytes do."""
 
 Transfer = tuple[Callable[..., Any], torch.Tensor, int]
-"""`dist.isend` or `dist.irecv`, what is sent or filled, and the other rank's place in the group."""
+"""`dist.isend` or `dist.irecv`, the tensor to send or fill, and the other rank's place in the group."""
 
 
 # torch 2.13 renamed the collective and warns under the old name; older versions know only that.
 _all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
-@dataclass
-class Traffic:
-    """What one rank handed to collectives and how long it waited for them, by kind of message.
+@dataclass(frozen=True)
+class CollectiveLabel:
+    """A collective's counter, and its place in error messages.
 
-    `sent` holds bytes of this rank's payloads; an all-gather delivers each of them to world_size - 1 receivers.
+    Attributes:
+        kind: of message: "kv", "halo", "moments", "output" or another word.
+        layer: the layer or layers, or what else is sent, as a phrase: "layer a", "the halo of layer a", "the output".
+        step: the denoising step, counted from 0; None outside a generation.
+        phase: of the step.
+        company: what travels in the same message, as the end of the phrase.
     """
 
-    sent: Counter[str] = field(default_factory=Counter)
-    messages: Counter[str] = field(default_factory=Counter)
-    waited: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    kind: str
+    layer: str
+    step: int | None
+    phase: Phase = "steady"
+    company: str = ""
+
+    @property
+    def counter(self) -> CounterKey:
+        return f"{self.kind}-warmup" if self.phase == "warmup" else self.kind
+
+    def __str__(self) -> str:
+        return f"{self.layer}{'' if self.step is None else f' at step {self.step}'}{self.company}"
+
+
+@dataclass
+class Traffic:
+    """What one rank handed to collectives and how long it waited for them.
+
+    Attributes:
+        sent: bytes of this rank's payloads; an all-gather delivers each of them to world_size - 1 receivers.
+        messages: their number.
+        waited: seconds.
+    """
+
+    sent: Counter[CounterKey] = field(default_factory=Counter)
+    messages: Counter[CounterKey] = field(default_factory=Counter)
+    waited: defaultdict[CounterKey, float] = field(default_factory=lambda: defaultdict(float))
+
+    def count(self, shares: Shares) -> None:
+        """Count one message."""
+        for counter, nbytes in shares.items():
+            self.sent[counter] += nbytes
+        self.messages[max(shares, key=lambda counter: shares[counter])] += 1
 
     def clear(self) -> None:
-        for counter in (self.sent, self.messages, self.waited):
-            counter.clear()
+        for counts in (self.sent, self.messages, self.waited):
+            counts.clear()
 
 
 class Pending(Generic[T]):
-    """Messages under way; `wait` gives what they bring."""
+    """Messages under way.
 
-    def __init__(self, collectives: Collectives, works: list[dist.Work], output: T, kind: str, where: str) -> None:
-        self._collectives, self._works, self._output = collectives, works, output
-        self._kind, self._where = kind, where
+    Args:
+        collectives: what sent them.
+        works: to be waited for.
+        output: what they fill.
+        label: the counter of the waiting time, and the place in error messages.
+    """
+
+    def __init__(self, collectives: Collectives, works: list[dist.Work], output: T, label: CollectiveLabel) -> None:
+        self._collectives, self._works, self._output, self._label = collectives, works, output, label
 
     def wait(self) -> T:
-        """What was received; on CUDA the current stream waits, on the CPU this thread does.
+        """Return the received tensors; on CUDA the current stream waits, on the CPU this thread does.
 
         Raises:
             ExchangeTimeout: naming the rank, the layer and the step.
@@ -72,20 +119,23 @@ class Pending(Generic[T]):
             for work in self._works:
                 collectives.wait_for(work)
         except RuntimeError as error:
-            raise collectives.timed_out(self._where, error) from error
+            raise collectives.timed_out(self._label, error) from error
         if detector is not None:
             detector.waiting = False
-        collectives.traffic.waited[self._kind] += time.perf_counter() - started
+        collectives.traffic.waited[self._label.counter] += time.perf_counter() - started
         return self._output
 
 
 class Collectives:
     """Collectives over one group of ranks, with counters and timeouts.
 
+    Every rank of the group must make the same calls in the same order, so no caller may skip one on a condition that
+    differs between ranks.
+
     Args:
         group: the ranks.
         timeout: seconds that one wait may take.
-        traffic: counters to share with another exchange; None for its own.
+        traffic: counters to share with other collectives; None for their own.
     """
 
     def __init__(self, group: PatchGroup, timeout: float, traffic: Traffic | None = None) -> None:
@@ -94,26 +144,18 @@ class Collectives:
         self._timeout = timeout
         self._host_waits = self._waits_on_host()
 
-    def all_gather(self, payload: torch.Tensor, output: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
+    def all_gather(self, payload: torch.Tensor, output: torch.Tensor, label: CollectiveLabel) -> Pending[torch.Tensor]:
         """Start sending `payload` to every rank of the group.
 
         Args:
             payload: contiguous, same shape and dtype on every rank; must stay unchanged until the wait.
             output: [N, *payload.shape], contiguous; filled by the wait.
-            kind: the counter that the bytes go to.
-            where: "layer ... at step ..." for error messages.
-
-        Every rank of the group must reach this call in the same order, so no caller may skip it on a condition that
-        differs between ranks.
+            label: the counter, and the place in error messages.
         """
-        assert payload.is_contiguous() and output.is_contiguous(), f"{where}: collectives need contiguous tensors"
-        self._count({kind: payload.nbytes})
-        self._tell(where)
-        try:
-            works = self._start_gather(payload.view(-1), output.view(-1))
-        except RuntimeError as error:
-            raise self.timed_out(where, error) from error
-        return Pending(self, works, output, kind, where)
+        assert payload.is_contiguous() and output.is_contiguous(), f"{label}: collectives need contiguous tensors"
+        self.traffic.count({label.counter: payload.nbytes})
+        works = self._start(label, lambda: self._start_gather(payload.view(-1), output.view(-1)))
+        return Pending(self, works, output, label)
 
     def neighbours(
         self,
@@ -121,62 +163,60 @@ class Collectives:
         to_next: torch.Tensor,
         output: Neighbours,
         shares: tuple[Shares, Shares],
-        where: str,
+        label: CollectiveLabel,
     ) -> Pending[Neighbours]:
         """Start sending to the ranks before and after this one in the group; the ends have one neighbour.
 
         Args:
-            to_previous, to_next: contiguous; unchanged until the wait. Empty ones are not sent; whoever sends an empty
-                one must be expected to: the sizes follow from the layer, alike on every rank.
-            output: what the two send, filled by the wait.
-            shares: of the bytes of the two messages.
-            where: as in `all_gather`.
+            to_previous, to_next: contiguous; unchanged until the wait. Empty ones are not sent. The receiver must
+                expect that: the sizes follow from the layer, alike on every rank.
+            output: filled with what the two send by the wait.
+            shares: the counters of the two messages' bytes.
+            label: the place in error messages.
         """
         rank, ranks = self.group.rank, self.group.world_size
         sends: list[Transfer] = []
         receives: list[Transfer] = []
         sides = ((rank - 1, to_previous, output[0]), (rank + 1, to_next, output[1]))
-        for (peer, sent, received), bytes_of in zip(sides, shares, strict=True):
+        for (peer, sent, received), counted in zip(sides, shares, strict=True):
             if not 0 <= peer < ranks:
                 continue
             if sent.numel():
-                assert sum(bytes_of.values()) == sent.nbytes, f"{where}: every byte that is sent is counted"
+                assert sum(counted.values()) == sent.nbytes, f"{label}: every byte that is sent is counted"
                 sends.append((dist.isend, sent, peer))
-                self._count(bytes_of)
+                self.traffic.count(counted)
             if received.numel():
                 receives.append((dist.irecv, received, peer))
-        self._tell(where)
-        try:
-            works = self._start_transfers(receives, sends)
-        except RuntimeError as error:
-            raise self.timed_out(where, error) from error
-        return Pending(self, works, output, _most(shares[0]) or _most(shares[1]), where)
+        works = self._start(label, lambda: self._start_transfers(receives, sends))
+        return Pending(self, works, output, label)
 
-    def send(self, payload: torch.Tensor, peer: int, kind: str, where: str) -> Pending[torch.Tensor]:
+    def send(self, payload: torch.Tensor, peer: int, label: CollectiveLabel) -> Pending[torch.Tensor]:
         """Start sending `payload`, contiguous and unchanged until the wait, to one rank of the group, which `receive`s.
 
         Args:
-            peer: its place in the group.
-            kind, where: as in `all_gather`.
+            payload: of any shape and dtype.
+            peer: the receiver's place in the group.
+            label: the counter, and the place in error messages.
         """
-        self._count({kind: payload.nbytes})
-        return self._one_way([], [(dist.isend, payload, peer)], payload, kind, where)
+        self.traffic.count({label.counter: payload.nbytes})
+        works = self._start(label, lambda: self._start_transfers([], [(dist.isend, payload, peer)]))
+        return Pending(self, works, payload, label)
 
-    def receive(self, output: torch.Tensor, peer: int, kind: str, where: str) -> Pending[torch.Tensor]:
+    def receive(self, output: torch.Tensor, peer: int, label: CollectiveLabel) -> Pending[torch.Tensor]:
         """Start receiving what the rank `peer` of the group `send`s: of the shape and dtype of `output`, contiguous."""
-        return self._one_way([(dist.irecv, output, peer)], [], output, kind, where)
+        works = self._start(label, lambda: self._start_transfers([(dist.irecv, output, peer)], []))
+        return Pending(self, works, output, label)
 
-    def _one_way(
-        self, receives: list[Transfer], sends: list[Transfer], tensor: torch.Tensor, kind: str, where: str
-    ) -> Pending[torch.Tensor]:
-        self._tell(where)
+    def _start(self, label: CollectiveLabel, start: Callable[[], list[dist.Work]]) -> list[dist.Work]:
+        """Tell the failure detector, and start; an error has the label."""
+        if self.group.detector is not None:
+            self.group.detector.on_collective(str(label))
         try:
-            works = self._start_transfers(receives, sends)
+            return start()
         except RuntimeError as error:
-            raise self.timed_out(where, error) from error
-        return Pending(self, works, tensor, kind, where)
+            raise self.timed_out(label, error) from error
 
-    # What reaches the process group; the planner (otil_xdit.dryrun.recorder) has others here.
+    # What reaches the process group; the dry run (otil_xdit.dryrun.recorder) has others here.
 
     def _waits_on_host(self) -> bool:
         # gloo waits on the host and takes a deadline per wait. NCCL's wait only queues a dependency on the stream;
@@ -206,23 +246,14 @@ class Collectives:
         )
 
     def wait_for(self, work: dist.Work) -> None:
+        """Wait for one of a message's works, with the deadline where the backend takes one."""
         if self._host_waits:
             work.wait(timedelta(seconds=self._timeout))
         else:
             work.wait()
 
-    def _count(self, shares: Shares) -> None:
-        """Count one message."""
-        for kind, size in shares.items():
-            self.traffic.sent[kind] += size
-        self.traffic.messages[_most(shares)] += 1
-
-    def _tell(self, where: str) -> None:
-        if self.group.detector is not None:
-            self.group.detector.on_collective(where)
-
-    def timed_out(self, where: str, error: BaseException) -> ExchangeTimeout:
-        """What to raise for a collective's own error: with rank, layer and step, and who is to blame."""
+    def timed_out(self, label: CollectiveLabel, error: BaseException) -> ExchangeTimeout:
+        """Return what to raise for a collective's own error: it names rank, layer, step and who is to blame."""
         detector = self.group.detector
         reason = reason_of(error)
         if detector is None:
@@ -230,10 +261,5 @@ class Collectives:
         else:
             me, blamed = f"rank {detector.rank} of {dist.get_world_size()}", f"({reason}); {detector.diagnose()}"
         return ExchangeTimeout(
-            f"{me}: no answer from the other patches for {where} within {self._timeout:g} s {blamed}"
+            f"{me}: no answer from the other patches for {label} within {self._timeout:g} s {blamed}"
         )
-
-
-def _most(shares: Shares) -> str:
-    """The counter of most bytes."""
-    return max(shares, key=lambda kind: shares[kind], default="")

@@ -59,11 +59,11 @@ def memory_of(layers: Sequence[Layer], ranks: int, batch: int, dtype: torch.dtyp
         run.clock.tick()
     run.end()
     largest, kept = 0, Counter[str]()
-    for stack in run.stacks:
-        count = len(stack.names)
-        largest = max(largest, stack.nbytes // count)
-        values_of, *velocities = (count * tensor.nbytes for tensor in stack.shared_state(0))
+    for group in run.kv.groups:
+        count = len(group.names)
+        largest = max(largest, group.nbytes // count)
+        values_of, *velocities = (count * tensor.nbytes for tensor in group.shared_state(0))
         kept["values"] += values_of
         kept["velocities"] += sum(velocities)
-        kept["buffers"] += stack.nbytes - values_of - sum(velocities)
+        kept["buffers"] += group.nbytes - values_of - sum(velocities)
     return Memory(largest, kept["values"], kept["velocities"], kept["buffers"], run.scratch_sizes)

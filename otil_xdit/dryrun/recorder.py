@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
-from otil_xdit.comm.collectives import Collectives, Neighbours, Pending, Traffic, Transfer
+from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Neighbours, Pending, Traffic, Transfer
 from otil_xdit.comm.groups import PatchGroup
 
 if TYPE_CHECKING:
@@ -75,17 +75,17 @@ class RecordedCollectives(Collectives):
         self._log = log
         self._kind = ""
 
-    def all_gather(self, payload: torch.Tensor, output: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
-        self._kind = kind
-        return super().all_gather(payload, output, kind, where)
+    def all_gather(self, payload: torch.Tensor, output: torch.Tensor, label: CollectiveLabel) -> Pending[torch.Tensor]:
+        self._kind = label.counter
+        return super().all_gather(payload, output, label)
 
     def neighbours(self, *args: Any, **kwargs: Any) -> Pending[Neighbours]:
         self._kind = "halo"  # whatever travels with the rows; the counters know it better
         return super().neighbours(*args, **kwargs)
 
-    def send(self, payload: torch.Tensor, peer: int, kind: str, where: str) -> Pending[torch.Tensor]:
-        self._kind = kind
-        return super().send(payload, peer, kind, where)
+    def send(self, payload: torch.Tensor, peer: int, label: CollectiveLabel) -> Pending[torch.Tensor]:
+        self._kind = label.counter
+        return super().send(payload, peer, label)
 
     def _waits_on_host(self) -> bool:
         return True

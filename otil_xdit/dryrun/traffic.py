@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from otil_xdit.comm.collectives import CollectiveLabel
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.dryrun.recorder import FOREIGN, Log, Message, RecordedCollectives
 from otil_xdit.dryrun.requests import Job, ParallelDegrees, Pass, asks_of, replay
@@ -205,7 +206,7 @@ class Traffic:
                 traffic.clear()
                 replay(made.asks, run, log)
                 if made is last and mode == STAGED and self._half == 0:
-                    replica.send(self._segments.boundary.memory, 1, "stages", "the boundary")
+                    replica.send(self._segments.boundary.memory, 1, CollectiveLabel("stages", "the boundary", None))
                 messages = (*log.messages[first:], *made.others)
                 steps.append((Counter(traffic.sent), Counter(traffic.messages), messages))
                 run.clock.tick()

@@ -20,7 +20,7 @@ Direction = Literal["previous", "next", "everybody"]
 
 
 Sizes = Counter[tuple[Literal["out", "in"], Direction, Literal["message", "values"]]]
-"""Bytes of the buffers of a parcel: of what is sent and received, and of what is coded in it."""
+"""Bytes of the buffers of a bucket: of what is sent and received, and of what is coded in it."""
 
 
 _DIRECTIONS: tuple[Direction, ...] = ("previous", "next", "everybody")
@@ -43,7 +43,7 @@ _MOST_VIEWS = 1024
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What one layer sends on a lane at a displaced step, and what each rank there sends it for the same call.
+    """What one layer sends in a direction at a displaced step, and what each rank there sends it for the same call.
 
     Sizes may differ and be 0, but what one rank sends is what the other expects: `sent` of the rank before on ``next``
     is `received` of this one on ``previous``.
@@ -61,10 +61,10 @@ class TensorSpec:
 
 
 class MessageBuffer:
-    """What goes, or comes, on one lane: tensors as they are, and behind them the codes of all others.
+    """What goes to, or comes from, one direction: tensors as they are, and behind them the codes of all others.
 
     Args:
-        ranks: P.
+        ranks: P, the ranks in that direction.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -124,7 +124,7 @@ class MessageBuffer:
 
     @property
     def _vectors(self) -> int:
-        """V."""
+        """Number of vectors that are coded."""
         return self._values.used // (_VECTOR * torch.float32.itemsize)
 
     def _coded(self) -> torch.Tensor:
@@ -136,7 +136,7 @@ class ByteBuffer:
     """A growing buffer of bytes for one message to each or from each of P ranks, filled place by place.
 
     Attributes:
-        ranks: P.
+        ranks: P, the ranks in that direction.
         used: bytes of one message so far.
     """
 

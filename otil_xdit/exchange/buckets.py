@@ -1,13 +1,13 @@
-"""Parcels: what many layers have for the other ranks, in few large messages.
+"""Buckets: the halo rows and moments of many layers in few large messages.
 
-At a displaced step nobody waits for what is sent, so it need not go layer by layer. Layers append their part to an
-open parcel in the order of their calls, which is the order in which the next step reads; a full parcel is sent, and a
-layer's next call waits for its own parcel only. Which layers share one follows from settings, shapes and the order of
+At a displaced step nobody waits for what is sent, so it need not go layer by layer. Layers append their tensors to an
+open bucket in the order of their calls, which is the order in which the next step reads. A full bucket is sent, and a
+layer's next call waits for its own bucket only. Which layers share one follows from settings, shapes and the order of
 the calls alone, so it is the same on all ranks.
 
-Rows may be coded: all of a parcel's at once, in 8 bits a number, when it is sent.
+Rows may be coded: all of a bucket's at once, in 8 bits a number, when it is sent.
 
-Shapes: P ranks that answer on a lane: 1 neighbour, or all R. V vectors of `_VECTOR` numbers.
+Shapes: P ranks that answer in a direction: 1 neighbour, or all R. V vectors of `_VECTOR` numbers.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from otil_xdit.comm.collectives import Collectives, Pending
+from otil_xdit.comm.collectives import CollectiveLabel, Collectives, CounterKey, Pending
 from otil_xdit.errors import ExchangeTimeout
 from otil_xdit.exchange.bucket_buffers import _DIRECTIONS, Direction, MessageBuffer, Sizes, TensorSpec
 from otil_xdit.method.scratch import ScratchBuffers
 
 LAYERS_PER_BUCKET = 24
-"""A step of SD1.5's topology appends 113 times, of SDXL's about 85: five parcels and four. Fewer layers a parcel are
-more messages, each with its latency; more layers leave the last parcel less time to travel before the first layers ask
-again. Not bytes: how many a layer has grows with the picture, and the number of parcels should not."""
+"""A step of SD1.5's topology appends 113 times, of SDXL's about 85: five buckets and four. Fewer layers a bucket are
+more messages, each with its latency. More layers leave the last bucket less time to travel before the first layers ask
+again. The bound is not in bytes: how many a layer has grows with the image, and the number of buckets should not."""
 
 PADDING = "padding"
 """The counter of bytes that only keep the next part at a multiple of its element size."""
 
 
 class BucketSlot:
-    """One layer's place in a parcel.
+    """One layer's place in a bucket.
 
     Attributes:
-        outgoing: a tensor for each of the layer's parts, to be filled at once, before anything else is appended.
+        outgoing: a tensor for each of the layer's specs, to be filled at once, before anything else is appended.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class BucketSlot:
         self._bucketer, self._bucket, self._places = bucketer, bucket, places
 
     def receive(self) -> list[tuple[Direction, torch.Tensor]]:
-        """What came for each part, [P, *received], valid until `release`; empty where the parcel was dropped.
+        """Return what came for each spec, [P, *received], valid until `release`; empty where the bucket was dropped.
 
-        Sends the parcel if it is open, and waits for it unless another layer has.
+        Sends the bucket if it is open, and waits for it unless another layer has.
 
         Raises:
-            ExchangeTimeout: naming the rank, the parcel's first layer and the step.
+            ExchangeTimeout: naming the rank, the bucket's first layer and the step.
         """
         if not self._bucketer.arrived(self._bucket):
             return []
@@ -61,12 +62,12 @@ class BucketSlot:
         ]
 
     def release(self) -> None:
-        """Have read it; the buffers are used again when all layers of the parcel have."""
+        """Tell that the layer has read it; the buffers are used again when all layers of the bucket have."""
         self._bucketer.release(self._bucket)
 
 
 class BucketedLayer(ABC):
-    """What the exchange of every layer that appends to parcels has: its calls in this generation, and its slot."""
+    """A layer that appends to buckets: its calls in this generation, and its slot."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -78,33 +79,33 @@ class BucketedLayer(ABC):
         self.num_calls = 0
         self._receptions = 0
 
-    def drain(self) -> None:
-        """Wait for what is under way, if anything is, and keep it."""
+    def apply_pending(self) -> None:
+        """Wait for what is under way, if anything is, and take it in."""
         slot, self._slot = self._slot, None
         if slot is not None:
             for direction, received in slot.receive():
-                self._keep(direction, received)
+                self._apply(direction, received)
             slot.release()
 
     @abstractmethod
-    def _keep(self, direction: Direction, received: torch.Tensor) -> None:
-        """Copy what came on a lane, [P, *shape]."""
+    def _apply(self, direction: Direction, received: torch.Tensor) -> None:
+        """Copy what came from a direction, [P, *shape]."""
 
 
 class Bucketer:
-    """The parcels of one group of ranks. Every rank must make the same calls in the same order.
+    """The buckets of one group of ranks. Every rank must make the same calls in the same order.
 
     Args:
-        exchange: carries them.
-        rooms: gives the room for what is needed for a moment only, on a device.
+        collectives: carry them.
+        scratch_of: returns a device's scratch buffers.
     """
 
-    def __init__(self, collectives: Collectives, scratch_sizes: Callable[[torch.device], ScratchBuffers]) -> None:
-        self._collectives, self._scratch_buffers = collectives, scratch_sizes
+    def __init__(self, collectives: Collectives, scratch_of: Callable[[torch.device], ScratchBuffers]) -> None:
+        self._collectives, self._scratch_of = collectives, scratch_of
         self._open: Bucket | None = None
         self._sent: list[Bucket] = []
         self._free: list[Bucket] = []
-        # Bytes of the largest parcel so far. Parcels are used for any layers, so each grows to that once.
+        # Bytes of the largest bucket so far. Buckets are used for any layers, so each grows to that once.
         self._largest: Sizes = Counter()
 
     @property
@@ -113,27 +114,25 @@ class Bucketer:
         opened = [] if self._open is None else [self._open]
         return sum(bucket.nbytes for bucket in (*opened, *self._sent, *self._free))
 
-    def append(self, specs: Sequence[TensorSpec], step: int, kind: str, where: str, device: torch.device) -> BucketSlot:
-        """Room in the open parcel, after sending it where it is full or of an earlier step.
+    def append(self, specs: Sequence[TensorSpec], label: CollectiveLabel, device: torch.device) -> BucketSlot:
+        """Return a slot of the open bucket, after sending it where it is full or of an earlier step.
 
         Args:
-            parts: of the layer; those of one lane in the same order on every rank.
-            step: the step under way.
-            kind: the counter that the bytes go to.
-            where: "layer ... at step ..." for error messages.
-            device: what the buffers are on.
+            specs: of the layer; those of one direction in the same order on every rank.
+            label: the counter of the layer's bytes, its place and its step.
+            device: of the buffers.
         """
-        if self._open is not None and (self._open.step != step or self._open.layers == LAYERS_PER_BUCKET):
+        if self._open is not None and (self._open.step != label.step or self._open.layers == LAYERS_PER_BUCKET):
             self.send()
         if self._open is None:
             self._open = self._free.pop() if self._free else Bucket(self._collectives.group.world_size)
-            self._open.start(step, where, self._scratch_buffers(device), self._largest)
+            self._open.start(label, self._scratch_of(device), self._largest)
         bucket = self._open
-        places, outgoing = bucket.append(specs, kind)
+        places, outgoing = bucket.append(specs, label.counter)
         return BucketSlot(self, bucket, places, outgoing)
 
     def send(self) -> None:
-        """Send the open parcel, if there is one."""
+        """Send the open bucket, if there is one."""
         if self._open is not None:
             bucket, self._open = self._open, None
             self._sent.append(bucket)
@@ -148,12 +147,11 @@ class Bucketer:
         self._open = None
 
     def arrived(self, bucket: Bucket) -> bool:
-        """Wait for a parcel, sending it first if it is open; False for one that was dropped.
+        """Wait for a bucket, sending it first if it is open; return False for one that was dropped.
 
         Raises:
-            ExchangeTimeout: as `BucketSlot.receive`. Whatever else is under way is given up, buffers too: it would not
-            arrive
-                either, and each parcel would be waited for until the timeout.
+            ExchangeTimeout: as `BucketSlot.receive`. Whatever else is under way is given up, buffers too: it would
+                not arrive either, and each bucket would be waited for until the timeout.
         """
         if bucket is self._open:
             self.send()
@@ -182,7 +180,7 @@ class Bucketer:
 
 
 class Bucket:
-    """What goes and comes on every lane, and who is in it; used again and again.
+    """The messages to and from every direction, for the layers that are in it; used again and again.
 
     Args:
         ranks: R.
@@ -193,18 +191,25 @@ class Bucket:
         self.incoming = {
             direction: MessageBuffer(ranks if direction == "everybody" else 1) for direction in _DIRECTIONS
         }
-        self.step, self.layers, self.unread = -1, 0, 0
-        self._shares: dict[Direction, Counter[str]] = {direction: Counter() for direction in _DIRECTIONS}
-        self._where = ""
+        self.step: int | None = None
+        self.layers, self.unread = 0, 0
+        self._shares: dict[Direction, Counter[CounterKey]] = {direction: Counter() for direction in _DIRECTIONS}
         self._pending: list[Pending[torch.Tensor] | Pending[tuple[torch.Tensor, torch.Tensor]]] = []
 
     @property
     def nbytes(self) -> int:
-        return sum(mail.nbytes for ways in (self.outgoing, self.incoming) for mail in ways.values())
+        return sum(message.nbytes for ways in (self.outgoing, self.incoming) for message in ways.values())
 
-    def start(self, step: int, where: str, scratch: ScratchBuffers, largest: Sizes) -> None:
-        """Empty it for the layers of a step; `where` is the first one."""
-        self.step, self.layers, self.unread, self._where = step, 0, 0, f"{where} and what is sent with it"
+    def start(self, label: CollectiveLabel, scratch: ScratchBuffers, largest: Sizes) -> None:
+        """Empty it for the layers of a step.
+
+        Args:
+            label: of the first of them.
+            scratch: for coding.
+            largest: bytes of the largest bucket so far.
+        """
+        self.step, self.layers, self.unread = label.step, 0, 0
+        self._label = replace(label, company=" and what is sent with it")
         self._scratch = scratch
         for direction in _DIRECTIONS:
             self.outgoing[direction].start(
@@ -215,23 +220,25 @@ class Bucket:
             )
             self._shares[direction].clear()
 
-    def append(self, specs: Sequence[TensorSpec], kind: str) -> tuple[list[tuple[TensorSpec, int]], list[torch.Tensor]]:
-        """Each part's place among what will come, and where to write what is sent."""
+    def append(
+        self, specs: Sequence[TensorSpec], counter: CounterKey
+    ) -> tuple[list[tuple[TensorSpec, int]], list[torch.Tensor]]:
+        """Return each spec's place among what will come, and where to write what is sent."""
         places, outgoing = [], []
         for spec in specs:
-            mail, shares = self.outgoing[spec.direction], self._shares[spec.direction]
-            place, size, padding = mail.reserve(spec.sent, spec)
-            shares[kind] += size
+            message, shares = self.outgoing[spec.direction], self._shares[spec.direction]
+            place, size, padding = message.reserve(spec.sent, spec)
+            shares[counter] += size
             if padding:
                 shares[PADDING] += padding
-            outgoing.append(mail.at(place, spec.sent, spec)[0])
+            outgoing.append(message.at(place, spec.sent, spec)[0])
             places.append((spec, self.incoming[spec.direction].reserve(spec.received, spec)[0]))
         self.layers += 1
         self.unread += 1
         return places, outgoing
 
     def send(self, collectives: Collectives) -> Sizes:
-        """Code what is to be coded, and start all messages; how large everything is."""
+        """Code what is to be coded, start all messages, and return the bytes of each."""
         sizes: Sizes = Counter()
         out, into = {}, {}
         for direction in _DIRECTIONS:
@@ -242,13 +249,14 @@ class Bucket:
             sizes["in", direction, "message"], sizes["in", direction, "values"] = received.sizes
         if out["everybody"].numel():
             # Displaced steps come after every warm-up and nothing but float32 moments goes here: one kind, no padding.
-            ((kind, _),) = self._shares["everybody"].items()
-            gathered = collectives.all_gather(out["everybody"][0], into["everybody"], kind, self._where)
+            (counter,) = self._shares["everybody"]
+            label = replace(self._label, kind=counter, phase="steady")
+            gathered = collectives.all_gather(out["everybody"][0], into["everybody"], label)
             self._pending.append(gathered)
         shares = self._shares["previous"], self._shares["next"]
         if any(shares):
             fill = into["previous"][0], into["next"][0]
-            self._pending.append(collectives.neighbours(out["previous"][0], out["next"][0], fill, shares, self._where))
+            self._pending.append(collectives.neighbours(out["previous"][0], out["next"][0], fill, shares, self._label))
         return sizes
 
     def wait(self) -> None:
@@ -257,5 +265,5 @@ class Bucket:
             return
         while self._pending:
             self._pending.pop().wait()
-        for mail in self.incoming.values():
-            mail.decode(self._scratch)
+        for message in self.incoming.values():
+            message.decode(self._scratch)

@@ -1,4 +1,7 @@
-"""Keys and values across the patches: what a rank keeps, sends and gets, for attention layers of equal shape.
+"""Keys and values across the patches: what a rank keeps, sends and gets at a step, by mode.
+
+Over 300 lines: a group's policy, its messages and its copies change together at every step, and splitting them would
+make three objects that read each other's state. What needs none of it stands in kv_payload.py and kv_groups.py.
 
 Shapes: L layers, l of them in a run; N patches, B batch, S tokens of one patch, C features (heads x head dimension), K
 sub-blocks of T tokens, k sent a step, m = k * T tokens, V = 2 * B * m vectors of a layer's payload.
@@ -6,11 +9,13 @@ sub-blocks of T tokens, k sent a step, m = k * T tokens, V = 2 * B * m vectors o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from otil_xdit.comm.collectives import Collectives, Pending
-from otil_xdit.exchange.kv_payload import PayloadLayout
-from otil_xdit.method.codec import Codec, Decoded, make_codec
+from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Pending, Phase
+from otil_xdit.exchange.kv_payload import PayloadCodec
+from otil_xdit.method.codec import Codec, make_codec
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.predictor import Predictor, storage_dtypes
 from otil_xdit.method.schedule import Mode
@@ -18,9 +23,9 @@ from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
 
 _MOST_LAYERS, _MOST_VALUES = 4, 2**23
-"""Bounds of a stack: that many layers, and that many values of one rank (but one layer at least). Layers that travel
-together leave with the last of them and are waited for by the first: a stack of a quarter of a network's layers has
-three quarters of a step to travel, one of all of them has nothing. And what is computed of all at once takes room.
+"""Bounds of a group: that many layers, and that many values of one rank (but one layer at least). Layers that travel
+together leave with the last of them and are waited for by the first: a group of a quarter of a network's layers has
+three quarters of a step to travel, one of all of them has nothing. And what is computed of all at once takes memory.
 
 Besides, a message is never larger than one layer's slice as it is: payloads that are not coded leave layer by layer.
 Small ones save latencies and operations by travelling together; large ones would leave the link idle while they wait
@@ -37,12 +42,12 @@ class KVGroup:
     them whole, so nothing of an earlier image is left.
 
     Args:
-        exchange: carries the payloads.
+        collectives: carry the payloads.
         shape, dtype: of one rank's keys and values of one layer, [2, B, S, C].
         table: int64 [K, T], the tokens of each sub-block, on the layers' device.
         config: the settings.
-        picker: says what to send.
-        room: for what is needed for a moment only, and for results.
+        selector: says what to send.
+        scratch: for intermediate tensors and for results.
     """
 
     def __init__(
@@ -52,45 +57,45 @@ class KVGroup:
         dtype: torch.dtype,
         table: torch.Tensor,
         config: OtilConfig,
-        picker: BlockSelector,
+        selector: BlockSelector,
         scratch: ScratchBuffers,
     ) -> None:
         self.shape, self.dtype, self.table = shape, dtype, table
         self.num_calls: list[int] = []
         self.names: list[str] = []
-        self._collectives, self._config, self._picker, self._scratch = collectives, config, picker, scratch
+        self._collectives, self._config, self._selector, self._scratch = collectives, config, selector, scratch
         self._rank, self._ranks = collectives.group.rank, collectives.group.world_size
         self._warmup_codec = make_codec(config.warmup_codec, dtype)
-        self._codec = make_codec(config.codec, dtype)
-        self._layout = PayloadLayout.of(shape, dtype, table, config)
+        self._payload_codec = PayloadCodec(shape, dtype, table, config, scratch)
+        self._layout = self._payload_codec.layout
         self._first: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._predictor: Predictor | None = None
         self._previous: torch.Tensor | None = None
         self._errors: torch.Tensor | None = None
-        self._picked: torch.Tensor | None = None
+        self._selected: torch.Tensor | None = None
         self._unsent: list[int] = []
-        self._unsent_at = ("", "")
+        self._unsent_label = CollectiveLabel("kv", "", None)
         self._pending: list[tuple[slice, Pending[torch.Tensor]]] = []
 
     # ---- layers and buffers ----------------------------------------------------------------------------------------
 
     def fits(self, shape: torch.Size, dtype: torch.dtype, table: torch.Tensor) -> bool:
-        """Whether a layer of these may join now."""
+        """Tell whether a layer of these may join now."""
         same = self.shape == shape and self.dtype == dtype and self.table is table
         layers, values = len(self.names) + 1, self.shape.numel()
         small = layers <= _MOST_LAYERS and layers * values <= _MOST_VALUES
         light = layers * self._layout.size <= values * self.dtype.itemsize
-        return same and small and light and not self._is_sealed
+        return same and small and light and not self._is_allocated
 
     def join(self, name: str) -> int:
-        """A new layer's place."""
+        """Add a layer, and return its place."""
         self.names.append(name)
         self.num_calls.append(0)
         return len(self.names) - 1
 
-    def seal(self) -> None:
-        """No layer joins any more: make the buffers of those that have."""
-        if self._is_sealed or self._config.freshness == "sync":
+    def allocate(self) -> None:
+        """Make the buffers of the layers that have joined; no other joins any more."""
+        if self._is_allocated or self._config.freshness == "sync":
             return
         layers, device, layout = len(self.names), self.table.device, self._layout
         like = torch.empty((), dtype=self.dtype, device=device).expand(layers, *self.shape)
@@ -105,16 +110,15 @@ class KVGroup:
         self._gains = torch.zeros(layers, 2, device=device)
         self._payload = torch.zeros(layers, layout.size, dtype=torch.uint8, device=device)
         self._received = torch.zeros(layers * self._ranks * layout.size, dtype=torch.uint8, device=device)
-        rows = layers * self._ranks * 2 * self.shape[1]
-        self._first_rows = torch.arange(rows, device=device) * self.shape[2]
+        self._payload_codec.allocate(layers, self._ranks)
 
     @property
-    def _is_sealed(self) -> bool:
+    def _is_allocated(self) -> bool:
         return self._predictor is not None
 
     @property
     def _keeps_previous(self) -> bool:
-        """Whether what a layer was called with last is what its next sub-blocks are compared with."""
+        """Tell whether a layer's next sub-blocks are compared with what it was called with last."""
         return (
             self._layout.count > 0
             and self._config.score_reference == "previous"
@@ -126,16 +130,16 @@ class KVGroup:
         """Bytes that the layers keep on their device."""
         if self._predictor is None:
             return sum(kept.nbytes for first in self._first.values() for kept in first if kept is not None)
-        buffers = (self._payload, self._received, self._first_rows, self._gains)
+        buffers = (self._payload, self._received, self._payload_codec, self._gains)
         previous = 0 if self._previous is None else self._previous.nbytes
-        return sum(tensor.nbytes for tensor in (*self._predictor.tensors, *buffers)) + previous
+        return sum(holder.nbytes for holder in (*self._predictor.tensors, *buffers)) + previous
 
     def shared_state(self, layer: int) -> list[torch.Tensor]:
-        """What of a layer must be the same on all ranks between two steps, bit for bit."""
+        """Return what of a layer must be the same on all ranks between two steps, bit for bit."""
         return [] if self._predictor is None else [tensor[layer] for tensor in self._predictor.tensors]
 
     def error(self, layer: int) -> float:
-        """The largest prediction error of any rank that is known so far, relative to its values: |fresh - p| / |fresh|.
+        """Return the largest known prediction error of any rank, relative to its values: |fresh - p| / |fresh|.
 
         Only with a tolerance; waits for the device.
         """
@@ -145,38 +149,38 @@ class KVGroup:
 
     def begin(self) -> None:
         """Start a generation."""
-        self.drain()
-        self.seal()
+        self.discard_pending()
+        self.allocate()
         self.num_calls = [0] * len(self.num_calls)
         self._errors = None
         if self._predictor is not None:
             self._predictor.reset()
 
-    def drain(self) -> None:
+    def discard_pending(self) -> None:
         """Wait for what is under way, and forget it and what was not sent yet."""
         pending, self._pending = self._pending, []
         self._unsent.clear()
         for _, message in pending:
             message.wait()
 
-    def absorb(self) -> None:
+    def apply_pending(self) -> None:
         """Take in what the others sent a step ago, if anything is under way."""
         pending, self._pending = self._pending, []
         for run, message in pending:
-            self._update(run, message.wait())
+            self._apply(run, message.wait())
 
-    def flush(self) -> None:
-        """Send what waits for the rest of the stack's layers to be called."""
+    def send_pending(self) -> None:
+        """Send what waits for the rest of the group's layers to be called."""
         layers, self._unsent = sorted(self._unsent), []
         for first in [layer for layer in layers if layer - 1 not in layers]:
             last = next(layer for layer in layers if layer >= first and layer + 1 not in layers)
-            self._write(slice(first, last + 1))
-            self._send(slice(first, last + 1), *self._unsent_at)
+            self._pack(slice(first, last + 1))
+            self._send(slice(first, last + 1), self._unsent_label)
 
     def gather(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, mode: Mode, step: int, kind: str
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, mode: Mode, step: int, phase: Phase
     ) -> torch.Tensor:
-        """Every patch's keys and values, as far as `mode` lets this rank know them.
+        """Return every patch's keys and values, as far as `mode` lets this rank know them.
 
         Args:
             layer: its place.
@@ -184,39 +188,38 @@ class KVGroup:
             mode: ``sync`` waits for everybody's of this step, exact but for the warm-up's codec; ``fresh`` waits for
                 what is sent of them; ``displaced`` takes what was sent until the step before, predicted to this one,
                 and sends for the next; ``frozen`` keeps what there is.
-            step: for error messages.
-            kind: the counter that the bytes go to.
+            step, phase: for error messages and counters.
 
         Returns:
-            [2, B, N * S, C] in a room: read it before the next call of any layer. This rank's part is fresh.
+            [2, B, N * S, C], in scratch: valid until the next call of any layer. This rank's part is fresh.
         """
-        where = f"step {step}"
-        if self._unsent and (layer in self._unsent or self._unsent_at != (where, kind)):
-            self.flush()
-        self.absorb()
+        label = CollectiveLabel("kv", "", step, phase)
+        if self._unsent and (layer in self._unsent or self._unsent_label != label):
+            self.send_pending()
+        self.apply_pending()
         fresh = self._scratch("fresh", (len(self.names), *self.shape), self.dtype)[layer]
         for own, given in zip(fresh, (key, value), strict=True):
             own.unflatten(2, (key.shape[1], -1)).copy_(given.transpose(1, 2))
         whole = self._scratch("whole", (2, self.shape[1], self._ranks, *self.shape[2:]), self.dtype)
         by_rank = whole.permute(2, 0, 1, 3, 4)
         if mode == "sync":
-            self._gather_all(layer, fresh, by_rank, kind, where)
+            self._gather_all(layer, fresh, by_rank, label)
         else:
-            self._gather_some(layer, fresh, mode, by_rank, kind, where)
+            self._gather_sent(layer, fresh, mode, by_rank, label)
         by_rank[self._rank] = fresh
         self.num_calls[layer] += 1
         return whole.flatten(2, 3)
 
-    def _gather_all(self, layer: int, fresh: torch.Tensor, out: torch.Tensor, kind: str, where: str) -> None:
-        """Everybody's values, to `out`, [N, 2, B, S, C]."""
+    def _gather_all(self, layer: int, fresh: torch.Tensor, out: torch.Tensor, label: CollectiveLabel) -> None:
+        """Write everybody's values of this step to `out`, [N, 2, B, S, C], and keep them."""
         codec, ranks = self._warmup_codec, self._ranks
         # A refresh is exact, whatever the warm-up sends.
         warmed_up = self.num_calls[layer] >= self._config.warmup_steps
         if codec.lossless or self._config.freshness == "sync" or warmed_up:
             values = self._scratch("gathered", (ranks, *self.shape), self.dtype)
-            self._collectives.all_gather(fresh, values, kind, self._where(slice(layer, layer + 1), where)).wait()
+            self._collectives.all_gather(fresh, values, self._label_of(slice(layer, layer + 1), label)).wait()
         else:
-            values = self._gather_changes(layer, fresh, codec, kind, where)
+            values = self._gather_changes(layer, fresh, codec, label)
         if self._predictor is not None:
             self._predictor.set_values(layer, values)
         elif self._config.freshness != "sync":
@@ -226,8 +229,8 @@ class KVGroup:
             self._previous[layer] = fresh
         out.copy_(values)
 
-    def _gather_changes(self, layer: int, fresh: torch.Tensor, codec: Codec, kind: str, where: str) -> torch.Tensor:
-        """Everybody's values, float32 [N, 2, B, S, C], as far as coded changes since the step before tell them."""
+    def _gather_changes(self, layer: int, fresh: torch.Tensor, codec: Codec, label: CollectiveLabel) -> torch.Tensor:
+        """Return everybody's values, float32 [N, 2, B, S, C], from coded changes since the step before."""
         ranks, width = self._ranks, self.shape[-1]
         vectors = self.shape.numel() // width
         shape = (ranks, *self.shape)
@@ -239,139 +242,98 @@ class KVGroup:
         payload = self._scratch("payload", (codec.size(vectors, width),), torch.uint8)
         received = self._scratch("received", (ranks, payload.numel()), torch.uint8)
         codec.encode(changes.view(vectors, width), payload, self._scratch)
-        where = self._where(slice(layer, layer + 1), where)
-        coded = self._collectives.all_gather(payload, received, kind, where).wait()
+        label = self._label_of(slice(layer, layer + 1), label)
+        coded = self._collectives.all_gather(payload, received, label).wait()
         numbers, scales = codec.decode(coded, vectors, width, self._scratch)
         if scales is None:
             return known.add_(numbers.reshape(shape))
         return known.addcmul_(numbers.reshape(shape), scales.view(*shape[:-1], 1))
 
-    def _gather_some(
-        self, layer: int, fresh: torch.Tensor, mode: Mode, out: torch.Tensor, kind: str, where: str
+    def _gather_sent(
+        self, layer: int, fresh: torch.Tensor, mode: Mode, out: torch.Tensor, label: CollectiveLabel
     ) -> None:
+        """Write everybody's values to `out`, [N, 2, B, S, C], from what is sent of them after warm-up."""
         predictor = self._predictor
-        assert predictor is not None, "the first step is synchronous, and the stack sealed after it"
+        assert predictor is not None, "the first step is synchronous, and buffers are made after it"
         gain = predictor.gain(layer, fresh)
         if self._layout.count and mode != "frozen":
-            self._picked = self._picker.select_shared(self.table, self.shape[2])
+            self._selected = self._selector.select_shared(self.table, self.shape[2])
         if mode == "fresh":
-            self.flush()
+            self.send_pending()
             alone = slice(layer, layer + 1)
             self._gains[layer] = gain
-            self._write(alone)
-            self._send(alone, where, kind)
-            self.absorb()
+            self._pack(alone)
+            self._send(alone, label)
+            self.apply_pending()
             out.copy_(predictor.value[layer])
             return
         predictor.predict(layer, gain, out)
         if mode == "displaced":
             self._gains[layer] = gain
             self._unsent.append(layer)
-            self._unsent_at = (where, kind)
-            # Not all of the stack's layers: those of another pass may not be called in this generation.
+            self._unsent_label = label
+            # Not all of the group's layers: those of another pass may not be called in this generation.
             if len(self._unsent) == sum(num_calls > 0 for num_calls in self.num_calls):
-                self.flush()
+                self.send_pending()
 
     # ---- payloads --------------------------------------------------------------------------------------------------
 
-    def _send(self, run: slice, where: str, kind: str) -> None:
+    def _send(self, run: slice, label: CollectiveLabel) -> None:
+        """Start sending the payloads of a run of layers; `label` names any of them."""
         first, last, size = run.start, run.stop, self._ranks * self._layout.size
         received = self._received[first * size : last * size].view(self._ranks, last - first, self._layout.size)
-        pending = self._collectives.all_gather(self._payload[run], received, kind, self._where(run, where))
+        pending = self._collectives.all_gather(self._payload[run], received, self._label_of(run, label))
         self._pending.append((run, pending))
 
-    def _where(self, run: slice, where: str) -> str:
+    def _label_of(self, run: slice, label: CollectiveLabel) -> CollectiveLabel:
         first, last = self.names[run.start], self.names[run.stop - 1]
-        return f"layer {first} at {where}" if first == last else f"layers {first} to {last} at {where}"
+        return replace(label, layer=f"layer {first}" if first == last else f"layers {first} to {last}")
 
-    def _write(self, run: slice) -> None:
+    def _pack(self, run: slice) -> None:
         """Fill the payloads of a run of layers from what they were called with."""
-        predictor, layout, payload = self._predictor, self._layout, self._payload[run]
-        assert predictor is not None, "see `_gather_some`"
+        predictor, codec, payload = self._predictor, self._payload_codec, self._payload[run]
+        assert predictor is not None, "see `_gather_sent`"
         fresh = self._scratch("fresh", (len(self.names), *self.shape), self.dtype)[run]
-        gains = self._gains[run]
-        if layout.gains:
-            payload[:, : layout.gains].view(torch.float32).copy_(gains)
+        codec.pack_gains(payload, self._gains[run])
         tokens, own, residual = fresh, fresh, None
-        if self._codec.of_residuals or layout.error > layout.gains or (layout.count and self._previous is None):
+        if codec.of_residuals or self._layout.has_error or (self._layout.count and self._previous is None):
             own = self._scratch("own", tuple(fresh.shape), torch.float32)
-            predictor.predict_own(run, gains, own)
+            predictor.predict_own(run, self._gains[run], own)
             residual = self._scratch("residual", tuple(fresh.shape), torch.float32).copy_(fresh).sub_(own)
-            tokens = residual if self._codec.of_residuals else fresh
-        if layout.error > layout.gains and residual is not None:
-            missed = torch.linalg.vector_norm(residual.flatten(1), dim=1)
-            error = missed / torch.linalg.vector_norm(fresh.float().flatten(1), dim=1).clamp_min(1e-15)
-            payload[:, layout.gains : layout.error].view(torch.float32).copy_(error[:, None])
-        if layout.count:
-            reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
-            if self._picked is None:
-                layers = self.names[0], len(self.names)
-                picked = self._picker.select(layers, self.table, fresh, reference, difference, run)
-            else:
-                picked = self._picked.expand(len(fresh), -1)
-            payload[:, layout.error : layout.indices].view(torch.int32).copy_(picked)
-            tokens = self._taken(tokens, self._tokens(picked))
+            tokens = residual if codec.of_residuals else fresh
+        if self._layout.has_error and residual is not None:
+            codec.pack_error(payload, fresh, residual)
+        if self._layout.count:
+            tokens = codec.pack_selected(payload, self._select(run, fresh, own, residual), tokens)
         if self._previous is not None:
             self._previous[run] = fresh
-        vectors = tokens.reshape(len(payload), layout.vectors, self.shape[-1])
-        end = layout.coded + self._codec.size(layout.vectors, self.shape[-1])
-        self._codec.encode(vectors, payload[:, layout.coded : end], self._scratch)
+        codec.pack_tokens(payload, tokens)
 
-    def _tokens(self, picked: torch.Tensor) -> torch.Tensor:
-        """The tokens of sub-blocks, integers [..., k]: int64 [..., m], in a room."""
-        found = self._scratch("tokens", (picked.numel(), self.table.shape[1]), torch.int64)
-        torch.index_select(self.table, 0, picked.reshape(-1), out=found)
-        return found.view(*picked.shape[:-1], -1)
+    def _select(
+        self, run: slice, fresh: torch.Tensor, own: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the sub-blocks that each layer of a run sends, int64 [l, k]."""
+        if self._selected is not None:
+            return self._selected.expand(len(fresh), -1)
+        reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
+        layers = self.names[0], len(self.names)
+        return self._selector.select(layers, self.table, fresh, reference, difference, run)
 
-    def _rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Places of tokens, int64 [..., m], among the rows of [..., 2, B, S]: int64 [... * 2 * B * m], in a room."""
-        many = tokens.shape[:-1].numel() * 2 * self.shape[1]
-        rows = self._scratch("rows", (many, tokens.shape[-1]), torch.int64).view(
-            *tokens.shape[:-1], -1, tokens.shape[-1]
-        )
-        torch.add(tokens[..., None, :], self._first_rows[:many].view(*rows.shape[:-1], 1), out=rows)
-        return rows.view(-1)
-
-    def _taken(self, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Of values, [l, 2, B, S, C], those of tokens, int64 [l, m]: [l * V, C], in a room."""
-        rows, width = self._rows(tokens), self.shape[-1]
-        taken = self._scratch("taken", (rows.numel(), width), values.dtype)
-        return torch.index_select(values.view(-1, width), 0, rows, out=taken)
-
-    def _update(self, run: slice, received: torch.Tensor) -> None:
+    def _apply(self, run: slice, received: torch.Tensor) -> None:
         """Carry the copies of a run of layers a step forward with everybody's payloads, uint8 [N, l, size]."""
-        assert self._predictor is not None, "see `_gather_some`"
-        layout, received = self._layout, received.transpose(0, 1)
-        constant = self._config.extrapolation_gain if self._config.extrapolation == "constant" else 0.0
-        gains = torch.full((*received.shape[:2], 2), constant, device=received.device)
-        if layout.gains:
-            gains = received[..., : layout.gains].view(torch.float32)
-        if layout.error > layout.gains:
+        assert self._predictor is not None, "see `_gather_sent`"
+        received = received.transpose(0, 1)
+        found = self._payload_codec.unpack(received)
+        gains = found.gains
+        if gains is None:
+            constant = self._config.extrapolation_gain if self._config.extrapolation == "constant" else 0.0
+            gains = torch.full((*received.shape[:2], 2), constant, device=received.device)
+        if found.errors is not None:
             if self._errors is None:
                 self._errors = torch.full((len(self.names), self._ranks), float("inf"), device=received.device)
-            self._errors[run] = received[..., layout.gains : layout.error].view(torch.float32).squeeze(-1)
-        rows = sent = None
-        if layout.count:
-            tokens = self._tokens(received[..., layout.error : layout.indices].view(torch.int32))
-            rows = self._rows(tokens)
-            sent = self._scratch("sent", (*received.shape[:2], self.shape[2]), torch.float32).zero_()
-            sent.scatter_(2, tokens, 1.0)
-        end = layout.coded + self._codec.size(layout.vectors, self.shape[-1])
-        coded = received[..., layout.coded : end]
-        numbers, scales = self._decoded(coded, rows)
-        if self._codec.of_residuals:
-            self._predictor.apply_residuals(run, gains, numbers, scales, sent)
+            self._errors[run] = found.errors
+        if self._payload_codec.of_residuals:
+            self._predictor.apply_residuals(run, gains, found.numbers, found.scales, found.sent)
         else:
-            values = numbers if scales is None else numbers * scales
-            self._predictor.apply_values(run, gains, values, rows, sent)
-
-    def _decoded(self, coded: torch.Tensor, rows: torch.Tensor | None) -> Decoded:
-        """Decode uint8 [l, N, size]: values [l, N, 2, B, m, C], or residuals [l, N, 2, B, S, C], 0 where none came."""
-        codec, vectors, (_, batch, tokens, width) = self._codec, self._layout.vectors, self.shape
-        if rows is None or not codec.of_residuals:
-            decoded = codec.decode(coded, vectors, width, self._scratch)
-        else:
-            decoded = codec.decode_at(coded, vectors, width, rows, 2 * batch * tokens, self._scratch)
-        numbers, scales = (None if part is None else part.unflatten(2, (2, batch, -1)) for part in decoded)
-        assert numbers is not None, "a codec returns numbers"
-        return numbers, scales
+            values = found.numbers if found.scales is None else found.numbers * found.scales
+            self._predictor.apply_values(run, gains, values, found.rows, found.sent)

@@ -1,4 +1,4 @@
-"""The small things that a U-Net's patches need of each other: halo rows and moments.
+"""Moments: mean and variance of whole maps for a group normalisation, of which every rank holds some rows.
 
 Shapes: B batch, C channels, W columns, G groups, R ranks that hold rows.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from otil_xdit.comm.collectives import Collectives, Pending
+from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Pending
 from otil_xdit.exchange.bucket_buffers import Direction, TensorSpec
 from otil_xdit.exchange.buckets import BucketedLayer, Bucketer
 from otil_xdit.exchange.halo import HaloLayer, HaloRows
@@ -18,87 +18,74 @@ _NEVER = -2
 
 
 class MomentsLayer(BucketedLayer):
-    """Mean and variance of whole maps, of which every rank holds some rows, for one group normalisation.
+    """The moments of one group normalisation.
+
+    DistriFusion (CVPR 2024, section 4.3) adds this rank's change to the global moments with weight 1: it assumes that
+    every patch changes like this one. The more ranks, the less that holds, and images diverge. With a gain the weight
+    is fitted instead: least squares of the global error on this rank's error in the previous step, clamped to [this
+    rank's share of the rows, 1]. At its share no other rank would change; at 1 all change alike.
 
     Args:
-        exchange: reaches the ranks that hold rows.
-        post: carries to them what nobody waits for.
-        name: the layer's name in error messages.
+        collectives: of the ranks that hold rows.
+        bucketer: carries to them what nobody waits for.
         like: this rank's means, float32 [B, G].
-        gain: the most that a displaced step goes on, in the change between the two steps before; 0 takes the last, and
-            corrects it as DistriFusion does.
+        gain: the most that a displaced step extrapolates the change between the two steps before. 0 takes the last
+            moments, and corrects them as DistriFusion does.
     """
 
-    def __init__(
-        self, collectives: Collectives, bucketer: Bucketer, name: str, like: torch.Tensor, gain: float
-    ) -> None:
+    def __init__(self, collectives: Collectives, bucketer: Bucketer, like: torch.Tensor, gain: float) -> None:
         own, ranks = collectives.group.rank, collectives.group.world_size
         super().__init__()
         self.key = moments_key(like)
-        self._collectives, self._bucketer, self._name, self._gain = collectives, bucketer, name, gain
+        self._collectives, self._bucketer, self._gain, self._own = collectives, bucketer, gain, own
         self._sent = like.new_zeros(2, *like.shape)
-        self._all = like.new_zeros(ranks, 2, *like.shape)
-        self._before = torch.zeros_like(self._all)
-        # What the last displaced step took all ranks' means and mean squares for, and how many receptions came before.
-        self._taken = torch.zeros_like(self._all)
-        self._taken_at = _NEVER
+        self._received = like.new_zeros(ranks, 2, *like.shape)
+        self._received_before = torch.zeros_like(self._received)
+        # All ranks' means and mean squares as the last displaced step assumed them, and the receptions before it.
+        self._assumed = torch.zeros_like(self._received)
+        self._assumed_at = _NEVER
         # Two ranks are each other's only neighbour: moments travel with the rows.
         direction: Direction = "everybody" if ranks != 2 else "next" if own == 0 else "previous"
         self._specs = (TensorSpec(direction, tuple(self._sent.shape), tuple(self._sent.shape), like.dtype),)
-        self._packets: _Packets | None = None
+        self._swap_buffers: _SwapBuffers | None = None
 
     @property
     def nbytes(self) -> int:
-        packets = self._packets.nbytes if self._packets is not None else 0
-        return self._sent.nbytes + self._all.nbytes + self._before.nbytes + self._taken.nbytes + packets
+        """Bytes that are kept on the device."""
+        swapped = self._swap_buffers.nbytes if self._swap_buffers is not None else 0
+        kept = (self._sent, self._received, self._received_before, self._assumed)
+        return sum(tensor.nbytes for tensor in kept) + swapped
 
     def begin(self) -> None:
         super().begin()
-        self._taken_at = _NEVER
+        self._assumed_at = _NEVER
 
     def combine(
-        self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, mode: Mode, step: int, kind: str
+        self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, mode: Mode, label: CollectiveLabel
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole maps' mean and biased variance.
-
-        ``sync`` combines this step's moments of every rank (exact). ``displaced`` and ``frozen`` combine the moments
-        that were sent a step earlier, or last, and correct them by how this rank's own have moved since (DistriFusion,
-        CVPR 2024, section 4.3): mean and mean square of all + weight (own fresh - own stale); where the variance would
-        be negative, this rank's own.
-
-        In the paper the weight is 1: all maps are taken to move as this rank's part does. The more ranks there are,
-        the less that is so, and where each then follows its own part the pictures come apart. So with a gain the
-        weight of the means, and that of the mean squares, is what it should have been a step before: the least-squares
-        fit of what was missing of the whole by what was missing of this rank's own part, from this rank's share of the
-        rows (at which no other rank would move) to 1. And ``displaced`` moves all moments on before, as far as this
-        rank's own moved (the least-squares fit of its change by its change of the step before), `gain` at most.
+        """Return the whole maps' mean and biased variance.
 
         Args:
             mean, var: this rank's, float32 [B, G], the variance biased.
-            share: [R], every rank's share of the rows, summing to 1.
-            mode, step, kind: as in `HaloLayer.widen`.
+            share: float32 [R], every rank's share of the rows, summing to 1.
+            mode: ``sync`` combines this step's moments of every rank, which is exact. ``displaced`` and ``frozen``
+                correct the moments that were sent a step earlier, or last, by this rank's change since.
+            label: of the moments.
 
         Returns:
             Two float32 [B, G].
         """
-        where = f"the moments of layer {self._name} at step {step}"
-        self.drain()
+        self.apply_pending()
         weights = share[:, None, None]
         if mode == "sync":
-            self._turn()
-            self._send(mean, var, kind, where).wait()
+            self._begin_reception()
+            self._send(mean, var, label).wait()
             result = self._combined(weights)
         else:
             torch.stack([mean, var], out=self._sent)
-            weight = self._fitted(weights) if mode == "displaced" and self._gain else 1.0
-            taken = _raw(self._moved_on() if mode == "displaced" else self._all, self._taken)
-            self._taken_at = self._receptions
-            missing = _raw(self._sent, torch.empty_like(self._sent)) - taken[self._collectives.group.rank]
-            whole, square = (weights[..., None] * taken).sum(0) + weight * missing
-            corrected = square - whole.square()
-            result = whole, torch.where(corrected < 0, var, corrected)
+            result = self._corrected(var, weights, extrapolate=mode == "displaced")
         if mode == "displaced":
-            self._slot = self._bucketer.append(self._specs, step, kind, where, mean.device)
+            self._slot = self._bucketer.append(self._specs, label, mean.device)
             self._slot.outgoing[0].copy_(self._sent)
         self.num_calls += 1
         return result
@@ -110,41 +97,84 @@ class MomentsLayer(BucketedLayer):
         share: torch.Tensor,
         halo: HaloLayer,
         x: torch.Tensor,
-        step: int,
-        kinds: tuple[str, str],
+        labels: tuple[CollectiveLabel, CollectiveLabel],
     ) -> tuple[torch.Tensor, torch.Tensor, HaloRows]:
-        """`combine` in ``sync`` mode, and the rows of `x` beyond this rank's, for one wait.
+        """Return what `combine` does in ``sync`` mode, and the neighbours' rows of `x`, for one wait.
 
         Two ranks are each other's only neighbour, so one message carries both. More ranks gather the moments and send
         rows to their neighbours at the same time.
 
         Args:
-            mean, var, share, step: as in `combine`.
+            mean, var, share: as in `combine`.
             halo: the layer whose rows they are.
             x: the map, [B, C, rows, W].
-            kinds: the counters that the bytes of moments and of rows go to.
+            labels: of the moments and of the rows.
 
         Returns:
             Mean and variance, float32 [B, G], and the rows above and below, valid until the next exchange.
         """
-        where = f"the moments of layer {self._name} and rows of its map at step {step}"
-        self.drain()
-        self._turn()
+        self.apply_pending()
+        self._begin_reception()
         if self._collectives.group.world_size == 2:
-            beyond = self._swap(mean, var, halo, x, kinds, where)
+            rows = self._swap(mean, var, halo, x, labels)
         else:
-            moments, rows = self._send(mean, var, kinds[0], where), halo.request(x, kinds[1], where)
-            moments.wait()
-            rows.wait()
-            beyond = halo.beyond()
+            pending = self._send(mean, var, labels[0]), halo.request(x, labels[1])
+            for message in pending:
+                message.wait()
+            rows = halo.requested_rows()
         self.num_calls += 1
-        return *self._combined(share[:, None, None]), beyond
+        return *self._combined(share[:, None, None]), rows
 
     def _combined(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of the union of all ranks' rows, from the moments of each; `weights` is [R, 1, 1]."""
-        means, variances = self._all[:, 0], self._all[:, 1]
+        """Return mean and variance of all ranks' rows together, from the moments of each; `weights` is [R, 1, 1]."""
+        means, variances = self._received[:, 0], self._received[:, 1]
         whole = (weights * means).sum(0)
         return whole, (weights * (variances + (means - whole).square())).sum(0)
+
+    def _corrected(
+        self, var: torch.Tensor, weights: torch.Tensor, extrapolate: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and variance from the last moments and this rank's in `_sent`.
+
+        Mean and mean square of all + weight (own fresh - own stale). Where the variance would be negative, this rank's
+        own stands in.
+        """
+        weight = self._fitted_weights(weights) if extrapolate and self._gain else 1.0
+        assumed = _raw(self._extrapolated() if extrapolate else self._received, self._assumed)
+        self._assumed_at = self._receptions
+        missing = _raw(self._sent, torch.empty_like(self._sent)) - assumed[self._own]
+        whole, square = (weights[..., None] * assumed).sum(0) + weight * missing
+        variance = square - whole.square()
+        return whole, torch.where(variance < 0, var, variance)
+
+    def _extrapolated(self) -> torch.Tensor:
+        """Return all ranks' last moments, [R, 2, B, G], moved on as far as this rank's own, in `_sent`, have moved.
+
+        That is the least-squares fit of its change by its change of the step before, the gain at most.
+        """
+        if not self._gain or self._receptions < 2:
+            return self._received
+        velocity = self._received[self._own] - self._received_before[self._own]
+        along = (self._sent - self._received[self._own]).mul_(velocity).sum(-1, keepdim=True)
+        gain = along.div_(velocity.square_().sum(-1, keepdim=True).clamp_min_(1e-30)).clamp_(0, self._gain)
+        moved = torch.lerp(self._received_before, self._received, gain.add_(1))
+        moved[:, 1].clamp_(min=0)
+        return moved
+
+    def _fitted_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return the weights of this rank's error in means and mean squares, [2, 1, 1] or alike; see the class."""
+        own = self._own
+        if self._receptions != self._assumed_at + 1:  # what came last does not answer what was assumed last
+            return weights[own]
+        missed = _raw(self._received, torch.empty_like(self._received)).sub_(self._assumed)
+        whole = (weights[..., None] * missed).sum(0)
+        along = (whole * missed[own]).sum((1, 2), keepdim=True)
+        length = missed[own].square().sum((1, 2), keepdim=True).clamp_min_(1e-30)
+        return along.div_(length).clamp_(max=1).maximum(weights[own])
+
+    def _send(self, mean: torch.Tensor, var: torch.Tensor, label: CollectiveLabel) -> Pending[torch.Tensor]:
+        torch.stack([mean, var], out=self._sent)
+        return self._collectives.all_gather(self._sent, self._received, label)
 
     def _swap(
         self,
@@ -152,76 +182,47 @@ class MomentsLayer(BucketedLayer):
         var: torch.Tensor,
         halo: HaloLayer,
         x: torch.Tensor,
-        kinds: tuple[str, str],
-        where: str,
+        labels: tuple[CollectiveLabel, CollectiveLabel],
     ) -> HaloRows:
-        """Moments and rows from and to the other of two ranks."""
-        own = self._collectives.group.rank
-        other = 1 - own  # rank 0 has a neighbour below, which is side 1 of a pair of rows; rank 1 has one above, side 0
-        outgoing, incoming = halo.rows_to_send(x)[other], halo.beyond()[other]
+        """Exchange moments and rows with the other of two ranks; return its rows."""
+        own, other = self._own, 1 - self._own
+        # Rank 0 has a neighbour below, which is side 1 of a pair of rows; rank 1 has one above, side 0.
+        outgoing, incoming = halo.rows_to_send(x)[other], halo.requested_rows()[other]
         assert outgoing is not None and incoming is not None, "each of two ranks has one neighbour"
-        if self._packets is None or self._packets.halo_key != halo.key:
-            self._packets = _Packets(self._sent, outgoing, incoming, halo.key)
-        sent, received = self._packets.sent, self._packets.received
-        torch.stack([mean, var], out=self._all[own])
-        sent.moments.copy_(self._all[own])
+        if self._swap_buffers is None or self._swap_buffers.halo_key != halo.key:
+            self._swap_buffers = _SwapBuffers(self._sent, outgoing, incoming, halo.key)
+        sent, received = self._swap_buffers.sent, self._swap_buffers.received
+        torch.stack([mean, var], out=self._received[own])
+        sent.moments.copy_(self._received[own])
         sent.rows.copy_(outgoing)
         buffers = (received.bytes, received.bytes)  # the one for the neighbour that is not there is not looked at
-        shares = {kinds[1]: sent.rows.nbytes, kinds[0]: sent.moments.nbytes}
-        self._collectives.neighbours(sent.bytes, sent.bytes, buffers, (shares, shares), where).wait()
-        self._all[other].copy_(received.moments)
+        shares = {labels[1].counter: sent.rows.nbytes, labels[0].counter: sent.moments.nbytes}
+        self._collectives.neighbours(sent.bytes, sent.bytes, buffers, (shares, shares), labels[0]).wait()
+        self._received[other].copy_(received.moments)
         return (None, received.rows) if own == 0 else (received.rows, None)
 
-    def _keep(self, direction: Direction, received: torch.Tensor) -> None:
-        self._turn()
+    def _apply(self, direction: Direction, received: torch.Tensor) -> None:
+        self._begin_reception()
         if direction == "everybody":
-            self._all.copy_(received)
+            self._received.copy_(received)
         else:
-            own = self._collectives.group.rank
-            self._all[1 - own].copy_(received[0])
-            self._all[own].copy_(self._sent)
+            self._received[1 - self._own].copy_(received[0])
+            self._received[self._own].copy_(self._sent)
 
-    def _turn(self) -> None:
-        """The moments of another step are about to come: the last become those before."""
-        self._all, self._before = self._before, self._all
+    def _begin_reception(self) -> None:
+        """Make the last moments those before, whose buffer the next step's moments overwrite."""
+        self._received, self._received_before = self._received_before, self._received
         self._receptions += 1
-
-    def _moved_on(self) -> torch.Tensor:
-        """All ranks' last moments, [R, 2, B, G], moved on as far as this rank's own, which are in `_sent`, have."""
-        if not self._gain or self._receptions < 2:
-            return self._all
-        own = self._collectives.group.rank
-        velocity = self._all[own] - self._before[own]
-        along = (self._sent - self._all[own]).mul_(velocity).sum(-1, keepdim=True)
-        gain = along.div_(velocity.square_().sum(-1, keepdim=True).clamp_min_(1e-30)).clamp_(0, self._gain)
-        moved = torch.lerp(self._before, self._all, gain.add_(1))
-        moved[:, 1].clamp_(min=0)
-        return moved
-
-    def _fitted(self, weights: torch.Tensor) -> torch.Tensor:
-        """The weights of what is missing of this rank's means and mean squares, [2, 1, 1] or alike; see `combine`."""
-        own = self._collectives.group.rank
-        if self._receptions != self._taken_at + 1:  # what came last does not answer what was taken last
-            return weights[own]
-        missed = _raw(self._all, torch.empty_like(self._all)).sub_(self._taken)
-        whole = (weights[..., None] * missed).sum(0)
-        along = (whole * missed[own]).sum((1, 2), keepdim=True)
-        length = missed[own].square().sum((1, 2), keepdim=True).clamp_min_(1e-30)
-        return along.div_(length).clamp_(max=1).maximum(weights[own])
-
-    def _send(self, mean: torch.Tensor, var: torch.Tensor, kind: str, where: str) -> Pending[torch.Tensor]:
-        torch.stack([mean, var], out=self._sent)
-        return self._collectives.all_gather(self._sent, self._all, kind, where)
 
 
 def _raw(moments: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Means and mean squares of means and variances, both [..., 2, B, G]."""
+    """Write means and mean squares of means and variances, both [..., 2, B, G], to `out`."""
     mean = out.copy_(moments)[..., 0, :, :]
     out[..., 1, :, :].addcmul_(mean, mean)
     return out
 
 
-class _Packet:
+class _MomentsAndRows:
     """Moments and rows in one buffer of bytes.
 
     Args:
@@ -235,13 +236,19 @@ class _Packet:
         self.rows = self.bytes[moments.nbytes :].view(rows.dtype).view(rows.shape)
 
 
-class _Packets:
-    """What one of two ranks sends for a pair of layers, and what it receives."""
+class _SwapBuffers:
+    """What one of two ranks sends for a pair of layers, and what it receives.
+
+    Args:
+        moments: float32 [2, B, G].
+        outgoing, incoming: rows, [B, C, rows, W].
+        halo_key: of the layer whose rows they are.
+    """
 
     def __init__(
         self, moments: torch.Tensor, outgoing: torch.Tensor, incoming: torch.Tensor, halo_key: tuple[object, ...]
     ) -> None:
-        self.sent, self.received = _Packet(moments, outgoing), _Packet(moments, incoming)
+        self.sent, self.received = _MomentsAndRows(moments, outgoing), _MomentsAndRows(moments, incoming)
         self.halo_key = halo_key
 
     @property
@@ -250,5 +257,5 @@ class _Packets:
 
 
 def moments_key(like: torch.Tensor) -> tuple[object, ...]:
-    """What a `MomentsLayer`'s buffers depend on."""
+    """Return what a `MomentsLayer`'s buffers depend on."""
     return (like.shape, like.device)

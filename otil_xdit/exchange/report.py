@@ -1,22 +1,31 @@
-"""What one rank sent and waited for in one generation."""
+"""Bytes, messages and waits of one rank in one generation."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from otil_xdit.comm.collectives import CounterKey, Traffic
+
 
 @dataclass(frozen=True)
 class Report:
     """What one rank sent in one generation; bytes as handed to the collectives.
 
-    The figures per step are means over the steps after warm-up: `kv_bytes_per_step` of keys and values, the figure that
-    strategies are compared by; `small_bytes_per_step` of a U-Net's halo rows and moments; `output_bytes_per_step` of
-    its noise prediction, which is the same whatever the strategy. `waited_seconds` is the host's waiting for messages,
-    `exchange_seconds` its time in the calls of the exchange with that waiting; less it, what predicting, picking,
-    coding, copying and sending takes. `discrepancy` is the denoising discrepancy of each step
-    (`otil_xdit.hybridiff.guidance`), None for one that was not computed with and without the prompt; `window` the
-    window's first step and the one after its last, None where there was none.
+    Attributes:
+        steps, warmup_steps: made so far.
+        kv_bytes_per_step: of keys and values, the figure that strategies are compared by. This and the next two are
+            means over the steps after warm-up.
+        small_bytes_per_step: of a U-Net's halo rows and moments.
+        output_bytes_per_step: of a U-Net's noise prediction, which is the same whatever the strategy.
+        sent_bytes, messages: by kind of message, those of warm-up steps under ``KIND-warmup``.
+        waited_seconds: the host's waiting for messages.
+        exchange_seconds: the host's time in the communicator, with that waiting; without it, what predicting,
+            selecting, coding, copying and sending take.
+        buffer_bytes: kept on the device.
+        discrepancy: the denoising discrepancy of each step (`otil_xdit.hybridiff.guidance`), None for one that was not
+            computed with and without the prompt.
+        window: the window's first step and the one after its last; None where there was none.
     """
 
     steps: int
@@ -24,13 +33,43 @@ class Report:
     kv_bytes_per_step: float
     small_bytes_per_step: float
     output_bytes_per_step: float
-    sent_bytes: dict[str, int]
-    messages: dict[str, int]
+    sent_bytes: dict[CounterKey, int]
+    messages: dict[CounterKey, int]
     waited_seconds: float
     exchange_seconds: float
     buffer_bytes: int
     discrepancy: list[float | None] = field(default_factory=list)
     window: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        traffic: Traffic,
+        steps: int,
+        warmup_steps: int,
+        exchange_seconds: float,
+        buffer_bytes: int,
+        window: tuple[int, int] | None,
+    ) -> Report:
+        """Return the report of so many steps, from what was counted in them."""
+        after_warmup, sent = max(steps - warmup_steps, 0), traffic.sent
+
+        def per_step(*kinds: str) -> float:
+            return sum(sent[kind] for kind in kinds) / max(after_warmup, 1)
+
+        return cls(
+            steps=steps,
+            warmup_steps=min(warmup_steps, steps),
+            kv_bytes_per_step=per_step("kv"),
+            small_bytes_per_step=per_step("halo", "moments"),
+            output_bytes_per_step=per_step("output"),
+            sent_bytes=dict(sent),
+            messages=dict(traffic.messages),
+            waited_seconds=sum(traffic.waited.values()),
+            exchange_seconds=exchange_seconds,
+            buffer_bytes=buffer_bytes,
+            window=window,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

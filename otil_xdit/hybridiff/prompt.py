@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from otil_xdit.comm.collectives import CollectiveLabel
 from otil_xdit.errors import NotInStages
 from otil_xdit.hybridiff.boundary import Boundary
 from otil_xdit.hybridiff.role import StageRole
@@ -62,12 +63,12 @@ class PromptExchange:
     def _start(self, own: list[torch.Tensor], step: int) -> Boundary:
         """Start sending this rank's tensors, or receiving the other group's, which have the same forms."""
         collectives, peer = self._role.collectives, self._role.peer
-        where = f"the prompt of {self._name} at step {step}"
+        label = CollectiveLabel("prompt", f"the prompt of {self._name}", step)
         message = Boundary([Form.of(tensor) for tensor in own])
         if self._role.is_second:
             for tensor, target in zip(own, message.tensors, strict=True):
                 target.copy_(tensor)
-            message.set_pending(collectives.send(message.memory, peer, "prompt", where))
+            message.set_pending(collectives.send(message.memory, peer, label))
         else:
-            message.set_pending(collectives.receive(message.memory, peer, "prompt", where))
+            message.set_pending(collectives.receive(message.memory, peer, label))
         return message

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from otil_xdit.comm.collectives import CollectiveLabel
 from otil_xdit.errors import NotInStages
 from otil_xdit.hybridiff.boundary import Boundary
 from otil_xdit.hybridiff.forward_hooks import ForwardHooks, Inputs
@@ -127,18 +128,18 @@ class Stages:
         known, runner, collectives, peer = self._known, self._runner, self._role.collectives, self._role.peer
         assert known is not None and runner is not None and self.can_run_staged(step), "the step before was computed"
         make = partial(call, inputs if self._prompt is None else self._prompt.with_prompt(inputs, step))
-        where = f"the boundary of {self._name} at step {step}"
+        label = CollectiveLabel("stages", f"the boundary of {self._name}", step)
         following = self._buffers[known is self._buffers[0]]
         following.wait()
         if self._role.is_second:
             known.wait()
             if goes_on:
-                following.set_pending(collectives.receive(following.memory, peer, "stages", where))
+                following.set_pending(collectives.receive(following.memory, peer, label))
             output = self._with_units(runner.second(known), make)
         else:
             output = self._with_units(runner.first(following), make)
             if goes_on:
-                following.set_pending(collectives.send(following.memory, peer, "stages", where))
+                following.set_pending(collectives.send(following.memory, peer, label))
         self._known, self._known_at = following, step if goes_on else -1
         return output
 

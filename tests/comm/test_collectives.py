@@ -96,7 +96,7 @@ def check_selective(select: str) -> None:
     """A remote sub-block is either what it was or what its rank sent a step ago; k of them are new."""
     run = make_run(ratio=1 / 4, warmup_steps=1, select=select, block_size=8 if select == "latent-ssim" else 4)
     seen = generate(run, 6, layers=("a",))
-    table = run._layers["a"][0].table
+    table = run.kv.place_of("a")[0].table
     blocks, _ = table.shape
     for step in range(2, 6):
         for rank in set(range(dist.get_world_size())) - {dist.get_rank()}:
@@ -114,7 +114,7 @@ def check_staleness_bound() -> None:
     run = make_run(ratio=1 / 4, warmup_steps=1, select="kv-cosine", polling=0.5, block_size=4)
     steps = 16
     seen = generate(run, steps, layers=("a",))
-    selector = run._picker._selectors["a"]
+    selector = run.selector._selectors["a"]
     bound = -(-selector.total // selector.polled)
     other = (dist.get_rank() + 1) % dist.get_world_size()
     at = slice(other * TOKENS, (other + 1) * TOKENS)

@@ -87,7 +87,7 @@ def many_sizes() -> tuple[int, int, int]:
     run = make_run(ratio=0.5, select="random")
     for rows in range(2, MOST_GEOMETRIES + 12):
         generate(run, BOTH[:1], rows)
-    return len(run._picker._geometries), len(run._picker._selectors), len(run.stacks)
+    return len(run.selector._geometries), len(run.selector._selectors), len(run.kv.groups)
 
 
 def test_sizes_that_came_once_are_forgotten() -> None:

@@ -63,14 +63,14 @@ def warmed_up(codec: str) -> dict[str, Any]:
         own_is_exact &= torch.equal(seen[:, :, :, rank * TOKENS : (rank + 1) * TOKENS], values(rank, step))
         run.clock.tick()
     sent = run.report().sent_bytes["kv-warmup"]
-    stack, layer = run._layers["a"]
-    copies = [copy.clone() for copy in stack.shared_state(layer)]
+    group, layer = run.kv.place_of("a")
+    copies = [copy.clone() for copy in group.shared_state(layer)]
     run.end()
     return {
         "sent": sent,
         "errors": errors[:2],
         "own": own_is_exact,
-        "kv_cache_dtype": [copy.numpy() for copy in copies],
+        "copies": [copy.numpy() for copy in copies],
     }
 
 
@@ -109,6 +109,6 @@ def test_a_coded_warmup_takes_fewer_bytes(ranks: list[dict[str, Any]]) -> None:
 
 def test_copies_are_equal_after_a_coded_warmup(ranks: list[dict[str, Any]]) -> None:
     for codec in ("int8", "raw"):
-        first, second = (found[codec]["kv_cache_dtype"] for found in ranks)
+        first, second = (found[codec]["copies"] for found in ranks)
         assert len(first) == len(second) == 3, "values, velocities, ages"
         assert all((one == other).all() for one, other in zip(first, second, strict=True))

@@ -221,9 +221,9 @@ def _spoilt_copy() -> None:
         run.gather("block.3", key, key)
         run.clock.tick()
     if dist.get_rank() == 1:
-        stack, layer = run._layers["block.3"]
-        stack.absorb()
-        stack.shared_state(layer)[0][0, 0, 0, 0, 0] += 1e-3
+        group, layer = run.kv.place_of("block.3")
+        group.apply_pending()
+        group.shared_state(layer)[0][0, 0, 0, 0, 0] += 1e-3
     with pytest.raises(RuntimeError, match=r"copies of layer block.3 at step 2 on ranks \[1\]"):
         run.gather("block.3", key, key)
     run.end()

@@ -166,7 +166,7 @@ def _gathers(task: GatherTask) -> Callable[[], Answer]:
     import torch
     import torch.distributed as dist
 
-    from otil_xdit.comm.collectives import Collectives
+    from otil_xdit.comm.collectives import CollectiveLabel, Collectives
     from otil_xdit.comm.groups import PatchGroup
 
     dist.init_process_group("gloo")
@@ -179,11 +179,12 @@ def _gathers(task: GatherTask) -> Callable[[], Answer]:
         for size in task.sizes:
             payload = torch.zeros(size, dtype=torch.uint8)
             everybody = payload.new_empty(ranks, size)
+            label = CollectiveLabel("calibration", f"a gather of {size} bytes", None)
             seconds = []
             for _ in range(task.repeats):
                 dist.barrier()
                 started = time.perf_counter()
-                exchange.all_gather(payload, everybody, "calibration", f"a gather of {size} bytes").wait()
+                exchange.all_gather(payload, everybody, label).wait()
                 seconds.append(time.perf_counter() - started)
             found.append(seconds)
         return {"seconds": found}
