@@ -241,13 +241,14 @@ class OtilCommunicator:
 
     def report(self) -> Report:
         """Return the counters of the last (or current) generation, for this rank."""
-        holders = (*self.kv.groups, self._small, *self._scratch_buffers.values())
+        kept = sum(group.nbytes for group in self.kv.groups) + self._small.nbytes
+        scratch = sum(buffers.nbytes for buffers in self._scratch_buffers.values())
         return Report.of(
             self.collectives.traffic,
             self.clock.step,
             self.config.warmup_steps,
             self._spent,
-            sum(holder.nbytes for holder in holders),
+            kept + scratch,
             self.window.found,
         )
 

@@ -130,9 +130,9 @@ class KVGroup:
         """Bytes that the layers keep on their device."""
         if self._predictor is None:
             return sum(kept.nbytes for first in self._first.values() for kept in first if kept is not None)
-        buffers = (self._payload, self._received, self._payload_codec, self._gains)
+        buffers = (self._payload, self._received, self._gains, *self._predictor.tensors)
         previous = 0 if self._previous is None else self._previous.nbytes
-        return sum(holder.nbytes for holder in (*self._predictor.tensors, *buffers)) + previous
+        return sum(tensor.nbytes for tensor in buffers) + self._payload_codec.nbytes + previous
 
     def shared_state(self, layer: int) -> list[torch.Tensor]:
         """Return what of a layer must be the same on all ranks between two steps, bit for bit."""
