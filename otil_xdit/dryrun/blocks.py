@@ -1,4 +1,4 @@
-"""Which of a network's blocks asks for what: a look at one call of it, block by block."""
+"""Which of a network's blocks makes which request: one call of the network, watched block by block."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ from otil_xdit.networks.unet.model import is_unet
 T = TypeVar("T")
 
 
-class UnitWatch:
-    """Watches one call of a network, whose units are the blocks that a run in two stages has, in its order.
+class BlockWatch:
+    """Watches one call of a network and notes which entries of given lists each block has added.
+
+    Args:
+        network: a denoising network; its blocks are those that a run in two stages has, in the same order.
 
     Attributes:
-        units: the blocks.
-        tracer: what was seen of the call, where there was one.
-        spans: for each unit, by its number, what was added meanwhile to each of the lists.
+        blocks: of the network.
+        tracer: has the operations of the call that was made under `over`.
+        spans: for each block, by its number, the entries that it added to each of the lists.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.units = (unet_blocks if is_unet(network) else dit_blocks)(network)
+        self.blocks = (unet_blocks if is_unet(network) else dit_blocks)(network)
         self.tracer = Tracer()
         self.spans: dict[int, tuple[range, ...]] = {}
-        numbers = {id(unit): number for number, unit in enumerate(self.units)}
+        numbers = {id(block): number for number, block in enumerate(self.blocks)}
         modules = network.named_modules()
         self._paths = {path: numbers[id(module)] for path, module in modules if id(module) in numbers}
 
     @contextmanager
     def over(self, *lists: Sequence[Any]) -> Iterator[None]:
-        """The network is called; units add to `lists`."""
+        """Watch the call of the network that is made inside; its blocks add to `lists`."""
 
-        def call_unit(number: int, forward: Callable[[Inputs], Any], inputs: Inputs) -> Any:
+        def call_block(number: int, forward: Callable[[Inputs], Any], inputs: Inputs) -> Any:
             with self.inside(number, *lists):
                 return self.tracer.unit(number, partial(forward, inputs))
 
-        hooks = ForwardHooks(self.units, call_unit)
+        hooks = ForwardHooks(self.blocks, call_block)
         try:
             with self.tracer:
                 yield
@@ -52,18 +55,24 @@ class UnitWatch:
 
     @contextmanager
     def inside(self, number: int, *lists: Sequence[Any]) -> Iterator[None]:
-        """The unit of this number adds to `lists`; it may do so more than once, but no other in between."""
+        """Let the block of this number add to `lists`: more than once if need be, but no other block in between."""
         starts = [span.start for span in self.spans.get(number, ())] or [len(one) for one in lists]
         yield
         self.spans[number] = tuple(range(start, len(one)) for start, one in zip(starts, lists, strict=True))
 
     def number_of(self, path: str) -> int:
-        """The unit that the module at `path` is part of."""
+        """Return the number of the block that the module at `path` is part of."""
         parts = path.split(".")
         prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
         return next(self._paths[prefix] for prefix in prefixes if prefix in self._paths)
 
-    def of_units(self, kept: Collection[int], place: int, whole: Sequence[T]) -> list[T]:
-        """Of the list at `place` what units in `kept` have added, and what was added outside all units."""
-        others = {at for unit, spans in self.spans.items() if unit not in kept for at in spans[place]}
-        return [one for at, one in enumerate(whole) if at not in others]
+    def entries_of(self, blocks: Collection[int], place: int, entries: Sequence[T]) -> list[T]:
+        """Return the entries of one list that some blocks have added, and those added outside all blocks.
+
+        Args:
+            blocks: numbers of the blocks.
+            place: of the list among those that were watched.
+            entries: the list.
+        """
+        others = {at for block, spans in self.spans.items() if block not in blocks for at in spans[place]}
+        return [one for at, one in enumerate(entries) if at not in others]

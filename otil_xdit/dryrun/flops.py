@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from otil_xdit.dryrun.job import Job
 from otil_xdit.dryrun.networks import META
-from otil_xdit.dryrun.requests import Job, call_unet, cast
+from otil_xdit.dryrun.requests import call_unet
 
 
 def flops_of(job: Job) -> int:
-    """Of one process's step: two for each multiplication and addition of matrix products and convolutions.
+    """Count one process's step: two for each multiplication and addition of matrix products and convolutions.
 
     Raises:
         ValueError: for networks whose call is not known here.
@@ -24,7 +25,7 @@ def flops_of(job: Job) -> int:
 
 
 def call_of(job: Job) -> Callable[[Job], None]:
-    """What calls a job's network, on "meta".
+    """Return the function that calls a job's network, on "meta".
 
     Raises:
         ValueError: for networks whose call is not known here.
@@ -40,7 +41,7 @@ def _tensor(job: Job, *shape: int) -> torch.Tensor:
 
 
 def _call_sd3(job: Job) -> None:
-    network, config = cast(job), job.network.module.config
+    network, config = job.cast_network(), job.network.module.config
     network(
         _tensor(job, job.batch, config.in_channels, *job.latent),
         _tensor(job, job.batch, job.text, config.joint_attention_dim),
@@ -50,7 +51,7 @@ def _call_sd3(job: Job) -> None:
 
 
 def _call_flux(job: Job) -> None:
-    network, config = cast(job), job.network.module.config
+    network, config = job.cast_network(), job.network.module.config
     rows, cols = job.latent
     tokens = rows * cols // job.network.patch**2
     network(
@@ -65,7 +66,7 @@ def _call_flux(job: Job) -> None:
 
 
 def _call_pixart(job: Job) -> None:
-    network, config = cast(job), job.network.module.config
+    network, config = job.cast_network(), job.network.module.config
     network(
         _tensor(job, job.batch, config.in_channels, *job.latent),
         encoder_hidden_states=_tensor(job, job.batch, job.text, config.caption_channels),
@@ -79,3 +80,4 @@ _CALLS = {
     "FluxTransformer2DModel": _call_flux,
     "PixArtTransformer2DModel": _call_pixart,
 }
+"""By the class that diffusers gives a DiT."""

@@ -1,6 +1,7 @@
-"""What is sent, without anybody to send it to: an exchange that records, on "meta" tensors.
+"""Collectives that record their messages instead of sending them, on "meta" tensors.
 
-`RecordedCollectives` is the run's own exchange but for the process group, so what it counts is what a run counts.
+`RecordedCollectives` are the run's own `Collectives` but for the process group, so what they count is what a run
+counts.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class Message:
     """One collective call of one rank.
 
     Attributes:
-        kind: its counter's name: what it carries.
-        pattern: how it goes round.
-        nbytes: what the rank hands over; to both neighbours together.
-        ranks: of the group.
-        ask: number of the layer's request that it belongs to; `FOREIGN` where xDiT sends it by itself.
+        kind: name of its counter.
+        pattern: which ranks get it.
+        nbytes: bytes that the rank hands over; to both neighbours together.
+        ranks: number of ranks of the group.
+        request: number of the layer's request that it belongs to; `FOREIGN` where xDiT sends it by itself.
         awaited: whether that same request waited for it, so that nothing was computed meanwhile.
     """
 
@@ -41,13 +42,13 @@ class Message:
     pattern: Pattern
     nbytes: int
     ranks: int
-    ask: int
+    request: int
     awaited: bool = False
 
     @property
     def wire_bytes(self) -> float:
-        """What a rank puts on its link, which is what it takes from it, too: a ring's all-gather passes every other
-        rank's payload on, an all-to-all keeps a rank's own share."""
+        """Bytes that a rank puts on its link, and takes from it: a ring's all-gather passes every other rank's payload
+        on, an all-to-all keeps a rank's own share."""
         if self.pattern == "all-gather":
             return self.nbytes * (self.ranks - 1)
         return self.nbytes * (self.ranks - 1) / self.ranks if self.pattern == "all-to-all" else self.nbytes
@@ -55,14 +56,14 @@ class Message:
 
 @dataclass
 class Log:
-    """Messages in the order in which they were sent; `ask` is the number of the request under way."""
+    """Messages in the order in which they were sent; `request` is the number of the request under way."""
 
     messages: list[Message] = field(default_factory=list)
-    ask: int = 0
+    request: int = 0
 
 
 class RecordedCollectives(Collectives):
-    """An exchange whose messages arrive at once and hold nothing.
+    """Collectives whose messages arrive at once and hold nothing.
 
     Args:
         group: its process group may be None.
@@ -91,21 +92,21 @@ class RecordedCollectives(Collectives):
         return True
 
     def _start_gather(self, payload: torch.Tensor, output: torch.Tensor) -> list[dist.Work]:
-        return [self._note("all-gather", payload.nbytes)]
+        return [self._record("all-gather", payload.nbytes)]
 
     def _start_transfers(self, receives: list[Transfer], sends: list[Transfer]) -> list[dist.Work]:
         if not receives and not sends:
             return []
-        return [self._note("neighbours", sum(tensor.nbytes for _, tensor, _ in sends))]
+        return [self._record("neighbours", sum(tensor.nbytes for _, tensor, _ in sends))]
 
-    def _note(self, pattern: Pattern, nbytes: int) -> Any:
-        message = Message(self._kind, pattern, nbytes, self.group.world_size, self._log.ask)
+    def _record(self, pattern: Pattern, nbytes: int) -> Any:
+        message = Message(self._kind, pattern, nbytes, self.group.world_size, self._log.request)
         self._log.messages.append(message)
         return _Arrived(self._log, message)
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Leaves out what only fills tensors of shapes that are known: functions with ``out``, methods that work in place,
+    """Skips what only fills tensors of known shapes: functions with ``out``, methods that work in place,
     and arithmetic between tensors of one shape and type. On "meta" there is nothing to fill, and torch's way to tell
     the shapes again takes most of a plan's time."""
 
@@ -125,7 +126,7 @@ class ShapesOnly(TorchFunctionMode):
 
 
 def _are_alike(operands: tuple[Any, ...]) -> bool:
-    """Whether they are floating-point tensors on "meta", all of one shape and type."""
+    """Tell whether all are floating-point tensors on "meta", all of one shape and type."""
     return all(isinstance(one, torch.Tensor) and one.is_meta and one.is_floating_point() for one in operands) and (
         len({(one.shape, one.dtype) for one in operands}) == 1
     )
@@ -144,10 +145,10 @@ _IN_PLACE = frozenset(
 
 @dataclass(frozen=True)
 class _Arrived:
-    """What stands for a `dist.Work`."""
+    """Stands for a `dist.Work`."""
 
     log: Log
     message: Message
 
     def wait(self, deadline: timedelta | None = None) -> None:
-        self.message.awaited = self.log.ask == self.message.ask
+        self.message.awaited = self.log.request == self.message.request

@@ -1,5 +1,4 @@
-"""A network in two stages (`otil_xdit.hybridiff.stages`), on "meta": where it is cut, and what each half of the ranks
-does.
+"""A network in two stages (`otil_xdit.hybridiff.stages`), on "meta": where it is cut, and what each CFG group does.
 
 A run finds its cut from the operations of all ranks together; here they are counted on one rank of each height.
 """
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from otil_xdit.dryrun.blocks import UnitWatch
+from otil_xdit.dryrun.blocks import BlockWatch
 from otil_xdit.dryrun.flops import call_of
-from otil_xdit.dryrun.requests import Job, ParallelDegrees, Pass, asks_of
+from otil_xdit.dryrun.job import Job, ParallelDegrees, Pass
+from otil_xdit.dryrun.requests import requests_of
 from otil_xdit.hybridiff.boundary import Boundary
 from otil_xdit.hybridiff.tracing import Cut, Form, Tracer
 from otil_xdit.method.grid import LevelGrid
@@ -26,57 +26,67 @@ from otil_xdit.networks.unet.levels import Levels
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The two segments of a network, as one rank of each half has them.
+    """The two segments of a network, as one rank of each CFG group has them.
 
     Attributes:
         passes: a call of the network with the first, and with the second segment alone.
         boundary: what the first gives the second; a rank keeps two of it.
-        prompt: bytes that the second half shows the first one at the window's first step.
+        prompt: bytes of it that the second CFG group sends to the first one at the window's first step.
         share: of a whole call's operations those of the longer segment, with what is outside both.
-        units: number of blocks.
+        blocks: number of the network's blocks.
     """
 
     passes: tuple[Pass, Pass]
     boundary: Boundary
     prompt: int
     share: float
-    units: int
+    blocks: int
 
 
-def segments_of(job: Job, composition: ParallelDegrees, place: int) -> Segments:
-    """Where a rank's part of a network is cut; arguments as those of `asks_of`.
+def segments_of(job: Job, degrees: ParallelDegrees, place: int) -> Segments:
+    """Cut a rank's part of a network in two.
+
+    Args:
+        job: the step.
+        degrees: of the ranks that share it.
+        place: the rank's, as for `requests_of`.
 
     Raises:
         ValueError: for a network that cannot be cut, or whose call is not known here.
     """
-    watch = UnitWatch(job.network.module)
-    whole = asks_of(job, composition, place, watch)
+    watch = BlockWatch(job.network.module)
+    whole = requests_of(job, degrees, place, watch)
     prompt = 0
     if job.network.is_unet:
-        cut = Cut.of(watch.tracer, _unet_flops(job, composition, place, watch.tracer))
+        cut = Cut.of(watch.tracer, _unet_flops(job, degrees, place, watch.tracer))
     else:
-        half = replace(job, batch=job.batch // composition.cfg)
-        (own, prompt), (everybody, _) = _dit_call(_own(half, composition)), _dit_call(half)
+        one_pass = replace(job, batch=job.batch // degrees.cfg)
+        (own, prompt), (everybody, _) = _dit_call(_own(one_pass, degrees)), _dit_call(one_pass)
         cut = Cut.of(own, _flops(everybody))
     first, second = (
-        Pass(watch.of_units(kept, 0, whole.asks), watch.of_units(kept, 1, whole.others))
+        Pass(watch.entries_of(kept, 0, whole.requests), watch.entries_of(kept, 1, whole.messages))
         for kept in (cut.order[: cut.place], cut.order[cut.place :])
     )
     share = (max(cut.flops) + cut.glue) / (sum(cut.flops) + cut.glue)
-    return Segments((first, second), Boundary(cut.forms), prompt, share, len(watch.units))
+    return Segments((first, second), Boundary(cut.forms), prompt, share, len(watch.blocks))
 
 
-def _unet_flops(job: Job, composition: ParallelDegrees, place: int, own: Tracer) -> list[int]:
-    """Of every block of a U-Net, and outside all, on all ranks that share the rows; `own` is that of one of them."""
-    grid = LevelGrid.build(*job.latent, Levels(job.network.module).count, composition.patches * composition.ulysses)
+def _unet_flops(job: Job, degrees: ParallelDegrees, place: int, own: Tracer) -> list[int]:
+    """Count every block of a U-Net, and what is outside all, on all ranks that share the rows.
+
+    Args:
+        job, degrees, place: as for `segments_of`.
+        own: the trace of the rank at `place`.
+    """
+    grid = LevelGrid.build(*job.latent, Levels(job.network.module).count, degrees.rows)
     heights = [*zip(*grid.rows, strict=True)]  # of each rank, at every level
     total = [0] * (len(own.flops) + 1)
     for height, count in Counter(heights).items():
         if height == heights[place]:
             found = own
         else:
-            watch = UnitWatch(job.network.module)
-            asks_of(job, composition, heights.index(height), watch)
+            watch = BlockWatch(job.network.module)
+            requests_of(job, degrees, heights.index(height), watch)
             found = watch.tracer
         total = [before + count * flops for before, flops in zip(total, _flops(found), strict=True)]
     return total
@@ -86,17 +96,17 @@ def _flops(trace: Tracer) -> list[int]:
     return [*trace.flops, trace.glue]
 
 
-def _own(half: Job, composition: ParallelDegrees) -> Job:
-    """One rank's rows and text of one pass of a DiT, whose tensors are those that travel."""
-    ranks = composition.patches * composition.ulysses
-    joined = architecture_of(half.network.module).text != "none"
-    text = -(-half.text // ranks) if joined else half.text
-    return replace(half, height=half.height // ranks, text=text)
+def _own(one_pass: Job, degrees: ParallelDegrees) -> Job:
+    """Return one rank's rows and text of one pass of a DiT, whose tensors are those that travel."""
+    ranks = degrees.rows
+    joined = architecture_of(one_pass.network.module).text != "none"
+    text = -(-one_pass.text // ranks) if joined else one_pass.text
+    return replace(one_pass, height=one_pass.height // ranks, text=text)
 
 
 def _dit_call(job: Job) -> tuple[Tracer, int]:
-    """A DiT's call, and the bytes of what it is made with besides latent and time."""
-    network, forms, watch = job.network.module, list[Form](), UnitWatch(job.network.module)
+    """Trace a DiT's call; return the trace, and the bytes of the inputs besides latent and time."""
+    network, forms, watch = job.network.module, list[Form](), BlockWatch(job.network.module)
     names = list(signature(type(network).forward).parameters)[1:]
 
     def look(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

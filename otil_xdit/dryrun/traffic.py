@@ -1,6 +1,6 @@
-"""Bytes and messages of every step of a run, and what its buffers take: counted by the run's own code, on "meta".
+"""Bytes and messages of every step of a run, and the size of its buffers: counted by the run's own code, on "meta".
 
-Steps that are exchanged alike send alike, so one of each way is replayed and the others are counted with it. (A window
+Steps of one mode send the same, so one step of each mode is replayed and the others are counted with it. (A window
 that begins during warm-up sends the same, and some of it is then counted under another name.)
 """
 
@@ -10,15 +10,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel
-from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.dryrun.job import Job, ParallelDegrees, Pass
 from otil_xdit.dryrun.recorder import FOREIGN, Log, Message, RecordedCollectives
-from otil_xdit.dryrun.requests import Job, ParallelDegrees, Pass, asks_of, replay
+from otil_xdit.dryrun.requests import replay, requests_of
 from otil_xdit.dryrun.segments import Segments, segments_of
+from otil_xdit.dryrun.stand_ins import patch_group
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.schedule import Schedule
@@ -39,25 +39,27 @@ class StepTraffic:
 
     Attributes:
         sent, messages: by counter, as `otil_xdit.exchange.report.Report` has them.
-        log: all of it in order, xDiT's own messages at the end.
-        asks: requests of layers.
-        layers, numbers: attention layers whose keys and values predictor and codec handle in the step, and those of all
-            patches.
-        share: of a whole call of the network that the busiest rank computes.
+        log: all messages in order, xDiT's own at the end.
+        requests: number of the layers' requests.
+        layers: number of attention layers whose keys and values predictor and codec handle in the step.
+        numbers: how many keys and values these are, of all patches.
+        share: part of a whole call of the network that the busiest rank computes.
     """
 
     sent: Mapping[str, int]
     messages: Mapping[str, int]
     log: tuple[Message, ...]
-    asks: int = 0
+    requests: int = 0
     layers: int = 0
     numbers: int = 0
     share: float = 1.0
 
     def bytes_of(self, what: str) -> int:
-        """Of ``kv``, ``halo``, ``moments``, ``output`` or ``stages`` in warm-up or after it; of ``ulysses``, too."""
+        """Return the bytes of one kind: ``kv``, ``halo``, ``moments``, ``output``, ``stages`` or ``ulysses``."""
         counted = sum(nbytes for kind, nbytes in self.sent.items() if kind.removesuffix("-warmup") == what)
-        return counted + sum(message.nbytes for message in self.log if message.ask == FOREIGN and message.kind == what)
+        return counted + sum(
+            message.nbytes for message in self.log if message.request == FOREIGN and message.kind == what
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class RunTraffic:
 
     Attributes:
         modes: of each step, in order.
-        steps: what is sent in a step of each mode.
+        steps: traffic of a step of each mode.
         buffer_bytes: as `otil_xdit.exchange.report.Report` has it.
         once: bytes of each message, by counter, that no step sends by itself.
     """
@@ -78,13 +80,13 @@ class RunTraffic:
 
     @property
     def sent_bytes(self) -> dict[str, int]:
-        """Of the whole run, by counter, as `otil_xdit.exchange.report.Report` has them."""
+        """Return the bytes of the whole run, by counter, as `otil_xdit.exchange.report.Report` has them."""
         once = {kind: sum(sizes) for kind, sizes in self.once.items()}
         return _summed([once, *(self.steps[mode].sent for mode in self.modes)])
 
     @property
     def messages(self) -> dict[str, int]:
-        """Of the whole run, by counter."""
+        """Return the messages of the whole run, by counter."""
         once = {kind: len(sizes) for kind, sizes in self.once.items()}
         return _summed([once, *(self.steps[mode].messages for mode in self.modes)])
 
@@ -92,10 +94,12 @@ class RunTraffic:
 def modes_of(
     config: OtilConfig, steps: int, is_unet: bool = True, found: Sequence[int] | None = None
 ) -> tuple[str, ...]:
-    """How each of `steps` steps is exchanged: `WARMUP`, `STAGED`, `LAST_STAGED`, or what `Schedule.mode` says.
+    """Return the mode of every step: `WARMUP`, `STAGED`, `LAST_STAGED`, or that of `Schedule.mode`.
 
     Args:
-        is_unet: what the network is, where the settings leave the window open.
+        config: the settings.
+        steps: their number.
+        is_unet: whether the network is a U-Net, where the settings leave the window open.
         found: where that window was found, as a report has it; None for the step at which it begins at the latest.
 
     Raises:
@@ -118,7 +122,7 @@ def modes_of(
 
 
 def _window_of(config: OtilConfig, steps: int, is_unet: bool, found: Sequence[int] | None) -> range:
-    """The steps of the window; none where there is none."""
+    """Return the steps of the window; an empty range where there is none."""
     settings = config.window_settings
     if settings.kind == NONE:
         return range(0)
@@ -130,42 +134,41 @@ def _window_of(config: OtilConfig, steps: int, is_unet: bool, found: Sequence[in
 
 
 class Traffic:
-    """Counts what one rank of a composition sends under any settings.
+    """Counts what one rank sends under any settings.
 
     Args:
-        job: what is made.
-        composition: by how many ranks.
-        place: the rank's, from the top of the picture; None for one that sends most.
-        half: of the ranks that it belongs to in two stages: 0 computes the first and sends what it gives, 1 the second.
+        job: the step.
+        degrees: of the ranks that share it.
+        place: the rank's, from the top of the image; None for one that sends most.
+        cfg_rank: the rank's CFG group: in two stages 0 computes the first segment and sends its output, 1 the second.
 
     Raises:
         ValueError: where so many ranks cannot share the job.
     """
 
-    def __init__(self, job: Job, composition: ParallelDegrees, place: int | None = None, half: int = 0) -> None:
-        rows = composition.patches * composition.ulysses
+    def __init__(self, job: Job, degrees: ParallelDegrees, place: int | None = None, cfg_rank: int = 0) -> None:
         # A rank in the middle has two neighbours; of two ranks the upper one sends the row that a stride of 2 reads.
-        self.place = min(1, max(rows - 2, 0)) if place is None else place
-        self.composition = composition
-        self._job, self._half = job, half
-        self._whole = asks_of(job, composition, self.place)
+        self.place = min(1, max(degrees.rows - 2, 0)) if place is None else place
+        self.degrees = degrees
+        self._job, self._cfg_rank = job, cfg_rank
+        self._whole = requests_of(job, degrees, self.place)
         self._known: dict[tuple[OtilConfig, int, str], tuple[StepTraffic, StepTraffic, int, Counter[str]]] = {}
 
     @cached_property
     def _segments(self) -> Segments:
-        return segments_of(self._job, self.composition, self.place)
+        return segments_of(self._job, self.degrees, self.place)
 
     @property
     def shows_latent(self) -> bool:
-        """Whether the communicator sees rows of the latent; with packed tokens nobody knows whose they are."""
-        return any(method == "observe" and args[0] is not None for method, args in self._whole.asks)
+        """Tell whether the communicator sees rows of the latent; with packed tokens nobody knows whose they are."""
+        return any(method == "observe" and args[0] is not None for method, args in self._whole.requests)
 
     def of_run(self, config: OtilConfig, steps: int, window: Sequence[int] | None = None) -> RunTraffic:
-        """What a run of `steps` steps under `config` sends.
+        """Return what a run under `config` sends.
 
         Args:
             config: the settings.
-            steps: of a picture.
+            steps: number of steps.
             window: where it was found, as for `modes_of`.
 
         Raises:
@@ -174,15 +177,15 @@ class Traffic:
         is_unet = self._job.network.is_unet
         modes, begins = modes_of(config, steps, is_unet, window), _window_of(config, steps, is_unet, window).start
         found: dict[str, StepTraffic] = {}
-        kept, rooms = 0, Counter[str]()
+        kept, scratch = 0, Counter[str]()
         # A warm-up step comes before every other, so only a run of nothing else replays it for its own sake.
         for mode in list(dict.fromkeys(mode for mode in modes if mode != WARMUP)) or [WARMUP]:
             steady = _steady(config, mode)
             # Three displaced steps: payloads arrive in the second, and buffers are used again from the third on.
             count = steady.warmup_steps + {WARMUP: 0, "displaced": 3}.get(mode, 1)
             found[WARMUP], found[mode], nbytes, sizes = self._replayed(steady, count, mode)
-            kept, rooms = max(kept, nbytes), rooms | sizes  # of each room the largest
-        total = kept + sum(rooms.values())
+            kept, scratch = max(kept, nbytes), scratch | sizes  # the largest of each name
+        total = kept + sum(scratch.values())
         if config.requires_cfg_parallel:
             total += 2 * self._segments.boundary.memory.nbytes
             total += self._segments.prompt if any(map(_is_staged, modes)) else 0
@@ -192,22 +195,28 @@ class Traffic:
     def _replayed(
         self, config: OtilConfig, count: int, mode: str
     ) -> tuple[StepTraffic, StepTraffic, int, Counter[str]]:
-        """The first of `count` steps and the last, of `mode`; the bytes that layers keep, and those of rooms."""
+        """Replay `count` steps, the last of them of `mode`.
+
+        Returns:
+            The traffic of the first step and of the last; the bytes that layers keep, and those of scratch buffers.
+        """
         if (config, count, mode) not in self._known:
             log = Log()
-            run = OtilCommunicator(config, self._group(), partial(RecordedCollectives, log=log))
-            replica = RecordedCollectives(self._group(), config.timeout, run.collectives.traffic, log=log)
+            run = OtilCommunicator(config, patch_group(self.degrees, self.place), partial(RecordedCollectives, log=log))
+            replica = RecordedCollectives(
+                patch_group(self.degrees, self.place), config.timeout, run.collectives.traffic, log=log
+            )
             run.begin()
             steps = []
             is_staged = _is_staged(mode)
-            last = self._segments.passes[self._half] if is_staged else self._whole
+            last = self._segments.passes[self._cfg_rank] if is_staged else self._whole
             for made in [*[self._whole] * (count - 1), last]:
                 traffic, first = run.collectives.traffic, len(log.messages)
                 traffic.clear()
-                replay(made.asks, run, log)
-                if made is last and mode == STAGED and self._half == 0:
+                replay(made.requests, run, log)
+                if made is last and mode == STAGED and self._cfg_rank == 0:
                     replica.send(self._segments.boundary.memory, 1, CollectiveLabel("stages", "the boundary", None))
-                messages = (*log.messages[first:], *made.others)
+                messages = (*log.messages[first:], *made.messages)
                 steps.append((Counter(traffic.sent), Counter(traffic.messages), messages))
                 run.clock.tick()
             run.end()
@@ -219,64 +228,58 @@ class Traffic:
         return self._known[config, count, mode]
 
     def _coded(self, config: OtilConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Attention layers, and their keys and values, that predictor and codec handle in a warm-up step and in one
-        after it."""
-        own = [2 * args[1].numel() for method, args in self._whole.asks if method == "gather"]
-        whole = len(own), sum(own) * self.composition.patches
+        """Return how many attention layers, and keys and values, predictor and codec handle in a warm-up step and after
+        it."""
+        own = [2 * args[1].numel() for method, args in self._whole.requests if method == "gather"]
+        whole = len(own), sum(own) * self.degrees.patches
         codes = config.codec != "raw" or config.extrapolation != "none" or config.ratio < 1
         warmup = config.warmup_codec != "raw" and config.freshness != "sync"
         later = codes and config.freshness in ("fresh", "displaced") and not config.refresh
         return whole if warmup else (0, 0), whole if later else (0, 0)
 
-    def _group(self) -> PatchGroup:
-        nobody: Any = None
-        shape = self.composition
-        rows = PatchGroup(nobody, self.place, shape.patches * shape.ulysses)
-        patch = self.place // shape.ulysses
-        return PatchGroup(
-            nobody, patch, shape.patches, shape.ulysses, rows, PatchGroup(nobody, self.place, shape.ranks)
-        )
-
     def _once(self, config: OtilConfig, modes: Sequence[str], begins: int) -> dict[str, list[int]]:
-        """The generator's state, by which a U-Net's ranks draw alike; what finds the cut; how far predictions differ:
-        of a step while the window is looked for, and of all steps where a rank sees its own rows only."""
+        """Return the bytes of each message that no step sends by itself, by counter.
+
+        They are the generator's state, by which a U-Net's ranks draw alike; what finds the cut; the prompt; how far
+        predictions differ: of a step while the window is looked for, and of all steps where a rank sees its own rows
+        only.
+        """
         found: defaultdict[str, list[int]] = defaultdict(list)
         if self._job.network.is_unet:
             found["random-state-warmup"].append(torch.get_rng_state().nbytes)
         if config.requires_cfg_parallel:
-            found["stages-warmup"].append(_NUMBER * (self._segments.units + 1))
-            if self._half == 1 and self._segments.prompt and any(map(_is_staged, modes)):
+            found["stages-warmup"].append(_NUMBER * (self._segments.blocks + 1))
+            if self._cfg_rank == 1 and self._segments.prompt and any(map(_is_staged, modes)):
                 found["prompt"].append(self._segments.prompt)
         if config.window == AUTO:
             # Steps are counted when they are done, so the first is told of at the second's.
             for done in range(1, begins + 1):
                 found[_discrepancy(config, done)].append(2 * _NUMBER)
-        rows = self.composition.patches * self.composition.ulysses
-        if self._job.is_guided and not self._job.network.is_unet and rows > 1:
+        if self._job.is_guided and not self._job.network.is_unet and self.degrees.rows > 1:
             seen = sum(not _is_staged(mode) for mode in modes)
             found[_discrepancy(config, len(modes))].append(2 * _NUMBER * seen)
         return dict(found)
 
 
 def _is_staged(mode: str) -> bool:
-    """Whether a step of this mode is computed in two stages."""
+    """Tell whether a step of this mode is computed in two stages."""
     return mode in (STAGED, LAST_STAGED)
 
 
 def _count(made: Pass) -> int:
-    """Of the layers' requests; a norm's moments and its convolution's rows are two, however they travel."""
-    return sum({"observe": 0, "count": 0, "norm_halo": 2}.get(method, 1) for method, _ in made.asks)
+    """Count the layers' requests; a norm's moments and its convolution's rows are two, however they travel."""
+    return sum({"observe": 0, "count": 0, "norm_halo": 2}.get(method, 1) for method, _ in made.requests)
 
 
 def _discrepancy(config: OtilConfig, done: int) -> str:
-    """The counter of what is told of the predictions when so many steps are done."""
+    """Return the counter of the predictions' discrepancy when so many steps are done."""
     return "discrepancy-warmup" if done < config.warmup_steps else "discrepancy"
 
 
 def _steady(config: OtilConfig, mode: str) -> OtilConfig:
-    """Settings whose steps are of `mode`, as they are under `config`, after one or two of warm-up.
+    """Return settings whose steps are of `mode`, as they are under `config`, after one or two of warm-up.
 
-    The second warm-up step is the first that needs room for a velocity. There is no window, as nothing is predicted.
+    The second warm-up step is the first that needs memory for a velocity. There is no window, as nothing is predicted.
     """
     warmup = min(config.warmup_steps, 2)
     config = config.replace(window=NONE, requires_cfg_parallel=False)

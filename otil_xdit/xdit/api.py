@@ -70,9 +70,9 @@ def parallelize(
     args = xFuserArgs(model=type(pipe).__name__, ring_degree=patch_degree, **degrees)
     carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree))
     if dist.get_rank() == 0 and patch_degree > 1:
-        from otil_xdit.dryrun.memory_estimate import tell_footprint
+        from otil_xdit.dryrun.memory_estimate import log_memory_estimate
 
-        tell_footprint(pipe, config, patch_degree, ulysses_degree, 1 + use_cfg_parallel)
+        log_memory_estimate(pipe, config, patch_degree, ulysses_degree, 1 + use_cfg_parallel)
     engine_config, _ = args.create_config()
     engine_config.runtime_config.dtype = getattr(pipe, "dtype", torch.float32)
     if wrapper is not None:

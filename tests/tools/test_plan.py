@@ -15,9 +15,9 @@ import torch
 
 from otil_xdit.dryrun import requests as asks
 from otil_xdit.dryrun.flops import flops_of
+from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import find_network
 from otil_xdit.dryrun.recorder import Message
-from otil_xdit.dryrun.requests import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import RunTraffic, Traffic, modes_of
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy

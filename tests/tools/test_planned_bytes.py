@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import find_network
-from otil_xdit.dryrun.requests import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import Traffic
 from otil_xdit.tools.common.variants import parse_variant
 from tests.support.torchrun import lines_of

@@ -82,4 +82,4 @@ def rows_of(network: Network, arguments: argparse.Namespace) -> Iterator[tuple[s
 def cells(memory: Memory) -> tuple[str, ...]:
     """The figures of a row, in the order of `TITLES`."""
     figures = (memory.largest, memory.total, memory.values, memory.velocities, memory.buffers)
-    return tuple(f"{figure / MEGABYTE:.1f}" for figure in (*figures, sum(memory.rooms.values())))
+    return tuple(f"{figure / MEGABYTE:.1f}" for figure in (*figures, sum(memory.scratch.values())))

@@ -10,8 +10,8 @@ import torch
 
 from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.flops import flops_of
+from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import DTYPES, check_size, find_network
-from otil_xdit.dryrun.requests import Job, ParallelDegrees
 from otil_xdit.tools.common.links import LINKS, parse_link
 from otil_xdit.tools.plan.advice import advise, bar_of
 from otil_xdit.tools.plan.fit import TERMS, WITHIN, compare, fit, orders, read_machine, write_machine

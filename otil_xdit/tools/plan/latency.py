@@ -34,8 +34,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.recorder import FOREIGN, Message
-from otil_xdit.dryrun.requests import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import RunTraffic, StepTraffic
 from otil_xdit.method.grid import LevelGrid
 from otil_xdit.networks.unet.levels import Levels
@@ -148,12 +148,12 @@ def load_of(traffic: StepTraffic, ranks: int, share: float) -> Load:
         elif message.pattern == "all-to-all":
             swapped.append(message.wire_bytes)
         else:
-            alone = message.ask == FOREIGN
-            waits[-1 - place if alone else message.ask] += message.wire_bytes
+            alone = message.request == FOREIGN
+            waits[-1 - place if alone else message.request] += message.wire_bytes
     return Load(
         ranks,
         share * traffic.share,
-        traffic.asks,
+        traffic.requests,
         len(traffic.log),
         traffic.layers,
         traffic.numbers,

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import Network, find_network
-from otil_xdit.dryrun.requests import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import RunTraffic, Traffic
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from otil_xdit.dryrun.requests import Job, ParallelDegrees
+from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import RunTraffic, Traffic
 from otil_xdit.runtime.strategies import get_strategy
 from otil_xdit.tools.plan.latency import Load, Machine, StepTime, load_of, run_time, share_of, step_time
@@ -129,7 +129,7 @@ def timed(option: Option, machine: Machine, one_process: float) -> Option:
 
 def _runs(traffic: Traffic, steps: int) -> Iterator[tuple[str, RunTraffic]]:
     """Strategies between patches, or what xDiT does without them."""
-    shape = traffic.composition
+    shape = traffic.degrees
     if shape.patches == 1:
         yield CFG if shape.ulysses == 1 else ULYSSES, _run(traffic, "sync", steps)
         return

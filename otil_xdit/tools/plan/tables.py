@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from otil_xdit.dryrun.requests import Job, ParallelDegrees
+from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.tools.common.tables import markdown
 from otil_xdit.tools.plan.advice import Advice
 from otil_xdit.tools.plan.fit import Comparison
