@@ -71,7 +71,7 @@ def test_the_figures_are_those_of_a_run() -> None:
     real = run_ranks(RANKS, all_kept_by_real_ranks)
     for name, config in CONFIGS.items():
         found = memory_of(layers, RANKS, BATCH, torch.float32, config)
-        assert [one[name] for one in real] == [found.total + sum(found.rooms.values())] * RANKS, name
+        assert [one[name] for one in real] == [found.total + sum(found.scratch.values())] * RANKS, name
 
 
 def test_a_count_by_hand() -> None:

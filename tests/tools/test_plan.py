@@ -107,7 +107,7 @@ def test_a_segment_asks_for_a_part_of_what_the_network_asks_for() -> None:
     """Both segments together, and the first and last convolutions and the output, which each has."""
     job = Job(find_network("tiny-sd"), 128, 128, 2, torch.float32, 77)
     config = parse_variant("hybridiff:window=4:7").config
-    first, second = (Traffic(job, ParallelDegrees(2, 1, 2), half=half).of_run(config, 9) for half in (0, 1))
+    first, second = (Traffic(job, ParallelDegrees(2, 1, 2), cfg_rank=half).of_run(config, 9) for half in (0, 1))
     whole = first.steps["sync"]
     for kind in ("kv", "moments"):
         parts = [run.steps["staged"].bytes_of(kind) for run in (first, second)]
