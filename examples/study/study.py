@@ -1,4 +1,4 @@
-"""The paper's selection study: does change of the latent tell change of the image? (docs/selection-study.md)
+"""The paper's selection study: does change of the latent tell change of the image? (docs/results/selection-study.md)
 
     python examples/study/study.py --seeds 2 --out study-out
 

@@ -27,7 +27,7 @@ PSNR: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 """Mean PSNR to one process's pictures, in dB, on 2 ranks with 15 steps: of tiny-sd and tiny-sdxl, and of tiny-dit
-(docs/fidelity.md). What is not there is exact or has not been measured."""
+(docs/results/fidelity.md). What is not there is exact or has not been measured."""
 
 _TIE = 1.02
 """Predictions that differ by less than this factor are taken for equal."""
