@@ -11,13 +11,17 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 CPU_RANKS = OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-slow lint install clean
 
 demo: install
 	$(CPU_RANKS) $(VENV)/bin/python examples/demo.py
 
 test: install
 	$(CPU_RANKS) $(VENV)/bin/python -m pytest
+
+# The slow set in parts: PART is a folder or a file under tests/.
+test-slow: install
+	$(CPU_RANKS) $(VENV)/bin/python -m pytest -m slow $(addprefix tests/,$(PART))
 
 lint: install
 	$(VENV)/bin/python -m ruff check .
