@@ -115,7 +115,7 @@ def test_a_segment_asks_for_a_part_of_what_the_network_asks_for() -> None:
     assert sum(run.steps["staged"].bytes_of("kv") for run in (first, second)) == whole.bytes_of("kv")
     assert all(run.steps["staged"].bytes_of("output") == whole.bytes_of("output") for run in (first, second))
     assert second.steps["staged"].bytes_of("stages") == 0 < first.steps["staged"].bytes_of("stages")
-    assert first.steps["staged"].asks < whole.asks
+    assert first.steps["staged"].requests < whole.requests
 
 
 @pytest.mark.parametrize("model", ["tiny-sd", "tiny-dit"])
