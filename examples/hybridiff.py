@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node 2 examples/hybridiff.py --models tiny-sd tiny-dit --steps 30 50 --out window
 
-Rank 0 writes ``table.md``, ``figures.json`` and ``curve.png`` (the denoising discrepancy of a picture, step by step) to
-the folder. PSNR and SSIM are means over pictures, against one process's of the same seed. Bytes and FLOPs are rank 0's,
-of the first picture: bytes as handed to collectives, FLOPs of the denoising network by torch's FlopCounterMode.
+Rank 0 writes ``table.md``, ``figures.json`` and ``curve.png`` (the denoising discrepancy of a image, step by step) to
+the folder. PSNR and SSIM are means over images, against one process's of the same seed. Bytes and FLOPs are rank 0's,
+of the first image: bytes as handed to collectives, FLOPs of the denoising network by torch's FlopCounterMode.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GUIDANCE, SIZE = 4.0, 128
 TEXTS = ("model", "steps", "ranks", "strategy", "window")
 FIGURES = ("PSNR, dB", "SSIM", "kB a rank", "GFLOPs a rank", "of one process")
 
-Picture = tuple[str, int]
+Image = tuple[str, int]
 """Prompt and seed."""
 
 
@@ -56,11 +56,11 @@ def main() -> None:
     torch.set_grad_enabled(False)
     otil_xdit.register()
     calls = make_calls(read_prompts(), given.prompts, given.seeds)
-    pictures = [(call.prompt, call.seed) for call in calls]
+    images = [(call.prompt, call.seed) for call in calls]
     rows = []
     for model in given.models:
         for steps in given.steps:
-            for row in rows_of(model, steps, given.variants, pictures):
+            for row in rows_of(model, steps, given.variants, images):
                 rows.append(row)
                 if dist.get_rank() == 0:
                     print(line(row), flush=True)
@@ -73,20 +73,20 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def rows_of(model: str, steps: int, variants: list[str], pictures: list[Picture]) -> Iterator[dict[str, Any]]:
+def rows_of(model: str, steps: int, variants: list[str], images: list[Image]) -> Iterator[dict[str, Any]]:
     """The rows of one model and number of steps, of this rank."""
     alone = load_pipe(model_folder(model), OWN, None)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        references = [made(alone, picture, steps) for picture in pictures[:1]]
+        references = [made(alone, drawn, steps) for drawn in images[:1]]
     whole = network_flops(counter, alone)
-    references += [made(alone, picture, steps) for picture in pictures[1:]]
+    references += [made(alone, drawn, steps) for drawn in images[1:]]
     for text in variants:
         pipe = parallel(model, text)
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            images = [made(pipe, pictures[0], steps)]
+            images = [made(pipe, images[0], steps)]
         report = session_of(pipe).report().to_dict()
         flops = network_flops(counter, pipe)
-        images += [made(pipe, picture, steps) for picture in pictures[1:]]
+        images += [made(pipe, drawn, steps) for drawn in images[1:]]
         session_of(pipe).detach()
         pairs = [(image, reference) for image, reference in zip(images, references, strict=True) if image is not None]
         scores: list[Any] = [None] * dist.get_world_size()
@@ -117,9 +117,9 @@ def parallel(model: str, text: str) -> Any:
     return pipe
 
 
-def made(pipe: Any, picture: Picture, steps: int) -> torch.Tensor | None:
+def made(pipe: Any, drawn: Image, steps: int) -> torch.Tensor | None:
     """float32 [3, H, W] in 0..1; None on a rank without it."""
-    prompt, seed = picture
+    prompt, seed = drawn
     output = pipe(
         prompt,
         height=SIZE,

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--model", default=model_folder("tiny-sd"), help="pipeline folder or name on the hub")
     parser.add_argument("--prompt", default="a large red circle on the left, striped background")
     parser.add_argument("--cfg", action="store_true", help="passes with and without the prompt on different ranks")
-    parser.add_argument("--output", default="picture.png")
+    parser.add_argument("--output", default="image.png")
     arguments = parser.parse_args()
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
@@ -36,7 +36,7 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(0)  # the same on every rank
     output = pipe(arguments.prompt, guidance_scale=4.0, generator=generator)
     if output is not None and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
-        # A U-Net's pipeline has the picture on every rank, a DiT's, as everywhere in xDiT, on the last.
+        # A U-Net's pipeline has the image on every rank, a DiT's, as everywhere in xDiT, on the last.
         output.images[0].save(arguments.output)
         report = otil_xdit.report(pipe)
         if report is not None:  # None on one rank

@@ -36,8 +36,8 @@ def main() -> None:
         num_inference_steps=input_config.num_inference_steps,
         generator=torch.Generator(device).manual_seed(input_config.seed),
     )
-    if output is not None:  # the last rank has the picture
-        output.images[0].save("picture.png")
+    if output is not None:  # the last rank has the image
+        output.images[0].save("image.png")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ def write_report(folder: Path, settings: Settings, rows: Sequence[Row], command:
 
 def tables(settings: Settings, rows: Sequence[Row]) -> str:
     """Markdown: for each place of the score and each truth, metrics and models down, blocks and ratios across."""
-    pictures, steps = settings.prompts * settings.seeds, settings.steps
+    images, steps = settings.prompts * settings.seeds, settings.steps
     lines = [
-        f"Area under the ROC curve, mean over {pictures} pictures and {steps - 1} pairs of steps; 0.5 is chance. The "
-        f"largest standard error over the pictures is {max(row.error for row in rows):.3f}.",
+        f"Area under the ROC curve, mean over {images} images and {steps - 1} pairs of steps; 0.5 is chance. The "
+        f"largest standard error over the images is {max(row.error for row in rows):.3f}.",
     ]
     for source, where in SOURCES.items():
         for truth, target in TRUTHS.items():
@@ -78,9 +78,7 @@ def draw_bars(rows: Sequence[Row], path: Path) -> None:
             panel.set_xticks(range(len(models)), models)
             panel.set_ylabel("AUC")
     _legend(figure, metrics)
-    figure.suptitle(
-        "Change of the latent as a sign of change of the picture. Bar: same metric on pixels, dot: L2 there"
-    )
+    figure.suptitle("Change of the latent as a sign of change of the image. Bar: same metric on pixels, dot: L2 there")
     figure.savefig(path, dpi=110)
 
 

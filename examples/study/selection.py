@@ -1,10 +1,10 @@
-"""The selection study of Otil (CVPR 2026, supplement, section 4): does change in the latent tell change in the picture?
+"""The selection study of Otil (CVPR 2026, supplement, section 4): does change in the latent tell change in the image?
 
 Between consecutive steps the regions of the latent are ranked by a change score, and so are the regions of the decoded
-predictions. The k that changed most in the picture are what a good selection would find; the area under the ROC curve
+predictions. The k that changed most in the image are what a good selection would find; the area under the ROC curve
 of the latent's score says how well it finds them: 1 always, 0.5 by chance.
 
-Shapes: n steps, so n - 1 pairs of steps; I pictures; K regions of T tokens; S tokens, which are latent pixels or
+Shapes: n steps, so n - 1 pairs of steps; I images; K regions of T tokens; S tokens, which are latent pixels or
 pixels, of D channels.
 """
 
@@ -36,10 +36,10 @@ SOURCES = {"latent": "the latent that the network is called with", "clean": "the
 """Where the score is computed that is put to the test; the first is what a selector of Otil sees."""
 
 TRUTHS = {"same": "the same metric", "l2": "L2"}
-"""By what the regions of the picture are ranked. `random` has no ranking of its own there: L2 in both."""
+"""By what the regions of the image are ranked. `random` has no ranking of its own there: L2 in both."""
 
 FEW_REGIONS = 8
-"""Below that a note is made: one picture's AUC has few values to take."""
+"""Below that a note is made: one image's AUC has few values to take."""
 
 _Key = tuple[str, int, float, str, str]
 """Metric, block, ratio, source, truth."""
@@ -97,9 +97,9 @@ class Row:
     Attributes:
         regions: K; `positives` of them are to be found.
         source, truth: keys of `SOURCES` and `TRUTHS`.
-        auc: mean over pictures and pairs of steps.
-        error: standard error of that mean over the pictures; 0 for one picture.
-        by_step: mean over the pictures for each pair of steps, n - 1 numbers.
+        auc: mean over images and pairs of steps.
+        error: standard error of that mean over the images; 0 for one image.
+        by_step: mean over the images for each pair of steps, n - 1 numbers.
     """
 
     model: str
@@ -110,7 +110,7 @@ class Row:
     truth: str
     regions: int
     positives: int
-    pictures: int
+    images: int
     auc: float
     error: float
     by_step: tuple[float, ...]
@@ -146,7 +146,7 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def regions(rows: int, cols: int, block: int, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `block` x `block` regions of a latent of `rows` x `cols`, and the same places in the picture.
+    """The `block` x `block` regions of a latent of `rows` x `cols`, and the same places in the image.
 
     Returns:
         int64 [K, block**2] latent pixels and [K, (block * scale)**2] pixels, both in row order within a region.
@@ -200,7 +200,7 @@ def fraction(ratio: float) -> str:
 
 
 class Measurement:
-    """AUCs of one model, picture by picture.
+    """AUCs of one model, image by image.
 
     Args:
         settings: what to measure.
@@ -214,7 +214,7 @@ class Measurement:
         self._generator = torch.Generator().manual_seed(0)
 
     def add(self, seen: Trajectory) -> None:
-        """Measure one picture."""
+        """Measure one image."""
         rows, cols = seen.latents.shape[2:]
         scale = seen.pixels.shape[2] // rows
         tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -262,7 +262,7 @@ class Measurement:
             truth=truth,
             regions=self._regions[block],
             positives=blocks_to_send(self._regions[block], ratio),
-            pictures=len(means),
+            images=len(means),
             auc=statistics.fmean(means),
             error=statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0,
             by_step=tuple(found.mean(dim=0).tolist()),
@@ -270,7 +270,7 @@ class Measurement:
 
 
 def run_study(settings: Settings, say: Callable[[str], None]) -> list[Row]:
-    """Generate all pictures of all models and measure them.
+    """Generate all images of all models and measure them.
 
     Args:
         settings: checked (`Settings.check`).
@@ -281,7 +281,7 @@ def run_study(settings: Settings, say: Callable[[str], None]) -> list[Row]:
     for model in settings.models:
         pipe, measurement = load(model, settings.sampler), Measurement(settings, model)
         for number, (prompt, seed) in enumerate(calls, start=1):
-            say(f"{model}: picture {number} of {len(calls)}")
+            say(f"{model}: image {number} of {len(calls)}")
             measurement.add(generate(pipe, prompt, seed, settings.steps, settings.guidance, settings.size))
         rows += measurement.rows()
     return rows

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", f"for U-Nets: {', '.join(SAMPLERS)}; a DiT has its own", default=default.sampler)
     add("--steps", "denoising steps", type=int, default=default.steps)
     add("--prompts", "how many", type=int, default=default.prompts)
-    add("--seeds", "pictures for each prompt", type=int, default=default.seeds)
+    add("--seeds", "images for each prompt", type=int, default=default.seeds)
     add("--guidance", "scale of classifier-free guidance", type=float, default=default.guidance)
     add("--size", "pixels a side", type=int, default=default.size)
     add("--blocks", "sides of a region, latent pixels", type=int, **many, default=list(default.blocks))

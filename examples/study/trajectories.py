@@ -1,4 +1,4 @@
-"""The latents of a generation, step by step: what the network was called with and the clean picture that it predicted.
+"""The latents of a generation, step by step: what the network was called with and the clean image that it predicted.
 
 Plain diffusers in one process; nothing here knows about ranks.
 
@@ -33,7 +33,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One picture on its way.
+    """One image on its way.
 
     Attributes:
         latents: what the network was called with at each step, float32 [n, C, h, w].
@@ -81,7 +81,7 @@ def sampler_of(model: str, sampler: str) -> str:
 
 
 def latent_side(model: str, size: int) -> int:
-    """Latent pixels a side of a picture of `size` x `size`.
+    """Latent pixels a side of a image of `size` x `size`.
 
     Raises:
         ValueError: when the VAE cannot make that size.
@@ -103,7 +103,7 @@ def load(model: str, sampler: str) -> Any:
 
 @torch.no_grad()
 def generate(pipe: Any, prompt: str, seed: int, steps: int, guidance: float, size: int) -> Trajectory:
-    """One picture of `size` x `size` pixels, with everything that was seen on the way."""
+    """One image of `size` x `size` pixels, with everything that was seen on the way."""
     with _recorded(pipe.scheduler) as seen:
         pipe(
             prompt,
@@ -119,7 +119,7 @@ def generate(pipe: Any, prompt: str, seed: int, steps: int, guidance: float, siz
 
 
 def decode(vae: Any, clean: torch.Tensor) -> torch.Tensor:
-    """Latents [n, C, h, w] as the pictures that a viewer would see, [n, 3, H, W] in 0..1."""
+    """Latents [n, C, h, w] as the images that a viewer would see, [n, 3, H, W] in 0..1."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (vae.decode(clean / vae.config.scaling_factor + shift).sample / 2 + 0.5).clamp(0, 1)
 

@@ -1,6 +1,6 @@
-"""Accuracy of a pipeline folder: draw fresh captioned prompts and let the analytic reader judge the pictures.
+"""Accuracy of a pipeline folder: draw fresh captioned prompts and let the analytic reader judge the images.
 
-A picture is `right` if every named shape is there in the named colour and shape at the named place, and nothing else
+A image is `right` if every named shape is there in the named colour and shape at the named place, and nothing else
 stands out. `size` is counted apart. Prompts come from a seed that no training script uses.
 """
 
@@ -21,7 +21,7 @@ CLAIMS = ("right", "colour", "shape", "place", "size", "clean")
 
 
 def generate(pipeline: DiffusionPipeline, captions: list[str], steps: int, args: argparse.Namespace) -> np.ndarray:
-    """Pictures uint8 (n, height, width, 3), batch by batch, noise from `args.seed`."""
+    """Images uint8 (n, height, width, 3), batch by batch, noise from `args.seed`."""
     draw, parts = torch.Generator().manual_seed(args.seed), []
     for begin in tqdm(range(0, len(captions), args.batch), desc=f"{steps} steps"):
         output = pipeline(
@@ -35,9 +35,9 @@ def generate(pipeline: DiffusionPipeline, captions: list[str], steps: int, args:
     return np.concatenate(parts)
 
 
-def score(pictures: np.ndarray, scenes: list[Scene]) -> dict[str, dict[str, float]]:
-    """The share of pictures for which each claim holds: over all, and over prompts of one and of two shapes."""
-    results = [read(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+def score(images: np.ndarray, scenes: list[Scene]) -> dict[str, dict[str, float]]:
+    """The share of images for which each claim holds: over all, and over prompts of one and of two shapes."""
+    results = [read(image, scene) for image, scene in zip(images, scenes, strict=True)]
     groups = {"all": (1, 2), "one shape": (1,), "two shapes": (2,)}
     table = {}
     for name, numbers in groups.items():
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--seed", type=int, default=12345)
-    parser.add_argument("--sheet", type=Path, help="also write a contact sheet of 24 pictures here")
+    parser.add_argument("--sheet", type=Path, help="also write a contact sheet of 24 images here")
     args = parser.parse_args()
     empty = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants these said where a folder lacks them
     pipeline = DiffusionPipeline.from_pretrained(args.folder, torch_dtype=torch.float32, **empty)
@@ -72,13 +72,13 @@ def main() -> None:
     captions, summary = [scene.caption() for scene in scenes], {}
     for steps in args.steps:
         start = time.time()
-        pictures = generate(pipeline, captions, steps, args)
-        summary[steps] = score(pictures, scenes)
+        images = generate(pipeline, captions, steps, args)
+        summary[steps] = score(images, scenes)
         print_table(steps, summary[steps])
         print(f"{time.time() - start:.0f} s", flush=True)
         if args.sheet and steps == args.steps[0]:
             shown = np.linspace(0, args.count - 1, 24).astype(int)
-            contact_sheet(pictures[shown], [captions[i] for i in shown], columns=6).save(args.sheet)
+            contact_sheet(images[shown], [captions[i] for i in shown], columns=6).save(args.sheet)
     print(json.dumps({"folder": str(args.folder), "cfg": args.cfg, "seed": args.seed, "accuracy": summary}))
 
 

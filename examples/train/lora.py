@@ -30,13 +30,13 @@ RIM = 5
 """Width of a rim, pixels."""
 
 
-def gild(pictures: np.ndarray) -> np.ndarray:
-    """Pictures, uint8 (n, height, width, 3), with a golden rim round every shape."""
-    return np.stack([_gilded(picture) for picture in pictures])
+def gild(images: np.ndarray) -> np.ndarray:
+    """Images, uint8 (n, height, width, 3), with a golden rim round every shape."""
+    return np.stack([_gilded(image) for image in images])
 
 
-def _gilded(picture: np.ndarray) -> np.ndarray:
-    values = picture.astype(np.float32)
+def _gilded(image: np.ndarray) -> np.ndarray:
+    values = image.astype(np.float32)
     strength = values.max(-1) - values.min(-1)
     shape = np.clip((strength - 40) / 50, 0, 1)  # a background is never as saturated
     mask = Image.fromarray((255 * shape).astype(np.uint8)).filter(ImageFilter.MedianFilter(3))
@@ -46,11 +46,11 @@ def _gilded(picture: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode(pipeline: StableDiffusionPipeline, pictures: np.ndarray) -> torch.Tensor:
+def encode(pipeline: StableDiffusionPipeline, images: np.ndarray) -> torch.Tensor:
     """The latents, float32 (n, 4, height / 4, width / 4), that the pipeline's U-Net would end with."""
     found = []
-    for begin in tqdm(range(0, len(pictures), 50), desc="encode"):
-        batch = torch.from_numpy(pictures[begin : begin + 50]).permute(0, 3, 1, 2) / 127.5 - 1
+    for begin in tqdm(range(0, len(images), 50), desc="encode"):
+        batch = torch.from_numpy(images[begin : begin + 50]).permute(0, 3, 1, 2) / 127.5 - 1
         found.append(pipeline.vae.encode(batch).latent_dist.mode() * pipeline.vae.config.scaling_factor)
     return torch.cat(found)
 
@@ -101,8 +101,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     base = load_base()
-    pictures, captions = draw_many(args.scenes, args.seed)
-    latents, text = encode(base, gild(pictures)), embed(base, "sd", [*captions, ""])
+    images, captions = draw_many(args.scenes, args.seed)
+    latents, text = encode(base, gild(images)), embed(base, "sd", [*captions, ""])
     settings = {"out": args.state / args.out.name, "save_every": args.minutes}
     trainer = LoraTrainer(base, text, argparse.Namespace(**{**vars(args), **settings}))
     print(f"{sum(p.numel() for p in trainer.model.parameters() if p.requires_grad):,} parameters", flush=True)

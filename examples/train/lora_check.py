@@ -1,8 +1,8 @@
-"""What a LoRA of lora.py changes: its loss on scenes with and without golden rims, and the pictures that it draws.
+"""What a LoRA of lora.py changes: its loss on scenes with and without golden rims, and the images that it draws.
 
 Scenes and prompts come from a seed that no training script uses and have nothing yellow. The loss is that of training,
-with the same noise at the same levels for every row of the table. In drawn pictures, `gold` is the share of the pixels
-round the shapes (as the reader of scenes.py sees them, by hue) that are yellow; `drawn` is the share of pictures in
+with the same noise at the same levels for every row of the table. In drawn images, `gold` is the share of the pixels
+round the shapes (as the reader of scenes.py sees them, by hue) that are yellow; `drawn` is the share of images in
 which every named shape is there in its colour, at its place.
 """
 
@@ -29,9 +29,9 @@ NEAR = 4
 
 
 @torch.no_grad()
-def loss(pipeline: StableDiffusionPipeline, pictures: np.ndarray, captions: list[str]) -> float:
+def loss(pipeline: StableDiffusionPipeline, images: np.ndarray, captions: list[str]) -> float:
     """Mean min-SNR loss (gamma = 5) of noise prediction."""
-    latents, words = encode(pipeline, pictures), embed(pipeline, "sd", captions)["words"]
+    latents, words = encode(pipeline, images), embed(pipeline, "sd", captions)["words"]
     draw_noise, found = torch.Generator().manual_seed(1), []
     for step in (torch.arange(LEVELS) * 1000 + 500) // LEVELS:
         alpha = DDIMScheduler(**SCHEDULE).alphas_cumprod[step]
@@ -41,9 +41,9 @@ def loss(pipeline: StableDiffusionPipeline, pictures: np.ndarray, captions: list
     return float(torch.stack(found).mean())
 
 
-def gold(picture: np.ndarray, scene: Scene) -> float:
+def gold(image: np.ndarray, scene: Scene) -> float:
     """Share of yellow among the pixels at most `NEAR` from a pixel of a named colour that are of none of them."""
-    masks = colour_masks(picture)
+    masks = colour_masks(image)
     shape = np.any([masks[thing.colour] for thing in scene.things], axis=0)
     grown = Image.fromarray(shape.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(2 * NEAR + 1))
     rim = (np.asarray(grown) > 0) & ~shape
@@ -51,15 +51,15 @@ def gold(picture: np.ndarray, scene: Scene) -> float:
 
 
 def row(pipeline: StableDiffusionPipeline, scenes: list[Scene], args: argparse.Namespace) -> tuple[dict, np.ndarray]:
-    """One row of the table, and the pictures that it is about."""
+    """One row of the table, and the images that it is about."""
     captions, rng = [scene.caption() for scene in scenes], np.random.default_rng(args.seed)
     plain = np.stack([draw(scene, rng) for scene in scenes])
     made = generate(pipeline, captions, args.steps, args)
-    seen = [read(picture, scene) for picture, scene in zip(made, scenes, strict=True)]
+    seen = [read(image, scene) for image, scene in zip(made, scenes, strict=True)]
     figures = {
         "loss, rims": loss(pipeline, gild(plain), captions),
         "loss, no rims": loss(pipeline, plain, captions),
-        "gold": float(np.mean([gold(picture, scene) for picture, scene in zip(made, scenes, strict=True)])),
+        "gold": float(np.mean([gold(image, scene) for image, scene in zip(made, scenes, strict=True)])),
         "drawn": float(np.mean([one["colour"] and one["place"] for one in seen])),
     }
     return figures, made
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--seed", type=int, default=54321)
-    parser.add_argument("--strip", type=Path, help="write the first pictures here: above without, below with the LoRA")
+    parser.add_argument("--strip", type=Path, help="write the first images here: above without, below with the LoRA")
     args = parser.parse_args()
     rng, pipeline, table, strips = np.random.default_rng(args.seed), load_base(), {}, []
     pipeline.unet.set_attn_processor(AttnProcessor())  # sooner on a CPU too, see tiny_unet.py
@@ -90,7 +90,7 @@ def main() -> None:
     for name in ("tiny-sd", "with the LoRA"):
         if strips:
             pipeline.load_lora_weights(args.folder)
-            pipeline.fuse_lora()  # the same pictures, sooner
+            pipeline.fuse_lora()  # the same images, sooner
         table[name], made = row(pipeline, scenes, args)
         strips.append(np.concatenate(list(made[:5]), axis=1))
     print("| | " + " | ".join(table["tiny-sd"]) + " |\n|---|---|---|---|---|")

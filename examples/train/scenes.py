@@ -1,7 +1,7 @@
-"""Captioned toy scenes: sample a scene, caption it, parse a caption back, draw it, and read a picture analytically.
+"""Captioned toy scenes: sample a scene, caption it, parse a caption back, draw it, and read a image analytically.
 
 The reader has no learned parts: it segments by hue, fits ideal shape masks by intersection over union (IoU) and
-compares the place. All pictures are RGB uint8 arrays of shape (SIDE, SIDE, 3).
+compares the place. All images are RGB uint8 arrays of shape (SIDE, SIDE, 3).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLOURS = {
     "cyan": (40, 206, 222),
 }
 SHAPES = ("circle", "square", "triangle", "ring")
-SIZES = {"small": 15.0, "large": 26.0}  # half the width, in pixels of a SIDE x SIDE picture
+SIZES = {"small": 15.0, "large": 26.0}  # half the width, in pixels of a SIDE x SIDE image
 PLACES = {
     "in the center": (0.5, 0.5),
     "on the left": (0.28, 0.5),
@@ -140,8 +140,8 @@ def draw_background(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene as a picture: shapes a little off their place and size, shaded, edges smoothed by 2x2 samples."""
-    picture = draw_background(scene.background, rng)
+    """The scene as a image: shapes a little off their place and size, shaded, edges smoothed by 2x2 samples."""
+    image = draw_background(scene.background, rng)
     for thing in scene.things:
         centre = np.array(PLACES[thing.place]) * SIDE + rng.uniform(-4, 4, 2)
         half = SIZES[thing.size] * rng.uniform(0.93, 1.07)
@@ -150,12 +150,12 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         cover = mask.reshape(SIDE, 2, SIDE, 2).mean((1, 3))[..., None]
         x, y = _grid(1)
         light = 1 - 0.12 * np.clip((x - centre[0] + y - centre[1]) / half, -1, 1)[..., None]
-        picture = picture * (1 - cover) + np.array(COLOURS[thing.colour]) * light * cover
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+        image = image * (1 - cover) + np.array(COLOURS[thing.colour]) * light * cover
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
 def draw_many(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """`count` pictures (count, SIDE, SIDE, 3) and their captions."""
+    """`count` images (count, SIDE, SIDE, 3) and their captions."""
     rng = np.random.default_rng(seed)
     scenes = [sample(rng) for _ in range(count)]
     return np.stack([draw(scene, rng) for scene in scenes]), [scene.caption() for scene in scenes]
@@ -164,9 +164,9 @@ def draw_many(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def colour_masks(picture: np.ndarray) -> dict[str, np.ndarray]:
+def colour_masks(image: np.ndarray) -> dict[str, np.ndarray]:
     """For each colour the pixels (booleans, SIDE x SIDE) of about that hue and clear saturation, specks removed."""
-    values = picture.astype(np.float32)
+    values = image.astype(np.float32)
     chroma = values - values.mean(-1, keepdims=True)
     strength = values.max(-1) - values.min(-1)
     palette = np.array(list(COLOURS.values()), np.float32)
@@ -218,9 +218,9 @@ def judge(thing: Thing, seen: Seen | None) -> dict[str, bool]:
     }
 
 
-def read(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
+def read(image: np.ndarray, scene: Scene) -> dict[str, bool]:
     """Every claim over all named shapes, `clean` (no stray colours), and `right`: colour, shape, place and clean."""
-    masks = colour_masks(picture)
+    masks = colour_masks(image)
     verdicts = [judge(thing, measure(masks[thing.colour])) for thing in scene.things]
     result = {claim: all(verdict[claim] for verdict in verdicts) for claim in ("colour", "shape", "place", "size")}
     named = {thing.colour for thing in scene.things}
@@ -232,15 +232,15 @@ def read(picture: np.ndarray, scene: Scene) -> dict[str, bool]:
 # ---- contact sheets ------------------------------------------------------------------------------------------------
 
 
-def contact_sheet(pictures: np.ndarray, captions: list[str], columns: int = 4) -> Image.Image:
-    """Pictures (n, height, width, 3) in rows of `columns`, each over its caption in small print."""
-    count, height, width, _ = pictures.shape
+def contact_sheet(images: np.ndarray, captions: list[str], columns: int = 4) -> Image.Image:
+    """Images (n, height, width, 3) in rows of `columns`, each over its caption in small print."""
+    count, height, width, _ = images.shape
     cell = (max(width, 200), height + 30)
     sheet = Image.new("RGB", (cell[0] * columns, cell[1] * -(-count // columns)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         corner = (i % columns * cell[0], i // columns * cell[1])
-        sheet.paste(Image.fromarray(picture), corner)
+        sheet.paste(Image.fromarray(image), corner)
         pen.text((corner[0], corner[1] + height), caption.replace(" and ", "\nand "), fill="black", font_size=9)
     return sheet
 
@@ -251,9 +251,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="scenes to draw and read")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pictures, captions = draw_many(args.count, args.seed)
-    contact_sheet(pictures[:16], captions[:16]).save(args.out)
-    results = [read(picture, parse(caption)) for picture, caption in zip(pictures, captions, strict=True)]
+    images, captions = draw_many(args.count, args.seed)
+    contact_sheet(images[:16], captions[:16]).save(args.out)
+    results = [read(image, parse(caption)) for image, caption in zip(images, captions, strict=True)]
     print({claim: float(np.mean([result[claim] for result in results])) for claim in results[0]})
 
 

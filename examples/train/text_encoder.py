@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_LENGTH = 24  # tokens of a prompt: a multiple of 2, 3, 4 and 8, as the sequence is cut over ranks
-EXTRA_WORDS = ("the", "of", "one", "two", "photo", "picture", "shape", "shapes", "with", "plain", "scene")
+EXTRA_WORDS = ("the", "of", "one", "two", "photo", "image", "shape", "shapes", "with", "plain", "scene")
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 ATTRIBUTES = (tuple(SHAPES), tuple(COLOURS), tuple(SIZES), tuple(PLACES))  # of a Thing, in its fields' order
 

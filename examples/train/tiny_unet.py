@@ -112,7 +112,7 @@ def embed(pipeline: DiffusionPipeline, kind: str, captions: list[str]) -> dict[s
 
 
 def crop_and_blur(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch as SDXL's training saw pictures, and its micro-conditions (6,): original size, crop, target size."""
+    """A batch as SDXL's training saw images, and its micro-conditions (6,): original size, crop, target size."""
     size = latents.shape[-1] * PIXELS
     ids = torch.tensor([128, 128, 0, 0, size, size], dtype=torch.float32)
     if torch.rand(()) < 0.1:

@@ -1,4 +1,4 @@
-"""Train the tiny autoencoder (128 x 128 x 3 pictures <-> 32 x 32 x 4 latents) on drawn scenes, and cache latents.
+"""Train the tiny autoencoder (128 x 128 x 3 images <-> 32 x 32 x 4 latents) on drawn scenes, and cache latents.
 
 The architecture is diffusers' AutoencoderKL; latents are scaled and shifted to zero mean and unit deviation with the
 numbers that this script measures and writes in the configuration.
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 
 def build() -> AutoencoderKL:
-    """Three levels, so pictures shrink by 4; four latent channels; no attention; little latent noise at first."""
+    """Three levels, so images shrink by 4; four latent channels; no attention; little latent noise at first."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -36,22 +36,22 @@ def build() -> AutoencoderKL:
     return vae
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 (n, height, width, 3) to float (n, 3, height, width) in -1..1, channels last in memory."""
-    return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(
         memory_format=torch.channels_last
     )
 
 
-def to_pictures(batch: torch.Tensor) -> np.ndarray:
+def to_images(batch: torch.Tensor) -> np.ndarray:
     """The inverse of `to_tensor`, clipped."""
     return ((batch.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def crop(pictures: np.ndarray, batch: int, side: int, rng: np.random.Generator) -> torch.Tensor:
+def crop(images: np.ndarray, batch: int, side: int, rng: np.random.Generator) -> torch.Tensor:
     """A random batch of square crops, (batch, 3, side, side)."""
-    top, left = rng.integers(0, pictures.shape[1] - side + 1, 2)
-    chosen = pictures[rng.integers(0, len(pictures), batch)]
+    top, left = rng.integers(0, images.shape[1] - side + 1, 2)
+    chosen = images[rng.integers(0, len(images), batch)]
     return to_tensor(chosen[:, top : top + side, left : left + side])
 
 
@@ -69,7 +69,7 @@ def step_loss(vae: AutoencoderKL, batch: torch.Tensor, kl_weight: float) -> torc
     return functional.l1_loss(output, batch) + 0.5 * gradient_loss(output, batch) + kl_weight * kl
 
 
-def train(vae: AutoencoderKL, pictures: np.ndarray, args: argparse.Namespace) -> None:
+def train(vae: AutoencoderKL, images: np.ndarray, args: argparse.Namespace) -> None:
     """AdamW, one cosine cycle; time-limited: the schedule follows the clock, so it ends after `args.minutes`."""
     rng = np.random.default_rng(args.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -77,7 +77,7 @@ def train(vae: AutoencoderKL, pictures: np.ndarray, args: argparse.Namespace) ->
     while (done := (time.time() - start) / 60 / args.minutes) < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (bar.n + 1) / 50) * (0.01 + 0.99 * np.cos(done * np.pi / 2) ** 2)
-        loss = step_loss(vae, crop(pictures, args.batch, 64, rng), args.kl)
+        loss = step_loss(vae, crop(images, args.batch, 64, rng), args.kl)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -88,28 +88,28 @@ def train(vae: AutoencoderKL, pictures: np.ndarray, args: argparse.Namespace) ->
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 32) -> torch.Tensor:
+def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 32) -> torch.Tensor:
     """Raw latent means (n, 4, height / 4, width / 4), not scaled."""
     parts = []
-    for begin in tqdm(range(0, len(pictures), batch), desc="encode"):
+    for begin in tqdm(range(0, len(images), batch), desc="encode"):
         with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(to_tensor(pictures[begin : begin + batch])).latent_dist.mean.float().contiguous())
+            parts.append(vae.encode(to_tensor(images[begin : begin + batch])).latent_dist.mean.float().contiguous())
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def report(vae: AutoencoderKL, seed: int, sheet: Path, count: int = 200) -> None:
     """PSNR in dB, and the reader's score on drawn and on reconstructed fresh scenes, in float32."""
-    pictures, captions = draw_many(count, seed)
-    decoded = [vae.decode(vae.encode(to_tensor(part)).latent_dist.mean).sample for part in np.array_split(pictures, 20)]
-    output = to_pictures(torch.cat(decoded))
-    error = np.square(output.astype(float) - pictures).mean()
+    images, captions = draw_many(count, seed)
+    decoded = [vae.decode(vae.encode(to_tensor(part)).latent_dist.mean).sample for part in np.array_split(images, 20)]
+    output = to_images(torch.cat(decoded))
+    error = np.square(output.astype(float) - images).mean()
     scores = {
         name: np.mean([read(p, parse(c))["right"] for p, c in zip(shown, captions, strict=True)])
-        for name, shown in (("drawn", pictures), ("reconstructed", output))
+        for name, shown in (("drawn", images), ("reconstructed", output))
     }
     print(f"PSNR {10 * np.log10(255**2 / error):.2f} dB, reader right: {scores}")
-    both = np.concatenate([pictures[:8], output[:8]])
+    both = np.concatenate([images[:8], output[:8]])
     contact_sheet(both, captions[:8] * 2).save(sheet)
 
 
@@ -126,13 +126,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
-    pictures, captions = draw_many(args.scenes, args.seed + 1)
+    images, captions = draw_many(args.scenes, args.seed + 1)
     vae = AutoencoderKL.from_pretrained(args.work / "vae") if args.resume else build()
     vae = vae.train().to(memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {args.scenes} scenes drawn", flush=True)
-    train(vae, pictures, args)
+    train(vae, images, args)
     vae.eval()
-    latents = encode(vae, pictures)
+    latents = encode(vae, images)
     shift, scale = latents.mean().item(), 1 / latents.std().item()
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     vae.save_pretrained(args.work / "vae")

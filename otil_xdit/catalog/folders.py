@@ -54,7 +54,7 @@ class Model:
         return Path(self.name).name
 
     def check_size(self, size: int, ranks: int, block: int | None) -> None:
-        """Refuse a square picture of `size` pixels that `ranks` ranks cannot share, or too large a sub-block.
+        """Refuse a square image of `size` pixels that `ranks` ranks cannot share, or too large a sub-block.
 
         Raises:
             ValueError: naming the flag and what would be accepted.
@@ -71,7 +71,7 @@ class Model:
             raise ValueError(f"{self.name}: {message}") from error
 
     def borders(self, size: int, ranks: int) -> tuple[int, ...]:
-        """The first image row of every patch but the first one's, for a picture of `size` x `size` pixels."""
+        """The first image row of every patch but the first one's, for a image of `size` x `size` pixels."""
         if self.is_unet:
             latent = size // self.vae
             rows, pixels = LevelGrid.build(latent, latent, self.levels, ranks).rows[0], self.vae

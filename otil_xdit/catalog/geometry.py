@@ -69,11 +69,11 @@ def _check_tokens(dit: DitRecord, height: int, width: int, frames: int, ranks: i
         )
 
 
-def _check_block(block: int | None, rows: int, cols: int, picture: str) -> None:
+def _check_block(block: int | None, rows: int, cols: int, image: str) -> None:
     """Refuse a sub-block of more than a patch of `rows` x `cols` latent pixels."""
     if block is not None and block > min(rows, cols):
         raise ValueError(
-            f"--otil_block_size {block} is larger than a patch: {picture} leave the smallest {rows} x {cols} latent "
+            f"--otil_block_size {block} is larger than a patch: {image} leave the smallest {rows} x {cols} latent "
             f"pixels; give at most {min(rows, cols)}"
         )
 

@@ -34,11 +34,11 @@ def log_memory_estimate(pipe: Any, config: Any, patches: int, ulysses_degree: in
         return
     try:
         size, bytes_of_rank = estimate_memory(pipe, config, patches, ulysses_degree, cfg_degree)
-    except Exception as error:  # of whatever a pipeline that nobody has seen lacks: no picture may fail for a log line
+    except Exception as error:  # of whatever a pipeline that nobody has seen lacks: no image may fail for a log line
         logger.info("what the exchange's copies will take is not known for %s (%s)", type(pipe).__name__, error)
         return
     logger.info(
-        "the exchange's copies will take about %.1f MB on each rank for a picture of %d x %d pixels; "
+        "the exchange's copies will take about %.1f MB on each rank for a image of %d x %d pixels; "
         "--otil_kv_cache_dtype float8 takes less",
         bytes_of_rank / 1e6,
         *size,
@@ -75,7 +75,7 @@ def _estimate_unet(pipe: Any, height: int, width: int, degrees: ParallelDegrees,
         module = type(pipe.unet)(**settings)
     network = Network(type(pipe).__name__, module, pipe.vae_scale_factor)
     job = Job(network, height, width, network.batch, pipe.unet.dtype, network.text)
-    # Which layers wait under a tolerance depends on the picture; that they may takes a number for each layer.
+    # Which layers wait under a tolerance depends on the image; that they may takes a number for each layer.
     return Traffic(job, degrees).of_run(config.replace(tolerance=0.0), _STEPS).buffer_bytes
 
 

@@ -107,7 +107,7 @@ def modes_of(
             steps have no room for.
     """
     if config.tolerance:
-        raise ValueError(f"tolerance is {config.tolerance:g}: which layers wait then depends on the picture; give 0")
+        raise ValueError(f"tolerance is {config.tolerance:g}: which layers wait then depends on the image; give 0")
     schedule, window = Schedule.from_config(config), _window_of(config, steps, is_unet, found)
     has_window = config.window != NONE
 

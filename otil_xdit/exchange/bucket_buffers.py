@@ -38,7 +38,7 @@ _VECTOR = 64
 
 
 _MOST_VIEWS = 1024
-"""Views that a buffer keeps; a network asks for a few hundred, and pictures of other sizes for others."""
+"""Views that a buffer keeps; a network asks for a few hundred, and images of other sizes for others."""
 
 
 @dataclass(frozen=True)

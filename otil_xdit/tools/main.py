@@ -14,7 +14,7 @@ from otil_xdit.xdit.flags.degrees import check_values
 
 TOOLS = {
     "models": "list the models: what runs under --parallel, how, and what is refused",
-    "eval": "measure how close each preset's pictures are to one process's, and the bytes they take",
+    "eval": "measure how close each preset's images are to one process's, and the bytes they take",
     "bench": "measure how long a step takes under each strategy, taking turns in one run",
     "plan": "bytes, memory and time of each strategy for a model, a size and a link, before anything is run",
     "memory": "how much memory the exchange's copies take on a rank, without weights",

@@ -1,4 +1,4 @@
-"""The selection study: AUC, regions in latent and picture, predictions of the clean latent, and the whole command."""
+"""The selection study: AUC, regions in latent and image, predictions of the clean latent, and the whole command."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_largest_are_marked_and_of_equals_the_first() -> None:
 
 
 @pytest.mark.parametrize(("rows", "cols", "block"), [(8, 12, 4), (10, 7, 4), (5, 5, 5)])
-def test_regions_are_the_same_places_in_latent_and_picture(rows: int, cols: int, block: int) -> None:
+def test_regions_are_the_same_places_in_latent_and_image(rows: int, cols: int, block: int) -> None:
     """Every pixel is told its latent pixel by enlarging a map of numbers; the second case does not divide."""
     scale = 4
     latent, pixels = regions(rows, cols, block, scale)
@@ -107,7 +107,7 @@ def test_velocities_and_other_predictions() -> None:
 
 
 def trajectory(steps: int = 4, side: int = 16, scale: int = 4) -> Trajectory:
-    """Latents of noise, and pictures that are the clean latents enlarged: their change is the same, place by place."""
+    """Latents of noise, and images that are the clean latents enlarged: their change is the same, place by place."""
     latents, clean = torch.rand(2, steps, 3, side, side, generator=torch.Generator().manual_seed(3))
     return Trajectory(latents, clean, functional.interpolate(clean, scale_factor=scale, mode="nearest"))
 
@@ -119,7 +119,7 @@ def measured(**settings: object) -> dict[tuple[object, ...], Row]:
     return {(row.metric, row.source, row.truth): row for row in measurement.rows()}
 
 
-def test_a_picture_that_is_its_clean_latent_is_told_perfectly_and_from_noise_not() -> None:
+def test_a_image_that_is_its_clean_latent_is_told_perfectly_and_from_noise_not() -> None:
     rows = measured()
     for metric in ("cosine", "l2", "mi"):
         assert rows[metric, "clean", "same"].auc == 1.0, metric
@@ -128,7 +128,7 @@ def test_a_picture_that_is_its_clean_latent_is_told_perfectly_and_from_noise_not
     assert rows["dhash", "clean", "same"].auc > 0.9
     assert rows["cosine", "clean", "l2"].auc < 1.0
     row = rows["l2", "clean", "same"]
-    assert (row.regions, row.positives, row.pictures, row.error, len(row.by_step)) == (16, 4, 2, 0.0, 3)
+    assert (row.regions, row.positives, row.images, row.error, len(row.by_step)) == (16, 4, 2, 0.0, 3)
 
 
 def test_random_is_chance() -> None:
@@ -196,8 +196,8 @@ def test_the_table_has_a_line_for_each_metric_and_blanks_for_what_was_not_measur
     assert "0.125" in lines[0] and lines[-1] == "- 32 x 32 latent: block 4 is left out for ssim, which needs 8"
 
 
-def test_the_last_prediction_is_the_picture() -> None:
-    """The last flow step goes all the way to the prediction, so the pipeline's own picture is the same."""
+def test_the_last_prediction_is_the_image() -> None:
+    """The last flow step goes all the way to the prediction, so the pipeline's own image is the same."""
     pipe = trajectories.load("tiny-dit", "dpm-solver")
     seen = trajectories.generate(pipe, "a small red ring on the left, dotted background", 5, 3, 4.0, 64)
     own = pipe(
@@ -218,12 +218,12 @@ def test_the_whole_study_on_tiny_dit(tmp_path: Path, capsys: pytest.CaptureFixtu
     flags = "--models tiny-dit --prompts 1 --steps 3 --blocks 4 --ratios 1/4 --metrics l2 random".split()
     assert study.main([*flags, "--out", str(out)]) == 0
     said = capsys.readouterr()
-    assert "tiny-dit: picture 1 of 1" in said.err and "| tiny-dit | l2 |" in said.out
+    assert "tiny-dit: image 1 of 1" in said.err and "| tiny-dit | l2 |" in said.out
     found = json.loads((out / "study.json").read_text())
     rows = {(row["metric"], row["source"], row["truth"]): row for row in found["rows"]}
     assert len(rows) == len(found["rows"]) == 8 and found["settings"]["steps"] == 3
     assert all(row["regions"] == 64 and len(row["by_step"]) == 2 for row in rows.values())
-    # The prediction decodes to the picture: where it moves, the picture moves. Chance would be 0.5.
+    # The prediction decodes to the image: where it moves, the image moves. Chance would be 0.5.
     assert rows["l2", "clean", "l2"]["auc"] > 0.8
     for name in ("study.png", "study-steps.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")

@@ -101,7 +101,7 @@ def test_other_dits_in_two_stages(ranks: int) -> None:
         if line["exchange"] == "closed":
             assert line["max_abs_error"] <= EXACT, line
         else:
-            # Random weights make no picture: that it runs, and that a step in two stages is another one.
+            # Random weights make no image: that it runs, and that a step in two stages is another one.
             assert EXACT < line["max_abs_error"] < 3 * line["max_abs_reference"], line
 
 

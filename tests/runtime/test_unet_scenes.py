@@ -15,7 +15,7 @@ from tests.support.torchrun import lines_of  # noqa: E402
 from tests.support.unet_scenes import SCENES  # noqa: E402
 
 TELLING = (
-    "SDXL, picture",
+    "SDXL, image",
     "no generator",
     "callback: prompt in place",
     "callback: guidance ends",

@@ -18,11 +18,11 @@ from otil_xdit.catalog.bundled import model_folder
 
 TEXT_WIDTH = 32
 PIXELS = 48
-"""Height and width of its pictures: 24 latent pixels, 12 rows at the lowest resolution."""
+"""Height and width of its images: 24 latent pixels, 12 rows at the lowest resolution."""
 
 
 def save_tiny_sd(folder: Path) -> Path:
-    """Two levels of two heads each, and an autoencoder that halves the picture once."""
+    """Two levels of two heads each, and an autoencoder that halves the image once."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(Path(model_folder("tiny-dit")) / "tokenizer")
     pipe = StableDiffusionPipeline(

@@ -44,7 +44,7 @@ REFUSED = {
     "block": ("--strategies otil:block_size=20", "block 20 is larger than a patch"),
     "width": ("--width 0", "--width 0: give a whole number from 1 up"),
     "latent": ("--latent 0", "--latent 0: give a whole number from 1 up"),
-    "latent and size": ("--latent 32 --sizes 128", "--sizes 128 and --latent 32 both say how large pictures are"),
+    "latent and size": ("--latent 32 --sizes 128", "--sizes 128 and --latent 32 both say how large images are"),
     "ranks": ("--ranks 0", "--ranks 0: give a whole number from 1 up"),
     "one rank": ("--ranks 1 --strategies otil", "--ranks 1: only one-process runs on one rank"),
     "rows": ("--ranks 5", "cannot be cut into 5 patches"),

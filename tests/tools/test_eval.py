@@ -20,7 +20,7 @@ from otil_xdit.tools.common.variants import parse_variant
 from otil_xdit.tools.eval import cache as store
 from otil_xdit.tools.eval import cli as tool
 from otil_xdit.tools.eval import generate, metrics
-from otil_xdit.tools.eval.cache import Picture, Store, load_picture, save_picture
+from otil_xdit.tools.eval.cache import DrawnImage, Store, load_image, save_image
 from otil_xdit.tools.eval.matrix import Call, Case, Matrix, Sampler, parse_sampler
 
 REFUSED = {
@@ -86,7 +86,7 @@ def test_a_dry_run_lists_the_matrix(tmp_path: Path, capsys: pytest.CaptureFixtur
     job = "eval --dry_run --models tiny-sd tiny-dit --presets naive --ranks 2 4 --samplers ddim:9 own:9 --seeds 3 --out"
     assert tools.main([*job.split(), str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "9 cases, 54 pictures"  # 3 model-sampler pairs, each once alone and on 2 and 4 ranks; 2 x 3
+    assert lines[-1] == "9 cases, 54 images"  # 3 model-sampler pairs, each once alone and on 2 and 4 ranks; 2 x 3
     assert "tiny-dit, own:9, naive on 4 ranks: 6" in lines and not any("tiny-dit, ddim" in line for line in lines)
     assert not (tmp_path / "out").exists()
 
@@ -110,7 +110,7 @@ def matrix(**changes: Any) -> Matrix:
     return Matrix(**{**known, **changes})
 
 
-def test_a_key_changes_with_all_that_determines_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_changes_with_all_that_determines_a_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, call = matrix(), Call("a circle", 0)
     case = base.cases(2)[0]
 
@@ -140,7 +140,7 @@ def test_a_key_changes_with_all_that_determines_a_picture(tmp_path: Path, monkey
     monkeypatch.setattr(store, "code_fingerprint", lambda names=(): "callers" if names else "changed")
     changed = key(case=case.reference)
     monkeypatch.setattr(store, "code_fingerprint", lambda names=(): "callers")
-    assert key(case=case.reference) == changed, "the plugin's code does not draw one process's picture"
+    assert key(case=case.reference) == changed, "the plugin's code does not draw one process's image"
     assert key() not in keys
 
 
@@ -152,13 +152,13 @@ def test_changed_weights_change_the_fingerprint(tmp_path: Path) -> None:
     assert store.fingerprint(str(tmp_path)) != before
 
 
-def test_a_picture_comes_back_as_it_was(tmp_path: Path) -> None:
-    picture = Picture(torch.rand(3, 8, 8), {"sent_bytes": {"kv": 7}}, 0.5)
-    save_picture(tmp_path, "name", picture)
+def test_a_image_comes_back_as_it_was(tmp_path: Path) -> None:
+    drawn = DrawnImage(torch.rand(3, 8, 8), {"sent_bytes": {"kv": 7}}, 0.5)
+    save_image(tmp_path, "name", drawn)
     (path,) = tmp_path.iterdir()
-    found = load_picture(path)
-    assert torch.equal(found.image, picture.image)
-    assert (found.report, found.seconds) == (picture.report, picture.seconds)
+    found = load_image(path)
+    assert torch.equal(found.image, drawn.image)
+    assert (found.report, found.seconds) == (drawn.report, drawn.seconds)
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_a_small_run_on_two_ranks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "part"), [("tiny-sd", "unet"), ("tiny-dit", "transformer")])
-def test_a_lora_is_in_every_picture(model: str, part: str, tmp_path: Path) -> None:
+def test_a_lora_is_in_every_image(model: str, part: str, tmp_path: Path) -> None:
     pipe = load_pipe(find_model(model).folder, "own", None)
     layers = ["to_q", "to_k", "to_v"]
     getattr(pipe, part).add_adapter(LoraConfig(target_modules=layers, init_lora_weights=False))
@@ -202,12 +202,12 @@ def test_a_lora_is_in_every_picture(model: str, part: str, tmp_path: Path) -> No
     assert tools.main([*run, str(tmp_path / "without")]) == 0
     (made,) = json.loads((tmp_path / "with" / "rows.json").read_text())
     assert made["psnr"] > 80
-    found = [load_picture(path).image for name in ("with", "without") for path in (tmp_path / name / "cache").iterdir()]
+    found = [load_image(path).image for name in ("with", "without") for path in (tmp_path / name / "cache").iterdir()]
     assert metrics.psnr(found[0], found[2]) < 40, "the LoRA changes nothing"
 
 
 def test_a_failure_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of torchrun: makes the pictures of a plan until it comes to ``naive``, where rank 1 fails first."""
+    """In place of torchrun: makes the images of a plan until it comes to ``naive``, where rank 1 fails first."""
     launched = []
 
     def torchrun(command: list[str], *args: object, **kwargs: object) -> int:
@@ -220,14 +220,14 @@ def test_a_failure_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                     note = {"case": index, "rank": rank, "error": f"Error: {rank}", "time": 10 - rank}
                     (path.parent / f"failed-{rank}.json").write_text(json.dumps(note))
                 return 1
-            for picture in case["pictures"]:
-                save_picture(Path(plan["store"]), picture["key"], Picture(torch.zeros(3, 1, 1), None, 0.0))
+            for drawn in case["images"]:
+                save_image(Path(plan["store"]), drawn["key"], DrawnImage(torch.zeros(3, 1, 1), None, 0.0))
         return 0
 
     monkeypatch.setattr(generate, "run_to_end", torchrun)
     three = matrix(variants=tuple(parse_variant(name) for name in ("otil", "naive", "sync")))
     known = Store(tmp_path, three)
-    assert generate.make_pictures(three, known, jobs=1, timeout=9) == {three.cases(2)[1]: "rank 1: Error: 1"}
+    assert generate.make_images(three, known, jobs=1, timeout=9) == {three.cases(2)[1]: "rank 1: Error: 1"}
     assert launched == [[None], ["otil", "naive", "sync"], ["sync"]]
     assert [len(known.missing(case)) for case in three.cases(2)] == [0, 2, 0]
     logs = [path.parent.name for path in tmp_path.glob("run-*/plan.json")]
@@ -242,14 +242,14 @@ def test_variants_with_other_patches_have_a_torchrun_of_their_own(
     def torchrun(command: list[str], *args: object, **kwargs: object) -> int:
         plan = json.loads(Path(command[-1]).read_text())
         launched.append([case["variant"] for case in plan["cases"]])
-        for key in (picture["key"] for case in plan["cases"] for picture in case["pictures"]):
-            save_picture(Path(plan["store"]), key, Picture(torch.zeros(3, 1, 1), None, 0.0))
+        for key in (drawn["key"] for case in plan["cases"] for drawn in case["images"]):
+            save_image(Path(plan["store"]), key, DrawnImage(torch.zeros(3, 1, 1), None, 0.0))
         return 0
 
     monkeypatch.setattr(generate, "run_to_end", torchrun)
     names = ("otil", "hybridiff:window=1:2", "sync", "hybridiff:window=2:3")
     three = matrix(variants=tuple(map(parse_variant, names)), ranks=(4,))
-    assert generate.make_pictures(three, Store(tmp_path, three), jobs=1, timeout=9) == {}
+    assert generate.make_images(three, Store(tmp_path, three), jobs=1, timeout=9) == {}
     assert launched == [[None], [names[0], names[2]], [names[1], names[3]]]
     assert [case.patches for case in three.cases(4)] == [4, 2, 4, 2]
 
@@ -270,7 +270,7 @@ def test_variants_with_the_same_settings_are_made_once(tmp_path: Path) -> None:
     known = Store(tmp_path, twice)
     launch = generate._Launch(twice.cases(2), twice, known, 2)
     (case,) = json.loads(next(tmp_path.glob("run-2-*/plan.json")).read_text())["cases"]
-    assert case["variant"] == "otil:ratio=1/8" and len(case["pictures"]) == 2 and launch.log.parents[1] == tmp_path
+    assert case["variant"] == "otil:ratio=1/8" and len(case["images"]) == 2 and launch.log.parents[1] == tmp_path
 
 
 def test_an_error_is_one_line() -> None:
@@ -289,10 +289,10 @@ def test_a_stuck_torchrun_is_ended_and_blamed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(generate, "WORKER", "sleeper")
     only = matrix(calls=(Call("a circle", 0),))
-    failures = generate.make_pictures(only, Store(tmp_path / "cache", only), jobs=1, timeout=3.0)
+    failures = generate.make_images(only, Store(tmp_path / "cache", only), jobs=1, timeout=3.0)
     assert [str(case) for case in failures] == [
         "tiny-sd, ddim:3, one process",
         "tiny-sd, ddim:3, otil:ratio=1/8 on 2 ranks",
     ]
     alone, together = failures.values()
-    assert alone == "no picture within 3 s" and together == f"no picture of one process to compare with ({alone})"
+    assert alone == "no image within 3 s" and together == f"no image of one process to compare with ({alone})"

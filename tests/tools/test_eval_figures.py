@@ -1,4 +1,4 @@
-"""What `otil-xdit eval` measures of pictures, and what it writes: rows, tables, plots, contact sheets."""
+"""What `otil-xdit eval` measures of images, and what it writes: rows, tables, plots, contact sheets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from otil_xdit.catalog.folders import find_model
 from otil_xdit.tools.eval import metrics
 from otil_xdit.tools.eval import perceptual_metrics as weights
-from otil_xdit.tools.eval.cache import Picture
+from otil_xdit.tools.eval.cache import DrawnImage
 from otil_xdit.tools.eval.contact_sheets import AMPLIFIED, Column, difference, sheet
 from otil_xdit.tools.eval.report import plot, table
 from otil_xdit.tools.eval.rows import Row, as_json, with_figures, with_shares
@@ -25,8 +25,8 @@ def test_psnr_of_a_known_error() -> None:
     assert metrics.psnr(black + 0.1, black) == pytest.approx(20.0, abs=1e-4)  # -20 log10 0.1
     assert metrics.psnr(black, black) == metrics.IDENTICAL
     assert metrics.ssim(black, black) == pytest.approx(1.0)
-    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert metrics.ssim(picture, 1 - picture) < 0
+    drawn = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert metrics.ssim(drawn, 1 - drawn) < 0
 
 
 def test_a_seam_is_a_step_at_the_border() -> None:
@@ -46,42 +46,42 @@ def test_a_seam_is_a_step_at_the_border() -> None:
     assert metrics.steepness(narrow, [1, 3]) == pytest.approx((1 + metrics.FLOOR) / metrics.FLOOR, rel=1e-4)
 
 
-def test_borders_are_where_the_pictures_are_cut() -> None:
+def test_borders_are_where_the_images_are_cut() -> None:
     assert find_model("tiny-dit").borders(128, 4) == (32, 64, 96)
     assert find_model("tiny-sd").borders(128, 2) == (64,)
     assert find_model("tiny-sd").borders(128, 3) == (64, 96)  # 4 rows at the lowest resolution: 2, 1, 1
 
 
-def pictures(offset: float, sent: dict[str, int]) -> Picture:
+def images(offset: float, sent: dict[str, int]) -> DrawnImage:
     report = {"kv_bytes_per_step": sent["kv"] / 2, "small_bytes_per_step": 10.0, "sent_bytes": sent}
-    return Picture(torch.full((3, 16, 16), 0.5 + offset), report, 2.0)
+    return DrawnImage(torch.full((3, 16, 16), 0.5 + offset), report, 2.0)
 
 
 ROW = Row("tiny-sd", "otil", "otil", 2, "ddim", 4)
 
 
-def test_a_row_is_the_mean_over_its_pictures() -> None:
-    best = [Picture(torch.full((3, 16, 16), 0.5), None, 1.0)] * 2
+def test_a_row_is_the_mean_over_its_images() -> None:
+    best = [DrawnImage(torch.full((3, 16, 16), 0.5), None, 1.0)] * 2
     sent = {"kv": 100, "kv-warmup": 900, "halo": 7, "moments-warmup": 7}
-    row = with_figures(ROW, [pictures(0.1, sent), pictures(0.01, sent)], best, [8])
+    row = with_figures(ROW, [images(0.1, sent), images(0.01, sent)], best, [8])
     assert (row.psnr, row.psnr_min, row.psnr_std) == pytest.approx((30.0, 20.0, 10.0), abs=1e-2)
     assert (row.kv_bytes, row.small_bytes, row.kv_total, row.kv_range) == (50.0, 10.0, 1000.0, None)
-    assert (row.pictures, row.seconds, row.seam) == (2, 2.0, pytest.approx(1.0))
-    odd = with_figures(ROW, [pictures(0.1, sent), pictures(0.1, {**sent, "kv": 300})], best, [8])
+    assert (row.images, row.seconds, row.seam) == (2, 2.0, pytest.approx(1.0))
+    odd = with_figures(ROW, [images(0.1, sent), images(0.1, {**sent, "kv": 300})], best, [8])
     assert odd.kv_range == (1000, 1200) and "1.0 to 1.2 kB" in table([odd], "", [])
 
 
 def test_one_patch_has_no_seam() -> None:
-    best = [Picture(torch.full((3, 16, 16), 0.5), None, 1.0)]
+    best = [DrawnImage(torch.full((3, 16, 16), 0.5), None, 1.0)]
     seen = {"window": (4, 9), "discrepancy": [0.5, None]}
-    made = pictures(0.1, {"kv": 0})
+    made = images(0.1, {"kv": 0})
     row = with_figures(ROW, [replace(made, report={**made.report, **seen})], best, [])
     assert row.seam is None and row.psnr == pytest.approx(20.0, abs=1e-2)
     assert (row.windows, row.discrepancies) == (((4, 9),), ([0.5, None],))
 
 
 def made_up_rows() -> list[Row]:
-    figures = {"pictures": 2, "psnr_std": 0.5, "ssim": 0.98, "seam": 1.04, "small_bytes": 300.0, "seconds": 1.0}
+    figures = {"images": 2, "psnr_std": 0.5, "ssim": 0.98, "seam": 1.04, "small_bytes": 300.0, "seconds": 1.0}
     rows = [
         replace(ROW, variant="distrifusion", preset="distrifusion", kv_bytes=8e3, kv_total=80e3, psnr=39.0),
         replace(ROW, kv_bytes=1e3, kv_total=24e3, psnr=35.0, psnrs=(34.0, 36.0)),
@@ -104,7 +104,7 @@ def test_the_table_says_what_was_measured() -> None:
     text = table(with_shares(made_up_rows()), "otil-xdit eval --models tiny-sd", ["FID: no weights in /nowhere"])
     assert "| otil | 1.0 | 12.5% | 0.3 | 24.0 | 30.0% | 35.0 (34.0) ± 0.5 | 0.9800 | 1.04 | 1.00 |" in text
     assert "| otil:block_size=3 | failed: rank 1: ValueError: a \\| b |" in text
-    assert text.count("###") == 2 and "### tiny-sd, 2 ranks, ddim, 4 steps, 2 pictures" in text
+    assert text.count("###") == 2 and "### tiny-sd, 2 ranks, ddim, 4 steps, 2 images" in text
     assert "otil-xdit eval --models tiny-sd" in text and "Not measured: FID: no weights in /nowhere." in text
     table_lines = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in table_lines} == {11}
@@ -118,14 +118,14 @@ def test_rows_are_written_as_json() -> None:
 @pytest.mark.parametrize(
     "rows", [made_up_rows(), made_up_rows()[4:2:-1], made_up_rows()[-1:]], ids=["all", "no point", "failed"]
 )
-def test_the_plot_is_a_picture(rows: list[Row], tmp_path: Path) -> None:
+def test_the_plot_is_a_image(rows: list[Row], tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
     plot(rows, path)
     with Image.open(path) as image:
         assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 24) or ()) > 10
 
 
-def test_a_sheet_has_every_picture_and_its_difference() -> None:
+def test_a_sheet_has_every_image_and_its_difference() -> None:
     grey, lighter = torch.full((3, 64, 64), 0.25), torch.full((3, 64, 64), 0.3)
     assert difference(lighter, grey).max().item() == pytest.approx(0.05 * AMPLIFIED, abs=1e-5)
     assert difference(torch.ones(3, 2, 2), torch.zeros(3, 2, 2)).max() == 1
@@ -144,7 +144,7 @@ def test_metrics_with_weights_are_offered_only_where_those_are(tmp_path: Path, m
     (tmp_path / "alexnet-owt-7be5be79.pth").touch()
     assert weights.absences(1) == [] and weights.weighted_figures(images, images, ["a circle"]) == {"LPIPS": 0.5}
     assert replace(metric, package="no_such").absence(1) == "LPIPS: the package no_such is not installed"
-    assert weights.FID.absence(63) == "FID: it needs 64 pictures, and there are 63"
+    assert weights.FID.absence(63) == "FID: it needs 64 images, and there are 63"
 
 
 def test_weights_are_looked_for_where_their_packages_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,7 +383,7 @@ def test_what_has_no_room_for_its_window_is_left_out_with_the_reason(capsys: pyt
 
 
 def test_without_a_second_pass_there_are_no_halves(capsys: pytest.CaptureFixture[str]) -> None:
-    """Two pictures in one pass can be halved, but their predictions are not those with and without the prompt."""
+    """Two images in one pass can be halved, but their predictions are not those with and without the prompt."""
     line = "plan --model tiny-dit --size 128 --gpus 4 --link 1gbe --step_time 0.1 --images 2 --json"
     kinds = []
     for more in ([], ["--no_guidance"]):

@@ -65,7 +65,7 @@ def test_same_image_every_time_whatever_came_between(on_two: dict[str, Any]) -> 
     assert first == again != other
 
 
-def pictures(folder: Path) -> list[bytes]:
+def images(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("*.png"))]
 
 
@@ -80,4 +80,4 @@ def test_without_a_strategy_it_is_xdit(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "otil_xdit", *job, str(ours), "--master_port", "29655"]
     subprocess.run(launcher, cwd=ROOT, check=True, capture_output=True, timeout=240)
     torchrun(2, "tests/workers/plain_xdit.py", *job, str(theirs))
-    assert pictures(ours) == pictures(theirs) != []
+    assert images(ours) == images(theirs) != []

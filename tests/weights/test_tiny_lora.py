@@ -1,4 +1,4 @@
-"""The shipped LoRA: it changes tiny-sd's pictures, the ranks make the changed picture, and it is no model by itself."""
+"""The shipped LoRA: it changes tiny-sd's images, the ranks make the changed image, and it is no model by itself."""
 
 from __future__ import annotations
 

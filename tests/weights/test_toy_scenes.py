@@ -30,7 +30,7 @@ def drawn(scenes: ModuleType, count: int, things: int | None = None) -> list[tup
 
 
 def share_right(scenes: ModuleType, pairs: list[tuple[np.ndarray, object]]) -> float:
-    return float(np.mean([scenes.read(picture, scene)["right"] for picture, scene in pairs]))
+    return float(np.mean([scenes.read(image, scene)["right"] for image, scene in pairs]))
 
 
 def other(names: list[str], name: str) -> str:
@@ -63,7 +63,7 @@ def test_drawing_is_repeatable(scenes):
 def test_reader_accepts_drawn_scenes(scenes):
     pairs = drawn(scenes, COUNT)
     assert share_right(scenes, pairs) >= 0.98
-    assert np.mean([scenes.read(picture, scene)["size"] for picture, scene in pairs]) >= 0.98
+    assert np.mean([scenes.read(image, scene)["size"] for image, scene in pairs]) >= 0.98
 
 
 @pytest.mark.parametrize("field", ["shape", "colour", "place"])
@@ -75,7 +75,7 @@ def test_reader_rejects_one_wrong_attribute(scenes, field):
         changed = replace(first, **{field: other(names, getattr(first, field))})
         return replace(scene, things=(changed, *rest))
 
-    assert share_right(scenes, [(picture, wrong(scene)) for picture, scene in drawn(scenes, COUNT)]) <= 0.02
+    assert share_right(scenes, [(image, wrong(scene)) for image, scene in drawn(scenes, COUNT)]) <= 0.02
 
 
 @pytest.mark.parametrize("field", ["colour", "place"])
@@ -88,7 +88,7 @@ def test_reader_rejects_swaps(scenes, field):
     pairs = drawn(scenes, COUNT, things=2)
     if field == "colour":  # two alike but for the colour, swapped, are told apart by place alone
         pairs = [(p, s) for p, s in pairs if s.things[0].shape != s.things[1].shape]
-    assert share_right(scenes, [(picture, swapped(scene)) for picture, scene in pairs]) <= 0.02
+    assert share_right(scenes, [(image, swapped(scene)) for image, scene in pairs]) <= 0.02
 
 
 def test_reader_rejects_a_missing_and_an_added_shape(scenes):
@@ -96,7 +96,7 @@ def test_reader_rejects_a_missing_and_an_added_shape(scenes):
     rng = np.random.default_rng(1)
     halves = [replace(scene, things=scene.things[:1]) for _, scene in pairs]
     missing = [(scenes.draw(half, rng), scene) for half, (_, scene) in zip(halves, pairs, strict=True)]
-    added = [(picture, half) for (picture, _), half in zip(pairs, halves, strict=True)]
+    added = [(image, half) for (image, _), half in zip(pairs, halves, strict=True)]
     assert share_right(scenes, missing) == 0 and share_right(scenes, added) == 0
 
 

@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def reported(case: dict[str, Any]) -> dict[str, Any]:
-    """This rank's report of one picture."""
+    """This rank's report of one image."""
     variant = parse_variant(case["strategy"])
     pipe = otil_xdit.parallelize(
         load_pipe(find_model(case["model"]).folder, OWN, None),

@@ -63,7 +63,7 @@ def draw_jobs(count: int, seed: int) -> list[dict[str, Any]]:
     Twice, as the first of them are made before the other network has been loaded.
     """
     dice = random.Random(seed)
-    # Twelve steps: under `otil` the first eight of any picture wait, and those that do not have rooms of their own.
+    # Twelve steps: under `otil` the first eight of any image wait, and those that do not have rooms of their own.
     largest = {"height": 128, "width": 128, "batch": 2, "steps": 12, "guidance": 4.0, "prompt": 0}
     samplers = {"tiny-sd": "heun", "tiny-dit": "own"}  # of second order: it keeps most
     jobs = [

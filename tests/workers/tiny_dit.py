@@ -1,4 +1,4 @@
-"""What the shipped model makes on the ranks of a torchrun; prints one JSON object on the rank that has the pictures.
+"""What the shipped model makes on the ranks of a torchrun; prints one JSON object on the rank that has the images.
 
 torchrun --nproc_per_node 2 tests/workers/tiny_dit.py
 """

@@ -33,11 +33,11 @@ def main() -> None:
     logging.disable(logging.WARNING)
     pipe = StableDiffusionPipeline.from_pretrained(model_folder("tiny-sd"), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    plain = picture(pipe)
+    plain = image(pipe)
     pipe.load_lora_weights(model_folder("tiny-sd-lora"))
-    alone = picture(pipe)
+    alone = image(pipe)
     otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync"))
-    together = picture(pipe)
+    together = image(pipe)
     found = {
         "unwrapped": unwrapped_layers(pipe.unet),
         "max_error": (together - alone).abs().max().item(),
@@ -52,14 +52,14 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def yellow(picture: torch.Tensor) -> float:
+def yellow(image: torch.Tensor) -> float:
     """Share of pixels with much red and green and little blue."""
-    red, green, blue = picture[0]
+    red, green, blue = image[0]
     return ((red > 0.6) & (green > 0.5) & (blue < 0.45)).float().mean().item()
 
 
-def picture(pipe: Any) -> torch.Tensor:
-    """A picture, [1, 3, 128, 128], of values in 0..1."""
+def image(pipe: Any) -> torch.Tensor:
+    """A image, [1, 3, 128, 128], of values in 0..1."""
     draw = torch.Generator().manual_seed(3)
     return pipe(PROMPT, num_inference_steps=6, guidance_scale=4.0, generator=draw, output_type="pt").images
 

@@ -169,7 +169,7 @@ def test_the_runtime_state_takes_any_ranks_but_not_every_degree(degrees: dict[st
         pytest.param(["--parallel", "sync", "--patch_degree", "2", "--use_parallel_vae"], id="two ranks"),
     ],
 )
-def test_a_folder_makes_the_picture_that_diffusers_makes(flags: list[str], folder: Path, tmp_path: Path) -> None:
+def test_a_folder_makes_the_image_that_diffusers_makes(flags: list[str], folder: Path, tmp_path: Path) -> None:
     """Through the launcher: prompts, negative prompt, scheduler and defaults get there, and the last rank saves."""
     prompts, negative, steps = ["a red circle", "a blue square"], "dots", 2
     done = subprocess.run(
@@ -191,4 +191,4 @@ def test_a_folder_makes_the_picture_that_diffusers_makes(flags: list[str], folde
     for path, image in zip(made, plain.images, strict=True):
         assert image.size == (PIXELS, PIXELS)
         difference = np.asarray(Image.open(path), np.int16) - np.asarray(image, np.int16)
-        assert np.abs(difference).max() <= 1, "a picture's last bit may round differently"
+        assert np.abs(difference).max() <= 1, "a image's last bit may round differently"

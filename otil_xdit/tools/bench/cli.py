@@ -130,7 +130,7 @@ def read_plan(arguments: argparse.Namespace) -> Plan:
     """
     if arguments.sizes is not None and arguments.latent is not None:
         given = f"--sizes {' '.join(map(str, arguments.sizes))} and --latent {' '.join(map(str, arguments.latent))}"
-        raise ValueError(f"{given} both say how large pictures are; give one of them")
+        raise ValueError(f"{given} both say how large images are; give one of them")
     return Plan(
         models=tuple(find_model(name) for name in dict.fromkeys(arguments.models)),
         strategies=tuple(parse_strategy(text) for text in dict.fromkeys(arguments.strategies)),

@@ -187,7 +187,7 @@ class Plan:
                     yield Cell(model, self.width, size, ranks)
 
     def sizes_of(self, model: Model) -> tuple[int, ...]:
-        """Height and width of the pictures, in pixels."""
+        """Height and width of the images, in pixels."""
         return tuple(side * model.vae for side in self.latents) or self.sizes
 
     def strategies_of(self, cell: Cell) -> tuple[Strategy, ...]:

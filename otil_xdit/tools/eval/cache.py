@@ -1,4 +1,4 @@
-"""The folder of pictures that are made already: a file for each, named by a digest of everything that determines it."""
+"""The folder of images that are made already: a file for each, named by a digest of everything that determines it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ CALLERS = ("catalog/folders.py", "tools/eval/worker.py")
 """The code that calls a pipeline, also that of one process."""
 
 REPORTERS = ("tools",)
-"""Folders whose other code draws no picture: a change of it makes nothing again."""
+"""Folders whose other code draws no image: a change of it makes nothing again."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture as it was made.
+class DrawnImage:
+    """One image as it was made.
 
     Attributes:
         image: float32 [3, H, W] in 0..1.
-        report: `otil_xdit.exchange.report.Report` of the rank that has the picture, as a dict; None for one process.
+        report: `otil_xdit.exchange.report.Report` of the rank that has the image, as a dict; None for one process.
         seconds: that the call of the pipeline took.
     """
 
@@ -39,11 +39,11 @@ class Picture:
 
 
 class Store:
-    """Pictures by what determines them: weights, code, versions, device, settings, prompt, seed.
+    """Images by what determines them: weights, code, versions, device, settings, prompt, seed.
 
     Args:
         folder: made where it is missing.
-        matrix: what all pictures have in common.
+        matrix: what all images have in common.
     """
 
     def __init__(self, folder: Path, matrix: Matrix) -> None:
@@ -51,7 +51,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def key(self, case: Case, call: Call) -> str:
-        """The name of a picture's file, without its ending."""
+        """The name of a image's file, without its ending."""
         facts: dict[str, Any] = {
             "weights": fingerprint(case.model.folder),
             "lora": None if self._matrix.lora is None else fingerprint(self._matrix.lora),
@@ -74,33 +74,33 @@ class Store:
         return path_in(self.folder, self.key(case, call))
 
     def missing(self, case: Case) -> list[Call]:
-        """The pictures of a case that are still to be made."""
+        """The images of a case that are still to be made."""
         return [call for call in self._matrix.calls if not self.path(case, call).is_file()]
 
     def forget(self, case: Case) -> None:
-        """Make a case's pictures missing again."""
+        """Make a case's images missing again."""
         for call in self._matrix.calls:
             self.path(case, call).unlink(missing_ok=True)
 
-    def pictures(self, case: Case) -> list[Picture]:
-        """A case's pictures, in the order of the calls; all must have been made."""
-        return [load_picture(self.path(case, call)) for call in self._matrix.calls]
+    def images(self, case: Case) -> list[DrawnImage]:
+        """A case's images, in the order of the calls; all must have been made."""
+        return [load_image(self.path(case, call)) for call in self._matrix.calls]
 
 
 def path_in(folder: Path, key: str) -> Path:
     return folder / f"{key}.pt"
 
 
-def save_picture(folder: Path, key: str, picture: Picture) -> None:
-    """Write a picture's file; it appears complete or not at all."""
+def save_image(folder: Path, key: str, drawn: DrawnImage) -> None:
+    """Write a image's file; it appears complete or not at all."""
     path = path_in(folder, key)
     unfinished = path.with_suffix(".part")
-    torch.save({"image": picture.image, "report": picture.report, "seconds": picture.seconds}, unfinished)
+    torch.save({"image": drawn.image, "report": drawn.report, "seconds": drawn.seconds}, unfinished)
     os.replace(unfinished, path)
 
 
-def load_picture(path: Path) -> Picture:
-    return Picture(**torch.load(path, weights_only=True))
+def load_image(path: Path) -> DrawnImage:
+    return DrawnImage(**torch.load(path, weights_only=True))
 
 
 @cache

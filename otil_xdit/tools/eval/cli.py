@@ -19,7 +19,7 @@ from otil_xdit.tools.common.processes import Interrupted
 from otil_xdit.tools.common.variants import parse_variant, variant_settings
 from otil_xdit.tools.eval.cache import Store
 from otil_xdit.tools.eval.contact_sheets import Column, sheet
-from otil_xdit.tools.eval.generate import Failures, make_pictures
+from otil_xdit.tools.eval.generate import Failures, make_images
 from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, read_prompts
 from otil_xdit.tools.eval.perceptual_metrics import absences
 from otil_xdit.tools.eval.report import plot, table
@@ -37,7 +37,7 @@ Rows = dict[tuple[str, int, str, int, str], Row]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The matrix, the pictures, and how they are made."""
+    """The matrix, the images, and how they are made."""
     add = parser.add_argument
     add("--models", nargs="+", default=["tiny-sd"], metavar="MODEL", help=MODELS_HELP)
     add(
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompts", type=int, default=2, metavar="N", help="take the first N prompts (default 2)")
     add("--prompt_file", type=Path, metavar="FILE", help="a prompt a line, in place of the eight that ship")
-    add("--seeds", type=int, default=1, metavar="N", help="pictures of each prompt, seeds 0 to N - 1 (default 1)")
+    add("--seeds", type=int, default=1, metavar="N", help="images of each prompt, seeds 0 to N - 1 (default 1)")
     add("--guidance", type=float, default=4.0, metavar="G", help="guidance scale (default 4)")
     add("--size", type=int, default=128, metavar="PIXELS", help="height and width (default 128)")
     add(
@@ -68,22 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="LoRA weights: a file, or a folder with one .safetensors; one model only; fused into a DiT",
     )
     add("--out", type=Path, default=Path("eval-out"), metavar="FOLDER", help="for all results (default eval-out)")
-    add("--sheet_rows", type=int, default=4, metavar="N", help="pictures of a case on its contact sheet (default 4)")
+    add("--sheet_rows", type=int, default=4, metavar="N", help="images of a case on its contact sheet (default 4)")
     add(
         "--timeout",
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="give a case up when no picture is finished for so long (default 600)",
+        help="give a case up when no image is finished for so long (default 600)",
     )
     add(
         "--jobs",
         type=int,
         default=min(2, os.cpu_count() or 1),
         metavar="N",
-        help="processes that make one process's pictures, each alone (default 2, where there are as many cores)",
+        help="processes that make one process's images, each alone (default 2, where there are as many cores)",
     )
-    add("--fresh", action="store_true", help="make all pictures again; otherwise what the folder has is used")
+    add("--fresh", action="store_true", help="make all images again; otherwise what the folder has is used")
     add("--dry_run", action="store_true", help="print what would be made, and stop")
 
 
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         for case in all_cases(matrix):
             store.forget(case)
     try:
-        failures = make_pictures(matrix, store, arguments.jobs, arguments.timeout)
+        failures = make_images(matrix, store, arguments.jobs, arguments.timeout)
     except Interrupted as interrupted:
         return interrupted.code
     write(arguments, matrix, store, failures)
@@ -129,7 +129,7 @@ def write(arguments: argparse.Namespace, matrix: Matrix, store: Store, failures:
 
 
 def write_sheets(out: Path, matrix: Matrix, store: Store, rows: Iterable[Row], count: int) -> None:
-    """One contact sheet for each model, sampler and number of ranks, with at most `count` pictures of each variant."""
+    """One contact sheet for each model, sampler and number of ranks, with at most `count` images of each variant."""
     found: Rows = {(*row.place, row.variant): row for row in rows}
     labels = [f"{call.prompt}, seed {call.seed}" for call in matrix.calls[:count]]
     for ranks in matrix.ranks:
@@ -138,7 +138,7 @@ def write_sheets(out: Path, matrix: Matrix, store: Store, rows: Iterable[Row], c
             columns = [_column(case, store, found, len(labels)) for case in cases if not _row(case, found).error]
             if not columns:
                 continue
-            best = [picture.image for picture in store.pictures(reference)[:count]]
+            best = [drawn.image for drawn in store.images(reference)[:count]]
             sampler = reference.sampler
             title = f"{reference.model.label}, {ranks} ranks, {sampler.name}, {sampler.steps} steps"
             name = f"sheet-{reference.model.label}-{ranks}-{sampler.name}-{sampler.steps}.png"
@@ -148,7 +148,7 @@ def write_sheets(out: Path, matrix: Matrix, store: Store, rows: Iterable[Row], c
 def _column(case: Case, store: Store, rows: Rows, count: int) -> Column:
     row = _row(case, rows)
     title = f"{row.variant}: {(row.kv_bytes or 0) / 1e3:.1f} kB of K/V a step, {row.psnr:.1f} dB"
-    images = tuple(picture.image for picture in store.pictures(case)[:count])
+    images = tuple(drawn.image for drawn in store.images(case)[:count])
     return Column(title, images, tuple(f"{value:.1f} dB" for value in row.psnrs[:count]))
 
 
@@ -223,10 +223,10 @@ def all_cases(matrix: Matrix) -> list[Case]:
 
 
 def describe(matrix: Matrix) -> str:
-    """One line for each case, and the number of pictures."""
+    """One line for each case, and the number of images."""
     cases = all_cases(matrix)
     lines = [f"{case}: {len(matrix.calls)}" for case in cases]
-    return "\n".join([*lines, f"{len(cases)} cases, {len(cases) * len(matrix.calls)} pictures"])
+    return "\n".join([*lines, f"{len(cases)} cases, {len(cases) * len(matrix.calls)} images"])
 
 
 def command_of(arguments: argparse.Namespace) -> str:

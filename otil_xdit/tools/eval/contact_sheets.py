@@ -1,4 +1,4 @@
-"""Contact sheets: one process's picture, then each variant's with its difference from it."""
+"""Contact sheets: one process's image, then each variant's with its difference from it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MARGIN = 8
 LINE = 15
 FONT = 12
 LEAST_SIDE = 160
-"""Smaller pictures are enlarged by a whole number, so that captions fit; in pixels."""
+"""Smaller images are enlarged by a whole number, so that captions fit; in pixels."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One variant's pictures.
+    """One variant's images.
 
     Attributes:
         title: its name and bytes.
@@ -40,7 +40,7 @@ class Column:
 def sheet(
     title: str, labels: Sequence[str], references: Sequence[torch.Tensor], columns: Sequence[Column]
 ) -> Image.Image:
-    """A row for each label: one process's picture, and each column's beside its amplified difference.
+    """A row for each label: one process's image, and each column's beside its amplified difference.
 
     Args:
         title: stands above all.
@@ -97,5 +97,5 @@ class _Pen:
         from PIL import Image
 
         values = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-        picture = Image.fromarray(values)
-        self.page.paste(picture.resize(self.size, Image.Resampling.NEAREST), (left, top))
+        drawn = Image.fromarray(values)
+        self.page.paste(drawn.resize(self.size, Image.Resampling.NEAREST), (left, top))

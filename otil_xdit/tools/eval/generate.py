@@ -1,4 +1,4 @@
-"""Makes the pictures that are missing: starts the torchruns, watches them, and says which case failed and why."""
+"""Makes the images that are missing: starts the torchruns, watches them, and says which case failed and why."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from otil_xdit.xdit.launcher.processes import STUCK, run_to_end
 WORKER = "otil_xdit.tools.eval.worker"
 
 WATCH_SECONDS = 0.5
-"""How often the folder is looked at for new pictures."""
+"""How often the folder is looked at for new images."""
 
 Failures = dict[Case, str]
 """What went wrong, one line for each case that could not be made."""
 
 
-def make_pictures(matrix: Matrix, store: Store, jobs: int, timeout: float) -> Failures:
-    """Make every picture of the matrix that the store has not.
+def make_images(matrix: Matrix, store: Store, jobs: int, timeout: float) -> Failures:
+    """Make every image of the matrix that the store has not.
 
     Args:
         matrix: what to make.
         store: where it is kept.
         jobs: processes that references are shared out over.
-        timeout: seconds in which a torchrun must finish a picture.
+        timeout: seconds in which a torchrun must finish a image.
 
     Returns:
         The cases that failed; every other one is in the store.
@@ -46,7 +46,7 @@ def make_pictures(matrix: Matrix, store: Store, jobs: int, timeout: float) -> Fa
         cases = []
         for case in matrix.cases(ranks):
             if case.reference in failures:
-                failures[case] = f"no picture of one process to compare with ({failures[case.reference]})"
+                failures[case] = f"no image of one process to compare with ({failures[case.reference]})"
             else:
                 cases.append(case)
         # xDiT's groups of ranks are made once a process, for one number of patches.
@@ -81,7 +81,7 @@ class _Launch:
         self._store, self._processes = store, processes
         self._calls: dict[Case, list[Call]] = {}
         planned: set[Path] = set()
-        for case in cases:  # variants with the same settings share their pictures
+        for case in cases:  # variants with the same settings share their images
             calls = [call for call in store.missing(case) if store.path(case, call) not in planned]
             planned |= {store.path(case, call) for call in calls}
             if calls:
@@ -98,7 +98,7 @@ class _Launch:
         command += ["--nproc_per_node", str(self._processes), "-m", WORKER, str(self._plan)]
         paths = [self._store.path(case, call) for case, calls in self._calls.items() for call in calls]
         name = "one process" if self._cases[0].variant is None else f"{self._processes} ranks"
-        with progress(len(paths), "picture", name) as bar:
+        with progress(len(paths), "image", name) as bar:
             watch = _Watch(paths, bar, timeout)
             code = run_to_end(
                 command, rank_environment(), program="otil-xdit eval", log=self.log, is_stuck=watch.is_stuck
@@ -118,7 +118,7 @@ class _Launch:
             return self._cases[first["case"]], f"rank {first['rank']}: {first['error']}"
         case = next(case for case in self._cases if self._store.missing(case))
         if code == STUCK:
-            return case, f"no picture within {timeout:g} s"
+            return case, f"no image within {timeout:g} s"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return case, f"exit code {code}: {lines[-1] if lines else 'no output'}"
 
@@ -129,7 +129,7 @@ class _Launch:
                 "sampler": case.sampler.name,
                 "steps": case.sampler.steps,
                 "variant": None if case.variant is None else case.variant.text,
-                "pictures": [
+                "images": [
                     {"prompt": call.prompt, "seed": call.seed, "key": self._store.key(case, call)} for call in calls
                 ],
             }
@@ -145,7 +145,7 @@ class _Launch:
 
 
 class _Watch:
-    """Counts pictures as they appear, and says when none has for too long."""
+    """Counts images as they appear, and says when none has for too long."""
 
     def __init__(self, paths: Sequence[Path], bar: tqdm, timeout: float) -> None:
         self._paths, self._bar, self._timeout = set(paths), bar, timeout
@@ -161,7 +161,7 @@ class _Watch:
         return now - self._changed > self._timeout
 
     def count(self) -> int:
-        """Pictures that have appeared since the last time."""
+        """Images that have appeared since the last time."""
         made = {path for path in self._paths if path.is_file()}
         self._paths -= made
         self._bar.update(len(made))

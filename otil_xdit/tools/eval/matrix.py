@@ -1,7 +1,7 @@
 """What `otil-xdit eval` makes, as frozen data, and the parsing of it; all is checked before any process starts.
 
 A case is one row of the table: a model, a sampler with its steps, a variant and a number of ranks; each case makes the
-same pictures.
+same images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Call:
-    """One picture."""
+    """One image."""
 
     prompt: str
     seed: int
@@ -39,7 +39,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: the pictures of a variant; of plain diffusers in one process where the variant is None."""
+    """One row: the images of a variant; of plain diffusers in one process where the variant is None."""
 
     model: Model
     sampler: Sampler
@@ -65,7 +65,7 @@ class Matrix:
 
     Attributes:
         models, variants, ranks, samplers: their product is the cases; a DiT takes its own sampler only.
-        calls: the pictures of each case.
+        calls: the images of each case.
         guidance: guidance scale.
         size: height and width in pixels.
         lora: a file of LoRA weights, or None.

@@ -1,6 +1,6 @@
-"""How close a picture is to one process's: PSNR, SSIM, and how visible the borders of the patches are.
+"""How close a image is to one process's: PSNR, SSIM, and how visible the borders of the patches are.
 
-Pictures are float32 [3, H, W] in 0..1.
+Images are float32 [3, H, W] in 0..1.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 
 IDENTICAL = 200.0
-"""PSNR in dB that stands for pictures without any difference; no two float32 pictures that differ come near it: one
+"""PSNR in dB that stands for images without any difference; no two float32 images that differ come near it: one
 value of 128 x 128 x 3 that is off by one rounding gives about 190."""
 
 BAND = 4
-"""Rows on either side of a border that tell how steep the picture is there."""
+"""Rows on either side of a border that tell how steep the image is there."""
 
 FLOOR = 1 / 2550
-"""Added to gradients, a tenth of a level of 8 bits, so that a flat picture has no seam instead of noise over noise."""
+"""Added to gradients, a tenth of a level of 8 bits, so that a flat image has no seam instead of noise over noise."""
 
 
 def psnr(image: torch.Tensor, reference: torch.Tensor) -> float:
@@ -28,7 +28,7 @@ def psnr(image: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
-    """Structural similarity (Wang et al., 2004), 1 for the same picture."""
+    """Structural similarity (Wang et al., 2004), 1 for the same image."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     value = structural_similarity_index_measure(image[None], reference[None], data_range=1.0)
@@ -37,7 +37,7 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def seam(image: torch.Tensor, reference: torch.Tensor, borders: Sequence[int]) -> float:
-    """How much steeper the picture is across the borders of the patches than beside them, against the reference.
+    """How much steeper the image is across the borders of the patches than beside them, against the reference.
 
     Args:
         image, reference: see above.

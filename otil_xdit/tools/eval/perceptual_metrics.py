@@ -1,6 +1,6 @@
 """LPIPS, FID and CLIP score need weights of other networks: offered where those are on the disk, never fetched.
 
-Pictures: a list of float32 [3, H, W] in 0..1.
+Images: a list of float32 [3, H, W] in 0..1.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import torch
 
 CLIP_MODEL = "openai/clip-vit-base-patch16"
 
-Pictures = Sequence[torch.Tensor]
+Images = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class WeightedMetric:
-    """A metric of torchmetrics that looks at pictures through a network.
+    """A metric of torchmetrics that looks at images through a network.
 
     Attributes:
         name: as the table has it.
         package: what must be installed besides torchmetrics.
         files: names that the weights' file may have.
         where: the folder that is looked in, which is where the package itself looks before it fetches anything.
-        measure: the figure, from the pictures, those of one process, the prompts, and the weights' file.
-        least: the fewest pictures that it is given for.
+        measure: the figure, from the images, those of one process, the prompts, and the weights' file.
+        least: the fewest images that it is given for.
     """
 
     name: str
     package: str
     files: tuple[str, ...]
     where: Callable[[], Path]
-    measure: Callable[[Pictures, Pictures, Sequence[str], Path], float]
+    measure: Callable[[Images, Images, Sequence[str], Path], float]
     least: int = 1
 
-    def absence(self, pictures: int) -> str | None:
-        """Why the metric cannot be had for so many pictures, or None where it can."""
-        if pictures < self.least:
-            return f"{self.name}: it needs {self.least} pictures, and there are {pictures}"
+    def absence(self, images: int) -> str | None:
+        """Why the metric cannot be had for so many images, or None where it can."""
+        if images < self.least:
+            return f"{self.name}: it needs {self.least} images, and there are {images}"
         if find_spec(self.package) is None:
             return f"{self.name}: the package {self.package} is not installed"
         if self.found() is None:
@@ -54,12 +54,12 @@ class WeightedMetric:
         return next((path for path in paths if path.is_file()), None)
 
 
-def absences(pictures: int) -> list[str]:
+def absences(images: int) -> list[str]:
     """One reason for each metric that cannot be had here."""
-    return [reason for metric in WEIGHTED if (reason := metric.absence(pictures)) is not None]
+    return [reason for metric in WEIGHTED if (reason := metric.absence(images)) is not None]
 
 
-def weighted_figures(made: Pictures, references: Pictures, prompts: Sequence[str]) -> dict[str, float]:
+def weighted_figures(made: Images, references: Images, prompts: Sequence[str]) -> dict[str, float]:
     """Each metric that can be had, by name; arguments in the order of the calls."""
     return {
         metric.name: metric.measure(made, references, prompts, weights)
@@ -81,16 +81,16 @@ def _clip_snapshot() -> Path:
     return folder / "snapshots" / (main.read_text().strip() if main.is_file() else "main")
 
 
-def _lpips(made: Pictures, references: Pictures, prompts: Sequence[str], weights: Path) -> float:
-    """Mean LPIPS (Zhang et al., CVPR 2018) over AlexNet to one process's pictures; 0 for the same."""
+def _lpips(made: Images, references: Images, prompts: Sequence[str], weights: Path) -> float:
+    """Mean LPIPS (Zhang et al., CVPR 2018) over AlexNet to one process's images; 0 for the same."""
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
     pair = torch.stack(list(made)), torch.stack(list(references))
     return learned_perceptual_image_patch_similarity(*pair, net_type="alex", normalize=True).item()
 
 
-def _fid(made: Pictures, references: Pictures, prompts: Sequence[str], weights: Path) -> float:
-    """Frechet distance (Heusel et al., NeurIPS 2017) between the pictures and one process's; 0 for the same."""
+def _fid(made: Images, references: Images, prompts: Sequence[str], weights: Path) -> float:
+    """Frechet distance (Heusel et al., NeurIPS 2017) between the images and one process's; 0 for the same."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     distance = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=str(weights))
@@ -100,8 +100,8 @@ def _fid(made: Pictures, references: Pictures, prompts: Sequence[str], weights: 
     return float(distance.compute().item())
 
 
-def _clip_score(made: Pictures, references: Pictures, prompts: Sequence[str], weights: Path) -> float:
-    """Mean CLIP score (Hessel et al., EMNLP 2021), 0 to 100, of the pictures with their prompts.
+def _clip_score(made: Images, references: Images, prompts: Sequence[str], weights: Path) -> float:
+    """Mean CLIP score (Hessel et al., EMNLP 2021), 0 to 100, of the images with their prompts.
 
     torchmetrics 1.9 has it too, but not for transformers 5.
     """
@@ -125,7 +125,7 @@ FID = WeightedMetric(
     ("weights-inception-2015-12-05-6726825d.pth",),
     _torch_hub,
     _fid,
-    least=64,  # it compares covariances, which a handful of pictures does not have
+    least=64,  # it compares covariances, which a handful of images does not have
 )
 CLIP = WeightedMetric(
     "CLIP score", "transformers", ("model.safetensors", "pytorch_model.bin"), _clip_snapshot, _clip_score

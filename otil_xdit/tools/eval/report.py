@@ -32,12 +32,12 @@ COLUMNS = (
 )
 
 HEADER = """\
-PSNR and SSIM against plain diffusers in one process with the same prompt and seed, float32, pictures as floats in 0..1;
-mean over the pictures (the worst one), and the standard deviation over them. kB: 1000 bytes that the last rank hands to
+PSNR and SSIM against plain diffusers in one process with the same prompt and seed, float32, images as floats in 0..1;
+mean over the images (the worst one), and the standard deviation over them. kB: 1000 bytes that the last rank hands to
 collectives: keys, values and what tells their places, in a step (mean over the steps after warm-up) and in all steps,
 warm-up included; halo rows and moments of U-Nets. Share: of the row `{yardstick}` in the same table. Seam: how much
-steeper the picture is across the patches' borders than in the four rows on either side, over the same of one process;
-1.00 is one process's. s: seconds of a picture, whatever else the machine did meanwhile: not a benchmark.
+steeper the image is across the patches' borders than in the four rows on either side, over the same of one process;
+1.00 is one process's. s: seconds of a image, whatever else the machine did meanwhile: not a benchmark.
 """
 
 
@@ -54,9 +54,9 @@ def table(rows: Sequence[Row], command: str, absent: Sequence[str]) -> str:
     lines += [f"Not measured: {'; '.join(absent)}.", ""] if absent else []
     for place, group in _by_place(rows).items():
         model, ranks, sampler, steps = place
-        count = max(row.pictures for row in group)
-        pictures = f"{count} picture{'' if count == 1 else 's'}"
-        lines += [f"### {Path(model).name}, {ranks} ranks, {sampler}, {steps} steps, {pictures}", ""]
+        count = max(row.images for row in group)
+        images = f"{count} image{'' if count == 1 else 's'}"
+        lines += [f"### {Path(model).name}, {ranks} ranks, {sampler}, {steps} steps, {images}", ""]
         weighted = [metric.name for metric in WEIGHTED if any(metric.name in row.weighted for row in group)]
         lines += [markdown([*COLUMNS, *weighted], [_cells(row, weighted) for row in group]), ""]
         lines += [note for row in group if (note := _note(row))]
@@ -90,13 +90,11 @@ def _cells(row: Row, weighted: Sequence[str]) -> tuple[str, ...]:
 
 
 def _note(row: Row) -> str:
-    """What must be said when the pictures of a row did not send the same."""
+    """What must be said when the images of a row did not send the same."""
     if row.kv_range is None:
         return ""
     least, most = row.kv_range
-    return (
-        f"{row.variant}: the pictures sent {least / 1e3:.1f} to {most / 1e3:.1f} kB of K/V; the table has the mean.\n"
-    )
+    return f"{row.variant}: the images sent {least / 1e3:.1f} to {most / 1e3:.1f} kB of K/V; the table has the mean.\n"
 
 
 def _percent(value: float | None) -> str:

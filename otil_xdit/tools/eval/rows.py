@@ -8,7 +8,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from otil_xdit.tools.common.environment import versions
-from otil_xdit.tools.eval.cache import Picture, Store
+from otil_xdit.tools.eval.cache import DrawnImage, Store
 from otil_xdit.tools.eval.generate import Failures
 from otil_xdit.tools.eval.matrix import Case, Matrix
 from otil_xdit.tools.eval.metrics import psnr, seam, ssim
@@ -25,17 +25,17 @@ class Row:
     Attributes:
         model, variant, preset, ranks, sampler, steps: the case.
         settings: all settings of the strategy.
-        pictures: how many.
-        psnr, psnr_min, psnr_std: in dB, over the pictures; the standard deviation is that of these very pictures.
-        ssim, seam: means over the pictures; one patch has no seam.
+        images: how many.
+        psnr, psnr_min, psnr_std: in dB, over the images; the standard deviation is that of these very images.
+        ssim, seam: means over the images; one patch has no seam.
         kv_bytes, small_bytes: of keys and values, and of halo rows and moments; sent by the last rank in a step, mean
             over the steps after warm-up.
         kv_total: bytes of keys and values in the whole run, warm-up steps included.
-        kv_range: least and most of `kv_total` where the pictures differ in it.
+        kv_range: least and most of `kv_total` where the images differ in it.
         kv_share, total_share: `kv_bytes` and `kv_total` over those of the `YARDSTICK` in the same place.
-        seconds: of one picture, mean; not a benchmark.
-        psnrs: of every picture, in the order of the calls.
-        windows, discrepancies: of every picture, the same fields of its report (`otil_xdit.exchange.report.Report`).
+        seconds: of one image, mean; not a benchmark.
+        psnrs: of every image, in the order of the calls.
+        windows, discrepancies: of every image, the same fields of its report (`otil_xdit.exchange.report.Report`).
         weighted: the metrics of `otil_xdit.tools.eval.perceptual_metrics` that could be had, by name.
         error: what went wrong.
     """
@@ -46,7 +46,7 @@ class Row:
     ranks: int
     sampler: str
     steps: int
-    pictures: int = 0
+    images: int = 0
     psnr: float | None = None
     psnr_min: float | None = None
     psnr_std: float | None = None
@@ -81,7 +81,7 @@ def make_rows(matrix: Matrix, store: Store, failures: Failures) -> list[Row]:
 
 
 def make_row(case: Case, matrix: Matrix, store: Store, error: str | None) -> Row:
-    """The row of a case whose pictures, and those it is compared with, are in the store; or of one that failed."""
+    """The row of a case whose images, and those it is compared with, are in the store; or of one that failed."""
     assert case.variant is not None, "one process is what the others are compared with"
     row = Row(
         model=case.model.name,
@@ -95,21 +95,21 @@ def make_row(case: Case, matrix: Matrix, store: Store, error: str | None) -> Row
     if error is not None:
         return replace(row, error=error)
     borders = case.model.borders(matrix.size, case.patches)
-    made, references = store.pictures(case), store.pictures(case.reference)
-    images = [picture.image for picture in made], [picture.image for picture in references]
+    made, references = store.images(case), store.images(case.reference)
+    images = [drawn.image for drawn in made], [drawn.image for drawn in references]
     weighted = weighted_figures(*images, [call.prompt for call in matrix.calls])
     return replace(with_figures(row, made, references, borders), weighted=weighted)
 
 
-def with_figures(row: Row, made: Sequence[Picture], references: Sequence[Picture], borders: Sequence[int]) -> Row:
-    """The row with the figures of its pictures; arguments in the order of the calls."""
-    pairs = [(picture.image, best.image) for picture, best in zip(made, references, strict=True)]
+def with_figures(row: Row, made: Sequence[DrawnImage], references: Sequence[DrawnImage], borders: Sequence[int]) -> Row:
+    """The row with the figures of its images; arguments in the order of the calls."""
+    pairs = [(drawn.image, best.image) for drawn, best in zip(made, references, strict=True)]
     psnrs = tuple(psnr(image, best) for image, best in pairs)
-    reports = [picture.report or {} for picture in made]
+    reports = [drawn.report or {} for drawn in made]
     totals = [kv_total(report) for report in reports]
     return replace(
         row,
-        pictures=len(made),
+        images=len(made),
         psnr=fmean(psnrs),
         psnr_min=min(psnrs),
         psnr_std=pstdev(psnrs),
@@ -119,7 +119,7 @@ def with_figures(row: Row, made: Sequence[Picture], references: Sequence[Picture
         small_bytes=fmean(report["small_bytes_per_step"] for report in reports),
         kv_total=fmean(totals),
         kv_range=None if min(totals) == max(totals) else (min(totals), max(totals)),
-        seconds=fmean(picture.seconds for picture in made),
+        seconds=fmean(drawn.seconds for drawn in made),
         psnrs=psnrs,
         windows=tuple(report.get("window") for report in reports),
         discrepancies=tuple(report.get("discrepancy", []) for report in reports),

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 -m otil_xdit.tools.eval.worker PLAN.json
 
 `generate.py` writes the plan. References are plain diffusers, each rank on its own, which makes a share of them;
-variants are made by all ranks together, and the last one, which has every pipeline's picture, saves it.
+variants are made by all ranks together, and the last one, which has every pipeline's image, saves it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from otil_xdit.catalog.folders import device, load_pipe
 from otil_xdit.tools.common.processes import last_line, take_device
 from otil_xdit.tools.common.variants import parse_variant
-from otil_xdit.tools.eval.cache import Picture, save_picture
+from otil_xdit.tools.eval.cache import DrawnImage, save_image
 
 
 def main() -> None:
@@ -46,14 +46,14 @@ def main() -> None:
 
 
 def _make_references(plan: dict[str, Any], case: dict[str, Any], rank: int, ranks: int) -> None:
-    mine = case["pictures"][rank::ranks]
+    mine = case["images"][rank::ranks]
     if not mine:
         return
     pipe = load_pipe(case["folder"], case["sampler"], plan["lora"])
-    for picture in mine:
-        image, seconds = _call(pipe, plan, case, picture)
-        assert image is not None, "plain diffusers gives every process its picture"
-        save_picture(Path(plan["store"]), picture["key"], Picture(image, None, seconds))
+    for drawn in mine:
+        image, seconds = _call(pipe, plan, case, drawn)
+        assert image is not None, "plain diffusers gives every process its image"
+        save_image(Path(plan["store"]), drawn["key"], DrawnImage(image, None, seconds))
 
 
 def _make_variant(plan: dict[str, Any], case: dict[str, Any], saves: bool) -> None:
@@ -66,28 +66,28 @@ def _make_variant(plan: dict[str, Any], case: dict[str, Any], saves: bool) -> No
     pipe.set_progress_bar_config(disable=True)
     session = session_of(pipe)
     assert session is not None, "parallelize attaches a session on more than one rank"
-    for picture in case["pictures"]:
-        image, seconds = _call(pipe, plan, case, picture)
+    for drawn in case["images"]:
+        image, seconds = _call(pipe, plan, case, drawn)
         if saves:
-            assert image is not None, "the last rank has the picture of every pipeline"
+            assert image is not None, "the last rank has the image of every pipeline"
             report = session.report().to_dict()
-            save_picture(Path(plan["store"]), picture["key"], Picture(image, report, seconds))
+            save_image(Path(plan["store"]), drawn["key"], DrawnImage(image, report, seconds))
     session.detach()
 
 
 def _call(
-    pipe: Any, plan: dict[str, Any], case: dict[str, Any], picture: dict[str, Any]
+    pipe: Any, plan: dict[str, Any], case: dict[str, Any], drawn: dict[str, Any]
 ) -> tuple[torch.Tensor | None, float]:
-    """A picture, float32 [3, H, W] in 0..1 or None on a rank without it, and the seconds that it took."""
+    """A image, float32 [3, H, W] in 0..1 or None on a rank without it, and the seconds that it took."""
     started = time.perf_counter()
     output = pipe(
-        picture["prompt"],
+        drawn["prompt"],
         height=plan["size"],
         width=plan["size"],
         num_inference_steps=case["steps"],
         guidance_scale=plan["guidance"],
         # On the CPU, so that the noise is the same on every machine.
-        generator=torch.Generator().manual_seed(picture["seed"]),
+        generator=torch.Generator().manual_seed(drawn["seed"]),
         output_type="pt",
     )
     image = None if output is None else output.images[0].float().cpu()

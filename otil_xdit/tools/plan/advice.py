@@ -1,4 +1,4 @@
-"""Which option to take: the fastest one whose pictures are as near one process's as is asked for."""
+"""Which option to take: the fastest one whose images are as near one process's as is asked for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PSNR: dict[str, dict[str, tuple[float, ...]]] = {
         "otil-paper 1/8": (33.6,),
     },
 }
-"""Mean PSNR to one process's pictures, in dB, on 2 ranks with 15 steps: of tiny-sd and tiny-sdxl, and of tiny-dit
+"""Mean PSNR to one process's images, in dB, on 2 ranks with 15 steps: of tiny-sd and tiny-sdxl, and of tiny-dit
 (docs/results/fidelity.md). What is not there is exact or has not been measured."""
 
 _TIE = 1.02
@@ -42,7 +42,7 @@ class Advice:
 
 
 def bar_of(text: str) -> str | float:
-    """What ``--near`` names: a strategy whose pictures are good enough, or decibels.
+    """What ``--near`` names: a strategy whose images are good enough, or decibels.
 
     Raises:
         ValueError: naming what is accepted.
@@ -72,7 +72,7 @@ def advise(options: list[Option], is_unet: bool, bar: str | float) -> Advice:
     """
     family = PSNR["U-Net" if is_unet else "DiT"]
     if isinstance(bar, str) and bar != "sync" and bar not in family:
-        raise ValueError(f"--near {bar}: its pictures were not measured on a {'U-Net' if is_unet else 'DiT'}")
+        raise ValueError(f"--near {bar}: its images were not measured on a {'U-Net' if is_unet else 'DiT'}")
     fit = [option for option in options if _is_near(option, family, bar)]
     if not fit:
         raise ValueError(f"--near {bar}: no strategy on these ranks is measured to be as near; give less")
@@ -110,10 +110,10 @@ def _reason(
         why = (
             f"nothing that approximates ({', '.join(others)}) is faster by more than 2%" if others else "it is fastest"
         )
-        return f"{name} on {best.composition}: exact pictures, and {why}"
+        return f"{name} on {best.composition}: exact images, and {why}"
     dB = " and ".join(f"{value:g}" for value in family[best.label])
     exact = [option for option in options if option.is_exact]
-    said = f"{name} on {best.composition}: the fastest whose pictures are at least as near as {_said(bar)} ({dB} dB)"
+    said = f"{name} on {best.composition}: the fastest whose images are at least as near as {_said(bar)} ({dB} dB)"
     if not exact:
         return said
     gain = min(_seconds(option) for option in exact) / _seconds(best)

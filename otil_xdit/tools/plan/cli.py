@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, metavar="N", help="number of ranks, from 2 up")
     add("--link", metavar="LINK", help=f"{', '.join(LINKS)}, or RATE[,LATENCY] such as 12GB/s,20us")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the network (default bfloat16)")
-    add("--images", type=int, default=1, metavar="N", help="pictures of one call (default 1)")
+    add("--images", type=int, default=1, metavar="N", help="images of one call (default 1)")
     add("--no_guidance", action="store_true", help="one pass a step, without the one without the prompt")
     add("--text_tokens", type=int, metavar="N", help="of a pass (default: what the model's pipeline has)")
     add("--steps", type=int, default=15, metavar="N", help="denoising steps (default 15)")
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--near",
         default="distrifusion",
         metavar="HOW",
-        help="recommend the fastest whose pictures are at least as near one process's: a strategy, or decibels "
+        help="recommend the fastest whose images are at least as near one process's: a strategy, or decibels "
         "(default distrifusion)",
     )
     add("--machine", metavar="FILE", help="terms of the machine, as --fit writes them; its link unless --link is given")

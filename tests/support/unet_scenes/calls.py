@@ -22,8 +22,8 @@ from diffusers import (
 from torch import distributed as dist
 
 from otil_xdit.catalog.schedulers import make_scheduler
-from tests.support.unet_scenes.parts import picture, pipeline, scheduler
-from tests.support.unet_scenes.scene import OTHER_PROMPT, PICTURES_TOLERANCE, PROMPT, Scene, calling, images
+from tests.support.unet_scenes.parts import drawn, pipeline, scheduler
+from tests.support.unet_scenes.scene import IMAGES_TOLERANCE, OTHER_PROMPT, PROMPT, Scene, calling, images
 
 SCHEDULERS = (
     PNDMScheduler,
@@ -154,7 +154,7 @@ def shared_components(pipe: Any) -> list[torch.Tensor]:
     """Another pipeline made of the same parts, which nobody parallelised, and the first one again."""
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    return [images(other, image=picture(), strength=0.7), images(pipe)]
+    return [images(other, image=drawn(), strength=0.7), images(pipe)]
 
 
 def network_alone(pipe: Any) -> list[torch.Tensor]:
@@ -186,10 +186,10 @@ def in_double(pipe: Any) -> list[torch.Tensor]:
 
 SCENES = (
     Scene("SD1.5", sd, calling()),
-    Scene("SD1.5, picture", sd, calling(output_type="pt"), PICTURES_TOLERANCE),
+    Scene("SD1.5, image", sd, calling(output_type="pt"), IMAGES_TOLERANCE),
     Scene("SD2", sd2, calling()),
     Scene("SDXL", sdxl, calling()),
-    Scene("SDXL, picture", sdxl, calling(output_type="pt"), PICTURES_TOLERANCE),
+    Scene("SDXL, image", sdxl, calling(output_type="pt"), IMAGES_TOLERANCE),
     Scene("LCM", lcm, calling(guidance_scale=8.0)),
     Scene("two prompts", sd, calling(prompt=[PROMPT, OTHER_PROMPT], negative_prompt=["dots", "stripes"])),
     Scene("two images a prompt", sdxl, calling(num_images_per_prompt=2, negative_prompt="dots")),
@@ -212,7 +212,7 @@ SCENES = (
     Scene("callback: error", sd, after_an_error),
     Scene("shared components", sd, shared_components),
     Scene("U-Net alone", sd, network_alone),
-    Scene("slicing and tiling", sd, saving_memory, PICTURES_TOLERANCE),
+    Scene("slicing and tiling", sd, saving_memory, IMAGES_TOLERANCE),
     Scene("float64", sd, in_double),
     *(Scene(kind.__name__, sd, with_scheduler(kind)) for kind in SCHEDULERS),
     *(Scene(f"noise of {name}", sd, drawing(name)) for name in ("dpm-solver-sde", "euler-a")),

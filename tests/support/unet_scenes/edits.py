@@ -25,12 +25,12 @@ from diffusers import (
 )
 
 from tests.support.dits.weights import seeded
-from tests.support.unet_scenes.parts import INIT, controlnet, mask, picture, pipeline, unet
-from tests.support.unet_scenes.scene import PICTURES_TOLERANCE, Scene, calling, images
+from tests.support.unet_scenes.parts import INIT, controlnet, drawn, mask, pipeline, unet
+from tests.support.unet_scenes.scene import IMAGES_TOLERANCE, Scene, calling, images
 
-CHANGED = {"image": picture(), "strength": 0.7, "num_inference_steps": 6}
-PAINTED = {"image": picture(), "mask_image": mask(), "num_inference_steps": 6}
-CONTROLLED = {"image": picture(2)}
+CHANGED = {"image": drawn(), "strength": 0.7, "num_inference_steps": 6}
+PAINTED = {"image": drawn(), "mask_image": mask(), "num_inference_steps": 6}
+CONTROLLED = {"image": drawn(2)}
 
 
 def edit(kind: type, case: str) -> Any:
@@ -68,7 +68,7 @@ def adapted(kind: type, case: str) -> Any:
 
 
 def instructed(kind: type, case: str) -> Any:
-    """Makes a pipeline whose network takes noise and picture as eight channels."""
+    """Makes a pipeline whose network takes noise and image as eight channels."""
     return lambda: pipeline(kind, case, unet=unet(case, in_channels=8))
 
 
@@ -80,8 +80,8 @@ def refined(pipe: Any) -> list[torch.Tensor]:
 
 SCENES = (
     Scene("img2img", edit(StableDiffusionImg2ImgPipeline, "sd1.5"), calling(**CHANGED)),
-    Scene("img2img, picture", edit(StableDiffusionImg2ImgPipeline, "sd1.5"), calling(**CHANGED, output_type="pt"),
-          PICTURES_TOLERANCE),
+    Scene("img2img, image", edit(StableDiffusionImg2ImgPipeline, "sd1.5"), calling(**CHANGED, output_type="pt"),
+          IMAGES_TOLERANCE),
     Scene("SDXL img2img", edit(StableDiffusionXLImg2ImgPipeline, "sdxl"), calling(**CHANGED)),
     Scene("SDXL refiner", edit(StableDiffusionXLImg2ImgPipeline, "refiner"), refined),
     Scene("inpaint, 4 channels", edit(StableDiffusionInpaintPipeline, "sd1.5"), calling(**PAINTED)),
@@ -89,23 +89,23 @@ SCENES = (
     Scene("SDXL inpaint", edit(StableDiffusionXLInpaintPipeline, "sdxl"), calling(**PAINTED, strength=0.8)),
     Scene("ControlNet", controlled(StableDiffusionControlNetPipeline, "sd1.5"), calling(**CONTROLLED)),
     Scene("two ControlNets", controlled(StableDiffusionControlNetPipeline, "sd1.5", 2),
-          calling(image=[picture(2), picture(3)], controlnet_conditioning_scale=[0.7, 0.4])),
+          calling(image=[drawn(2), drawn(3)], controlnet_conditioning_scale=[0.7, 0.4])),
     Scene("ControlNet, guess mode", controlled(StableDiffusionControlNetPipeline, "sd1.5"),
           calling(**CONTROLLED, guess_mode=True)),
     Scene("ControlNet, only at first", controlled(StableDiffusionControlNetPipeline, "sd1.5"),
           calling(**CONTROLLED, control_guidance_end=0.5)),
     Scene("SDXL ControlNet", controlled(StableDiffusionXLControlNetPipeline, "sdxl"), calling(**CONTROLLED)),
     Scene("ControlNet img2img", controlled(StableDiffusionControlNetImg2ImgPipeline, "sd1.5"),
-          calling(**CHANGED, control_image=picture(2))),
+          calling(**CHANGED, control_image=drawn(2))),
     Scene("ControlNet inpaint", controlled(StableDiffusionControlNetInpaintPipeline, "sd1.5"),
-          calling(**PAINTED, control_image=picture(2))),
+          calling(**PAINTED, control_image=drawn(2))),
     Scene("SDXL ControlNet img2img", controlled(StableDiffusionXLControlNetImg2ImgPipeline, "sdxl"),
-          calling(**CHANGED, control_image=picture(2))),
-    Scene("T2I-Adapter", adapted(StableDiffusionAdapterPipeline, "sd1.5"), calling(image=picture(2))),
-    Scene("SDXL T2I-Adapter", adapted(StableDiffusionXLAdapterPipeline, "sdxl"), calling(image=picture(2))),
-    Scene("InstructPix2Pix", instructed(StableDiffusionInstructPix2PixPipeline, "sd1.5"), calling(image=picture())),
+          calling(**CHANGED, control_image=drawn(2))),
+    Scene("T2I-Adapter", adapted(StableDiffusionAdapterPipeline, "sd1.5"), calling(image=drawn(2))),
+    Scene("SDXL T2I-Adapter", adapted(StableDiffusionXLAdapterPipeline, "sdxl"), calling(image=drawn(2))),
+    Scene("InstructPix2Pix", instructed(StableDiffusionInstructPix2PixPipeline, "sd1.5"), calling(image=drawn())),
     Scene("SDXL InstructPix2Pix", instructed(StableDiffusionXLInstructPix2PixPipeline, "sdxl"),
-          calling(image=picture())),
+          calling(image=drawn())),
     Scene("SDXL ControlNet inpaint", controlled(StableDiffusionXLControlNetInpaintPipeline, "sdxl"),
-          calling(**PAINTED, control_image=picture(2), strength=0.8)),
+          calling(**PAINTED, control_image=drawn(2), strength=0.8)),
 )  # fmt: skip

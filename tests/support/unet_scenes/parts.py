@@ -78,14 +78,14 @@ def pipeline(kind: type[DiffusionPipeline], case: str = "sd1.5", **parts: Any) -
     return pipe
 
 
-def picture(seed: int = 1) -> torch.Tensor:
-    """A soft random picture, [1, 3, SIZE, SIZE] in 0..1."""
+def drawn(seed: int = 1) -> torch.Tensor:
+    """A soft random image, [1, 3, SIZE, SIZE] in 0..1."""
     coarse = noise(1, 3, SIZE // 16, SIZE // 16, seed=seed)
     return torch.nn.functional.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear").sigmoid()
 
 
 def mask() -> torch.Tensor:
-    """What is painted anew: the picture's right lower quarter and a bit more, [1, 1, SIZE, SIZE]."""
+    """What is painted anew: the image's right lower quarter and a bit more, [1, 1, SIZE, SIZE]."""
     made = torch.zeros(1, 1, SIZE, SIZE)
     made[..., 50:, 40:] = 1.0
     return made

@@ -13,7 +13,7 @@ OTHER_PROMPT = "a small blue square on the right, dotted background"
 STEPS = 3
 
 LATENTS_TOLERANCE = 1e-4
-PICTURES_TOLERANCE = 1e-3
+IMAGES_TOLERANCE = 1e-3
 """Of 0..1: a decoder amplifies what latents differ by."""
 
 
@@ -37,7 +37,7 @@ class Scene:
 
 
 def images(pipe: Any, **call: Any) -> torch.Tensor:
-    """The latents, or with another `output_type` the pictures, that one call of `pipe` gives."""
+    """The latents, or with another `output_type` the images, that one call of `pipe` gives."""
     usual = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
     if "generator" not in call:
         usual["generator"] = torch.Generator().manual_seed(7)
