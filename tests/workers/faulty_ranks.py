@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from otil_xdit.catalog.bundled import model_folder  # noqa: E402
+from otil_xdit.runtime.network_hooks import NetworkHooks  # noqa: E402
 from otil_xdit.runtime.session import PatchSession  # noqa: E402
 from otil_xdit.xdit.launcher.processes import free_port  # noqa: E402
 
@@ -87,11 +88,11 @@ class Case:
 
 def arm(case: Case, rank: int, folder: Path, generation: int) -> None:
     """Let the fault happen on the case's victim in that generation, from 0."""
-    watch, now, layers = PatchSession._watch, [-1], set[nn.Module]()
+    prepare, now, layers = NetworkHooks.prepare, [-1], set[nn.Module]()
     calls = Counter[tuple[int, int]]()
 
-    def armed(session: PatchSession, networks: dict[str, nn.Module]) -> None:
-        watch(session, networks)
+    def armed(hooks: NetworkHooks, networks: Mapping[str, nn.Module], pipes: Iterable[Any]) -> None:
+        prepare(hooks, networks, pipes)
         now[0] += 1
         layers.update(module for network in networks.values() for module in network.modules() if _is_layer(module))
 
@@ -106,7 +107,7 @@ def arm(case: Case, rank: int, folder: Path, generation: int) -> None:
             return None
         return None if happened(folder) else happen(case, output, folder)
 
-    PatchSession._watch = armed  # type: ignore[method-assign]  # to hook layers when they are wrapped
+    NetworkHooks.prepare = armed  # type: ignore[method-assign]  # to hook layers when they are wrapped
     if rank == case.victim and case.kind in ("kill", "stop", "layer", "nan"):
         # For all modules: hooks of one between a norm and its convolution would change what they send.
         nn.modules.module.register_module_forward_hook(hook)
@@ -332,13 +333,13 @@ def launched_rank() -> int:
         sys.argv += {"ratio": ["--otil_ratio", "1/2"], "seed": ["--seed", "7"]}[case.kind]
     if case.kind in ("interrupt", "terminate"):
         case = Case(**{**told["case"], "kind": "layer", "victim": -1})
-        hook = PatchSession._watch
+        prepare = NetworkHooks.prepare
 
-        def on_collective(session: PatchSession, networks: dict[str, nn.Module]) -> None:
-            hook(session, networks)
+        def noted(hooks: NetworkHooks, networks: Mapping[str, nn.Module], pipes: Iterable[Any]) -> None:
+            prepare(hooks, networks, pipes)
             (folder / "happened").write_text(repr(time.time()))
 
-        PatchSession._watch = on_collective  # type: ignore[method-assign]  # to know when it began
+        NetworkHooks.prepare = noted  # type: ignore[method-assign]  # to know when it began
     arm(case, rank, folder, 0)
     from otil_xdit.xdit.launcher import runner
 
