@@ -42,6 +42,7 @@ def main() -> None:
         if report is not None:  # None on one rank
             kilobytes = report.kv_bytes_per_step / 1e3
             print(f"waited {report.waited_seconds:.2f} s, sent {kilobytes:.1f} kB of keys and values a step")
+    torch.distributed.destroy_process_group()  # else torch's threads may abort a rank that has done its work
 
 
 if __name__ == "__main__":
