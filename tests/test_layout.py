@@ -121,3 +121,18 @@ def test_a_package_is_imported_in_its_rooms_only(package: str) -> None:
         if any(name == package or name.startswith(f"{package}.") for name in imports_of(path))
     }
     assert users <= set(ONLY_IN[package])
+
+
+def test_what_is_long_says_why() -> None:
+    """A module over 300 lines and a class over 200 give the reason in their docstring: "Over 300 lines: ..."."""
+    silent = []
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        sized: list[tuple[str, int, ast.Module | ast.ClassDef]] = [(name, path.read_text().count("\n"), tree)]
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        sized += [(f"{name}.{node.name}", (node.end_lineno or 0) - node.lineno + 1, node) for node in classes]
+        for what, lines, node in sized:
+            limit = 200 if isinstance(node, ast.ClassDef) else 300
+            if lines > limit and f"Over {limit} lines" not in (ast.get_docstring(node) or ""):
+                silent.append(f"{what}: {lines} lines")
+    assert not silent

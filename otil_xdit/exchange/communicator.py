@@ -65,6 +65,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 class OtilCommunicator:
     """The exchange of one pipeline's patches, over any number of generations.
 
+    Over 200 lines, most of them the documentation of what layers may ask for.
+
     Args:
         config: the settings.
         group: the ranks that hold the patches.

@@ -35,6 +35,8 @@ for their last layer, and the next step waiting for all of them when it wants th
 class KVGroup:
     """Attention layers of equal shape that are called one after the other: their copies, payloads and messages.
 
+    Over 200 lines, for the reason at the top of this file.
+
     Layers join while they are called for the first time. What is sent of them without waiting leaves in one message
     when the last of them has been called, and is coded and decoded for all of them at once.
 

@@ -47,6 +47,8 @@ _SHORTEST_WAIT = 1e-3
 class OtilConfig:
     """Settings of the exchange between the patches of one image; the defaults are the strategy ``otil``.
 
+    Over 200 lines: every setting stands here once, with its default, its choices and its help.
+
     Each field's text is its documentation: it is the help of the flag ``--otil_NAME`` and the row in docs/settings.md.
     The values that are listed where a `Literal` stands, or in the dict that a field's `choices` name, are accepted.
 

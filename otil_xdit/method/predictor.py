@@ -21,6 +21,8 @@ _MAX_GAIN = 1.25
 class Predictor:
     """Value and velocity of the keys and values of all patches, for layers of equal shape.
 
+    Over 200 lines: value, velocity and age move together, and every method here reads or writes all three.
+
     With value v, velocity u and gain g of a patch, the prediction for a step is ``p = v + g u``. A payload carries q,
     the residual fresh - p as its codec rounds it. Where a token was sent, ``v' = p + q`` and ``u' = g u + q / age``,
     age being the number of steps since it was last sent. Elsewhere ``v' = p`` and ``u' = velocity_damping g u``.
