@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node 2 examples/hybridiff.py --models tiny-sd tiny-dit --steps 30 50 --out window
 
-Rank 0 writes ``table.md``, ``figures.json`` and ``curve.png`` (the denoising discrepancy of a image, step by step) to
+Rank 0 writes ``table.md``, ``figures.json`` and ``curve.png`` (the denoising discrepancy of an image, step by step) to
 the folder. PSNR and SSIM are means over images, against one process's of the same seed. Bytes and FLOPs are rank 0's,
 of the first image: bytes as handed to collectives, FLOPs of the denoising network by torch's FlopCounterMode.
 """

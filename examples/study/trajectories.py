@@ -81,7 +81,7 @@ def sampler_of(model: str, sampler: str) -> str:
 
 
 def latent_side(model: str, size: int) -> int:
-    """Latent pixels a side of a image of `size` x `size`.
+    """Latent pixels a side of an image of `size` x `size`.
 
     Raises:
         ValueError: when the VAE cannot make that size.

@@ -1,6 +1,6 @@
 """Accuracy of a pipeline folder: draw fresh captioned prompts and let the analytic reader judge the images.
 
-A image is `right` if every named shape is there in the named colour and shape at the named place, and nothing else
+An image is `right` if every named shape is there in the named colour and shape at the named place, and nothing else
 stands out. `size` is counted apart. Prompts come from a seed that no training script uses.
 """
 

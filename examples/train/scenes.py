@@ -1,4 +1,4 @@
-"""Captioned toy scenes: sample a scene, caption it, parse a caption back, draw it, and read a image analytically.
+"""Captioned toy scenes: sample a scene, caption it, parse a caption back, draw it, and read an image analytically.
 
 The reader has no learned parts: it segments by hue, fits ideal shape masks by intersection over union (IoU) and
 compares the place. All images are RGB uint8 arrays of shape (SIDE, SIDE, 3).
@@ -140,7 +140,7 @@ def draw_background(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene as a image: shapes a little off their place and size, shaded, edges smoothed by 2x2 samples."""
+    """The scene as an image: shapes a little off their place and size, shaded, edges smoothed by 2x2 samples."""
     image = draw_background(scene.background, rng)
     for thing in scene.things:
         centre = np.array(PLACES[thing.place]) * SIDE + rng.uniform(-4, 4, 2)

@@ -71,7 +71,7 @@ class Model:
             raise ValueError(f"{self.name}: {message}") from error
 
     def borders(self, size: int, ranks: int) -> tuple[int, ...]:
-        """The first image row of every patch but the first one's, for a image of `size` x `size` pixels."""
+        """The first image row of every patch but the first one's, for an image of `size` x `size` pixels."""
         if self.is_unet:
             latent = size // self.vae
             rows, pixels = LevelGrid.build(latent, latent, self.levels, ranks).rows[0], self.vae

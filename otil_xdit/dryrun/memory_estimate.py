@@ -38,7 +38,7 @@ def log_memory_estimate(pipe: Any, config: Any, patches: int, ulysses_degree: in
         logger.info("what the exchange's copies will take is not known for %s (%s)", type(pipe).__name__, error)
         return
     logger.info(
-        "the exchange's copies will take about %.1f MB on each rank for a image of %d x %d pixels; "
+        "the exchange's copies will take about %.1f MB on each rank for an image of %d x %d pixels; "
         "--otil_kv_cache_dtype float8 takes less",
         bytes_of_rank / 1e6,
         *size,

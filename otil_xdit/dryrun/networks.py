@@ -43,7 +43,7 @@ class Network:
         module: of diffusers, on the meta device.
         vae: image pixels of a latent pixel, per side.
         patch: latent pixels of a token, per side; 1 for a U-Net.
-        batch: images in one pass for a image: 2 with classifier-free guidance.
+        batch: images in one pass for an image: 2 with classifier-free guidance.
         text: tokens of text in a pass, unless the user says otherwise.
     """
 
@@ -136,7 +136,7 @@ def attention_layers(network: Network, size: int, ranks: int, text: int) -> list
         size: height and width, in pixels.
 
     Raises:
-        ValueError: for a image that so many ranks cannot share.
+        ValueError: for an image that so many ranks cannot share.
     """
     return layers_in_order(network, size, size, ranks, text)
 
@@ -151,7 +151,7 @@ def layers_in_order(network: Network, height: int, width: int, ranks: int, text:
         text: text tokens of a DiT; a U-Net's self-attention has none.
 
     Raises:
-        ValueError: for a image that so many ranks cannot share.
+        ValueError: for an image that so many ranks cannot share.
     """
     check_size(network, height, width)
     rows, cols = height // network.pixels, width // network.pixels
@@ -164,7 +164,7 @@ def layers_in_order(network: Network, height: int, width: int, ranks: int, text:
 
 
 def check_size(network: Network, height: int, width: int) -> None:
-    """Raises `ValueError` for a image that is not a whole number of tokens (of a U-Net: of latent pixels)."""
+    """Raises `ValueError` for an image that is not a whole number of tokens (of a U-Net: of latent pixels)."""
     step = network.pixels
     if min(height, width) < step or height % step or width % step:
         raise ValueError(f"{_size(height, width)} is not possible with {network.name}; give a multiple of {step}")

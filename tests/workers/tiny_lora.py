@@ -59,7 +59,7 @@ def yellow(image: torch.Tensor) -> float:
 
 
 def image(pipe: Any) -> torch.Tensor:
-    """A image, [1, 3, 128, 128], of values in 0..1."""
+    """An image, [1, 3, 128, 128], of values in 0..1."""
     draw = torch.Generator().manual_seed(3)
     return pipe(PROMPT, num_inference_steps=6, guidance_scale=4.0, generator=draw, output_type="pt").images
 

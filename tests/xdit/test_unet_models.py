@@ -191,4 +191,4 @@ def test_a_folder_makes_the_image_that_diffusers_makes(flags: list[str], folder:
     for path, image in zip(made, plain.images, strict=True):
         assert image.size == (PIXELS, PIXELS)
         difference = np.asarray(Image.open(path), np.int16) - np.asarray(image, np.int16)
-        assert np.abs(difference).max() <= 1, "a image's last bit may round differently"
+        assert np.abs(difference).max() <= 1, "an image's last bit may round differently"

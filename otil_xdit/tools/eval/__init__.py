@@ -1,11 +1,12 @@
 """`otil-xdit eval`: how close each variant's images are to one process's, at counted bytes.
 
-matrix.py     what is to be made, as frozen data, checked before anything starts
-models.py     which models, how they are loaded, where a image is cut
-store.py      the folder of images that are made already, by what determines them
-worker.py     what each rank of a torchrun runs
-generate.py   starts the torchruns, watches them, says what failed
-metrics.py    PSNR, SSIM, seam; weights.py: metrics that need weights
-rows.py       one row of figures for each variant
-report.py     the table and the plot; sheets.py: images beside each other
+matrix.py              what is to be made, as frozen data, checked before anything starts
+cache.py               the folder of images that are made already, by what determines them
+worker.py              what each rank of a torchrun runs
+generate.py            starts the torchruns, watches them, says what failed
+metrics.py             PSNR, SSIM, seam
+perceptual_metrics.py  metrics that need weights
+rows.py                one row of figures for each variant
+report.py              the table and the plot
+contact_sheets.py      images beside each other
 """

@@ -51,7 +51,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def key(self, case: Case, call: Call) -> str:
-        """The name of a image's file, without its ending."""
+        """The name of an image's file, without its ending."""
         facts: dict[str, Any] = {
             "weights": fingerprint(case.model.folder),
             "lora": None if self._matrix.lora is None else fingerprint(self._matrix.lora),
@@ -92,7 +92,7 @@ def path_in(folder: Path, key: str) -> Path:
 
 
 def save_image(folder: Path, key: str, drawn: DrawnImage) -> None:
-    """Write a image's file; it appears complete or not at all."""
+    """Write an image's file; it appears complete or not at all."""
     path = path_in(folder, key)
     unfinished = path.with_suffix(".part")
     torch.save({"image": drawn.image, "report": drawn.report, "seconds": drawn.seconds}, unfinished)

@@ -33,7 +33,7 @@ def make_images(matrix: Matrix, store: Store, jobs: int, timeout: float) -> Fail
         matrix: what to make.
         store: where it is kept.
         jobs: processes that references are shared out over.
-        timeout: seconds in which a torchrun must finish a image.
+        timeout: seconds in which a torchrun must finish an image.
 
     Returns:
         The cases that failed; every other one is in the store.

@@ -1,4 +1,4 @@
-"""How close a image is to one process's: PSNR, SSIM, and how visible the borders of the patches are.
+"""How close an image is to one process's: PSNR, SSIM, and how visible the borders of the patches are.
 
 Images are float32 [3, H, W] in 0..1.
 """

@@ -37,7 +37,7 @@ mean over the images (the worst one), and the standard deviation over them. kB: 
 collectives: keys, values and what tells their places, in a step (mean over the steps after warm-up) and in all steps,
 warm-up included; halo rows and moments of U-Nets. Share: of the row `{yardstick}` in the same table. Seam: how much
 steeper the image is across the patches' borders than in the four rows on either side, over the same of one process;
-1.00 is one process's. s: seconds of a image, whatever else the machine did meanwhile: not a benchmark.
+1.00 is one process's. s: seconds of an image, whatever else the machine did meanwhile: not a benchmark.
 """
 
 

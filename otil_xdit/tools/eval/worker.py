@@ -78,7 +78,7 @@ def _make_variant(plan: dict[str, Any], case: dict[str, Any], saves: bool) -> No
 def _call(
     pipe: Any, plan: dict[str, Any], case: dict[str, Any], drawn: dict[str, Any]
 ) -> tuple[torch.Tensor | None, float]:
-    """A image, float32 [3, H, W] in 0..1 or None on a rank without it, and the seconds that it took."""
+    """An image, float32 [3, H, W] in 0..1 or None on a rank without it, and the seconds that it took."""
     started = time.perf_counter()
     output = pipe(
         drawn["prompt"],

@@ -23,7 +23,7 @@ MEGABYTE = 10**6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which networks, how large a image, on how many ranks, and how copies are kept."""
+    """Which networks, how large an image, on how many ranks, and how copies are kept."""
     add = parser.add_argument
     add(
         "--models",
