@@ -213,10 +213,10 @@ class OtilCommunicator:
         Returns:
             None where the settings have one or both a step late; `moments` and `halo` are then asked apart.
         """
-        if not self._small.are_synchronous(names, mean, x, above, below):
-            return None
-        self._finite.record(names[0], var)
-        return self._small.norm_halo(names, mean, var, share, x, above, below)
+        found = self._small.norm_halo(names, mean, var, share, x, above, below)
+        if found is not None:  # otherwise `moments` records it
+            self._finite.record(names[0], var)
+        return found
 
     @_timed
     def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor:

@@ -94,15 +94,6 @@ class SmallLayers:
         label = self._label("moments", f"the moments of layer {name}", layer.num_calls)
         return layer.combine(mean, var, share, mode, label)
 
-    def are_synchronous(
-        self, names: tuple[str, str], mean: torch.Tensor, x: torch.Tensor, above: int, below: int
-    ) -> bool:
-        """Tell whether a group norm and its convolution both wait for this step's, so that one message serves both."""
-        norm, conv = self._moments_layer(names[0], mean), self._halo_layer(names[1], x, above, below)
-        small = self._modes.of_small
-        modes = small(self._config.moments, norm.num_calls), small(self._config.halo, conv.num_calls)
-        return modes == ("sync", "sync")
-
     def norm_halo(
         self,
         names: tuple[str, str],
@@ -112,9 +103,13 @@ class SmallLayers:
         x: torch.Tensor,
         above: int,
         below: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, HaloRows]:
-        """Return moments and the neighbours' rows of `x`, for one wait; only where `are_synchronous`."""
+    ) -> tuple[torch.Tensor, torch.Tensor, HaloRows] | None:
+        """Return moments and the neighbours' rows of `x`, for one wait; None unless both wait for this step's."""
         norm, conv = self._moments_layer(names[0], mean), self._halo_layer(names[1], x, above, below)
+        small = self._modes.of_small
+        modes = small(self._config.moments, norm.num_calls), small(self._config.halo, conv.num_calls)
+        if modes != ("sync", "sync"):
+            return None
         both = f"the moments of layer {names[0]} and rows of its map"
         labels = self._label("moments", both, norm.num_calls), self._label("halo", both, conv.num_calls)
         return norm.combine_with_rows(mean, var, share, conv, x, labels)

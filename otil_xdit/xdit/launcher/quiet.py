@@ -89,11 +89,7 @@ def what_it_took(pipe: Any, timings: list[float] | None) -> str:
     """Return the last image's seconds, and what this rank of the image sent for it, where they are known."""
     seconds = f", {timings[-1]:.2f} s" if timings else ""
     made = report(pipe)
-    return seconds if made is None else f"{seconds}, {_sent_bytes(made.sent_bytes) / 1e6:.2f} MB sent by one rank"
-
-
-def _sent_bytes(counts: Mapping[str, Any]) -> int:
-    return sum(sum(count.values()) if isinstance(count, Mapping) else count for count in counts.values())
+    return seconds if made is None else f"{seconds}, {sum(made.sent_bytes.values()) / 1e6:.2f} MB sent by one rank"
 
 
 class _SavedFiles(logging.Handler):
