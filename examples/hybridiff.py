@@ -146,7 +146,7 @@ def head() -> str:
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     report = row["report"]
-    sent = sum(size for kind, size in report["sent_bytes"].items() if not kind.startswith("random-state"))
+    sent = sum(sum(sent.values()) for kind, sent in report["sent_bytes"].items() if kind != "random-state")
     window = "" if report["window"] is None else "{} to {}".format(*report["window"])
     cells = (
         row["model"],

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,17 @@ T = TypeVar("T")
 Phase = Literal["warmup", "steady"]
 """Whether a message belongs to a warm-up step or to one after it."""
 
-CounterKey = str
-"""What bytes, messages and waits are counted by: the kind of message, those of warm-up steps apart ("kv-warmup")."""
+
+class CounterKey(NamedTuple):
+    """What bytes, messages and waits are counted by: the kind of message, and the phase of its step."""
+
+    kind: str
+    phase: Phase = "steady"
+
+
+ByKind = dict[str, dict[Phase, int]]
+"""Counts by kind of message and phase of its step: what reports show. Both phases are there, a kind only if counted."""
+
 
 Neighbours = tuple[torch.Tensor, torch.Tensor]
 """Tensors from the rank before this one and from the rank after it."""
@@ -61,7 +70,7 @@ class CollectiveLabel:
 
     @property
     def counter(self) -> CounterKey:
-        return f"{self.kind}-warmup" if self.phase == "warmup" else self.kind
+        return CounterKey(self.kind, self.phase)
 
     def __str__(self) -> str:
         return f"{self.layer}{'' if self.step is None else f' at step {self.step}'}{self.company}"
@@ -90,6 +99,15 @@ class Traffic:
     def clear(self) -> None:
         for counts in (self.sent, self.messages, self.waited):
             counts.clear()
+
+
+def by_kind(counts: Mapping[CounterKey, int]) -> ByKind:
+    """Return counts by kind and phase; kinds of which nothing was counted are left out."""
+    found: ByKind = {key.kind: {"warmup": 0, "steady": 0} for key, count in counts.items() if count}
+    for key, count in counts.items():
+        if count:
+            found[key.kind][key.phase] += count
+    return found
 
 
 class Pending(Generic[T]):

@@ -30,7 +30,7 @@ class Message:
     """One collective call of one rank.
 
     Attributes:
-        kind: name of its counter.
+        kind: of message.
         pattern: which ranks get it.
         nbytes: bytes that the rank hands over; to both neighbours together.
         ranks: number of ranks of the group.
@@ -77,7 +77,7 @@ class RecordedCollectives(Collectives):
         self._kind = ""
 
     def all_gather(self, payload: torch.Tensor, output: torch.Tensor, label: CollectiveLabel) -> Pending[torch.Tensor]:
-        self._kind = label.counter
+        self._kind = label.kind
         return super().all_gather(payload, output, label)
 
     def neighbours(self, *args: Any, **kwargs: Any) -> Pending[Neighbours]:
@@ -85,7 +85,7 @@ class RecordedCollectives(Collectives):
         return super().neighbours(*args, **kwargs)
 
     def send(self, payload: torch.Tensor, peer: int, label: CollectiveLabel) -> Pending[torch.Tensor]:
-        self._kind = label.counter
+        self._kind = label.kind
         return super().send(payload, peer, label)
 
     def _waits_on_host(self) -> bool:

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 
 import torch
 
-from otil_xdit.comm.collectives import CollectiveLabel
+from otil_xdit.comm.collectives import ByKind, CollectiveLabel, CounterKey, by_kind
 from otil_xdit.dryrun.job import Job, ParallelDegrees, Pass
 from otil_xdit.dryrun.recorder import FOREIGN, Log, Message, RecordedCollectives
 from otil_xdit.dryrun.requests import replay, requests_of
@@ -38,7 +38,7 @@ class StepTraffic:
     """What one rank sends in a step.
 
     Attributes:
-        sent, messages: by counter, as `otil_xdit.exchange.report.Report` has them.
+        sent, messages: by counter.
         log: all messages in order, xDiT's own at the end.
         requests: number of the layers' requests.
         layers: number of attention layers whose keys and values predictor and codec handle in the step.
@@ -46,8 +46,8 @@ class StepTraffic:
         share: part of a whole call of the network that the busiest rank computes.
     """
 
-    sent: Mapping[str, int]
-    messages: Mapping[str, int]
+    sent: Mapping[CounterKey, int]
+    messages: Mapping[CounterKey, int]
     log: tuple[Message, ...]
     requests: int = 0
     layers: int = 0
@@ -56,7 +56,7 @@ class StepTraffic:
 
     def bytes_of(self, what: str) -> int:
         """Return the bytes of one kind: ``kv``, ``halo``, ``moments``, ``output``, ``stages`` or ``ulysses``."""
-        counted = sum(nbytes for kind, nbytes in self.sent.items() if kind.removesuffix("-warmup") == what)
+        counted = sum(nbytes for key, nbytes in self.sent.items() if key.kind == what)
         return counted + sum(
             message.nbytes for message in self.log if message.request == FOREIGN and message.kind == what
         )
@@ -76,18 +76,18 @@ class RunTraffic:
     modes: tuple[str, ...]
     steps: Mapping[str, StepTraffic]
     buffer_bytes: int
-    once: Mapping[str, Sequence[int]]
+    once: Mapping[CounterKey, Sequence[int]]
 
     @property
-    def sent_bytes(self) -> dict[str, int]:
-        """Return the bytes of the whole run, by counter, as `otil_xdit.exchange.report.Report` has them."""
-        once = {kind: sum(sizes) for kind, sizes in self.once.items()}
+    def sent_bytes(self) -> ByKind:
+        """Return the bytes of the whole run, as `otil_xdit.exchange.report.Report` has them."""
+        once = {key: sum(sizes) for key, sizes in self.once.items()}
         return _summed([once, *(self.steps[mode].sent for mode in self.modes)])
 
     @property
-    def messages(self) -> dict[str, int]:
-        """Return the messages of the whole run, by counter."""
-        once = {kind: len(sizes) for kind, sizes in self.once.items()}
+    def messages(self) -> ByKind:
+        """Return the messages of the whole run, likewise."""
+        once = {key: len(sizes) for key, sizes in self.once.items()}
         return _summed([once, *(self.steps[mode].messages for mode in self.modes)])
 
 
@@ -237,20 +237,20 @@ class Traffic:
         later = codes and config.freshness in ("fresh", "displaced") and not config.refresh
         return whole if warmup else (0, 0), whole if later else (0, 0)
 
-    def _once(self, config: OtilConfig, modes: Sequence[str], begins: int) -> dict[str, list[int]]:
+    def _once(self, config: OtilConfig, modes: Sequence[str], begins: int) -> dict[CounterKey, list[int]]:
         """Return the bytes of each message that no step sends by itself, by counter.
 
         They are the generator's state, by which a U-Net's ranks draw alike; what finds the cut; the prompt; how far
         predictions differ: of a step while the window is looked for, and of all steps where a rank sees its own rows
         only.
         """
-        found: defaultdict[str, list[int]] = defaultdict(list)
+        found: defaultdict[CounterKey, list[int]] = defaultdict(list)
         if self._job.network.is_unet:
-            found["random-state-warmup"].append(torch.get_rng_state().nbytes)
+            found[CounterKey("random-state", "warmup")].append(torch.get_rng_state().nbytes)
         if config.requires_cfg_parallel:
-            found["stages-warmup"].append(_NUMBER * (self._segments.blocks + 1))
+            found[CounterKey("stages", "warmup")].append(_NUMBER * (self._segments.blocks + 1))
             if self._cfg_rank == 1 and self._segments.prompt and any(map(_is_staged, modes)):
-                found["prompt"].append(self._segments.prompt)
+                found[CounterKey("prompt")].append(self._segments.prompt)
         if config.window == AUTO:
             # Steps are counted when they are done, so the first is told of at the second's.
             for done in range(1, begins + 1):
@@ -271,9 +271,9 @@ def _count(made: Pass) -> int:
     return sum({"observe": 0, "count": 0, "norm_halo": 2}.get(method, 1) for method, _ in made.requests)
 
 
-def _discrepancy(config: OtilConfig, done: int) -> str:
+def _discrepancy(config: OtilConfig, done: int) -> CounterKey:
     """Return the counter of the predictions' discrepancy when so many steps are done."""
-    return "discrepancy-warmup" if done < config.warmup_steps else "discrepancy"
+    return CounterKey("discrepancy", "warmup" if done < config.warmup_steps else "steady")
 
 
 def _steady(config: OtilConfig, mode: str) -> OtilConfig:
@@ -290,8 +290,8 @@ def _steady(config: OtilConfig, mode: str) -> OtilConfig:
     return config.replace(warmup_steps=warmup, refresh=0, freshness=mode, fresh_share=0.0)
 
 
-def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total = Counter[str]()
+def _summed(counts: Iterable[Mapping[CounterKey, int]]) -> ByKind:
+    total = Counter[CounterKey]()
     for count in counts:
         total.update(count)
-    return dict(total)
+    return by_kind(total)

@@ -29,7 +29,7 @@ LAYERS_PER_BUCKET = 24
 more messages, each with its latency. More layers leave the last bucket less time to travel before the first layers ask
 again. The bound is not in bytes: how many a layer has grows with the image, and the number of buckets should not."""
 
-PADDING = "padding"
+PADDING = CounterKey("padding")
 """The counter of bytes that only keep the next part at a multiple of its element size."""
 
 
@@ -250,7 +250,7 @@ class Bucket:
         if out["everybody"].numel():
             # Displaced steps come after every warm-up and nothing but float32 moments goes here: one kind, no padding.
             (counter,) = self._shares["everybody"]
-            label = replace(self._label, kind=counter, phase="steady")
+            label = replace(self._label, kind=counter.kind, phase=counter.phase)
             gathered = collectives.all_gather(out["everybody"][0], into["everybody"], label)
             self._pending.append(gathered)
         shares = self._shares["previous"], self._shares["next"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from otil_xdit.comm.collectives import CounterKey, Traffic
+from otil_xdit.comm.collectives import ByKind, CounterKey, Traffic, by_kind
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Report:
             means over the steps after warm-up.
         small_bytes_per_step: of a U-Net's halo rows and moments.
         output_bytes_per_step: of a U-Net's noise prediction, which is the same whatever the strategy.
-        sent_bytes, messages: by kind of message, those of warm-up steps under ``KIND-warmup``.
+        sent_bytes, messages: by kind of message and phase of its step: ``{"kv": {"warmup": 7, "steady": 9}}``.
         waited_seconds: the host's waiting for messages.
         exchange_seconds: the host's time in the communicator, with that waiting; without it, what predicting,
             selecting, coding, copying and sending take.
@@ -33,8 +33,8 @@ class Report:
     kv_bytes_per_step: float
     small_bytes_per_step: float
     output_bytes_per_step: float
-    sent_bytes: dict[CounterKey, int]
-    messages: dict[CounterKey, int]
+    sent_bytes: ByKind
+    messages: ByKind
     waited_seconds: float
     exchange_seconds: float
     buffer_bytes: int
@@ -55,7 +55,7 @@ class Report:
         after_warmup, sent = max(steps - warmup_steps, 0), traffic.sent
 
         def per_step(*kinds: str) -> float:
-            return sum(sent[kind] for kind in kinds) / max(after_warmup, 1)
+            return sum(sent[CounterKey(kind)] for kind in kinds) / max(after_warmup, 1)
 
         return cls(
             steps=steps,
@@ -63,8 +63,8 @@ class Report:
             kv_bytes_per_step=per_step("kv"),
             small_bytes_per_step=per_step("halo", "moments"),
             output_bytes_per_step=per_step("output"),
-            sent_bytes=dict(sent),
-            messages=dict(traffic.messages),
+            sent_bytes=by_kind(sent),
+            messages=by_kind(traffic.messages),
             waited_seconds=sum(traffic.waited.values()),
             exchange_seconds=exchange_seconds,
             buffer_bytes=buffer_bytes,

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from otil_xdit.comm.collectives import ByKind
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.errors import ExchangeTimeout
 from otil_xdit.exchange.communicator import OtilCommunicator
@@ -146,7 +147,7 @@ def check_layers_keep_apart() -> None:
     run.end()
 
 
-def count_bytes(**settings: object) -> tuple[float, dict[str, int]]:
+def count_bytes(**settings: object) -> tuple[float, ByKind]:
     run = make_run(warmup_steps=2, **settings)
     generate(run, 6)
     report = run.report()
@@ -192,7 +193,7 @@ def test_modes(world_size: int) -> None:
     run_ranks(world_size, run_checks)
 
 
-def count_all() -> dict[str, tuple[float, dict[str, int]]]:
+def count_all() -> dict[str, tuple[float, ByKind]]:
     settings = {
         "all": {"ratio": 1.0},
         "half": {"ratio": 1 / 2},
@@ -206,10 +207,12 @@ def count_all() -> dict[str, tuple[float, dict[str, int]]]:
 def test_bytes_are_those_of_the_payloads() -> None:
     counted = run_ranks(2, count_all)[0]
     everything = 2 * torch.Size(SHAPE).numel() * 4 * 2  # keys and values, float32, two layers
-    assert counted["sync"] == (everything, {"kv-warmup": 4, "kv": 8})
-    assert counted["all"] == (everything, {"kv-warmup": 4, "kv": 8}), "two whole slices do not wait for each other"
-    assert counted["eighth"][1] == {"kv-warmup": 4, "kv": 4}, "both layers in one message"
-    assert counted["frozen"] == (0, {"kv-warmup": 4})
+    assert counted["sync"] == (everything, {"kv": {"warmup": 4, "steady": 8}})
+    assert counted["all"] == (everything, {"kv": {"warmup": 4, "steady": 8}}), (
+        "two whole slices do not wait for each other"
+    )
+    assert counted["eighth"][1] == {"kv": {"warmup": 4, "steady": 4}}, "both layers in one message"
+    assert counted["frozen"] == (0, {"kv": {"warmup": 4, "steady": 0}})
     blocks = 2 * 4 + 2  # of 2 x 2 tokens: 4 x 8 of the image, and two runs of text
     for name, count in (("half", blocks // 2), ("eighth", 1)):
         indices = -(-4 * count // 16) * 16

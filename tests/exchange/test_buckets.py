@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from otil_xdit.comm.collectives import ByKind
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.errors import ExchangeTimeout
 from otil_xdit.exchange.buckets import LAYERS_PER_BUCKET
@@ -210,11 +211,13 @@ def counted(steps: int, count: int, ulysses: int) -> tuple[dict[str, int], dict[
         walk.step(convs)
     walk.run.end()
     report = walk.run.report()
+    return steady(report.messages), steady(report.sent_bytes)
+
+
+def steady(counts: ByKind) -> dict[str, int]:
+    """What layers sent after warm-up; kinds of which nothing was sent then are left out."""
     kinds = ("halo", "moments", "padding")
-    messages, sent = (
-        {kind: found[kind] for kind in kinds if kind in found} for found in (report.messages, report.sent_bytes)
-    )
-    return messages, sent
+    return {kind: counts[kind]["steady"] for kind in kinds if kind in counts and counts[kind]["steady"]}
 
 
 def coded() -> dict[str, int]:
@@ -231,7 +234,7 @@ def coded() -> dict[str, int]:
         run.collect(torch.zeros(1))
         run.clock.tick()
     run.end()
-    return run.report().sent_bytes
+    return steady(run.report().sent_bytes)
 
 
 def padded() -> dict[str, int]:
@@ -243,7 +246,7 @@ def padded() -> dict[str, int]:
         walk.run.collect(torch.zeros(1))
         walk.run.clock.tick()
     walk.run.end()
-    return walk.run.report().sent_bytes
+    return steady(walk.run.report().sent_bytes)
 
 
 def all_counted(steps: int, count: int) -> tuple[tuple[dict[str, int], dict[str, int]], dict[str, int], dict[str, int]]:

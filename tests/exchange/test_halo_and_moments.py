@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from otil_xdit.comm.collectives import CounterKey
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.method.config import OtilConfig
@@ -111,9 +112,9 @@ def check_coded() -> None:
 def check_bytes() -> tuple[int, int]:
     run = make_run(warmup_steps=1)
     halos(run, 2, 1, steps=3)
-    halo = run.collectives.traffic.sent["halo"]
+    halo = run.report().sent_bytes["halo"]["steady"]
     moments(run, steps=3)
-    return halo, run.collectives.traffic.sent["moments"]
+    return halo, run.report().sent_bytes["moments"]["steady"]
 
 
 def moments(
@@ -258,7 +259,10 @@ def check_joined_then_displaced() -> None:
         run.end()
 
 
-def count_joined() -> dict[str, tuple[int, int]]:
+JOINED = (CounterKey("halo"), CounterKey("moments"), CounterKey("halo", "warmup"))
+
+
+def count_joined() -> list[tuple[int, int]]:
     run = make_run(warmup_steps=1)
     run.begin()
     for step in range(3):
@@ -268,7 +272,7 @@ def count_joined() -> dict[str, tuple[int, int]]:
         run.clock.tick()
     run.end()
     traffic = run.collectives.traffic
-    return {kind: (traffic.sent[kind], traffic.messages[kind]) for kind in ("halo", "moments", "halo-warmup")}
+    return [(traffic.sent[key], traffic.messages[key]) for key in JOINED]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -283,11 +287,11 @@ def test_displaced_steps_go_on_from_joined_ones(ranks: int) -> None:
 
 def test_two_ranks_send_moments_and_rows_in_one_message() -> None:
     row, moments = 2 * 8 * 5 * 2, 2 * 2 * 4 * 4  # [2, 8, 1, 5] float16; mean and variance of [2, 4] float32
-    expected = {"halo": (2 * row, 2), "moments": (2 * moments, 0), "halo-warmup": (row, 1)}
+    expected = [(2 * row, 2), (2 * moments, 0), (row, 1)]
     assert run_ranks(2, count_joined) == [expected] * 2
     upper, middle, _ = run_ranks(3, count_joined)
-    assert upper == {"halo": (2 * row, 2), "moments": (2 * moments, 2), "halo-warmup": (row, 1)}
-    assert middle == {"halo": (4 * row, 4), "moments": (2 * moments, 2), "halo-warmup": (2 * row, 2)}
+    assert upper == [(2 * row, 2), (2 * moments, 2), (row, 1)]
+    assert middle == [(4 * row, 4), (2 * moments, 2), (2 * row, 2)]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -62,7 +62,7 @@ def warmed_up(codec: str) -> dict[str, Any]:
         errors.append(float((seen - exact).abs().max() / exact.abs().max()))
         own_is_exact &= torch.equal(seen[:, :, :, rank * TOKENS : (rank + 1) * TOKENS], values(rank, step))
         run.clock.tick()
-    sent = run.report().sent_bytes["kv-warmup"]
+    sent = run.report().sent_bytes["kv"]["warmup"]
     group, layer = run.kv.place_of("a")
     copies = [copy.clone() for copy in group.shared_state(layer)]
     run.end()

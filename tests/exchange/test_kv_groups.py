@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from otil_xdit.comm.collectives import CounterKey
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.exchange import kv
 from otil_xdit.exchange.communicator import OtilCommunicator
@@ -86,7 +87,7 @@ def each_way() -> dict[str, tuple[bool, int, int]]:
         second = generate(alone)
         kv._MOST_LAYERS = most
         same = all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-        found[name] = (same, *(run.report().messages["kv"] for run in (together, alone)))
+        found[name] = (same, *(run.report().messages["kv"]["steady"] for run in (together, alone)))
     return found
 
 
@@ -113,7 +114,7 @@ def check_a_long_network() -> None:
         sent = []
         for layer in range(8):
             run.gather(str(layer), *given)
-            sent.append(run.collectives.traffic.messages["kv"])
+            sent.append(run.collectives.traffic.messages[CounterKey("kv")])
         assert step < 2 or sent[3] == sent[2] + 1, "half of them are under way while the other half compute"
         run.clock.tick()
     run.end()

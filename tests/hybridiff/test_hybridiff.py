@@ -48,7 +48,7 @@ def test_bytes_are_counted(on_two: dict[str, Any], model: str) -> None:
     """What travels between the segments does so once a step of the window, but not at its last."""
     line = on_two[model]
     first, second = (report["sent_bytes"] for report in line["open_report"])
-    assert first["stages"] == (LAST - FIRST - 1) * line["open_cut"][0]["boundary"]
+    assert first["stages"]["steady"] == (LAST - FIRST - 1) * line["open_cut"][0]["boundary"]
     assert "stages" not in second
 
 

@@ -287,7 +287,7 @@ def test_two_strategies_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture
         )
     layers = attention_layers(find_network("tiny-sd"), 128, 2, 0)
     expected = sum(2 * 2 * layer.tokens * layer.width * 4 for layer in layers)
-    assert shared["report"]["kv_bytes_per_step"] == shared["report"]["sent_bytes"]["kv"] == expected
+    assert shared["report"]["kv_bytes_per_step"] == shared["report"]["sent_bytes"]["kv"]["steady"] == expected
     assert [sent["kv"] for sent in shared["rank_bytes"]] == [expected, expected] and alone["rank_bytes"] is None
     text = (tmp_path / "table.md").read_text()
     assert "- hybridiff:window=1:2: the window was steps 1 to 1, counted from 0." in text

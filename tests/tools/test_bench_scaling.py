@@ -28,7 +28,7 @@ def run_of(strategy: str, ranks: int, latent: int, *seconds: float, kv: float = 
     chosen = parse_strategy(strategy)
     run = Run(Cell(MODELS[0], 1, latent * MODELS[0].vae, ranks), chosen)
     report = {"waited_seconds": 0.0, "exchange_seconds": 0.0, "small_bytes_per_step": 0.0, "output_bytes_per_step": 0.0}
-    report |= {"warmup_steps": 2, "sent_bytes": {"kv-warmup": 2e6}}
+    report |= {"warmup_steps": 2, "sent_bytes": {"kv": {"warmup": 2e6, "steady": 0}}}
     run.add(
         [
             {

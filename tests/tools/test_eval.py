@@ -153,7 +153,7 @@ def test_changed_weights_change_the_fingerprint(tmp_path: Path) -> None:
 
 
 def test_a_image_comes_back_as_it_was(tmp_path: Path) -> None:
-    drawn = DrawnImage(torch.rand(3, 8, 8), {"sent_bytes": {"kv": 7}}, 0.5)
+    drawn = DrawnImage(torch.rand(3, 8, 8), {"sent_bytes": {"kv": {"warmup": 3, "steady": 4}}}, 0.5)
     save_image(tmp_path, "name", drawn)
     (path,) = tmp_path.iterdir()
     found = load_image(path)

@@ -52,8 +52,8 @@ def test_borders_are_where_the_images_are_cut() -> None:
     assert find_model("tiny-sd").borders(128, 3) == (64, 96)  # 4 rows at the lowest resolution: 2, 1, 1
 
 
-def images(offset: float, sent: dict[str, int]) -> DrawnImage:
-    report = {"kv_bytes_per_step": sent["kv"] / 2, "small_bytes_per_step": 10.0, "sent_bytes": sent}
+def images(offset: float, sent: dict[str, dict[str, int]]) -> DrawnImage:
+    report = {"kv_bytes_per_step": sent["kv"]["steady"] / 2, "small_bytes_per_step": 10.0, "sent_bytes": sent}
     return DrawnImage(torch.full((3, 16, 16), 0.5 + offset), report, 2.0)
 
 
@@ -62,19 +62,19 @@ ROW = Row("tiny-sd", "otil", "otil", 2, "ddim", 4)
 
 def test_a_row_is_the_mean_over_its_images() -> None:
     best = [DrawnImage(torch.full((3, 16, 16), 0.5), None, 1.0)] * 2
-    sent = {"kv": 100, "kv-warmup": 900, "halo": 7, "moments-warmup": 7}
+    sent = {"kv": {"warmup": 900, "steady": 100}, "halo": {"warmup": 7, "steady": 7}}
     row = with_figures(ROW, [images(0.1, sent), images(0.01, sent)], best, [8])
     assert (row.psnr, row.psnr_min, row.psnr_std) == pytest.approx((30.0, 20.0, 10.0), abs=1e-2)
     assert (row.kv_bytes, row.small_bytes, row.kv_total, row.kv_range) == (50.0, 10.0, 1000.0, None)
     assert (row.images, row.seconds, row.seam) == (2, 2.0, pytest.approx(1.0))
-    odd = with_figures(ROW, [images(0.1, sent), images(0.1, {**sent, "kv": 300})], best, [8])
+    odd = with_figures(ROW, [images(0.1, sent), images(0.1, {**sent, "kv": {"warmup": 900, "steady": 300}})], best, [8])
     assert odd.kv_range == (1000, 1200) and "1.0 to 1.2 kB" in table([odd], "", [])
 
 
 def test_one_patch_has_no_seam() -> None:
     best = [DrawnImage(torch.full((3, 16, 16), 0.5), None, 1.0)]
     seen = {"window": (4, 9), "discrepancy": [0.5, None]}
-    made = images(0.1, {"kv": 0})
+    made = images(0.1, {"kv": {"warmup": 0, "steady": 0}})
     row = with_figures(ROW, [replace(made, report={**made.report, **seen})], best, [])
     assert row.seam is None and row.psnr == pytest.approx(20.0, abs=1e-2)
     assert (row.windows, row.discrepancies) == (((4, 9),), ([0.5, None],))

@@ -92,7 +92,7 @@ def test_the_boundary_of_a_dit_by_hand() -> None:
     )
     step, last = run.steps["staged"], run.steps["staged, last"]
     assert step.bytes_of("stages") == 4 * network.module.inner_dim * (256 + network.text)
-    assert last.bytes_of("stages") == 0 and run.sent_bytes["stages"] == 2 * step.bytes_of("stages")
+    assert last.bytes_of("stages") == 0 and run.sent_bytes["stages"]["steady"] == 2 * step.bytes_of("stages")
     sizes = network.module.config
     prompt = 4 * (network.text * sizes.joint_attention_dim + sizes.pooled_projection_dim)
     assert run.buffer_bytes == 2 * step.bytes_of("stages") + prompt

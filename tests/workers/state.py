@@ -225,7 +225,7 @@ def refused_score(make: Callable[[], Any], draw: Callable[..., Any]) -> dict[str
         refused = ""
     except ValueError as error:
         refused = str(error)
-    messages = sum(session_of(pipe).report().messages.values())
+    messages = sum(sum(count.values()) for count in session_of(pipe).report().messages.values())
     otil_xdit.restore(pipe)
     return {"refused": refused, "messages": messages}
 

@@ -118,7 +118,7 @@ class Run:
         after, report = self.after_warmup(), self.report
         if after is None or not report or not report["warmup_steps"]:
             return None
-        return report["sent_bytes"]["kv-warmup"] / report["warmup_steps"], after.median
+        return report["sent_bytes"]["kv"]["warmup"] / report["warmup_steps"], after.median
 
     @property
     def steps(self) -> int:

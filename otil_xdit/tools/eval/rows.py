@@ -127,8 +127,8 @@ def with_figures(row: Row, made: Sequence[DrawnImage], references: Sequence[Draw
 
 
 def kv_total(report: dict[str, Any]) -> int:
-    """Bytes of keys and values in a whole run; a report counts those of warm-up steps apart."""
-    return sum(count for kind, count in report["sent_bytes"].items() if kind.removesuffix("-warmup") == "kv")
+    """Bytes of keys and values in a whole run; those of warm-up steps and of those after."""
+    return sum(report["sent_bytes"].get("kv", {}).values())
 
 
 def with_shares(rows: Sequence[Row]) -> list[Row]:

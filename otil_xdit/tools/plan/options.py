@@ -152,7 +152,7 @@ def fastest_of_each(options: list[Option]) -> list[Option]:
     """The fastest option of each strategy, or where nothing is timed the one with fewest keys and values to send."""
 
     def cost(option: Option) -> tuple[float, float]:
-        sent = sum(nbytes for kind, nbytes in option.run.sent_bytes.items() if kind.startswith("kv"))
+        sent = sum(option.run.sent_bytes.get("kv", {}).values())
         return (math.inf if option.seconds is None else option.seconds, sent)
 
     labels = dict.fromkeys(option.label for option in options)

@@ -89,7 +89,10 @@ def what_it_took(pipe: Any, timings: list[float] | None) -> str:
     """Return the last image's seconds, and what this rank of the image sent for it, where they are known."""
     seconds = f", {timings[-1]:.2f} s" if timings else ""
     made = report(pipe)
-    return seconds if made is None else f"{seconds}, {sum(made.sent_bytes.values()) / 1e6:.2f} MB sent by one rank"
+    if made is None:
+        return seconds
+    sent = sum(sum(phases.values()) for phases in made.sent_bytes.values())
+    return f"{seconds}, {sent / 1e6:.2f} MB sent by one rank"
 
 
 class _SavedFiles(logging.Handler):
