@@ -20,6 +20,7 @@ from otil_xdit.tools.bench.results import Results
 from otil_xdit.tools.bench.runner import run_plan
 from otil_xdit.tools.bench.scaling import plot_over_latents, plot_over_ranks
 from otil_xdit.tools.common.figures import check_installed
+from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.links import LinkRequest, parse_shaped_link
 from otil_xdit.tools.common.processes import Interrupted
 
@@ -34,53 +35,27 @@ there. No delay is emulated."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is compared, how often, and over which link."""
-    plan = Plan.__dataclass_fields__
-    add = parser.add_argument
-    add("--models", nargs="+", default=["tiny-sd"], metavar="MODEL", help=MODELS_HELP)
-    add(
-        "--width",
-        type=int,
-        default=plan["width"].default,
-        metavar="N",
-        help="all channels times N (a DiT: N times the heads), with random weights (default 1: the models as they are)",
-    )
-    add(
-        "--strategies",
-        nargs="+",
-        default=list(DEFAULT),
-        metavar="NAME",
-        help=f"variants as eval's --presets take them, of {', '.join(strategies())}; or "
-        f"{'; '.join(f'{name}: {about}' for name, about in PEERS.items())} (default {' '.join(DEFAULT)})",
-    )
-    add("--ranks", nargs="+", type=int, default=[2], metavar="N", help="numbers of ranks (default 2)")
-    add("--sizes", nargs="+", type=int, metavar="PIXELS", help="height and width (default 128)")
-    add("--latent", nargs="+", type=int, metavar="N", help="in place of --sizes: height and width of the latent")
-    add("--steps", type=int, default=plan["steps"].default, metavar="N", help="of an image (default 15)")
-    add(
-        "--sampler",
-        default=plan["sampler"].default,
-        metavar="NAME",
-        help=f"of U-Nets: {OWN}, {', '.join(SCHEDULERS)} (default dpm-solver); DiTs have their own",
-    )
-    add("--guidance", type=float, default=plan["guidance"].default, metavar="G", help="guidance scale (default 7.5)")
-    add("--rounds", type=int, default=plan["rounds"].default, metavar="N", help="images that count (default 7)")
-    add(
-        "--warmup_rounds",
-        type=int,
-        default=plan["warmup_rounds"].default,
-        metavar="N",
-        help="images before them that do not (default 1)",
-    )
-    add("--link", metavar="RATE", help=LINK_HELP)
-    add(
-        "--limit",
-        type=float,
-        default=plan["limit"].default,
-        metavar="SECONDS",
-        help="give up when loading a strategy, or an image, takes longer (default 600)",
-    )
-    add("--out", type=Path, default=Path("bench-out"), metavar="FOLDER", help="for all results (default bench-out)")
+    """Add the flags: what is compared, how often, and over which link."""
+    add = FlagAdder(parser)
+    plan = {name: field.default for name, field in Plan.__dataclass_fields__.items()}
+    add("--models", MODELS_HELP, ["tiny-sd"], "MODEL")
+    about = "all channels times N (a DiT: N times the heads), with random weights (default 1: the models as they are)"
+    add("--width", about, plan["width"], "N")
+    others = "; ".join(f"{name}: {about}" for name, about in PEERS.items())
+    about = f"variants as eval's --presets take them, of {', '.join(strategies())}; or {others}"
+    add("--strategies", about, list(DEFAULT), "NAME")
+    add("--ranks", "numbers of ranks", [2], "N")
+    add("--sizes", "height and width (default 128)", None, "PIXELS", nargs="+", type=int)
+    add("--latent", "in place of --sizes: height and width of the latent", None, "N", nargs="+", type=int)
+    add("--steps", "of an image", plan["steps"], "N")
+    about = f"of U-Nets: {OWN}, {', '.join(SCHEDULERS)} (default dpm-solver); DiTs have their own"
+    add("--sampler", about, plan["sampler"], "NAME")
+    add("--guidance", "guidance scale", plan["guidance"], "G")
+    add("--rounds", "images that count", plan["rounds"], "N")
+    add("--warmup_rounds", "images before them that do not", plan["warmup_rounds"], "N")
+    add("--link", LINK_HELP, None, "RATE")
+    add("--limit", "give up when loading a strategy, or an image, takes longer", plan["limit"], "SECONDS")
+    add("--out", "for all results", Path("bench-out"), "FOLDER")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from otil_xdit.catalog.folders import MODELS_HELP, OWN, Model, find_model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.catalog.trust import check_folder, check_lora
 from otil_xdit.runtime.strategies import strategies
+from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.processes import Interrupted
 from otil_xdit.tools.common.variants import parse_variant, variant_settings
 from otil_xdit.tools.eval.cache import Store
@@ -37,54 +38,31 @@ Rows = dict[tuple[str, int, str, int, str], Row]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The matrix, the images, and how they are made."""
-    add = parser.add_argument
-    add("--models", nargs="+", default=["tiny-sd"], metavar="MODEL", help=MODELS_HELP)
-    add(
-        "--presets",
-        nargs="+",
-        default=["distrifusion", "otil", "naive"],
-        metavar="PRESET[:SETTING=VALUE,...]",
-        help=f"variants, say otil:ratio=1/4,select=kv-l2; presets are {', '.join(strategies())}; settings are "
-        f"{', '.join(variant_settings())} (default distrifusion otil naive)",
+    """Add the flags: the matrix, the images, and how they are made."""
+    add = FlagAdder(parser)
+    add("--models", MODELS_HELP, ["tiny-sd"], "MODEL")
+    about = f"presets are {', '.join(strategies())}; settings are {', '.join(variant_settings())}"
+    about = f"variants, say otil:ratio=1/4,select=kv-l2; {about}"
+    add("--presets", about, ["distrifusion", "otil", "naive"], "PRESET[:SETTING=VALUE,...]")
+    add("--ranks", "numbers of patches", [2], "N")
+    about = f"{OWN} (the model's), {', '.join(SCHEDULERS)}; DiTs have only their own and skip the others"
+    add("--samplers", about, ["dpm-solver:15"], "NAME:STEPS")
+    add("--prompts", "take the first N prompts", 2, "N")
+    add("--prompt_file", "a prompt a line, in place of the eight that ship", None, "FILE", type=Path)
+    add("--seeds", "images of each prompt, seeds 0 to N - 1", 1, "N")
+    add("--guidance", "guidance scale", 4.0, "G")
+    add("--size", "height and width", 128, "PIXELS")
+    about = "LoRA weights: a file, or a folder with one .safetensors; one model only; fused into a DiT"
+    add("--lora", about, None, "PATH")
+    add("--out", "for all results", Path("eval-out"), "FOLDER")
+    add("--sheet_rows", "images of a case on its contact sheet", 4, "N")
+    add("--timeout", "give a case up when no image is finished for so long", 600.0, "SECONDS")
+    about = "processes that make one process's images, each alone (default 2, where there are as many cores)"
+    add("--jobs", about, min(2, os.cpu_count() or 1), "N")
+    parser.add_argument(
+        "--fresh", action="store_true", help="make all images again; otherwise what the folder has is used"
     )
-    add("--ranks", nargs="+", type=int, default=[2], metavar="N", help="numbers of patches (default 2)")
-    add(
-        "--samplers",
-        nargs="+",
-        default=["dpm-solver:15"],
-        metavar="NAME:STEPS",
-        help=f"{OWN} (the model's), {', '.join(SCHEDULERS)}; DiTs have only their own and skip the others "
-        "(default dpm-solver:15)",
-    )
-    add("--prompts", type=int, default=2, metavar="N", help="take the first N prompts (default 2)")
-    add("--prompt_file", type=Path, metavar="FILE", help="a prompt a line, in place of the eight that ship")
-    add("--seeds", type=int, default=1, metavar="N", help="images of each prompt, seeds 0 to N - 1 (default 1)")
-    add("--guidance", type=float, default=4.0, metavar="G", help="guidance scale (default 4)")
-    add("--size", type=int, default=128, metavar="PIXELS", help="height and width (default 128)")
-    add(
-        "--lora",
-        metavar="PATH",
-        help="LoRA weights: a file, or a folder with one .safetensors; one model only; fused into a DiT",
-    )
-    add("--out", type=Path, default=Path("eval-out"), metavar="FOLDER", help="for all results (default eval-out)")
-    add("--sheet_rows", type=int, default=4, metavar="N", help="images of a case on its contact sheet (default 4)")
-    add(
-        "--timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="give a case up when no image is finished for so long (default 600)",
-    )
-    add(
-        "--jobs",
-        type=int,
-        default=min(2, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that make one process's images, each alone (default 2, where there are as many cores)",
-    )
-    add("--fresh", action="store_true", help="make all images again; otherwise what the folder has is used")
-    add("--dry_run", action="store_true", help="print what would be made, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be made, and stop")
 
 
 def run(arguments: argparse.Namespace) -> int:

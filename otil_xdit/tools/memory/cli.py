@@ -13,6 +13,7 @@ from otil_xdit.dryrun.memory import Memory, memory_of
 from otil_xdit.dryrun.networks import DTYPES, Network, attention_layers, find_network
 from otil_xdit.method.config import KvCacheDtype, OtilConfig
 from otil_xdit.runtime.strategies import get_strategy
+from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.tables import markdown
 from otil_xdit.xdit.flags.degrees import check_at_least
 
@@ -23,27 +24,18 @@ MEGABYTE = 10**6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which networks, how large an image, on how many ranks, and how copies are kept."""
-    add = parser.add_argument
-    add(
-        "--models",
-        nargs="+",
-        default=["SDXL", "FLUX"],
-        metavar="MODEL",
-        help=f"{', '.join(published_networks())}, shipped models, or folders in diffusers format (default SDXL FLUX)",
-    )
-    add("--size", type=int, default=1024, metavar="PIXELS", help="height and width (default 1024)")
-    add("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="numbers of patches (default 2 4 8)")
-    add("--batch", type=int, metavar="B", help="images in one pass (default 2, with and without the prompt; FLUX 1)")
-    add("--text_tokens", type=int, default=512, metavar="N", help="of a DiT (default 512, as FLUX has)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the network (default bfloat16)")
-    add(
-        "--kv_cache_dtype",
-        nargs="+",
-        choices=get_args(KvCacheDtype),
-        default=list(get_args(KvCacheDtype)),
-        help="as --otil_kv_cache_dtype, each a row of the preset otil (default all)",
-    )
+    """Add the flags: which networks, how large an image, on how many ranks, and how copies are kept."""
+    add = FlagAdder(parser)
+    about = f"{', '.join(published_networks())}, shipped models, or folders in diffusers format"
+    add("--models", about, ["SDXL", "FLUX"], "MODEL")
+    add("--size", "height and width", 1024, "PIXELS")
+    add("--ranks", "numbers of patches", [2, 4, 8], "N")
+    add("--batch", "images in one pass (default 2, with and without the prompt; FLUX 1)", None, "B", type=int)
+    add("--text_tokens", "of a DiT (default 512, as FLUX has)", 512, "N")
+    add("--dtype", "of the network", "bfloat16", choices=DTYPES)
+    dtypes = get_args(KvCacheDtype)
+    about = "as --otil_kv_cache_dtype, each a row of the preset otil (default all)"
+    add("--kv_cache_dtype", about, list(dtypes), choices=dtypes)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.flops import flops_of
 from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import DTYPES, check_size, find_network
+from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.links import LINKS, parse_link
 from otil_xdit.tools.plan.advice import advise, bar_of
 from otil_xdit.tools.plan.fit import TERMS, WITHIN, compare, fit, orders, read_machine, write_machine
@@ -28,37 +29,32 @@ MISSING = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is made, on what, and what is known of the machine."""
-    add = parser.add_argument
-    add("--model", help=f"{', '.join(published_networks())}, a shipped model, or a folder in diffusers format")
-    add("--size", type=int, metavar="PIXELS", help="height and width (default 1024)")
-    add("--height", type=int, metavar="PIXELS", help="in place of --size")
-    add("--width", type=int, metavar="PIXELS", help="in place of --size")
-    add("--gpus", type=int, metavar="N", help="number of ranks, from 2 up")
-    add("--link", metavar="LINK", help=f"{', '.join(LINKS)}, or RATE[,LATENCY] such as 12GB/s,20us")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the network (default bfloat16)")
-    add("--images", type=int, default=1, metavar="N", help="images of one call (default 1)")
-    add("--no_guidance", action="store_true", help="one pass a step, without the one without the prompt")
-    add("--text_tokens", type=int, metavar="N", help="of a pass (default: what the model's pipeline has)")
-    add("--steps", type=int, default=15, metavar="N", help="denoising steps (default 15)")
-    add("--step_time", type=float, metavar="SECONDS", help="of one step on one process, measured")
-    add("--flops", type=float, metavar="RATE", help="operations a second that one process reaches, such as 60e12")
-    add(
-        "--cfg_degree", type=int, choices=(1, 2), help="ranks for the two passes of guidance (default: what is fastest)"
+    """Add the flags: what is made, on what, and what is known of the machine."""
+    add = FlagAdder(parser)
+    add("--model", f"{', '.join(published_networks())}, a shipped model, or a folder in diffusers format")
+    add("--size", "height and width (default 1024)", None, "PIXELS", type=int)
+    add("--height", "in place of --size", None, "PIXELS", type=int)
+    add("--width", "in place of --size", None, "PIXELS", type=int)
+    add("--gpus", "number of ranks, from 2 up", None, "N", type=int)
+    add("--link", f"{', '.join(LINKS)}, or RATE[,LATENCY] such as 12GB/s,20us", None, "LINK")
+    add("--dtype", "of the network", "bfloat16", choices=DTYPES)
+    add("--images", "images of one call", 1, "N")
+    parser.add_argument(
+        "--no_guidance", action="store_true", help="one pass a step, without the one without the prompt"
     )
-    add("--ulysses_degree", type=int, metavar="N", help="ranks that share attention heads (default: what is fastest)")
-    add(
-        "--near",
-        default="distrifusion",
-        metavar="HOW",
-        help="recommend the fastest whose images are at least as near one process's: a strategy, or decibels "
-        "(default distrifusion)",
-    )
-    add("--machine", metavar="FILE", help="terms of the machine, as --fit writes them; its link unless --link is given")
-    add("--fit", nargs="+", metavar="BENCH", help="find a machine's terms from runs of `otil-xdit bench --json`")
-    add("--out", metavar="FILE", help="where --fit writes them")
-    add("--check", nargs="+", metavar="BENCH", help="predict other runs with --machine, beside what was measured")
-    add("--json", action="store_true", help="print everything as one JSON object")
+    add("--text_tokens", "of a pass (default: what the model's pipeline has)", None, "N", type=int)
+    add("--steps", "denoising steps", 15, "N")
+    add("--step_time", "of one step on one process, measured", None, "SECONDS", type=float)
+    add("--flops", "operations a second that one process reaches, such as 60e12", None, "RATE", type=float)
+    add("--cfg_degree", "ranks for the two passes of guidance (default: what is fastest)", type=int, choices=(1, 2))
+    add("--ulysses_degree", "ranks that share attention heads (default: what is fastest)", None, "N", type=int)
+    about = "recommend the fastest whose images are at least as near one process's: a strategy, or decibels"
+    add("--near", about, "distrifusion", "HOW")
+    add("--machine", "terms of the machine, as --fit writes them; its link unless --link is given", None, "FILE")
+    add("--fit", "find a machine's terms from runs of `otil-xdit bench --json`", None, "BENCH", nargs="+")
+    add("--out", "where --fit writes them", None, "FILE")
+    add("--check", "predict other runs with --machine, beside what was measured", None, "BENCH", nargs="+")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -8,27 +8,26 @@ from dataclasses import dataclass, field
 
 from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import RunTraffic, Traffic
-from otil_xdit.runtime.strategies import get_strategy
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.runtime.strategies import get_strategy, strategies
 from otil_xdit.tools.plan.latency import Load, Machine, StepTime, load_of, run_time, share_of, step_time
 
-SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
-    "sync": ("sync", {}),
-    "distrifusion": ("distrifusion", {}),
-    "otil": ("otil", {}),
-    "otil draft": ("otil", {"quality": "draft"}),
-    "otil high": ("otil", {"quality": "high"}),
-    "otil-paper 1/8": ("otil-paper", {}),
-    "compact-2bit": ("compact-2bit", {}),
-    "naive": ("naive", {}),
-    "hybridiff": ("hybridiff", {}),
-}
-"""Strategies between patches, by label: the name that ``--parallel`` takes, and other settings than its own."""
+LABELS = {"otil-paper": "otil-paper 1/8"}
+"""Labels of strategies that are not their names."""
+
+QUALITIES = {f"otil {quality}": ("otil", {"quality": quality}) for quality in ("draft", "high")}
+"""By label: a strategy with other settings than its own."""
 
 HYBRIDIFF = "hybridiff"
 """Label of what works in two stages on two halves of the ranks, with any number of patches."""
 
 ULYSSES, CFG = "ulysses", "cfg"
 """Labels of what xDiT does without patches."""
+
+
+def settings_by_label() -> dict[str, tuple[str, dict[str, str]]]:
+    """Return every strategy between patches by label: the name that ``--parallel`` takes, and settings to change."""
+    return {LABELS.get(name, name): (name, {}) for name in strategies()} | QUALITIES
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Option:
     def flags(self) -> list[str]:
         """Of `xfuser`, besides model, size and steps."""
         shape = self.composition
-        name, given = SETTINGS.get(self.label, (None, {}))
+        name, given = settings_by_label().get(self.label, (None, {}))
         implied = name is not None and get_strategy(name).requires_cfg_parallel
         found = ["--use_cfg_parallel"] if shape.cfg > 1 and not implied else []
         found += ["--ulysses_degree", str(shape.ulysses)] if shape.ulysses > 1 else []
@@ -133,18 +132,20 @@ def _runs(traffic: Traffic, steps: int) -> Iterator[tuple[str, RunTraffic]]:
     if shape.patches == 1:
         yield CFG if shape.ulysses == 1 else ULYSSES, _run(traffic, "sync", steps)
         return
-    for label, (name, given) in SETTINGS.items():
+    for label, (name, given) in settings_by_label().items():
         strategy = get_strategy(name)
         if strategy.requires_cfg_parallel:
             continue  # on whatever number of patches
         config = strategy.make_config(given)
+        if not isinstance(config, OtilConfig):
+            continue  # a strategy of another package: nothing is known of what it sends
         if config.select.startswith("latent") and (shape.ulysses > 1 or not traffic.shows_latent):
             continue  # a run refuses it: there is no latent whose sub-blocks could be told apart
         yield label, traffic.of_run(config, steps)
 
 
 def _run(traffic: Traffic, label: str, steps: int) -> RunTraffic:
-    name, given = SETTINGS[label]
+    name, given = settings_by_label()[label]
     return traffic.of_run(get_strategy(name).make_config(given), steps)
 
 
