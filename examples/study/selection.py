@@ -27,7 +27,7 @@ from trajectories import (
 )
 
 from otil_xdit.method.grid import Segment, block_table
-from otil_xdit.method.scores import CHANGE_SCORES, LEAST_SIDE
+from otil_xdit.method.scores import CHANGE_SCORES
 from otil_xdit.method.selection import blocks_to_send
 
 METRICS = (*CHANGE_SCORES, "random")
@@ -171,7 +171,7 @@ def cells(settings: Settings, rows: int, cols: int) -> tuple[list[tuple[str, int
     """What can be measured on a latent of `rows` x `cols`, and notes on what cannot.
 
     A region must fit, a ratio must leave at least one region to be found, and the metric must mean something for the
-    region (`scores.LEAST_SIDE`).
+    region (`ChangeScore.least_side`).
 
     Returns:
         (metric, block, ratios) of what can, and the notes.
@@ -187,8 +187,9 @@ def cells(settings: Settings, rows: int, cols: int) -> tuple[list[tuple[str, int
             left_out = ", ".join(fraction(ratio) for ratio in settings.ratios if ratio not in ratios)
             notes.append(f"block {block} has only {count} regions" + (f"; left out: ratio {left_out}" * bool(left_out)))
         for metric in settings.metrics:
-            if block < LEAST_SIDE.get(metric, 1):
-                notes.append(f"block {block} is left out for {metric}, which needs {LEAST_SIDE[metric]}")
+            least = CHANGE_SCORES[metric].least_side if metric in CHANGE_SCORES else 1
+            if block < least:
+                notes.append(f"block {block} is left out for {metric}, which needs {least}")
             elif ratios:
                 possible.append((metric, block, ratios))
     return possible, notes

@@ -82,8 +82,8 @@ class OtilConfig:
     codec: str = setting(
         "2bit",
         "HOW",
-        "Payload format: raw values, or the prediction residual quantised to 8, 4, 2 or 1 bit. Halo rows that nobody "
-        "waits for are sent raw under raw, else in 8 bits.",
+        "Payload format: raw sends the values themselves, the others what the prediction lacks, in as few bits as they "
+        "say. Halo rows that nobody waits for are sent raw under raw, else in 8 bits.",
         choices=lambda: CODECS,
     )
     extrapolation: Extrapolation = setting(

@@ -80,7 +80,7 @@ class Schedule:
         if window is not None:
             return self.freshness if window and num_calls > 0 else "sync"
         done = min(step, num_calls)
-        if self.freshness == "sync" or done < self.warmup_steps or self.is_refresh(step):
+        if self.freshness == "sync" or done < self.warmup_steps or self._is_refresh(step):
             return "sync"
         if self.freshness == "displaced" and self.fresh_share > 0:
             # Without a total nobody knows when the image's large shapes have settled: wait throughout.
@@ -88,12 +88,8 @@ class Schedule:
                 return "fresh"
         return self.freshness
 
-    def is_warmup(self, step: int) -> bool:
-        """Return whether `step` is one of the initial synchronous steps."""
-        return step < self.warmup_steps
-
-    def is_refresh(self, step: int) -> bool:
+    def _is_refresh(self, step: int) -> bool:
         """Return whether `step` is a synchronous step after warm-up; frozen runs have none."""
-        if self.freshness == "frozen" or self.refresh == 0 or self.is_warmup(step):
+        if self.freshness == "frozen" or self.refresh == 0 or step < self.warmup_steps:
             return False
         return (step - self.warmup_steps + 1) % self.refresh == 0

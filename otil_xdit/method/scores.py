@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-
-ChangeScore = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 MI_BINS = 8
 """Bins a side of the joint histogram: a sub-block of 4 x 4 latent pixels has 64 values for its 64 cells."""
@@ -23,8 +22,22 @@ MI_BINS = 8
 SSIM_CONSTANTS = (0.01, 0.03)
 """K1 and K2 of Wang et al., "Image quality assessment" (IEEE TIP 2004), relative to the range of the values."""
 
-LEAST_SIDE = {"ssim": 8, "dhash": 2}
-"""Tokens a side that a score needs: Otil leaves SSIM out for 4 x 4, and dHash compares horizontal neighbours."""
+
+@dataclass(frozen=True)
+class ChangeScore:
+    """A change score; calling it computes it.
+
+    Attributes:
+        compute: takes and returns what `cosine_change` does.
+        least_side: tokens a side that a sub-block must have for the score to mean something.
+    """
+
+    compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    least_side: int = 1
+
+    def __call__(self, fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Return the score of each sub-block; arguments as in `cosine_change`."""
+        return self.compute(fresh, previous, table)
 
 
 def cosine_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -123,11 +136,11 @@ def dhash_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tenso
 
 
 CHANGE_SCORES: dict[str, ChangeScore] = {
-    "cosine": cosine_change,
-    "l2": l2_change,
-    "ssim": ssim_change,
-    "mi": mi_change,
-    "dhash": dhash_change,
+    "cosine": ChangeScore(cosine_change),
+    "l2": ChangeScore(l2_change),
+    "ssim": ChangeScore(ssim_change, least_side=8),  # Otil leaves it out for 4 x 4
+    "mi": ChangeScore(mi_change),
+    "dhash": ChangeScore(dhash_change, least_side=2),  # it compares horizontal neighbours
 }
 """Change scores by the name that follows ``latent-`` or ``kv-`` in `OtilConfig.select`; a new one is one entry here."""
 
@@ -138,11 +151,11 @@ def check_score(criterion: str, tokens_a_side: int) -> None:
     Raises:
         ValueError: naming what would be accepted.
     """
-    fitting = [name for name in CHANGE_SCORES if tokens_a_side >= LEAST_SIDE.get(name, 1)]
+    fitting = [name for name, score in CHANGE_SCORES.items() if tokens_a_side >= score.least_side]
     if criterion not in CHANGE_SCORES:
         raise ValueError(f"{criterion!r} is not a change score; choose from {', '.join(fitting)}")
     if criterion not in fitting:
-        least = LEAST_SIDE[criterion]
+        least = CHANGE_SCORES[criterion].least_side
         raise ValueError(
             f"the change score {criterion} needs sub-blocks of at least {least} x {least} tokens, not {tokens_a_side} "
             f"x {tokens_a_side}; give larger sub-blocks, or choose from {', '.join(fitting)}"

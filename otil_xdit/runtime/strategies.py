@@ -33,20 +33,26 @@ class Strategy:
         name: what ``--parallel`` takes.
         summary: one line for ``--help``.
         make_config: builds the strategy's settings from those that the user gave (names as in `OtilConfig`, only the
-            given ones). Raises `ValueError` for what it cannot do; called before any process group exists.
+            given ones; without any it returns the strategy's own). Raises `ValueError` for what it cannot do; called
+            before any process group exists.
         connect: builds the communicator of one pipeline from the settings and the ranks that hold its patches.
-        requires_cfg_parallel: True where the passes with and without the prompt run on different ranks;
-            ``--use_cfg_parallel`` is then taken as given.
     """
 
     name: str
     summary: str
     make_config: Callable[[Mapping[str, Any]], Any]
     connect: Callable[[Any, PatchGroup], Communicator] = OtilCommunicator
-    requires_cfg_parallel: bool = False
 
     degree_args: ClassVar[tuple[str, ...]] = ("--patch_degree",)
     """Flags that multiply the number of processes, for a launcher that knows only xDiT's own (see ``patches/``)."""
+
+    @property
+    def requires_cfg_parallel(self) -> bool:
+        """True where the passes with and without the prompt run on different ranks, as its settings say.
+
+        ``--use_cfg_parallel`` is then taken as given.
+        """
+        return bool(getattr(self.make_config({}), "requires_cfg_parallel", False))
 
     def install(self) -> None:
         """Hook the plugin into xfuser; what a loader of the entry-point group calls before it parses flags."""
@@ -93,7 +99,6 @@ def _preset(
     summary: str,
     fixed: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
-    requires_cfg_parallel: bool = False,
 ) -> Strategy:
     """Return a named point of `OtilConfig`.
 
@@ -102,9 +107,8 @@ def _preset(
     Args:
         fixed: the settings that make it that strategy.
         defaults: its own defaults where they are not those of `OtilConfig`.
-        requires_cfg_parallel: see `Strategy`.
     """
-    fixed, defaults = {"requires_cfg_parallel": requires_cfg_parallel, **(fixed or {})}, defaults or {}
+    fixed, defaults = {"requires_cfg_parallel": False, **(fixed or {})}, defaults or {}
     unread = without_effect(name)
 
     def make_config(given: Mapping[str, Any]) -> OtilConfig:
@@ -114,7 +118,7 @@ def _preset(
         chosen = {setting: value for setting, value in given.items() if setting not in unread}
         return OtilConfig.of_quality(chosen.pop("quality", None), **{**defaults, **chosen, **fixed})
 
-    return Strategy(name, summary, make_config, requires_cfg_parallel=requires_cfg_parallel)
+    return Strategy(name, summary, make_config)
 
 
 _NOT_PREDICTED: dict[str, Any] = {"extrapolation": "none", "tolerance": 0.0, "warmup_codec": "raw"}
@@ -158,9 +162,8 @@ NAIVE = _preset(
 HYBRIDIFF = _preset(
     "hybridiff",
     "Hybridiff: one half of the ranks computes with the prompt, one without; in a window each half of the network",
-    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync"},
+    fixed={**_NOT_PREDICTED, **_ALL_VALUES, "freshness": "sync", "requires_cfg_parallel": True},
     defaults={"window": AUTO},
-    requires_cfg_parallel=True,
 )
 
 _STRATEGIES = {

@@ -11,7 +11,7 @@ from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.method.codec import CODECS, Codec, Decoded
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout
-from otil_xdit.method.scores import CHANGE_SCORES
+from otil_xdit.method.scores import CHANGE_SCORES, ChangeScore
 from otil_xdit.method.scratch import ScratchBuffers
 from tests.support.ranks import run_ranks
 
@@ -45,7 +45,7 @@ def register() -> None:
     """In a rank's own process, so that nothing has to be undone."""
     CODECS["half"] = lambda dtype: Half(of_residuals=True)
     CODECS["half-values"] = lambda dtype: Half(of_residuals=False)
-    CHANGE_SCORES["first"] = first_number_change
+    CHANGE_SCORES["first"] = ChangeScore(first_number_change)
 
 
 def values(rank: int, step: int) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_settings_know_what_is_registered(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="select is 'kv-first'; choose from .*kv-dhash, random$"):
         OtilConfig(select="kv-first")
     monkeypatch.setitem(CODECS, "half", lambda dtype: Half(of_residuals=True))
-    monkeypatch.setitem(CHANGE_SCORES, "first", first_number_change)
+    monkeypatch.setitem(CHANGE_SCORES, "first", ChangeScore(first_number_change, least_side=3))
     assert OtilConfig(codec="half", select="latent-first").codec == "half"
     with pytest.raises(ValueError, match="choose from raw, int8, int4, 2bit, 1bit, half$"):
         OtilConfig(codec="other")
