@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -152,6 +152,35 @@ def check_arguments_are_read(wrapper: Any, pipeline: Any, given: Mapping[str, An
     for name in [name for name in given if name not in reads and name in known]:
         if given[name] is not known[name].default and given[name] != known[name].default:
             raise ValueError(f"xDiT's wrapper of this pipeline does not read {name}; leave it out, or run on one rank")
+
+
+def check_adapter(name: str, module: nn.Module) -> None:
+    """Refuse an adapter of PEFT that computes a convolution itself: on a patch it reads zeros beyond the edge.
+
+    LoRA (DoRA too) calls layers, which patches wrap; the others call ``F.conv2d`` with a weight of their own making.
+
+    Args:
+        name: the layer's, for messages.
+        module: any layer of a network that is cut by rows.
+
+    Raises:
+        ValueError: naming layer and adapter, where the adapter is in use and not merged into the layer.
+    """
+    kind = type(module)
+    if not kind.__module__.startswith("peft.") or kind.__module__.startswith("peft.tuners.lora."):
+        return
+    conv, layer = module._modules.get("base_layer"), cast(Any, module)
+    while conv is not None and "base_layer" in conv._modules:
+        conv = conv._modules["base_layer"]
+    sizes, strides = (getattr(conv, setting, ()) for setting in ("kernel_size", "stride"))
+    if not any(size > stride for size, stride in zip(sizes, strides, strict=True)):
+        return
+    if not layer.disable_adapters and not layer.merged:
+        raise ValueError(
+            f"--parallel does not support the adapter {kind.__module__}.{kind.__name__} round the convolution "
+            f"{name}: it computes the convolution itself, and reads zeros where a patch ends; merge it into the "
+            "weights (unet.fuse_lora()), or use LoRA"
+        )
 
 
 def _all(network: nn.Module) -> Iterator[nn.Module]:

@@ -227,18 +227,23 @@ def lora_facts(name: str, network: nn.Module) -> Facts:
     """Return facts of PEFT's adapters: their names, scales, whether they are merged, and a sum of some weights."""
     if not getattr(network, "peft_config", None):
         return {f"LoRA of the {name}": "none"}
-    layers: list[Any] = [
-        module for module in network.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")
-    ]
-    scales = sorted({f"{key} x {value:g}" for layer in layers for key, value in layer.scaling.items()})
-    active = sorted({key for layer in layers for key in layer.active_adapters})
+    layers: list[Any] = [module for module in network.modules() if hasattr(module, "adapter_layer_names")]
+    scales = sorted({f"{key} x {value:g}" for one in layers for key, value in getattr(one, "scaling", {}).items()})
+    active = sorted({key for layer in layers if not layer.disable_adapters for key in layer.active_adapters})
     merged = sorted({key for layer in layers for key in layer.merged_adapters})
     total = 0
     for layer in layers[:: max(1, len(layers) // 4)]:
-        for weights in layer.lora_A.parameters():
-            total = _sum(weights, total)
+        for part in layer.adapter_layer_names:
+            for weights in _parameters_of(getattr(layer, part, None)):
+                total = _sum(weights, total)
     told = f"{', '.join(scales)}; active {', '.join(active) or 'none'}"
     return {f"LoRA of the {name}": f"{told}{'; merged ' + ', '.join(merged) if merged else ''}; {total:08x}"}
+
+
+def _parameters_of(part: Any) -> Iterator[torch.Tensor]:
+    """Yield the parameters of a part of an adapter, which PEFT keeps in modules and in lists of parameters."""
+    if isinstance(part, nn.Module):
+        yield from part.parameters()
 
 
 def _config(whose: str, thing: Any) -> Facts:

@@ -24,7 +24,7 @@ from otil_xdit.exchange.halo import HaloRows, halo_key
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
-from otil_xdit.networks.compatibility import check_no_gradients
+from otil_xdit.networks.compatibility import check_adapter, check_no_gradients
 from otil_xdit.networks.unet.compatibility import check_arguments, check_freeu, check_heads, check_supported
 from otil_xdit.networks.unet.context import CONTEXT, LayerContext
 from otil_xdit.networks.unet.conv import halo_rows
@@ -111,6 +111,8 @@ class PatchedUNet:
         check_freeu(self.network)
         pairs, levels = find_norm_conv_pairs(self.network), set[int]()
         for path, module in self.network.named_modules():
+            if self.groups.rows.world_size > 1:
+                check_adapter(f"unet.{path}", module)
             if is_spatial(module):
                 level = self._levels.of(path)
                 wrap_layer(module, LayerContext(self, path, level, pairs.get(path)))
