@@ -3,43 +3,56 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from otil_xdit.dryrun.job import ParallelDegrees
+from otil_xdit.dryrun.stand_ins import DryRunSession, unet_groups
 from otil_xdit.method.grid import LevelGrid
 from otil_xdit.networks.unet.context import LayerContext
 from otil_xdit.networks.unet.conv import halo_rows
 from otil_xdit.networks.unet.layers import is_wrapped, unwrap_layer, wrap_layer
+from otil_xdit.networks.unet.model import PatchedUNet
 from otil_xdit.networks.unet.text_cache import TextCache
+from tests.support.communicators import WholeMapCommunicator
+
+nobody: Any = None
 
 
-class OnePatch:
-    """Stand in for `PatchedUNet`: one rank of a map that is known as a whole."""
+@cache
+def empty_unet(levels: int) -> UNet2DConditionModel:
+    """A network of so many resolutions, for what is read of it: none of its layers is called."""
+    sizes = {"block_out_channels": (8,) * levels, "norm_num_groups": 4, "cross_attention_dim": 8}
+    blocks = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
+    with torch.device("meta"):
+        return UNet2DConditionModel(**sizes, **blocks, layers_per_block=1)
 
-    running = True
 
-    def __init__(self, whole: torch.Tensor, grid: LevelGrid, rank: int) -> None:
-        self.whole, self.rows = whole, grid.slice_of(0, rank)
-        self.is_last = rank == len(grid.rows[0]) - 1
-        self.text_cache = TextCache()
+@torch.no_grad()
+def on_patches(layer: nn.Module, whole: torch.Tensor, grid: LevelGrid) -> list[torch.Tensor]:
+    """What each rank computes where a U-Net that is nothing but `layer` is called with the whole map."""
+    ranks, parts = len(grid.rows[0]), []
+    for rank in range(ranks):
+        patched = copy.deepcopy(layer)
+        fake = WholeMapCommunicator(whole, grid.slice_of(0, rank), ranks, rank)
+        groups = unet_groups(ParallelDegrees(patches=ranks), rank)
+        unet = PatchedUNet(DryRunSession(fake), empty_unet(len(grid.rows)), groups, nobody)
+        wrap_layer(patched, LayerContext(unet, "layer", 0))
 
-    def prefetched_halo(self, context: Any, x: torch.Tensor, above: int, below: int) -> None:
-        return None
+        def call(latent: torch.Tensor, patched: nn.Module = patched) -> tuple[torch.Tensor]:
+            parts.append(patched(latent))
+            return (latent,)
 
-    def halo(self, context: Any, x: torch.Tensor, above: int, below: int, precomputed: Any) -> torch.Tensor:
-        padded = nn.functional.pad(self.whole, (0, 0, above, below))
-        return padded[:, :, self.rows.start : self.rows.stop + above + below]
-
-    def moments(self, context: Any, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = self.whole.unflatten(1, (mean.shape[1], -1)).float()
-        whole_var, whole_mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0)
-        return whole_mean, whole_var
+        unet.forward(call, whole)
+    return parts
 
 
 @settings(deadline=None, max_examples=150)
@@ -60,11 +73,7 @@ def test_convolutions(kernel: tuple[int, int], stride: int, dilation: int, heigh
     conv = nn.Conv2d(2, 3, kernel, stride, padding, dilation)
     assume(max(halo_rows(conv)) <= min(grid.rows[0]))
     whole = torch.randn(1, 2, height, width)
-    parts = []
-    for rank in range(ranks):
-        patched = copy.deepcopy(conv)
-        wrap_layer(patched, LayerContext(OnePatch(whole, grid, rank), "conv", 0))
-        parts.append(patched(whole[:, :, grid.slice_of(0, rank)]))
+    parts = on_patches(conv, whole, grid)
     exact = conv(whole)
     assert [part.shape[2] for part in parts] == list(grid.rows[-1]) or height == 1
     assert torch.allclose(torch.cat(parts, dim=2), exact, atol=1e-5)
@@ -80,27 +89,22 @@ def test_group_norm(height: int, ranks: int, affine: bool, offset: float) -> Non
     if affine:
         nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     whole = torch.randn(2, 8, height, 7) + offset
-    parts = []
-    for rank in range(ranks):
-        patched = copy.deepcopy(norm)
-        wrap_layer(patched, LayerContext(OnePatch(whole, grid, rank), "norm", 0))
-        parts.append(patched(whole[:, :, grid.slice_of(0, rank)]))
+    parts = on_patches(norm, whole, grid)
     assert torch.allclose(torch.cat(parts, dim=2), norm(whole), atol=1e-4 if offset else 1e-5)
 
 
 def test_half_precision_keeps_its_type_and_takes_moments_in_float32() -> None:
-    norm, grid = nn.GroupNorm(4, 8).bfloat16(), LevelGrid.build(4, 7, 1, 1)
+    norm, grid = nn.GroupNorm(4, 8).bfloat16(), LevelGrid.build(4, 7, 1, 2)
     whole = (torch.randn(2, 8, 4, 7) + 5).bfloat16()
-    exact = norm(whole)
-    wrap_layer(norm, LayerContext(OnePatch(whole, grid, 0), "norm", 0))
-    assert norm(whole).dtype == torch.bfloat16
-    assert torch.allclose(norm(whole).float(), exact.float(), atol=0.05)
+    seen = torch.cat(on_patches(norm, whole, grid), dim=2)
+    assert seen.dtype == torch.bfloat16
+    assert torch.allclose(seen.float(), norm(whole).float(), atol=0.05)
 
 
 def test_a_layer_stays_what_it_was() -> None:
-    conv, grid = nn.Conv2d(2, 3, 3, padding=1), LevelGrid.build(4, 4, 1, 1)
+    conv = nn.Conv2d(2, 3, 3, padding=1)
     weight, names = conv.weight, list(conv.state_dict())
-    wrap_layer(conv, LayerContext(OnePatch(torch.randn(1, 2, 4, 4), grid, 0), "conv", 0))
+    wrap_layer(conv, LayerContext(nobody, "conv", 0))
     assert isinstance(conv, nn.Conv2d) and type(conv).__name__ == "Conv2d" and is_wrapped(conv)
     assert conv.weight is weight and list(conv.state_dict()) == names
     conv.to(torch.float64).requires_grad_(False)
@@ -125,7 +129,7 @@ class _Scaled(nn.Conv2d):
 )
 def test_layers_that_would_be_wrong_are_refused_by_name(layer: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=f"layer mid.*{message}|{message}.*layer mid"):
-        wrap_layer(layer, LayerContext(None, "mid", 0))
+        wrap_layer(layer, LayerContext(nobody, "mid", 0))
     assert not is_wrapped(layer)
 
 
@@ -136,7 +140,7 @@ def test_unknown_attention_processors_are_refused_by_name() -> None:
     attention = Attention(query_dim=8, heads=2, dim_head=4)
     attention.set_processor(Perturbed())
     with pytest.raises(ValueError, match="Perturbed"):
-        wrap_layer(attention, LayerContext(None, "attn1", 0))
+        wrap_layer(attention, LayerContext(nobody, "attn1", 0))
 
 
 def test_text_is_projected_once_and_again_when_anything_changes() -> None:

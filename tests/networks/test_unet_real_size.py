@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +11,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from otil_xdit.comm.groups import PatchGroup, UnetGroups
+from otil_xdit.dryrun.job import ParallelDegrees
+from otil_xdit.dryrun.stand_ins import DryRunSession, unet_groups
 from otil_xdit.networks.unet.layers import unwrapped_layers
 from otil_xdit.networks.unet.model import PatchedUNet
+from tests.support.communicators import FakeCommunicator
 from tests.support.dits.case import Degrees
 from tests.support.torchrun import lines_of
 from tests.support.unets import REAL, Trial
@@ -41,8 +42,7 @@ def empty_unet(name: str) -> UNet2DConditionModel:
 def patches_of(unet: UNet2DConditionModel) -> PatchedUNet:
     """Ready to wrap; wrapping shows layouts to the communicator, and asks no process group for anything."""
     nobody: Any = None
-    session: Any = SimpleNamespace(communicator=SimpleNamespace(observe=lambda latent, layout: None))
-    return PatchedUNet(session, unet, UnetGroups(PatchGroup(nobody, 0, 2), 1, 1, 0, ((0, 0), (0, 1))), nobody)
+    return PatchedUNet(DryRunSession(FakeCommunicator()), unet, unet_groups(ParallelDegrees(patches=2), 0), nobody)
 
 
 def kind_of(name: str, module: nn.Module) -> str | None:

@@ -11,39 +11,9 @@ import torch
 from torch import nn
 
 from otil_xdit.comm.groups import PatchGroup
-from otil_xdit.method.grid import TokenLayout
-from otil_xdit.method.schedule import Clock
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.xdit.plugin.attention import over_patches
-
-
-class Recorder:
-    """A communicator that notes who called when, and gives back what it got."""
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.calls: list[tuple[int, str]] = []
-        self.on_collective = self.ended = 0
-
-    def begin(self) -> None:
-        self.clock.reset()
-        self.on_collective += 1
-
-    def end(self) -> None:
-        self.ended += 1
-
-    def free(self) -> None: ...
-
-    def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None: ...
-
-    def gather(self, name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.calls.append((self.clock.step, name))
-        return key, value
-
-    def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor:
-        return part[None]
-
-    def report(self) -> Any: ...
+from tests.support.communicators import FakeCommunicator
 
 
 @over_patches
@@ -113,75 +83,75 @@ class ToyPipeline:
 
 
 @pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
+def fake() -> FakeCommunicator:
+    return FakeCommunicator()
 
 
-def attached(recorder: Recorder, **settings: Any) -> tuple[PatchSession, ToyPipeline]:
+def attached(fake: FakeCommunicator, **settings: Any) -> tuple[PatchSession, ToyPipeline]:
     pipe = ToyPipeline(**settings)
-    session = PatchSession(recorder, PatchGroup(None, 0, 2))
+    session = PatchSession(fake, PatchGroup(None, 0, 2))
     session.attach(pipe)
     return session, pipe
 
 
-def test_every_call_has_its_own_name_and_keeps_it(recorder: Recorder) -> None:
-    _, pipe = attached(recorder)
+def test_every_call_has_its_own_name_and_keeps_it(fake: FakeCommunicator) -> None:
+    _, pipe = attached(fake)
     pipe(steps=4)
-    by_step = [[name for step, name in recorder.calls if step == wanted] for wanted in range(4)]
+    by_step = [[name for step, name in fake.gathered if step == wanted] for wanted in range(4)]
     assert by_step[0] == by_step[1] and by_step[2] == by_step[3]
     assert all(len(set(names)) == len(names) == 6 for names in by_step)
     assert not set(by_step[0]) & set(by_step[2]), "two networks share a buffer"
 
 
-def test_a_skipped_layer_moves_no_other(recorder: Recorder) -> None:
-    _, pipe = attached(recorder)
+def test_a_skipped_layer_moves_no_other(fake: FakeCommunicator) -> None:
+    _, pipe = attached(fake)
     pipe(steps=2, skip_at=1)
-    first, second = (([name for step, name in recorder.calls if step == wanted]) for wanted in (0, 1))
+    first, second = (([name for step, name in fake.gathered if step == wanted]) for wanted in (0, 1))
     assert set(first) - set(second) == {name for name in first if "blocks.1" in name}
     assert set(second) < set(first)
 
 
-def test_passes_that_diffusers_names_keep_apart_even_when_one_starts_later(recorder: Recorder) -> None:
-    _, pipe = attached(recorder, contexts=True)
+def test_passes_that_diffusers_names_keep_apart_even_when_one_starts_later(fake: FakeCommunicator) -> None:
+    _, pipe = attached(fake, contexts=True)
     pipe(steps=2, uncond_from=1)
-    names = [{name for step, name in recorder.calls if step == wanted} for wanted in (0, 1)]
+    names = [{name for step, name in fake.gathered if step == wanted} for wanted in (0, 1)]
     assert names[1] - names[0] == {name for name in names[1] if "/uncond/" in name} != set()
 
 
-def test_images_are_named_alike_and_bracketed(recorder: Recorder) -> None:
-    _, pipe = attached(recorder)
+def test_images_are_named_alike_and_bracketed(fake: FakeCommunicator) -> None:
+    _, pipe = attached(fake)
     pipe(steps=3)
-    first = list(recorder.calls)
-    recorder.calls.clear()
+    first = list(fake.gathered)
+    fake.gathered.clear()
     pipe(steps=3)
-    assert recorder.calls == first and recorder.on_collective == recorder.ended == 2
+    assert fake.gathered == first and fake.begun == fake.ended == 2
 
 
-def test_an_exception_ends_the_generation_and_the_next_image_is_as_ever(recorder: Recorder) -> None:
-    _, pipe = attached(recorder)
+def test_an_exception_ends_the_generation_and_the_next_image_is_as_ever(fake: FakeCommunicator) -> None:
+    _, pipe = attached(fake)
     pipe(steps=3)
-    expected = list(recorder.calls)
+    expected = list(fake.gathered)
     pipe.fail_at = 1
     with pytest.raises(KeyError):
         pipe(steps=3)
-    assert recorder.ended == 2 and PatchSession.active() is None
+    assert fake.ended == 2 and PatchSession.active() is None
     assert type(pipe.scheduler) is ToyScheduler
     pipe.fail_at = None
-    recorder.calls.clear()
+    fake.gathered.clear()
     pipe(steps=3)
-    assert recorder.calls == expected
+    assert fake.gathered == expected
 
 
-def test_outside_a_generation_xdit_attends_as_it_did(recorder: Recorder) -> None:
-    _, pipe = attached(recorder)
+def test_outside_a_generation_xdit_attends_as_it_did(fake: FakeCommunicator) -> None:
+    _, pipe = attached(fake)
     x = torch.zeros(1, 1, 2, 1)
     pipe(steps=1)
-    recorder.calls.clear()
-    assert (pipe.transformer(x) == 300).all() and recorder.calls == []
+    fake.gathered.clear()
+    assert (pipe.transformer(x) == 300).all() and fake.gathered == []
 
 
-def test_detach_leaves_nothing(recorder: Recorder) -> None:
-    session, pipe = attached(recorder)
+def test_detach_leaves_nothing(fake: FakeCommunicator) -> None:
+    session, pipe = attached(fake)
     assert type(pipe) is not ToyPipeline and type(pipe).__name__ == "ToyPipeline"
     assert type(pipe).__call__.__doc__ == ToyPipeline.__call__.__doc__
     pipe(steps=1)
@@ -190,30 +160,30 @@ def test_detach_leaves_nothing(recorder: Recorder) -> None:
     hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in pipe.transformer.modules()]
     assert all(not before and not after for before, after in hooks)
     assert "cache_context" not in vars(pipe.transformer)
-    recorder.calls.clear()
+    fake.gathered.clear()
     pipe(steps=1)
-    assert recorder.calls == [] and recorder.on_collective == 1
+    assert fake.gathered == [] and fake.begun == 1
 
 
-def test_attaching_twice_counts_once_and_two_sessions_are_refused(recorder: Recorder) -> None:
-    session, pipe = attached(recorder)
+def test_attaching_twice_counts_once_and_two_sessions_are_refused(fake: FakeCommunicator) -> None:
+    session, pipe = attached(fake)
     session.attach(pipe)
     pipe(steps=1)
-    assert recorder.on_collective == 1
+    assert fake.begun == 1
     with pytest.raises(ValueError, match="already"):
-        PatchSession(Recorder(), PatchGroup(None, 0, 2)).attach(pipe)
+        PatchSession(FakeCommunicator(), PatchGroup(None, 0, 2)).attach(pipe)
 
 
-def test_attention_from_nowhere_is_refused(recorder: Recorder) -> None:
-    session, pipe = attached(recorder)
+def test_attention_from_nowhere_is_refused(fake: FakeCommunicator) -> None:
+    session, pipe = attached(fake)
     x = torch.zeros(1, 1, 2, 1)
     with session.generation(pipe), pytest.raises(ValueError, match="not supported with --parallel"):
         ring_attn(attend, x, x, x)
 
 
 @pytest.mark.parametrize("wrong", [{"is_causal": True}, {"attention_kwargs": {"indices_k": torch.zeros(1)}}])
-def test_attention_that_patches_would_get_wrong_is_refused(recorder: Recorder, wrong: dict[str, Any]) -> None:
-    session, pipe = attached(recorder)
+def test_attention_that_patches_would_get_wrong_is_refused(fake: FakeCommunicator, wrong: dict[str, Any]) -> None:
+    session, pipe = attached(fake)
     x = torch.zeros(1, 1, 2, 1)
     with session.generation(pipe), pytest.raises(ValueError, match="not supported with --parallel"):
         ring_attn(attend, x, x, x, **wrong)
