@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter, Signature
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +20,7 @@ from torch import nn
 
 from otil_xdit.comm.failure_detector import FailureDetector
 from otil_xdit.exchange.protocol import Communicator
+from otil_xdit.runtime.versions import package_versions
 
 Facts = dict[str, str]
 """What is compared, by name. A rank that lacks one is not compared by it."""
@@ -108,7 +108,7 @@ def differences(by_rank: Mapping[int, Facts]) -> str:
 @cache
 def versions() -> Facts:
     """Return the versions of the packages that compute."""
-    return {f"the version of {name}": _version(name) for name in _PACKAGES}
+    return {f"the version of {name}": number for name, number in package_versions(*_PACKAGES).items()}
 
 
 def facts_of_settings(name: str, config: Any) -> Facts:
@@ -279,10 +279,3 @@ def _short(text: str) -> str:
     if len(text) <= _MOST_TEXT:
         return text
     return f"{text[:_MOST_TEXT]}... ({len(text)} characters, {zlib.crc32(text.encode()):08x})"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed as a package"

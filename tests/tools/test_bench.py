@@ -25,13 +25,13 @@ from otil_xdit.dryrun.networks import attention_layers, find_network
 from otil_xdit.tools import main as tools
 from otil_xdit.tools.bench import link
 from otil_xdit.tools.bench.calibrate import Link, fit
-from otil_xdit.tools.bench.jobs import JobFailed, jobs_of_a_run
 from otil_xdit.tools.bench.networks import wider
 from otil_xdit.tools.bench.plan import Cell, Plan, parse_strategy
-from otil_xdit.tools.bench.protocol import GatherTask, ImageTask
 from otil_xdit.tools.bench.report import plot, table
 from otil_xdit.tools.bench.results import Results, Run
 from otil_xdit.tools.bench.runner import CellRunner
+from otil_xdit.tools.bench.tasks import GatherTask, ImageTask
+from otil_xdit.tools.common.jobs import JobFailed, jobs_of_a_run
 from tests.tools.test_bench_link import namespaces_of, no_link
 
 PATIENCE = 120.0  # seconds; a rank loads in 8 on an idle machine
@@ -313,7 +313,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += [child] if "otil_xdit.tools.bench.worker" in child.cmdline() else []
+            found += [child] if "otil_xdit.tools.common.worker" in child.cmdline() else []
     return found
 
 
@@ -357,7 +357,7 @@ def test_nothing_is_left_behind(
 
 def test_ranks_are_stopped_between_two_questions(tmp_path: Path) -> None:
     with jobs_of_a_run(tmp_path / "logs", PATIENCE, []) as jobs:
-        job = jobs.start("gathers", GatherTask((8, 64), 3), 2, None)
+        job = jobs.start("gathers", GatherTask((8, 64), 3), 2)
         ranks = [psutil.Process(process.pid) for process in job.processes]
         for _ in range(2):
             wait_for(lambda: {rank.status() for rank in ranks} == {psutil.STATUS_STOPPED})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,17 @@ from peft.utils import get_peft_model_state_dict
 from otil_xdit.catalog.folders import find_model, load_pipe
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.tools import main as tools
-from otil_xdit.tools.common.processes import last_line
+from otil_xdit.tools.common import jobs as jobs_module
+from otil_xdit.tools.common.jobs import JobFailed, Jobs, jobs_of_a_run
 from otil_xdit.tools.common.variants import parse_variant
-from otil_xdit.tools.eval import cache as store
+from otil_xdit.tools.common.worker import last_line
+from otil_xdit.tools.eval import cache as images
 from otil_xdit.tools.eval import cli as tool
-from otil_xdit.tools.eval import generate, metrics
-from otil_xdit.tools.eval.cache import DrawnImage, Store, load_image, save_image
+from otil_xdit.tools.eval import metrics
+from otil_xdit.tools.eval.cache import DrawnImage, ImageCache, load_image
+from otil_xdit.tools.eval.generate import Failures, ImageMaker
 from otil_xdit.tools.eval.matrix import Call, Case, Matrix, Sampler, parse_sampler
+from otil_xdit.tools.eval.tasks import PipelineTask, Question
 
 REFUSED = {
     "model": ("--models tiny-sdd", "--models tiny-sdd: no such model; choose from tiny-sd, tiny-sdxl, tiny-dit"),
@@ -115,7 +120,7 @@ def test_a_key_changes_with_all_that_determines_a_image(tmp_path: Path, monkeypa
     case = base.cases(2)[0]
 
     def key(matrix: Matrix = base, case: Case = case, call: Call = call) -> str:
-        return Store(tmp_path, matrix).key(case, call)
+        return ImageCache(tmp_path, matrix).key(case, call)
 
     keys = [
         key(),
@@ -137,26 +142,32 @@ def test_a_key_changes_with_all_that_determines_a_image(tmp_path: Path, monkeypa
     assert key(case=replace(case, variant=parse_variant("otil:ratio=1/8,timeout=9"))) == keys[0], (
         "a timeout draws nothing"
     )
-    monkeypatch.setattr(store, "code_fingerprint", lambda names=(): "callers" if names else "changed")
+    monkeypatch.setattr(images, "code_fingerprint", lambda names=(): "callers" if names else "changed")
     changed = key(case=case.reference)
-    monkeypatch.setattr(store, "code_fingerprint", lambda names=(): "callers")
+    monkeypatch.setattr(images, "code_fingerprint", lambda names=(): "callers")
     assert key(case=case.reference) == changed, "the plugin's code does not draw one process's image"
     assert key() not in keys
 
 
 def test_changed_weights_change_the_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"1")
-    before = store.fingerprint(str(tmp_path))
-    store.fingerprint.cache_clear()
+    before = images.fingerprint(str(tmp_path))
+    images.fingerprint.cache_clear()
     (tmp_path / "weights").write_bytes(b"12")
-    assert store.fingerprint(str(tmp_path)) != before
+    assert images.fingerprint(str(tmp_path)) != before
 
 
 def test_a_image_comes_back_as_it_was(tmp_path: Path) -> None:
     drawn = DrawnImage(torch.rand(3, 8, 8), {"sent_bytes": {"kv": {"warmup": 3, "steady": 4}}}, 0.5)
-    save_image(tmp_path, "name", drawn)
-    (path,) = tmp_path.iterdir()
-    found = load_image(path)
+    cache, (case,), call = (
+        ImageCache(tmp_path, matrix(calls=(Call("a circle", 0),))),
+        matrix().cases(2),
+        Call("a circle", 0),
+    )
+    assert cache.missing(case) == [call]
+    cache.save(case, call, drawn)
+    assert list(tmp_path.iterdir()) == [cache.path(case, call)] and not cache.missing(case)
+    (found,) = cache.load(case)
     assert torch.equal(found.image, drawn.image)
     assert (found.report, found.seconds) == (drawn.report, drawn.seconds)
 
@@ -181,7 +192,7 @@ def test_a_small_run_on_two_ranks(
     def fail(*args: object, **kwargs: object) -> int:
         raise AssertionError("started")
 
-    monkeypatch.setattr(generate, "run_to_end", fail)
+    monkeypatch.setattr(Jobs, "start", fail)
     assert tools.main([*run, "sync", "naive"]) == 0
     again = {row["variant"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert {name: row["psnr"] for name, row in again.items()} == {"sync": sync["psnr"], "naive": naive["psnr"]}
@@ -206,52 +217,67 @@ def test_a_lora_is_in_every_image(model: str, part: str, tmp_path: Path) -> None
     assert metrics.psnr(found[0], found[2]) < 40, "the LoRA changes nothing"
 
 
-def test_a_failure_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of torchrun: makes the images of a plan until it comes to ``naive``, where rank 1 fails first."""
-    launched = []
+class FakeJobs:
+    """Answers at once; an image of `failing` fails. `launched` has the variants that each job was asked for."""
 
-    def torchrun(command: list[str], *args: object, **kwargs: object) -> int:
-        path = Path(command[-1])
-        plan = json.loads(path.read_text())
-        launched.append([case["variant"] for case in plan["cases"]])
-        for index, case in enumerate(plan["cases"]):
-            if case["variant"] == "naive":
-                for rank in (0, 1):
-                    note = {"case": index, "rank": rank, "error": f"Error: {rank}", "time": 10 - rank}
-                    (path.parent / f"failed-{rank}.json").write_text(json.dumps(note))
-                return 1
-            for drawn in case["images"]:
-                save_image(Path(plan["store"]), drawn["key"], DrawnImage(torch.zeros(3, 1, 1), None, 0.0))
-        return 0
+    def __init__(self, failing: str = "") -> None:
+        self.failing, self.launched, self.alive = failing, list[list[str | None]](), 0
+        self.asked: list[list[Question]] = []
 
-    monkeypatch.setattr(generate, "run_to_end", torchrun)
+    def start(self, name: str, task: PipelineTask, ranks: int) -> Any:
+        self.launched.append([])
+        self.alive += 1
+        return SimpleNamespace(name=name, log="log", ranks=ranks)
+
+    def ask(self, job: Any, questions: list[Question]) -> list[dict[str, Any]]:
+        assert 0 < len(questions) <= job.ranks
+        self.asked.append(questions)
+        variant = questions[0].pipeline.variant
+        self.launched[-1] += [] if variant in self.launched[-1] else [variant]
+        if variant == self.failing:
+            raise JobFailed(job, "rank 1: Error: 1")
+        has_image = [variant is None or rank == job.ranks - 1 for rank in range(len(questions))]
+        made = {"image": torch.zeros(3, 1, 1).numpy(), "report": None, "seconds": 0.0}
+        return [dict(made) if has else {} for has in has_image] + [{}] * (job.ranks - len(questions))
+
+    def close(self, job: Any) -> None:
+        self.alive -= 1
+
+
+def make(matrix: Matrix, cache: ImageCache, jobs: FakeJobs, processes: int = 1) -> Failures:
+    """What could not be made."""
+    failures = ImageMaker(matrix, cache, jobs).make(processes)  # type: ignore[arg-type]  # a stand-in
+    assert not jobs.alive
+    return failures
+
+
+def test_a_failure_costs_one_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = FakeJobs("naive")
     three = matrix(variants=tuple(parse_variant(name) for name in ("otil", "naive", "sync")))
-    known = Store(tmp_path, three)
-    assert generate.make_images(three, known, jobs=1, timeout=9) == {three.cases(2)[1]: "rank 1: Error: 1"}
-    assert launched == [[None], ["otil", "naive", "sync"], ["sync"]]
+    known = ImageCache(tmp_path, three)
+    assert make(three, known, jobs) == {three.cases(2)[1]: "rank 1: Error: 1"}
+    assert jobs.launched == [[None], ["otil", "naive"], ["sync"]]
     assert [len(known.missing(case)) for case in three.cases(2)] == [0, 2, 0]
-    logs = [path.parent.name for path in tmp_path.glob("run-*/plan.json")]
-    assert len(logs) == 1 and logs[0].startswith("run-2-"), "the one that failed is kept"
+    said = "tiny-sd, ddim:3, naive on 2 ranks failed: rank 1: Error: 1; all it wrote is in log"
+    assert f"otil-xdit eval: {said}\n" in capsys.readouterr().err
 
 
-def test_variants_with_other_patches_have_a_torchrun_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched = []
-
-    def torchrun(command: list[str], *args: object, **kwargs: object) -> int:
-        plan = json.loads(Path(command[-1]).read_text())
-        launched.append([case["variant"] for case in plan["cases"]])
-        for key in (drawn["key"] for case in plan["cases"] for drawn in case["images"]):
-            save_image(Path(plan["store"]), key, DrawnImage(torch.zeros(3, 1, 1), None, 0.0))
-        return 0
-
-    monkeypatch.setattr(generate, "run_to_end", torchrun)
+def test_variants_with_other_patches_have_ranks_of_their_own(tmp_path: Path) -> None:
+    jobs = FakeJobs()
     names = ("otil", "hybridiff:window=1:2", "sync", "hybridiff:window=2:3")
     three = matrix(variants=tuple(map(parse_variant, names)), ranks=(4,))
-    assert generate.make_images(three, Store(tmp_path, three), jobs=1, timeout=9) == {}
-    assert launched == [[None], [names[0], names[2]], [names[1], names[3]]]
+    assert make(three, ImageCache(tmp_path, three), jobs) == {}
+    assert jobs.launched == [[None], [names[0], names[2]], [names[1], names[3]]]
     assert [case.patches for case in three.cases(4)] == [4, 2, 4, 2]
+
+
+def test_one_processs_images_are_shared_out(tmp_path: Path) -> None:
+    jobs, calls = FakeJobs(), tuple(Call("a circle", seed) for seed in range(3))
+    both = matrix(calls=calls)
+    assert make(both, ImageCache(tmp_path, both), jobs, processes=2) == {}
+    alone = [[question.seed for question in asked] for asked in jobs.asked if asked[0].pipeline.variant is None]
+    together = [[question.seed for question in asked] for asked in jobs.asked if asked[0].pipeline.variant is not None]
+    assert alone == [[0, 1], [2]] and together == [[0, 0], [1, 1], [2, 2]]
 
 
 @pytest.mark.slow
@@ -266,11 +292,10 @@ def test_two_halves_and_patches_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_variants_with_the_same_settings_are_made_once(tmp_path: Path) -> None:
+    jobs = FakeJobs()
     twice = matrix(variants=(parse_variant("otil:ratio=1/8"), parse_variant("otil:ratio=0.125")))
-    known = Store(tmp_path, twice)
-    launch = generate._Launch(twice.cases(2), twice, known, 2)
-    (case,) = json.loads(next(tmp_path.glob("run-2-*/plan.json")).read_text())["cases"]
-    assert case["variant"] == "otil:ratio=1/8" and len(case["images"]) == 2 and launch.log.parents[1] == tmp_path
+    assert make(twice, ImageCache(tmp_path, twice), jobs) == {}
+    assert jobs.launched == [[None], ["otil:ratio=1/8"]] and len(jobs.asked) == 2 + 2
 
 
 def test_an_error_is_one_line() -> None:
@@ -284,15 +309,17 @@ def test_an_error_is_one_line() -> None:
     assert fail(AssertionError()) == "AssertionError: test_eval.py: raise error"
 
 
-def test_a_stuck_torchrun_is_ended_and_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stuck_ranks_are_ended_and_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(generate, "WORKER", "sleeper")
+    monkeypatch.setattr(jobs_module, "WORKER", "sleeper")
     only = matrix(calls=(Call("a circle", 0),))
-    failures = generate.make_images(only, Store(tmp_path / "cache", only), jobs=1, timeout=3.0)
+    with jobs_of_a_run(tmp_path / "logs", 3.0, []) as jobs:
+        failures = ImageMaker(only, ImageCache(tmp_path / "cache", only), jobs).make(1)
     assert [str(case) for case in failures] == [
         "tiny-sd, ddim:3, one process",
         "tiny-sd, ddim:3, otil:ratio=1/8 on 2 ranks",
     ]
     alone, together = failures.values()
-    assert alone == "no image within 3 s" and together == f"no image of one process to compare with ({alone})"
+    assert alone == "rank 0 did not start within 3 s"
+    assert together == f"no image of one process to compare with ({alone})"

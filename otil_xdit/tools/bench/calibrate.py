@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from otil_xdit.tools.bench.jobs import Jobs
 from otil_xdit.tools.bench.link import Namespaces
-from otil_xdit.tools.bench.protocol import GatherTask
+from otil_xdit.tools.bench.tasks import GatherTask
+from otil_xdit.tools.common.jobs import Jobs
 
 SIZES = tuple(4**power << 10 for power in range(7))
 """Payloads of one rank, in bytes: 1 KiB to 4 MiB."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import signal
 import sys
 from pathlib import Path
 
 from otil_xdit.catalog.folders import MODELS_HELP, OWN, find_model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.runtime.strategies import get_strategy, strategies
-from otil_xdit.tools.bench.jobs import JobFailed
 from otil_xdit.tools.bench.link import LinkError, check_possible
 from otil_xdit.tools.bench.plan import DEFAULT, PEERS, Plan, parse_strategy
 from otil_xdit.tools.bench.report import plot, table
@@ -21,8 +19,8 @@ from otil_xdit.tools.bench.runner import run_plan
 from otil_xdit.tools.bench.scaling import plot_over_latents, plot_over_ranks
 from otil_xdit.tools.common.figures import check_installed
 from otil_xdit.tools.common.flags import FlagAdder
+from otil_xdit.tools.common.jobs import Interrupted, JobFailed
 from otil_xdit.tools.common.links import LinkRequest, parse_shaped_link
-from otil_xdit.tools.common.processes import Interrupted
 
 LINK_HELP = """\
 limit what the ranks send each other, as root on Linux: RATE in each direction of each rank's cable (20MB/s, 1gbit),
@@ -76,13 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     results = Results(plan, shlex.join(["otil-xdit", *sys.argv[1:]]))
     try:
         run_plan(plan, link, out / "logs", results, lambda: write(results, out))
-    except (JobFailed, LinkError) as error:
+    except (JobFailed, LinkError, Interrupted) as error:
         print(f"otil-xdit bench: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as interrupted:
-        name = signal.Signals(interrupted.code - 128).name
-        print(f"otil-xdit bench: {name}, all processes stopped", file=sys.stderr)
-        return interrupted.code
+        return error.code
     print(table(results))
     return 0
 

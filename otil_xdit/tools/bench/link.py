@@ -39,6 +39,8 @@ Command = tuple[str, ...]
 class LinkError(RuntimeError):
     """A command that makes the link failed; the message is one line."""
 
+    code = 1
+
 
 def check_possible(text: str) -> None:
     """Refuse ``--link`` where this process may not make one.

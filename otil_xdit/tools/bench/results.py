@@ -11,8 +11,8 @@ from otil_xdit.dryrun.traffic import LAST_STAGED, STAGED, modes_of
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.tools.bench.calibrate import Link
 from otil_xdit.tools.bench.plan import Cell, Plan, Strategy
-from otil_xdit.tools.bench.protocol import Answer
 from otil_xdit.tools.common.environment import machine, versions
+from otil_xdit.tools.common.worker import Answer
 
 _LATE = ("displaced", STAGED, LAST_STAGED)
 """Modes of the steps that use what was sent at the step before."""

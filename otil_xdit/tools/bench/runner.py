@@ -12,13 +12,13 @@ import psutil
 from tqdm import tqdm
 
 from otil_xdit.tools.bench.calibrate import calibrate, calibrate_to
-from otil_xdit.tools.bench.jobs import Job, JobFailed, Jobs, jobs_of_a_run
 from otil_xdit.tools.bench.link import Namespaces
 from otil_xdit.tools.bench.plan import Cell, Plan, Strategy, parse_strategy
-from otil_xdit.tools.bench.protocol import ImageTask
 from otil_xdit.tools.bench.results import Results, Run
+from otil_xdit.tools.bench.tasks import ImageTask
+from otil_xdit.tools.common.jobs import Job, JobFailed, Jobs, jobs_of_a_run
 from otil_xdit.tools.common.links import LinkRequest
-from otil_xdit.tools.common.processes import progress
+from otil_xdit.tools.common.progress import progress
 from otil_xdit.xdit.launcher.processes import caught_signals
 
 SPARE_BYTES = 1 << 30

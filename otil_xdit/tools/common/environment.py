@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from otil_xdit import __version__
+from otil_xdit.runtime.versions import package_versions
 
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that the figures may depend on."""
-    packages = ("xfuser", "diffusers", "torch", "torchmetrics")
-    found = {"otil-xdit": __version__, "python": platform.python_version()}
-    return found | {package: version(package) for package in packages}
+    own = {"otil-xdit": __version__, "python": platform.python_version()}
+    return own | package_versions("xfuser", "diffusers", "torch", "torchmetrics")
 
 
 def machine() -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 matrix.py              what is to be made, as frozen data, checked before anything starts
 cache.py               the folder of images that are made already, by what determines them
-worker.py              what each rank of a torchrun runs
-generate.py            starts the torchruns, watches them, says what failed
+tasks.py               what each rank does when it is asked
+generate.py            asks ranks for the images that are missing, says what failed
 metrics.py             PSNR, SSIM, seam
 perceptual_metrics.py  metrics that need weights
 rows.py                one row of figures for each variant

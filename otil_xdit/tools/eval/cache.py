@@ -7,16 +7,17 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import otil_xdit
+from otil_xdit.runtime.versions import package_versions
+from otil_xdit.tools.common.worker import Answer
 from otil_xdit.tools.eval.matrix import Call, Case, Matrix
 
-CALLERS = ("catalog/folders.py", "tools/eval/worker.py")
+CALLERS = ("catalog/folders.py", "tools/eval/tasks.py")
 """The code that calls a pipeline, also that of one process."""
 
 REPORTERS = ("tools",)
@@ -37,8 +38,13 @@ class DrawnImage:
     report: dict[str, Any] | None
     seconds: float
 
+    @classmethod
+    def from_answer(cls, answer: Answer) -> DrawnImage:
+        """Return the image that a rank has sent."""
+        return cls(torch.from_numpy(answer["image"]), answer["report"], answer["seconds"])
 
-class Store:
+
+class ImageCache:
     """Images by what determines them: weights, code, versions, device, settings, prompt, seed.
 
     Args:
@@ -51,11 +57,11 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def key(self, case: Case, call: Call) -> str:
-        """The name of an image's file, without its ending."""
+        """Return the name of an image's file, without its ending."""
         facts: dict[str, Any] = {
             "weights": fingerprint(case.model.folder),
             "lora": None if self._matrix.lora is None else fingerprint(self._matrix.lora),
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+            "versions": package_versions("torch", "diffusers", "transformers"),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "callers": code_fingerprint(CALLERS),
             "sampler": str(case.sampler),
@@ -67,14 +73,15 @@ class Store:
         if case.variant is not None:
             settings = {name: value for name, value in case.variant.settings.items() if name != "timeout"}
             facts |= {"preset": case.variant.preset, "settings": settings, "ranks": case.ranks}
-            facts |= {"xfuser": version("xfuser"), "code": code_fingerprint()}
+            facts |= {**package_versions("xfuser"), "code": code_fingerprint()}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
     def path(self, case: Case, call: Call) -> Path:
-        return path_in(self.folder, self.key(case, call))
+        """Return an image's file, whether it is there or not."""
+        return self.folder / f"{self.key(case, call)}.pt"
 
     def missing(self, case: Case) -> list[Call]:
-        """The images of a case that are still to be made."""
+        """Return the images of a case that are still to be made."""
         return [call for call in self._matrix.calls if not self.path(case, call).is_file()]
 
     def forget(self, case: Case) -> None:
@@ -82,30 +89,26 @@ class Store:
         for call in self._matrix.calls:
             self.path(case, call).unlink(missing_ok=True)
 
-    def images(self, case: Case) -> list[DrawnImage]:
-        """A case's images, in the order of the calls; all must have been made."""
+    def save(self, case: Case, call: Call, drawn: DrawnImage) -> None:
+        """Write an image's file; it appears complete or not at all."""
+        path = self.path(case, call)
+        unfinished = path.with_suffix(".part")
+        torch.save({"image": drawn.image, "report": drawn.report, "seconds": drawn.seconds}, unfinished)
+        os.replace(unfinished, path)
+
+    def load(self, case: Case) -> list[DrawnImage]:
+        """Return a case's images, in the order of the calls; all must have been made."""
         return [load_image(self.path(case, call)) for call in self._matrix.calls]
 
 
-def path_in(folder: Path, key: str) -> Path:
-    return folder / f"{key}.pt"
-
-
-def save_image(folder: Path, key: str, drawn: DrawnImage) -> None:
-    """Write an image's file; it appears complete or not at all."""
-    path = path_in(folder, key)
-    unfinished = path.with_suffix(".part")
-    torch.save({"image": drawn.image, "report": drawn.report, "seconds": drawn.seconds}, unfinished)
-    os.replace(unfinished, path)
-
-
 def load_image(path: Path) -> DrawnImage:
+    """Return the image of a file of the cache."""
     return DrawnImage(**torch.load(path, weights_only=True))
 
 
 @cache
 def fingerprint(path: str) -> str:
-    """A digest of the names, sizes and times of change of a folder's files, or of one file's."""
+    """Return a digest of the names, sizes and times of change of a folder's files, or of one file's."""
     root = Path(path)
     files = [root] if root.is_file() else sorted(found for found in root.rglob("*") if found.is_file())
     seen = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -114,7 +117,7 @@ def fingerprint(path: str) -> str:
 
 @cache
 def code_fingerprint(names: tuple[str, ...] = ()) -> str:
-    """A digest of files of this package by name; of all its code but that of `REPORTERS` where none is named."""
+    """Return a digest of files of this package by name; of all its code but that of `REPORTERS` where none is named."""
     root = Path(otil_xdit.__file__).parent
     found = sorted(str(file.relative_to(root)) for file in root.rglob("*.py"))
     digest = hashlib.sha256()

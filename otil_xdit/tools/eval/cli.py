@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,17 +17,17 @@ from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.catalog.trust import check_folder, check_lora
 from otil_xdit.runtime.strategies import strategies
 from otil_xdit.tools.common.flags import FlagAdder
-from otil_xdit.tools.common.processes import Interrupted
+from otil_xdit.tools.common.jobs import Interrupted, jobs_of_a_run
 from otil_xdit.tools.common.variants import parse_variant, variant_settings
-from otil_xdit.tools.eval.cache import Store
+from otil_xdit.tools.eval.cache import ImageCache
 from otil_xdit.tools.eval.contact_sheets import Column, sheet
-from otil_xdit.tools.eval.generate import Failures, make_images
+from otil_xdit.tools.eval.generate import Failures, ImageMaker
 from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, read_prompts
 from otil_xdit.tools.eval.perceptual_metrics import absences
 from otil_xdit.tools.eval.report import plot, table
 from otil_xdit.tools.eval.rows import Row, as_json, make_rows
 from otil_xdit.xdit.flags.degrees import check_at_least
-from otil_xdit.xdit.launcher.processes import visible_devices
+from otil_xdit.xdit.launcher.processes import caught_signals, visible_devices
 
 EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplotlib"}
 """Modules that are not among the plugin's own dependencies, and their packages."""
@@ -82,51 +83,53 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(describe(matrix))
         return 0
-    store = Store(arguments.out / "cache", matrix)
+    cache = ImageCache(arguments.out / "cache", matrix)
     if arguments.fresh:
         for case in all_cases(matrix):
-            store.forget(case)
+            cache.forget(case)
     try:
-        failures = make_images(matrix, store, arguments.jobs, arguments.timeout)
-    except Interrupted as interrupted:
-        return interrupted.code
-    write(arguments, matrix, store, failures)
+        with caught_signals() as caught, jobs_of_a_run(arguments.out / "logs", arguments.timeout, caught) as jobs:
+            failures = ImageMaker(matrix, cache, jobs).make(arguments.jobs)
+    except Interrupted as error:
+        print(f"otil-xdit eval: {error}", file=sys.stderr)
+        return error.code
+    write(arguments, matrix, cache, failures)
     return 1 if failures else 0
 
 
-def write(arguments: argparse.Namespace, matrix: Matrix, store: Store, failures: Failures) -> None:
+def write(arguments: argparse.Namespace, matrix: Matrix, cache: ImageCache, failures: Failures) -> None:
     """All files of the folder, and the table on stdout."""
     out, command = arguments.out, command_of(arguments)
-    rows = make_rows(matrix, store, failures)
+    rows = make_rows(matrix, cache, failures)
     (out / "rows.json").write_text(json.dumps(as_json(rows, command), indent=1) + "\n")
     text = table(rows, command, absences(len(matrix.calls)))
     (out / "table.md").write_text(text)
     plot(rows, out / "psnr_bytes.png")
-    write_sheets(out, matrix, store, rows, arguments.sheet_rows)
+    write_sheets(out, matrix, cache, rows, arguments.sheet_rows)
     print(text)
 
 
-def write_sheets(out: Path, matrix: Matrix, store: Store, rows: Iterable[Row], count: int) -> None:
+def write_sheets(out: Path, matrix: Matrix, cache: ImageCache, rows: Iterable[Row], count: int) -> None:
     """One contact sheet for each model, sampler and number of ranks, with at most `count` images of each variant."""
     found: Rows = {(*row.place, row.variant): row for row in rows}
     labels = [f"{call.prompt}, seed {call.seed}" for call in matrix.calls[:count]]
     for ranks in matrix.ranks:
         for reference in matrix.references:
             cases = [case for case in matrix.cases(ranks) if case.reference == reference]
-            columns = [_column(case, store, found, len(labels)) for case in cases if not _row(case, found).error]
+            columns = [_column(case, cache, found, len(labels)) for case in cases if not _row(case, found).error]
             if not columns:
                 continue
-            best = [drawn.image for drawn in store.images(reference)[:count]]
+            best = [drawn.image for drawn in cache.load(reference)[:count]]
             sampler = reference.sampler
             title = f"{reference.model.label}, {ranks} ranks, {sampler.name}, {sampler.steps} steps"
             name = f"sheet-{reference.model.label}-{ranks}-{sampler.name}-{sampler.steps}.png"
             sheet(title, labels, best, columns).save(out / name)
 
 
-def _column(case: Case, store: Store, rows: Rows, count: int) -> Column:
+def _column(case: Case, cache: ImageCache, rows: Rows, count: int) -> Column:
     row = _row(case, rows)
     title = f"{row.variant}: {(row.kv_bytes or 0) / 1e3:.1f} kB of K/V a step, {row.psnr:.1f} dB"
-    images = tuple(drawn.image for drawn in store.images(case)[:count])
+    images = tuple(drawn.image for drawn in cache.load(case)[:count])
     return Column(title, images, tuple(f"{value:.1f} dB" for value in row.psnrs[:count]))
 
 

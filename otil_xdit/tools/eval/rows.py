@@ -8,7 +8,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from otil_xdit.tools.common.environment import versions
-from otil_xdit.tools.eval.cache import DrawnImage, Store
+from otil_xdit.tools.eval.cache import DrawnImage, ImageCache
 from otil_xdit.tools.eval.generate import Failures
 from otil_xdit.tools.eval.matrix import Case, Matrix
 from otil_xdit.tools.eval.metrics import psnr, seam, ssim
@@ -72,16 +72,16 @@ class Row:
         return self.model, self.ranks, self.sampler, self.steps
 
 
-def make_rows(matrix: Matrix, store: Store, failures: Failures) -> list[Row]:
+def make_rows(matrix: Matrix, cache: ImageCache, failures: Failures) -> list[Row]:
     """A row for every case, in the order model, ranks, sampler, variant."""
     cases = [case for ranks in matrix.ranks for case in matrix.cases(ranks)]
-    rows = [make_row(case, matrix, store, failures.get(case)) for case in cases]
+    rows = [make_row(case, matrix, cache, failures.get(case)) for case in cases]
     order = {model.name: index for index, model in enumerate(matrix.models)}
     return with_shares(sorted(rows, key=lambda row: order[row.model]))
 
 
-def make_row(case: Case, matrix: Matrix, store: Store, error: str | None) -> Row:
-    """The row of a case whose images, and those it is compared with, are in the store; or of one that failed."""
+def make_row(case: Case, matrix: Matrix, cache: ImageCache, error: str | None) -> Row:
+    """The row of a case whose images, and those it is compared with, are in the cache; or of one that failed."""
     assert case.variant is not None, "one process is what the others are compared with"
     row = Row(
         model=case.model.name,
@@ -95,7 +95,7 @@ def make_row(case: Case, matrix: Matrix, store: Store, error: str | None) -> Row
     if error is not None:
         return replace(row, error=error)
     borders = case.model.borders(matrix.size, case.patches)
-    made, references = store.images(case), store.images(case.reference)
+    made, references = cache.load(case), cache.load(case.reference)
     images = [drawn.image for drawn in made], [drawn.image for drawn in references]
     weighted = weighted_figures(*images, [call.prompt for call in matrix.calls])
     return replace(with_figures(row, made, references, borders), weighted=weighted)

@@ -9,10 +9,8 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -32,53 +30,31 @@ reliably: torchrun starts every rank in a session of its own, and they get anoth
 POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 5.0
 
-STUCK = 124
-"""Exit code of a command that was ended because it was stuck; what `timeout` of the shell gives."""
 
-
-def run_to_end(
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    *,
-    program: str = "xfuser",
-    log: Path | None = None,
-    is_stuck: Callable[[], bool] = lambda: False,
-) -> int:
+def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a command to its end.
 
     On SIGINT or SIGTERM, and however the command ends, everything that it has started is ended too.
 
     Args:
         command, environment: what to run.
-        program: who says that a signal came.
-        log: file for all that the command writes; None to let it through.
-        is_stuck: asked every `POLL_SECONDS`; once it says yes, everything is ended.
 
     Returns:
-        The exit code as a shell gives it; `STUCK` where `is_stuck` said yes.
+        The exit code as a shell gives it.
     """
-    mark, stuck = uuid.uuid4().hex, False
-    with caught_signals() as caught, _opened(log) as output:
-        process = subprocess.Popen(
-            command,
-            env={**environment, LAUNCH_MARK: mark},
-            start_new_session=True,
-            stdout=output,
-            stderr=output,
-        )
+    mark = uuid.uuid4().hex
+    with caught_signals() as caught:
+        process = subprocess.Popen(command, env={**environment, LAUNCH_MARK: mark}, start_new_session=True)
         try:
-            while process.poll() is None and not caught and not stuck:
+            while process.poll() is None and not caught:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_SECONDS)
-                stuck = is_stuck()
         finally:
-            ended = process.poll()
             _stop(process, mark)
     if caught:
-        print(f"{program}: {signal.Signals(caught[0]).name}, all processes stopped", file=sys.stderr)
+        print(f"xfuser: {signal.Signals(caught[0]).name}, all processes stopped", file=sys.stderr)
         return 128 + caught[0]
-    if ended is None:
-        return STUCK
+    ended = process.returncode
     return ended if ended >= 0 else 128 - ended
 
 
@@ -94,16 +70,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return int(listener.getsockname()[1])
-
-
-@contextmanager
-def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
-    """Open the file for appending; None for no file."""
-    if log is None:
-        yield None
-        return
-    with log.open("ab") as file:
-        yield file
 
 
 @contextmanager
