@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from otil_xdit.catalog.architectures import ARCHITECTURES, UNKNOWN, Architecture
+from otil_xdit.catalog.architectures import ARCHITECTURES, UNKNOWN, UNTESTED, Architecture
 from otil_xdit.catalog.record import ModelRecord, NetworkConfig
 
 Cut = Literal["rows", "tokens", "padded"]
 """What must divide by the number of ranks: rows of tokens, tokens, or nothing (xDiT fills up and stays exact)."""
 
 ULYSSES_ONLY = "xDiT cuts it by Ulysses only; use --ulysses_degree"
+ONE_DEVICE = "xDiT makes an image on one device with it"
 
 _T5_TOKENS = 256
 """Of SD3: `max_sequence_length` of diffusers' pipeline unless the user says otherwise."""
+
+
+def why_refused(record: ModelRecord | None, capabilities: Any, allow_untested: bool = False) -> str | None:
+    """Return why a model of xDiT's registry does not run under ``--parallel``; None where it does.
+
+    Args:
+        record: of the model; None where nothing is known of it.
+        capabilities: what xDiT says of it.
+        allow_untested: take a model on that nobody has compared with one process.
+    """
+    if not capabilities.ring_degree:
+        return ULYSSES_ONLY if capabilities.ulysses_degree else ONE_DEVICE
+    if record is None or (isinstance(record, DitRecord) and record.state == "untested"):
+        return None if allow_untested else UNTESTED
+    return record.refusal()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,10 +48,13 @@ class NetworkHooks:
     Args:
         session: whose networks they are.
         unets: who shares a U-Net, and the attention across them; None where no pipeline may hold one.
+        allow_untested: take DiTs on that nobody has compared with one process.
     """
 
-    def __init__(self, session: HookedSession, unets: tuple[UnetGroups, Attend] | None) -> None:
-        self._session, self._unets = session, unets
+    def __init__(
+        self, session: HookedSession, unets: tuple[UnetGroups, Attend] | None, allow_untested: bool = False
+    ) -> None:
+        self._session, self._unets, self._allow_untested = session, unets, allow_untested
         self._names = LayerNames()
         self._inspectors: dict[int, ModuleInspector] = {}
         self._handles: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
@@ -79,7 +82,7 @@ class NetworkHooks:
             if is_unet(network):
                 self._patched_unet(network).prepare()
             elif id(network) not in self._handles:
-                check_architecture(name, network)
+                check_architecture(name, network, self._allow_untested)
                 self._session.communicator.observe(None, token_layout(network))
                 before = network.register_forward_pre_hook(self._before_forward, with_kwargs=True)
                 after = network.register_forward_hook(self._after_forward)

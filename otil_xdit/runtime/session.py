@@ -53,6 +53,7 @@ class PatchSession:
         unets: who shares a U-Net, and the attention across them; None where no pipeline may hold one.
         facts: what else must be equal on all ranks, besides what a pipeline and its calls tell.
         strategy: its name.
+        allow_untested: take networks on that nobody has compared with one process.
 
     Attributes:
         cfg_controller: of the passes with and without the prompt.
@@ -68,6 +69,7 @@ class PatchSession:
         unets: tuple[UnetGroups, Attend] | None = None,
         facts: Facts | None = None,
         strategy: str = "",
+        allow_untested: bool = False,
     ) -> None:
         self.communicator, self.group, self.strategy = communicator, group, strategy
         self._cfg_groups = unets[0] if unets is not None else None
@@ -77,7 +79,7 @@ class PatchSession:
         self._layer = ""
         self._finished = finished
         self._facts, self._network_facts = facts or {}, NetworkFacts()
-        self._hooks = NetworkHooks(self, unets)
+        self._hooks = NetworkHooks(self, unets, allow_untested)
         self._attached: list[Any] = []
         self._pipe: Any = None
         self._undo = ExitStack()

@@ -27,6 +27,7 @@ def parallelize(
     *,
     ulysses_degree: int = 1,
     use_cfg_parallel: bool = False,
+    allow_untested: bool = False,
 ) -> Any:
     """Run every image of `pipe` on all ranks of this torchrun.
 
@@ -39,6 +40,7 @@ def parallelize(
         ulysses_degree: ranks that share the attention heads of a patch.
         use_cfg_parallel: compute the passes with and without the prompt on different halves of the ranks; ``hybridiff``
             does so in any case.
+        allow_untested: take a transformer on that nobody has compared with one process; rank 0 warns.
 
     Returns:
         A pipeline that is called like `pipe`, on every rank with the same arguments. Around a U-Net it is `pipe`
@@ -68,7 +70,7 @@ def parallelize(
     if dist.get_world_size() == 1:
         return pipe
     args = xFuserArgs(model=type(pipe).__name__, ring_degree=patch_degree, **degrees)
-    carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree))
+    carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree, None, allow_untested))
     if dist.get_rank() == 0 and patch_degree > 1:
         from otil_xdit.dryrun.memory_estimate import log_memory_estimate
 

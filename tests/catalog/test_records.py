@@ -109,4 +109,5 @@ def test_names_are_told_apart() -> None:
 
 def test_every_kind_with_a_cut_of_its_own_is_an_architecture_that_diffusers_has() -> None:
     diffusers = importlib.import_module("diffusers")
-    assert all(hasattr(diffusers, kind) for kind in {*ARCHITECTURES, *(known.kind for known in DITS if known.kind)})
+    kinds = {*ARCHITECTURES, *(known.kind for known in DITS if known.kind)}
+    assert all(hasattr(diffusers, kind) for kind in kinds if not kind.startswith("xFuser"))

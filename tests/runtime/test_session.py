@@ -89,7 +89,7 @@ def fake() -> FakeCommunicator:
 
 def attached(fake: FakeCommunicator, **settings: Any) -> tuple[PatchSession, ToyPipeline]:
     pipe = ToyPipeline(**settings)
-    session = PatchSession(fake, PatchGroup(None, 0, 2))
+    session = PatchSession(fake, PatchGroup(None, 0, 2), allow_untested=True)
     session.attach(pipe)
     return session, pipe
 
@@ -171,7 +171,7 @@ def test_attaching_twice_counts_once_and_two_sessions_are_refused(fake: FakeComm
     pipe(steps=1)
     assert fake.begun == 1
     with pytest.raises(ValueError, match="already"):
-        PatchSession(FakeCommunicator(), PatchGroup(None, 0, 2)).attach(pipe)
+        PatchSession(FakeCommunicator(), PatchGroup(None, 0, 2), allow_untested=True).attach(pipe)
 
 
 def test_attention_from_nowhere_is_refused(fake: FakeCommunicator) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from otil_xdit import __version__
-from otil_xdit.catalog.dits import ULYSSES_ONLY
+from otil_xdit.catalog.dits import why_refused
 from otil_xdit.catalog.models import find_record
 from otil_xdit.catalog.pipelines import REFUSED, SUPPORTED, WRAPPED_PIPELINES
 from otil_xdit.xdit.launcher.runner_registry import model_registry
@@ -18,7 +18,7 @@ otil-xdit {__version__}, tested with xfuser {TESTED_XFUSER}.
 `xfuser --model` also takes the folder of a text-to-image U-Net in diffusers' format.
 
 exact     a tiny network of the architecture gave diffusers' latents under --parallel sync; see docs/supported-models.md
-untested  should work where xDiT allows ring_degree > 1, but nobody has compared it
+untested  nobody has compared it; refused without --allow_untested
 refused   ends with an error that says why
 """
 
@@ -57,8 +57,9 @@ def model_row(name: str, model: Any) -> tuple[str, str, str, str]:
     """Name, state, CFG parallelism, note."""
     record = find_record(name)
     state, note = ("untested", "") if record is None else (record.state, record.note)
-    if state == "untested" and not model.capabilities.ring_degree:
-        return name, "refused", "", ULYSSES_ONLY
+    why_not = why_refused(record, model.capabilities, allow_untested=True)
+    if why_not is not None:
+        return name, "refused", "", why_not
     cfg_parallel = "yes" if model.capabilities.use_cfg_parallel else "no"
     return name, state, "" if state == "refused" else cfg_parallel, note
 

@@ -66,6 +66,7 @@ class ParallelChoice:
         config: its settings, as its `make_config` built them.
         patch_degree: number of patches; the size of xDiT's ring dimension.
         ulysses_degree: ranks that share a patch's attention heads.
+        allow_untested: take models on that nobody has compared with one process.
         report: file for rank 0's report of bytes and waiting time, or None.
     """
 
@@ -74,6 +75,7 @@ class ParallelChoice:
     patch_degree: int
     ulysses_degree: int
     report: str | None = None
+    allow_untested: bool = False
 
 
 def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice | None:
@@ -107,7 +109,8 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     _warn_of_unet_settings(given, unet)
     if patch_degree == 1 and (unet is None or ulysses_degree == 1) and not strategy.requires_cfg_parallel:
         logger.warning("--parallel %s has no effect with one patch", name)
-    return ParallelChoice(strategy, config, patch_degree, ulysses_degree, values.get("otil_report"))
+    report, allow_untested = values.get("otil_report"), bool(values.get("allow_untested"))
+    return ParallelChoice(strategy, config, patch_degree, ulysses_degree, report, allow_untested)
 
 
 def _patch_degree(values: Mapping[str, Any], world_size: int | None, strategy: Strategy) -> int:

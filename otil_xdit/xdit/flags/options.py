@@ -53,6 +53,7 @@ def options() -> tuple[Option, ...]:
             setting="quality",
         ),
         *(Option(one.flag, one.metavar, one.help, one.parse, one.name) for one in SETTINGS.values()),
+        Option("allow_untested", None, "Try a model that nobody has compared with one process; rank 0 warns."),
         Option("otil_report", "FILE", "Write rank 0's sent bytes and waiting time there, as JSON."),
     )
 

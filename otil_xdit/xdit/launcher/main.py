@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from otil_xdit import __version__
-from otil_xdit.catalog.dits import ULYSSES_ONLY
+from otil_xdit.catalog.dits import why_refused
 from otil_xdit.catalog.models import find_record
 from otil_xdit.catalog.trust import check_trust
 from otil_xdit.errors import FlagError
@@ -197,8 +197,7 @@ def _check_model(values: Mapping[str, Any]) -> None:
         raise FlagError(unknown_model(name, registry))
     check_trust(name, registry[name], values)
     can = registry[name].capabilities
-    record = find_record(name)
-    why_not = (record and record.refusal()) if can.ring_degree else ULYSSES_ONLY
+    why_not = why_refused(find_record(name), can, bool(values.get("allow_untested")))
     if values.get("parallel") is not None and why_not is not None:
         raise FlagError(f"--model {name} is not supported together with --parallel: {why_not}")
     for flag in OTHER_DEGREES:

@@ -74,7 +74,9 @@ def connect(choice: ParallelChoice) -> PatchSession:
         "the Ulysses degree": str(choice.ulysses_degree),
         "the CFG degree": str(cfg_degree),
     }
-    return PatchSession(communicator, group, _reporter(choice), (unets, _attend), facts, choice.strategy.name)
+    return PatchSession(
+        communicator, group, _reporter(choice), (unets, _attend), facts, choice.strategy.name, choice.allow_untested
+    )
 
 
 def _connections(*groups: Any) -> list[dist.ProcessGroup]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,17 @@ import torch.distributed as dist
 from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.hybridiff.staged_networks import check_stages
 from otil_xdit.networks.compatibility import check_processors
-from otil_xdit.runtime.network_hooks import NETWORKS
+from otil_xdit.networks.dit.architectures import check_architecture, is_untested
+from otil_xdit.networks.unet.model import is_unet
+from otil_xdit.runtime.network_hooks import NETWORKS, networks_of
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.runtime.strategies import SYNC
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.plugin.args import choice_of
 from otil_xdit.xdit.plugin.groups import connect
 from otil_xdit.xdit.plugin.unwrap import parts_of, unwrap
+
+logger = logging.getLogger(__name__)
 
 _SESSION = "otil_session"
 _UNDO = "_otil_undo"
@@ -126,13 +131,26 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
         choice = choice or ParallelChoice(SYNC, SYNC.make_config({}), parallel.ring_degree, parallel.ulysses_degree)
     elif choice is None or choice.patch_degree * parallel.cfg_degree == 1:
         return None
-    if choice.strategy.requires_cfg_parallel:
-        for name in ("transformer", "transformer_2"):
-            if isinstance(network := getattr(pipeline, name, None), torch.nn.Module):
-                check_stages(network)
+    for name, network in networks_of(pipeline).items():
+        if is_unet(network):
+            continue
+        check_architecture(name, network, choice.allow_untested)
+        if choice.strategy.requires_cfg_parallel:
+            check_stages(network)
     if getattr(parallel, _SESSION, None) is None:
+        _warn_of_untested(pipeline)
         setattr(parallel, _SESSION, connect(choice))
     return getattr(parallel, _SESSION)
+
+
+def _warn_of_untested(pipeline: Any) -> None:
+    """Say on rank 0 that nobody has compared a network with one process."""
+    for network in networks_of(pipeline).values():
+        if dist.get_rank() == 0 and not is_unet(network) and is_untested(network):
+            logger.warning(
+                "nobody has compared %s on patches with one process; the images may be wrong",
+                getattr(network, "module_type", type(network)).__name__,
+            )
 
 
 def _check_groups(parallel: Any) -> None:
