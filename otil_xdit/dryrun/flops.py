@@ -1,15 +1,15 @@
-"""Floating-point operations of one step, counted on "meta"."""
+"""A call of a denoising network on "meta", and the floating-point operations of one step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from otil_xdit.dryrun.job import Job
 from otil_xdit.dryrun.networks import META
-from otil_xdit.dryrun.requests import call_unet
+from otil_xdit.networks.dit.architectures import architecture_of
 
 
 def flops_of(job: Job) -> int:
@@ -18,66 +18,75 @@ def flops_of(job: Job) -> int:
     Raises:
         ValueError: for networks whose call is not known here.
     """
-    call = call_of(job)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(job)
+        call_network(job)
     return int(counter.get_total_flops())
 
 
-def call_of(job: Job) -> Callable[[Job], None]:
-    """Return the function that calls a job's network, on "meta".
+def call_network(job: Job) -> None:
+    """Call a job's network with everything that it is to be given.
 
     Raises:
         ValueError: for networks whose call is not known here.
     """
-    call = call_unet if job.network.is_unet else _CALLS.get(type(job.network.module).__name__)
-    if call is None:
-        raise ValueError(f"how {job.network.name} is called is not known here; give --step_time in place of --flops")
-    return call
-
-
-def _tensor(job: Job, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=job.dtype, device=META)
-
-
-def _call_sd3(job: Job) -> None:
-    network, config = job.cast_network(), job.network.module.config
-    network(
-        _tensor(job, job.batch, config.in_channels, *job.latent),
-        _tensor(job, job.batch, job.text, config.joint_attention_dim),
-        _tensor(job, job.batch, config.pooled_projection_dim),
-        torch.empty(job.batch, device=META),
-    )
-
-
-def _call_flux(job: Job) -> None:
-    network, config = job.cast_network(), job.network.module.config
+    conditions = conditions_of(job)
     rows, cols = job.latent
-    tokens = rows * cols // job.network.patch**2
-    network(
-        _tensor(job, job.batch, tokens, config.in_channels),
-        encoder_hidden_states=_tensor(job, job.batch, job.text, config.joint_attention_dim),
-        pooled_projections=_tensor(job, job.batch, config.pooled_projection_dim),
-        timestep=torch.empty(job.batch, device=META),
-        img_ids=torch.empty(tokens, 3, device=META),
-        txt_ids=torch.empty(job.text, 3, device=META),
-        guidance=torch.empty(job.batch, device=META) if config.guidance_embeds else None,
-    )
+    channels = job.network.module.config.in_channels
+    shape: tuple[int, ...] = (job.batch, channels, rows, cols)
+    if not job.network.is_unet and not architecture_of(job.network.module).rows:  # its tokens are packed
+        shape = (job.batch, rows * cols // job.network.patch**2, channels)
+    times = torch.empty((job.batch,), device=META)
+    job.cast_network()(_empty(job, *shape), timestep=times, return_dict=False, **conditions)
 
 
-def _call_pixart(job: Job) -> None:
-    network, config = job.cast_network(), job.network.module.config
-    network(
-        _tensor(job, job.batch, config.in_channels, *job.latent),
-        encoder_hidden_states=_tensor(job, job.batch, job.text, config.caption_channels),
-        timestep=torch.empty(job.batch, device=META),
-        added_cond_kwargs={"resolution": _tensor(job, job.batch, 2), "aspect_ratio": _tensor(job, job.batch, 1)},
-    )
+def conditions_of(job: Job) -> dict[str, Any]:
+    """Return what a network is given besides latent and time, by name.
+
+    Raises:
+        ValueError: for networks whose call is not known here.
+    """
+    module, batch, text = job.network.module, job.batch, (job.batch, job.text)
+    config = module.config
+    match "U-Net" if job.network.is_unet else type(module).__name__:
+        case "U-Net":
+            return {
+                "encoder_hidden_states": _empty(job, *text, config.cross_attention_dim),
+                "added_cond_kwargs": _sdxl_conditions(job),
+            }
+        case "SD3Transformer2DModel":
+            return {
+                "encoder_hidden_states": _empty(job, *text, config.joint_attention_dim),
+                "pooled_projections": _empty(job, batch, config.pooled_projection_dim),
+            }
+        case "FluxTransformer2DModel":
+            rows, cols = job.latent
+            return {
+                "encoder_hidden_states": _empty(job, *text, config.joint_attention_dim),
+                "pooled_projections": _empty(job, batch, config.pooled_projection_dim),
+                "img_ids": torch.empty(rows * cols // job.network.patch**2, 3, device=META),
+                "txt_ids": torch.empty(job.text, 3, device=META),
+                "guidance": torch.empty(batch, device=META) if config.guidance_embeds else None,
+            }
+        case "PixArtTransformer2DModel":
+            return {
+                "encoder_hidden_states": _empty(job, *text, config.caption_channels),
+                "added_cond_kwargs": {"resolution": _empty(job, batch, 2), "aspect_ratio": _empty(job, batch, 1)},
+            }
+    raise ValueError(f"how {job.network.name} is called is not known here; give --step_time in place of --flops")
 
 
-_CALLS = {
-    "SD3Transformer2DModel": _call_sd3,
-    "FluxTransformer2DModel": _call_flux,
-    "PixArtTransformer2DModel": _call_pixart,
-}
-"""By the class that diffusers gives a DiT."""
+def _sdxl_conditions(job: Job) -> dict[str, torch.Tensor]:
+    """Return SDXL's pooled text and its sizes; of other U-Nets nothing."""
+    config = job.network.module.config
+    if config.addition_embed_type != "text_time":
+        return {}
+    features, width = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    ids = 5 if (features - 5 * width) % width else 6  # a refiner has 5
+    return {
+        "text_embeds": _empty(job, job.batch, features - ids * width),
+        "time_ids": _empty(job, job.batch, ids),
+    }
+
+
+def _empty(job: Job, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=job.dtype, device=META)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.job import Job, ParallelDegrees
-from otil_xdit.dryrun.memory import memory_of
-from otil_xdit.dryrun.networks import META, Network, layers_in_order
+from otil_xdit.dryrun.networks import META, Network
 from otil_xdit.dryrun.traffic import Traffic
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.networks.unet.model import is_unet
 
 logger = logging.getLogger("otil_xdit")
 
@@ -58,38 +57,31 @@ def estimate_memory(
     Raises:
         AttributeError, RuntimeError, TypeError, ValueError: where the pipeline does not tell what is needed.
     """
-    unet = getattr(pipe, "unet", None)
-    module = pipe.transformer if unet is None else unet
+    module = pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet
     sample = module.config.get("sample_size") or pipe.default_sample_size
     rows, cols = sample if isinstance(sample, (list, tuple)) else (sample, sample)
     height, width = rows * pipe.vae_scale_factor, cols * pipe.vae_scale_factor
+    network = _network_of(pipe, module)
+    job = Job(network, height, width, network.batch, module.dtype, network.text)
     degrees = ParallelDegrees(cfg_degree, ulysses_degree, patches)
-    estimate = _estimate_dit if unet is None else _estimate_unet
-    return (height, width), estimate(pipe, height, width, degrees, config)
-
-
-def _estimate_unet(pipe: Any, height: int, width: int, degrees: ParallelDegrees, config: OtilConfig) -> int:
-    """Return the bytes of copies, payloads, halo rows, moments and scratch buffers."""
-    settings = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
-    with META:
-        module = type(pipe.unet)(**settings)
-    network = Network(type(pipe).__name__, module, pipe.vae_scale_factor)
-    job = Job(network, height, width, network.batch, pipe.unet.dtype, network.text)
     # Which layers wait under a tolerance depends on the image; that they may takes a number for each layer.
-    return Traffic(job, degrees).of_run(config.replace(tolerance=0.0), _STEPS).buffer_bytes
+    traffic = Traffic(job, degrees).of_run(config.replace(tolerance=0.0), _STEPS)
+    return (height, width), traffic.buffer_bytes
 
 
-def _estimate_dit(pipe: Any, height: int, width: int, degrees: ParallelDegrees, config: OtilConfig) -> int:
-    """Return the bytes of copies, payloads and scratch buffers."""
-    kind = type(pipe.transformer).__name__
+def _network_of(pipe: Any, module: Any) -> Network:
+    """Return a pipeline's network without its weights.
+
+    Raises:
+        ValueError: for a DiT that no record describes.
+    """
+    with META:
+        empty = type(module)(**{name: value for name, value in module.config.items() if not name.startswith("_")})
+    if is_unet(module):
+        return Network(type(pipe).__name__, empty, pipe.vae_scale_factor)
+    kind = type(module).__name__
     record = next((one for one in published_networks().values() if one.network and one.network.kind == kind), None)
     if record is None or record.network is None:
         raise ValueError(f"how much text {kind} is given is not known")
-    network = Network(type(pipe).__name__, pipe.transformer, pipe.vae_scale_factor, record.patch)
-    layers = [
-        replace(layer, width=layer.width // degrees.ulysses, heads=layer.heads // degrees.ulysses)
-        for layer in layers_in_order(network, height, width, degrees.patches, record.network.text_tokens)
-    ]
-    batch = 1 if degrees.cfg > 1 else record.network.passes
-    memory = memory_of(layers, degrees.patches, batch, pipe.transformer.dtype, config)
-    return memory.total + sum(memory.scratch.values())
+    facts = record.network
+    return Network(type(pipe).__name__, empty, pipe.vae_scale_factor, record.patch, facts.passes, facts.text_tokens)

@@ -128,20 +128,7 @@ def _text_tokens(folder: Path, is_unet: bool) -> int:
     return length if is_unet else length + T5_TOKENS
 
 
-def attention_layers(network: Network, size: int, ranks: int, text: int) -> list[Layer]:
-    """`layers_in_order` for a square image of `size` pixels.
-
-    Args:
-        network, ranks, text: as for `layers_in_order`.
-        size: height and width, in pixels.
-
-    Raises:
-        ValueError: for an image that so many ranks cannot share.
-    """
-    return layers_in_order(network, size, size, ranks, text)
-
-
-def layers_in_order(network: Network, height: int, width: int, ranks: int, text: int) -> list[Layer]:
+def attention_layers(network: Network, height: int, width: int, ranks: int, text: int) -> list[Layer]:
     """The self-attention layers of a network, in the order in which they are called.
 
     Args:

@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional
 
 from otil_xdit.dryrun.blocks import BlockWatch
+from otil_xdit.dryrun.flops import call_network
 from otil_xdit.dryrun.job import Job, ParallelDegrees, Pass, Request
-from otil_xdit.dryrun.networks import META, Layer, check_size, layers_in_order
+from otil_xdit.dryrun.networks import META, Layer, attention_layers, check_size
 from otil_xdit.dryrun.recorder import FOREIGN, Log, Message, Pattern, ShapesOnly
 from otil_xdit.dryrun.stand_ins import DryRunSession, RecordingCommunicator, unet_groups
 from otil_xdit.exchange.halo import HaloRows
@@ -98,32 +99,10 @@ def _unet_pass(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch
     try:
         unet.prepare()
         with torch.no_grad(), nullcontext() if watch is None else watch.over(communicator.requests, messages):
-            call_unet(job)
+            call_network(job)
     finally:
         unet.release()
     return Pass(communicator.requests, messages)
-
-
-def call_unet(job: Job) -> None:
-    """Call a U-Net with everything that it is to be given, on "meta"."""
-    network, config = job.cast_network(), job.network.module.config
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=job.dtype, device=META)
-
-    added: dict[str, torch.Tensor] = {}
-    if config.addition_embed_type == "text_time":
-        times = config.addition_time_embed_dim
-        ids = 5 if (config.projection_class_embeddings_input_dim - 5 * times) % times else 6
-        pooled = config.projection_class_embeddings_input_dim - ids * times
-        added = {"text_embeds": empty(job.batch, pooled), "time_ids": empty(job.batch, ids)}
-    network(
-        empty(job.batch, config.in_channels, *job.latent),
-        torch.empty((), device=META),
-        encoder_hidden_states=empty(job.batch, job.text, config.cross_attention_dim),
-        added_cond_kwargs=added,
-        return_dict=False,
-    )
 
 
 # ---- DiTs ------------------------------------------------------------------------------------------------------------
@@ -133,7 +112,7 @@ def _dit_pass(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch 
     requests: list[Request] = []
     messages: list[Message] = []
     batch = job.batch_of_rank(degrees)
-    for number, layer in enumerate(layers_in_order(job.network, job.height, job.width, degrees.rows, job.text)):
+    for number, layer in enumerate(attention_layers(job.network, job.height, job.width, degrees.rows, job.text)):
         with nullcontext() if watch is None else watch.inside(watch.number_of(layer.path), requests, messages):
             requests += _attention_requests(job, degrees, layer, number, messages, batch)
     joined = _output_messages(job, degrees, batch)

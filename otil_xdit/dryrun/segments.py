@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from inspect import signature
-from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from otil_xdit.dryrun.blocks import BlockWatch
-from otil_xdit.dryrun.flops import call_of
+from otil_xdit.dryrun.flops import call_network, conditions_of
 from otil_xdit.dryrun.job import Job, ParallelDegrees, Pass
 from otil_xdit.dryrun.requests import requests_of
 from otil_xdit.hybridiff.boundary import Boundary
@@ -106,18 +104,8 @@ def _own(one_pass: Job, degrees: ParallelDegrees) -> Job:
 
 def _dit_call(job: Job) -> tuple[Tracer, int]:
     """Trace a DiT's call; return the trace, and the bytes of the inputs besides latent and time."""
-    network, forms, watch = job.network.module, list[Form](), BlockWatch(job.network.module)
-    names = list(signature(type(network).forward).parameters)[1:]
-
-    def look(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        always = [value for name, value in given.items() if name not in ("hidden_states", "timestep")]
-        forms.extend(Form.of(leaf) for leaf in tree_leaves(always) if isinstance(leaf, torch.Tensor))
-
-    handle = network.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with torch.no_grad(), watch.over():
-            call_of(job)(job)
-    finally:
-        handle.remove()
-    return watch.tracer, Boundary(forms).memory.nbytes
+    watch = BlockWatch(job.network.module)
+    with torch.no_grad(), watch.over():
+        call_network(job)
+    given = [leaf for leaf in tree_leaves(conditions_of(job)) if isinstance(leaf, torch.Tensor)]
+    return watch.tracer, Boundary([*map(Form.of, given)]).memory.nbytes

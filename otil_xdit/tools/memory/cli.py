@@ -66,7 +66,7 @@ def rows_of(network: Network, arguments: argparse.Namespace) -> Iterator[tuple[s
     """A row for each number of ranks and preset."""
     batch, dtype = arguments.batch or network.batch, getattr(torch, arguments.dtype)
     for ranks in arguments.ranks:
-        layers = attention_layers(network, arguments.size, ranks, arguments.text_tokens)
+        layers = attention_layers(network, arguments.size, arguments.size, ranks, arguments.text_tokens)
         for name, config in presets(arguments.kv_cache_dtype).items():
             yield network.name, str(ranks), name, *cells(memory_of(layers, ranks, batch, dtype, config))
 
