@@ -73,8 +73,8 @@ def test_the_tools_know_its_network_and_its_state(capsys: pytest.CaptureFixture[
     network = find_network("MADE-UP")
     assert network.vae == 8 and network.module.config.norm_num_groups == 10
     assert {layer.heads for layer in attention_layers(network, 512, 512, 2, 77)} == {6}
-    base_model = importlib.import_module("xfuser.model_executor.models.runner_models.base_model")
     launcher.model_registry()
+    base_model = importlib.import_module("xfuser.model_executor.models.runner_models.base_model")
     register_unet(MADE_UP_UNET)
     try:
         assert tools.main(["models"]) == 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from otil_xdit.dryrun import requests as asks
+from otil_xdit.dryrun import requests
 from otil_xdit.dryrun.flops import flops_of
 from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import find_network
@@ -130,7 +130,7 @@ def test_what_is_left_out_on_meta_changes_nothing(model: str, monkeypatch: pytes
         return [(run.sent_bytes, run.messages, run.buffer_bytes) for run in runs]
 
     without = counted()
-    monkeypatch.setattr(asks, "ShapesOnly", nullcontext)
+    monkeypatch.setattr(requests, "ShapesOnly", nullcontext)
     assert counted() == without
 
 
@@ -222,13 +222,13 @@ def bench(folder: Path, name: str, model: str, link: Link | None, terms: Machine
     runs = [{**known, **alone, "seconds": [12 * ALONE], "step_seconds": [[ALONE] * 12]}]
     network = find_network(model)
     job = Job(network, 128, 128, 2, torch.float32, network.text)
-    machine = Machine(link or Link("", math.inf, 0.0), *terms_of(terms), cores=2)
+    machine = Machine(link or Link("", math.inf, 0.0), *terms.terms, cores=2)
     for text in STRATEGIES:
         way = "cfg" if text == "cfg" else "patch"
         config = parse_variant("sync" if text == "cfg" else text).config
-        shape = ParallelDegrees(cfg=2) if text == "cfg" else ParallelDegrees(patches=2)
-        traffic = Traffic(job, shape).of_run(config, 12)
-        option = Option(text, shape, traffic, share_of(job, shape))
+        degrees = ParallelDegrees(cfg=2) if text == "cfg" else ParallelDegrees(patches=2)
+        traffic = Traffic(job, degrees).of_run(config, 12)
+        option = Option(text, degrees, traffic, share_of(job, degrees))
         steps = [step_time(option.loads[mode], machine, ALONE).total for mode in traffic.modes]
         settings = None if text == "cfg" else parse_variant(text).settings
         one = {"strategy": text, "settings": settings, "ranks": 2, "degrees": {**DEGREES, way: 2}}
@@ -241,23 +241,21 @@ def bench(folder: Path, name: str, model: str, link: Link | None, terms: Machine
     return path
 
 
-def terms_of(machine: Machine) -> tuple[float, ...]:
-    return machine.slowdown, *machine.costs
-
-
 def test_the_fit_finds_the_machine_that_made_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two networks, which layers and values are told apart by; and a link over which some steps end with their
     messages, which say nothing of the terms."""
     files = [bench(tmp_path, "1.json", "tiny-sd", MACHINE.link), bench(tmp_path, "2.json", "tiny-dit", None)]
     observations = [one for path in files for one in read_bench(str(path))[0]]
     assert any(
-        step_time(load, one.placed(MACHINE), ALONE).late > 0 for one in observations for load in one.loads.values()
+        step_time(load, one.placed(MACHINE), ALONE).late > 0
+        for one in observations
+        for load in one.option.loads.values()
     )
-    assert terms_of(fit(observations)) == pytest.approx(terms_of(MACHINE), rel=1e-6)
+    assert fit(observations).terms == pytest.approx(MACHINE.terms, rel=1e-6)
     out = tmp_path / "machine.json"
     assert tools.main(["plan", "--fit", *map(str, files), "--out", str(out)]) == 0
     machine, fitted = read_machine(str(out))
-    assert terms_of(machine) == pytest.approx(terms_of(MACHINE), rel=1e-6)
+    assert machine.terms == pytest.approx(MACHINE.terms, rel=1e-6)
     assert len(fitted) == 2 * len(STRATEGIES)
 
     other = bench(tmp_path, "3.json", "tiny-dit", MACHINE.link)
@@ -281,13 +279,13 @@ def test_bytes_that_keep_a_rank_busy_for_longer_than_the_link(tmp_path: Path) ->
     path.write_text(json.dumps({**written, "runs": runs}))
     observations, _ = read_bench(str(path))
     machine = fit(observations)
-    errors = {found.observation.strategy: found.error for found in compare(observations, machine, [])}
+    errors = {found.observation.option.label: found.error for found in compare(observations, machine, [])}
     assert errors == pytest.approx(dict.fromkeys(("sync", "distrifusion", "naive", "cfg"), 0.0), abs=1e-6)
 
 
 def test_strategies_that_the_model_cannot_tell_apart_are_not_in_order(tmp_path: Path) -> None:
     observations, _ = read_bench(str(bench(tmp_path, "1.json", "tiny-dit", MACHINE.link)))
-    by_label = {one.strategy: Comparison(one, one.step, False) for one in observations}
+    by_label = {one.option.label: Comparison(one, one.step, False) for one in observations}
     sync, otil = by_label["sync"], by_label["otil"]
     assert list(orders([sync, otil]).values()) == [(1, 1)]
     assert list(orders([sync, replace(otil, predicted=sync.predicted)]).values()) == [(0, 1)]

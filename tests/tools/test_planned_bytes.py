@@ -110,11 +110,11 @@ def planned(case: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
     network = find_network(case["model"])
     job = Job(network, case["height"], case["width"], network.batch, torch.float32, network.text)
     rows = ranks // case["cfg"]
-    composition = ParallelDegrees(case["cfg"], case["ulysses"], rows // case["ulysses"])
+    degrees = ParallelDegrees(case["cfg"], case["ulysses"], rows // case["ulysses"])
     found = []
     for half in range(case["cfg"]):
         for place in range(rows):
-            traffic = Traffic(job, composition, place, half)
+            traffic = Traffic(job, degrees, place, half)
             run = traffic.of_run(parse_variant(case["strategy"]).config, case["steps"])
             found.append({"sent_bytes": run.sent_bytes, "messages": run.messages, "buffer_bytes": run.buffer_bytes})
     return found

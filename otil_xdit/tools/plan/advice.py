@@ -29,8 +29,13 @@ PSNR: dict[str, dict[str, tuple[float, ...]]] = {
 """Mean PSNR to one process's images, in dB, on 2 ranks with 15 steps: of tiny-sd and tiny-sdxl, and of tiny-dit
 (docs/results/fidelity.md). What is not there is exact or has not been measured."""
 
+_EXACT = (math.inf, math.inf)
+"""PSNR of one process's images to themselves."""
+
 _TIE = 1.02
 """Predictions that differ by less than this factor are taken for equal."""
+
+_NAMES = {ULYSSES: "Ulysses", CFG: "CFG parallelism"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Advice:
 
 
 def bar_of(text: str) -> str | float:
-    """What ``--near`` names: a strategy whose images are good enough, or decibels.
+    """Parse ``--near``: a strategy whose images are good enough, or decibels.
 
     Raises:
         ValueError: naming what is accepted.
@@ -60,7 +65,7 @@ def bar_of(text: str) -> str | float:
 
 
 def advise(options: list[Option], is_unet: bool, bar: str | float) -> Advice:
-    """The fastest option at or above `bar`; of equals the exact one, then the nearest.
+    """Choose the fastest option at or above `bar`; of equals the exact one, then the nearest.
 
     Args:
         options: with predictions.
@@ -70,30 +75,26 @@ def advise(options: list[Option], is_unet: bool, bar: str | float) -> Advice:
     Raises:
         ValueError: where nothing comes up to it.
     """
-    family = PSNR["U-Net" if is_unet else "DiT"]
-    if isinstance(bar, str) and bar != "sync" and bar not in family:
-        raise ValueError(f"--near {bar}: its images were not measured on a {'U-Net' if is_unet else 'DiT'}")
-    fit = [option for option in options if _is_near(option, family, bar)]
+    kind = "U-Net" if is_unet else "DiT"
+    family = {**dict.fromkeys(("sync", ULYSSES, CFG), _EXACT), **PSNR[kind]}
+    if isinstance(bar, str) and bar not in family:
+        raise ValueError(f"--near {bar}: its images were not measured on a {kind}")
+    fit = [option for option in options if _is_near(family.get(option.label, ()), bar, family)]
     if not fit:
         raise ValueError(f"--near {bar}: no strategy on these ranks is measured to be as near; give less")
-    least = min(_seconds(option) for option in fit)
+    least = min(map(_seconds, fit))
     equal = [option for option in fit if _seconds(option) <= least * _TIE]
-    best = max(equal, key=lambda option: (_nearness(option, family), -_seconds(option)))
-    return Advice(best, _reason(best, equal, options, family, bar))
+    best = max(equal, key=lambda option: (min(family[option.label]), -_seconds(option)))
+    name, reason = _NAMES.get(best.label, best.label), _reason(best, equal, options, bar, family)
+    return Advice(best, f"{name} on {best.degrees}: {reason}")
 
 
-def _is_near(option: Option, family: dict[str, tuple[float, ...]], bar: str | float) -> bool:
-    if option.is_exact:
-        return True
-    if option.label not in family or bar == "sync":
-        return False
-    measured = family[option.label]
+def _is_near(measured: tuple[float, ...], bar: str | float, family: dict[str, tuple[float, ...]]) -> bool:
+    """Tell whether images of a measured PSNR are near enough; what was not measured is not."""
     wanted = family[bar] if isinstance(bar, str) else (bar,) * len(measured)
-    return len(measured) >= len(wanted) and all(mine >= other for mine, other in zip(measured, wanted, strict=False))
-
-
-def _nearness(option: Option, family: dict[str, tuple[float, ...]]) -> float:
-    return math.inf if option.is_exact else min(family[option.label])
+    return 0 < len(measured) >= len(wanted) and all(
+        mine >= other for mine, other in zip(measured, wanted, strict=False)
+    )
 
 
 def _seconds(option: Option) -> float:
@@ -102,23 +103,14 @@ def _seconds(option: Option) -> float:
 
 
 def _reason(
-    best: Option, equal: list[Option], options: list[Option], family: dict[str, tuple[float, ...]], bar: str | float
+    best: Option, equal: list[Option], options: list[Option], bar: str | float, family: dict[str, tuple[float, ...]]
 ) -> str:
-    name = {ULYSSES: "Ulysses", CFG: "CFG parallelism"}.get(best.label, best.label)
     if best.is_exact:
-        others = [option.label for option in equal if not option.is_exact]
-        why = (
-            f"nothing that approximates ({', '.join(others)}) is faster by more than 2%" if others else "it is fastest"
-        )
-        return f"{name} on {best.composition}: exact images, and {why}"
-    dB = " and ".join(f"{value:g}" for value in family[best.label])
-    exact = [option for option in options if option.is_exact]
-    said = f"{name} on {best.composition}: the fastest whose images are at least as near as {_said(bar)} ({dB} dB)"
-    if not exact:
-        return said
-    gain = min(_seconds(option) for option in exact) / _seconds(best)
-    return f"{said}, {gain:.2f} times as fast as the fastest exact one"
-
-
-def _said(bar: str | float) -> str:
-    return f"those of {bar}" if isinstance(bar, str) else f"{bar:g} dB"
+        others = ", ".join(option.label for option in equal if not option.is_exact)
+        why = f"nothing that approximates ({others}) is faster by more than 2%" if others else "it is fastest"
+        return f"exact images, and {why}"
+    decibels = " and ".join(f"{value:g}" for value in family[best.label])
+    near = f"those of {bar}" if isinstance(bar, str) else f"{bar:g} dB"
+    said = f"the fastest whose images are at least as near as {near} ({decibels} dB)"
+    exact = [_seconds(option) for option in options if option.is_exact]
+    return f"{said}, {min(exact) / _seconds(best):.2f} times as fast as the fastest exact one" if exact else said

@@ -15,10 +15,10 @@ from otil_xdit.dryrun.networks import DTYPES, check_size, find_network
 from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.links import LINKS, parse_link
 from otil_xdit.tools.plan.advice import advise, bar_of
-from otil_xdit.tools.plan.fit import TERMS, WITHIN, compare, fit, orders, read_machine, write_machine
-from otil_xdit.tools.plan.latency import Machine
+from otil_xdit.tools.plan.fit import WITHIN, compare, fit, orders, read_machine, write_machine
+from otil_xdit.tools.plan.latency import TERMS, Machine
 from otil_xdit.tools.plan.observations import LOOPBACK, Observation, read_bench
-from otil_xdit.tools.plan.options import Option, compositions, fastest_of_each, options_of, timed
+from otil_xdit.tools.plan.options import Option, degrees_of, fastest_of_each, options_of
 from otil_xdit.tools.plan.tables import as_data, bytes_table, command_of, comparison_table, memory_table, time_table
 from otil_xdit.xdit.flags.degrees import check_at_least
 
@@ -63,20 +63,17 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: for arguments that no run could have, and where a prediction lacks what it needs.
     """
-    if arguments.fit:
-        fit_machine(arguments)
-        return
-    if arguments.check:
-        check_machine(arguments)
+    if arguments.fit or arguments.check:
+        (fit_machine if arguments.fit else check_machine)(arguments)
         return
     job = job_of(arguments)
     machine = machine_of(arguments)
     bar = bar_of(arguments.near)
-    shapes = compositions(arguments.gpus, job, arguments.cfg_degree, arguments.ulysses_degree)
-    options, refused = options_of(job, shapes, arguments.steps)
+    candidates = degrees_of(arguments.gpus, job, arguments.cfg_degree, arguments.ulysses_degree)
+    options, refused = options_of(job, candidates, arguments.steps)
     one_process = step_time_of(arguments, job)
     if machine is not None and one_process is not None:
-        options = [timed(option, machine, one_process) for option in options]
+        options = [option.timed(machine, one_process) for option in options]
     best = fastest_of_each(options)
     advice = advise(options, job.network.is_unet, bar) if options[0].seconds is not None else None
     if arguments.json:
@@ -92,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def job_of(arguments: argparse.Namespace) -> Job:
-    """What is to be made.
+    """Return what is to be made.
 
     Raises:
         ValueError: naming flag, value and what would be accepted.
@@ -124,7 +121,7 @@ def job_of(arguments: argparse.Namespace) -> Job:
 
 
 def machine_of(arguments: argparse.Namespace) -> Machine | None:
-    """Of --machine and --link; None where no link is known."""
+    """Return the machine of --machine and --link; None where no link is known."""
     link = None if arguments.link is None else parse_link(arguments.link)
     if arguments.machine is None:
         return None if link is None else Machine(link)
@@ -142,14 +139,14 @@ def fit_machine(arguments: argparse.Namespace) -> None:
     machine = fit(observations)
     write_machine(machine, [observation.name for observation in observations], arguments.out)
     print(f"Fitted to {len(observations)} runs; written to {arguments.out}:\n")
-    for term in TERMS:
-        print(f"    {term:12} {getattr(machine, term):.4g}")
+    for term, value in zip(TERMS, machine.terms, strict=True):
+        print(f"    {term:12} {value:.4g}")
     print()
     print(comparison_table(compare(observations, machine, [])))
 
 
 def check_machine(arguments: argparse.Namespace) -> None:
-    """The model against what was measured."""
+    """Print the model against what was measured."""
     if arguments.machine is None:
         raise ValueError("--check predicts with a machine's terms; give --machine FILE, which --fit writes")
     machine, fitted = read_machine(arguments.machine)
@@ -167,7 +164,7 @@ def check_machine(arguments: argparse.Namespace) -> None:
 
 
 def observed(paths: list[str]) -> list[Observation]:
-    """All runs of several benches; those that say nothing are named."""
+    """Return all runs of several benches; print those that say nothing."""
     found: list[Observation] = []
     for path in paths:
         observations, left = read_bench(path)
@@ -182,14 +179,14 @@ def observed(paths: list[str]) -> list[Observation]:
 
 
 def step_time_of(arguments: argparse.Namespace, job: Job) -> float | None:
-    """Seconds of one process's step, measured or from its operations; None where nothing is given."""
+    """Return the seconds of one process's step, measured or from its operations; None where nothing is given."""
     if arguments.step_time is not None:
         return float(arguments.step_time)
     return None if arguments.flops is None else flops_of(job) / arguments.flops
 
 
 def show(job: Job, best: list[Option], refused: dict[ParallelDegrees, str], arguments: argparse.Namespace) -> None:
-    """Bytes and memory, for people."""
+    """Print bytes and memory."""
     passes = f"{job.batch} image{'s' if job.batch > 1 else ''} in a pass"
     print(
         f"{job.network.name}, {job.height} x {job.width} pixels, {arguments.dtype}, {passes}, {arguments.gpus} ranks\n"
@@ -198,17 +195,16 @@ def show(job: Job, best: list[Option], refused: dict[ParallelDegrees, str], argu
     print(bytes_table(best), "\n")
     print("MB (10^6 bytes) that a rank keeps for the exchange:\n")
     print(memory_table(best), "\n")
-    for shape, reason in refused.items():
-        print(f"Left out: {shape}: {reason}")
+    for degrees, reason in refused.items():
+        print(f"Left out: {degrees}: {reason}")
 
 
 def show_times(best: list[Option], machine: Machine, one_process: float, steps: int) -> None:
-    """Predictions, and what they rest on."""
+    """Print predictions, and what they rest on."""
     link = machine.link
-    known = ", ".join(f"{term} {getattr(machine, term):.3g}" for term in TERMS)
-    said = (
-        known if machine != Machine(link) else "for the link alone: without --machine the exchange's own work is free"
-    )
+    said = ", ".join(f"{term} {value:.3g}" for term, value in zip(TERMS, machine.terms, strict=True))
+    if machine == Machine(link):
+        said = "for the link alone: without --machine the exchange's own work is free"
     print(f"\nPredicted, {link.name}: {link.rate / 1e9:g} GB/s, {link.latency * 1e6:g} us; {said}.")
     print(f"One process: {one_process * 1e3:.1f} ms a step, {one_process * steps:.2f} s.\n")
     print(time_table(best, steps), "\n")

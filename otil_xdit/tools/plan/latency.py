@@ -31,24 +31,26 @@ wait for a slower one, requests that share the link at one moment, and when in a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from otil_xdit.dryrun.job import Job, ParallelDegrees
-from otil_xdit.dryrun.recorder import FOREIGN, Message
-from otil_xdit.dryrun.traffic import RunTraffic, StepTraffic
+from otil_xdit.dryrun.recorder import FOREIGN
+from otil_xdit.dryrun.traffic import StepTraffic
 from otil_xdit.method.grid import LevelGrid
 from otil_xdit.networks.unet.levels import Levels
 from otil_xdit.tools.common.links import Link
 
+TERMS = ("slowdown", "per_ask", "per_message", "per_byte", "per_layer", "per_number", "contention")
+"""What work is linear in; they are explained at the top of this file, and in the order of `Load.features`."""
+
 
 @dataclass(frozen=True)
 class Machine:
-    """What a prediction needs to know of the hardware; the terms are explained at the top of this file.
+    """What a prediction needs to know of the hardware.
 
     Attributes:
         link: what joins the ranks.
-        slowdown: of computing on a part.
+        slowdown: of computing on a part, a factor.
         per_ask, per_message, per_byte, per_layer, per_number: seconds.
         contention: seconds for a second of travelling.
         cores: that all ranks share; None where each has its own device.
@@ -65,13 +67,9 @@ class Machine:
     cores: int | None = field(default=None, kw_only=True)
 
     @property
-    def costs(self) -> tuple[float, ...]:
-        """Of handling, in the order above."""
-        return self.per_ask, self.per_message, self.per_byte, self.per_layer, self.per_number, self.contention
-
-    def crowding(self, ranks: int) -> float:
-        """Ranks of a core, as far as there are more of them."""
-        return 1.0 if self.cores is None else max(1.0, ranks / self.cores)
+    def terms(self) -> tuple[float, ...]:
+        """Return the terms in the order of `TERMS`."""
+        return tuple(getattr(self, term) for term in TERMS)
 
 
 @dataclass(frozen=True)
@@ -101,15 +99,43 @@ class Load:
     travels: int = 0
     travelling_bytes: float = 0.0
 
-    def counts(self, link: Link) -> tuple[float, ...]:
-        """What the costs of handling are multiplied by, in their order in `Machine`."""
-        return self.asks, self.messages, self.travelling_bytes, self.layers, self.numbers, self.on(link)[1]
+    @classmethod
+    def of(cls, traffic: StepTraffic, ranks: int, share: float) -> Load:
+        """Return the load of a step in which one of `ranks` ranks sends `traffic`; `share` as in `share_of`."""
+        waited: defaultdict[int, float] = defaultdict(float)
+        for place, message in enumerate(traffic.log):
+            if message.awaited and message.pattern != "all-to-all":
+                request = -1 - place if message.request == FOREIGN else message.request
+                waited[request] += message.wire_bytes
+        swapped = (one.wire_bytes for one in traffic.log if one.awaited and one.pattern == "all-to-all")
+        travelling = [one.wire_bytes for one in traffic.log if not one.awaited]
+        return cls(
+            ranks,
+            share * traffic.share,
+            traffic.requests,
+            len(traffic.log),
+            traffic.layers,
+            traffic.numbers,
+            tuple(waited.values()),
+            tuple(swapped),
+            len(travelling),
+            sum(travelling),
+        )
 
-    def on(self, link: Link) -> tuple[float, float]:
-        """Seconds of waiting and of travelling."""
-        swapping = link.swapping * sum(map(link.seconds, self.swapped))
-        travelling = self.travels * link.latency + self.travelling_bytes / link.rate
-        return sum(map(link.seconds, self.waited)) + swapping, travelling
+    def waiting(self, link: Link) -> float:
+        """Return the seconds that layers wait for messages."""
+        return sum(map(link.seconds, self.waited)) + link.swapping * sum(map(link.seconds, self.swapped))
+
+    def travelling(self, link: Link) -> float:
+        """Return the seconds that messages for the next step are under way."""
+        return self.travels * link.latency + self.travelling_bytes / link.rate
+
+    def features(self, machine: Machine, one_process: float) -> list[float]:
+        """Return what the terms are multiplied by to give work, in the order of `TERMS`; read are link and cores."""
+        crowding = 1.0 if machine.cores is None else max(1.0, self.ranks / machine.cores)
+        travelling = self.travelling(machine.link)
+        counts = (self.asks, self.messages, self.travelling_bytes, self.layers, self.numbers, travelling)
+        return [crowding * value for value in (one_process * self.share, *counts)]
 
 
 @dataclass(frozen=True)
@@ -123,59 +149,31 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Return the seconds of the step."""
         return self.computing + self.handling + self.waiting + self.late
 
 
-def share_of(job: Job, composition: ParallelDegrees) -> float:
-    """The part of one process's computing that falls to the busiest rank."""
-    batch = 1 / composition.cfg if job.batch % composition.cfg == 0 else 1.0
-    ranks = composition.patches * composition.ulysses
+def share_of(job: Job, degrees: ParallelDegrees) -> float:
+    """Return the part of one process's computing that falls to the busiest rank."""
+    batch = job.batch_of_rank(degrees) / job.batch
     if not job.network.is_unet:
-        return batch / ranks
+        return batch / degrees.rows
     rows, cols = job.latent
-    grid = LevelGrid.build(rows, cols, Levels(job.network.module).count, ranks)
+    grid = LevelGrid.build(rows, cols, Levels(job.network.module).count, degrees.rows)
     return batch * max(grid.rows[0]) / rows
 
 
-def load_of(traffic: StepTraffic, ranks: int, share: float) -> Load:
-    """What the model reads of a step in which one of `ranks` ranks sends `traffic`; `share` as in `share_of`."""
-    waits: defaultdict[int, float] = defaultdict(float)
-    swapped: list[float] = []
-    travelling: list[Message] = []
-    for place, message in enumerate(traffic.log):
-        if not message.awaited:
-            travelling.append(message)
-        elif message.pattern == "all-to-all":
-            swapped.append(message.wire_bytes)
-        else:
-            alone = message.request == FOREIGN
-            waits[-1 - place if alone else message.request] += message.wire_bytes
-    return Load(
-        ranks,
-        share * traffic.share,
-        traffic.requests,
-        len(traffic.log),
-        traffic.layers,
-        traffic.numbers,
-        tuple(waits.values()),
-        tuple(swapped),
-        len(travelling),
-        sum(message.wire_bytes for message in travelling),
-    )
-
-
 def step_time(load: Load, machine: Machine, one_process: float) -> StepTime:
-    """The time of a step whose computing takes one process `one_process` seconds."""
-    crowding = machine.crowding(load.ranks)
-    computing = crowding * one_process * load.share * (machine.slowdown if load.ranks > 1 else 1.0)
-    handling = crowding * sum(
-        cost * count for cost, count in zip(machine.costs, load.counts(machine.link), strict=True)
-    )
-    waiting, travelling = load.on(machine.link)
-    return StepTime(computing, handling, waiting, max(0.0, travelling - computing - handling))
+    """Predict the time of a step.
 
-
-def run_time(run: RunTraffic, loads: Mapping[str, Load], machine: Machine, one_process: float) -> float:
-    """Seconds of all steps of a run, whose steps of each mode are `loads`."""
-    times = {mode: step_time(load, machine, one_process).total for mode, load in loads.items()}
-    return sum(times[mode] for mode in run.modes)
+    Args:
+        load: of the step.
+        machine: with the link that joins the ranks.
+        one_process: seconds that one process computes in it.
+    """
+    slowdown, *costs = machine.terms
+    alone, *counts = load.features(machine, one_process)
+    computing = alone * (slowdown if load.ranks > 1 else 1.0)
+    handling = sum(cost * count for cost, count in zip(costs, counts, strict=True))
+    late = max(0.0, load.travelling(machine.link) - computing - handling)
+    return StepTime(computing, handling, load.waiting(machine.link), late)

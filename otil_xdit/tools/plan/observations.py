@@ -16,11 +16,12 @@ import torch
 
 from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import Network, find_network
-from otil_xdit.dryrun.traffic import RunTraffic, Traffic
+from otil_xdit.dryrun.traffic import Traffic
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy
 from otil_xdit.tools.common.links import Link
-from otil_xdit.tools.plan.latency import Load, Machine, load_of, run_time, share_of
+from otil_xdit.tools.plan.latency import Machine, share_of
+from otil_xdit.tools.plan.options import Option
 
 LOOPBACK = Link("loopback", math.inf, 0.0)
 """Where nothing was shaped: whatever messages cost there is the host's work."""
@@ -46,12 +47,10 @@ class Observation:
     Attributes:
         name: what was run, with its median time: tells it from every other.
         group: what was run but for the strategy.
-        strategy: its label.
+        option: what the planner counts for it, under the bench's label.
         link: what joined the ranks.
         cores: that they shared, or None.
         one_process: seconds of one process's step.
-        run: what the planner counts.
-        loads: of its steps by mode.
         step: measured seconds of a step, mean over an image, median of the rounds.
         by_mode: the same of the steps of each mode alone.
         counts_agree: whether bytes and messages are those that the run reported; None where it reported none.
@@ -59,27 +58,29 @@ class Observation:
 
     name: str
     group: str
-    strategy: str
+    option: Option
     link: Link
     cores: int | None
     one_process: float
-    run: RunTraffic
-    loads: Mapping[str, Load]
     step: float
     by_mode: Mapping[str, float]
     counts_agree: bool | None
 
     def predicted(self, machine: Machine) -> float:
-        """Seconds of a step under the model, mean over an image; link and cores are those of the run."""
-        return run_time(self.run, self.loads, self.placed(machine), self.one_process) / len(self.run.modes)
+        """Return the seconds of a step under the model, mean over an image; link and cores are those of the run."""
+        option = self.option.timed(self.placed(machine), self.one_process)
+        return sum(option.times[mode].total for mode in option.run.modes) / len(option.run.modes)
 
     def placed(self, machine: Machine) -> Machine:
-        """The machine's terms with the link and cores of the run."""
+        """Return the machine's terms with the link and cores of the run."""
         return replace(machine, link=self.link, cores=self.cores)
 
 
 def read_bench(path: str) -> tuple[list[Observation], list[str]]:
-    """The runs of a bench's JSON on several ranks, and a line for each that says nothing to the planner.
+    """Read a bench's JSON.
+
+    Returns:
+        The runs on several ranks, and a line for each that says nothing to the planner.
 
     Raises:
         ValueError: for a file that is none.
@@ -91,9 +92,7 @@ def read_bench(path: str) -> tuple[list[Observation], list[str]]:
         link, cores = _link_of(bench["link"], max(run["ranks"] for run in runs)), bench["machine"]["cores"]
         found: list[Observation] = []
         left: list[str] = []
-        for run in runs:
-            if run["strategy"] == _ALONE:
-                continue
+        for run in (run for run in runs if run["strategy"] != _ALONE):
             reason = _obstacle(run, alone)
             if reason is None:
                 found.append(_observed(run, link, cores, alone[_cell(run)]))
@@ -115,32 +114,28 @@ def _obstacle(run: dict[str, Any], alone: Mapping[tuple[Any, ...], float]) -> st
 
 
 def _observed(run: dict[str, Any], link: Link, cores: int | None, one_process: float) -> Observation:
-    degrees = run["degrees"]
     network = _network(run["model"], run["width"])
     passes = network.batch if run["guidance"] > 1 else 1
     dtype = getattr(torch, run["dtype"])
     job = Job(network, run["size"], run["size"], run["batch"] * passes, dtype, network.text, passes > 1)
-    shape = ParallelDegrees(degrees["cfg"], degrees["ulysses"], degrees["patch"])
-    settings = run["settings"]
+    degrees = ParallelDegrees(*(run["degrees"][name] for name in ("cfg", "ulysses", "patch")))
+    settings, report = run["settings"], run["report"]
     config = get_strategy("sync").make_config({}) if settings is None else OtilConfig(**settings)
-    # Rank 0's, which the bench reports, for the comparison; the busiest one's for the time.
-    window = None if run["report"] is None else run["report"].get("window")
-    planned = _traffic(job, shape, None).of_run(config, run["steps"], window)
-    loads = {mode: load_of(step, shape.ranks, share_of(job, shape)) for mode, step in planned.steps.items()}
+    window = None if report is None else report.get("window")
+    # The busiest rank's for the time; rank 0's, which the bench reports, for the comparison.
+    busiest = _traffic(job, degrees, None).of_run(config, run["steps"], window)
     agree = None
-    if run["report"] is not None:
-        first = _traffic(job, shape, 0).of_run(config, run["steps"], window)
-        agree = all(run["report"][name] == getattr(first, name) for name in ("sent_bytes", "messages"))
-    group = _group(run, link)
-    name = f"{group}, {run['strategy']}, {_step(run) * 1e3:.3f} ms"
-    by_mode = _by_mode(run, planned.modes)
-    return Observation(
-        name, group, run["strategy"], link, cores, one_process, planned, loads, _step(run), by_mode, agree
-    )
+    if report is not None:
+        first = _traffic(job, degrees, 0).of_run(config, run["steps"], window)
+        agree = all(report[name] == getattr(first, name) for name in ("sent_bytes", "messages"))
+    option = Option(run["strategy"], degrees, busiest, share_of(job, degrees))
+    group, step = _group(run, link), _step(run)
+    name = f"{group}, {option.label}, {step * 1e3:.3f} ms"
+    return Observation(name, group, option, link, cores, one_process, step, _by_mode(run, busiest.modes), agree)
 
 
 def _by_mode(run: dict[str, Any], modes: tuple[str, ...]) -> dict[str, float]:
-    """Median over rounds of the mean over the steps of a mode; a generation's first step is nobody's."""
+    """Return the median over rounds of the mean over the steps of a mode; a generation's first step is nobody's."""
     rounds: defaultdict[str, list[float]] = defaultdict(list)
     for steps in run["step_seconds"]:
         for mode in dict.fromkeys(modes):
@@ -164,7 +159,9 @@ def _group(run: dict[str, Any], link: Link) -> str:
 
 
 def _link_of(link: dict[str, Any] | None, ranks: int) -> Link:
-    """The bench gathers on as many ranks as its largest run has, and its samples' bytes are those of one rank's
+    """Return a bench's link as the model has it.
+
+    The bench gathers on as many ranks as its largest run has, and its samples' bytes are those of one rank's
     payload, of which every rank receives ranks - 1.
 
     Small messages are the noisiest samples; none may take longer than a larger one.
@@ -180,8 +177,8 @@ def _link_of(link: dict[str, Any] | None, ranks: int) -> Link:
 
 
 @lru_cache(maxsize=64)
-def _traffic(job: Job, shape: ParallelDegrees, place: int | None) -> Traffic:
-    return Traffic(job, shape, place)
+def _traffic(job: Job, degrees: ParallelDegrees, place: int | None) -> Traffic:
+    return Traffic(job, degrees, place)
 
 
 @lru_cache(maxsize=16)

@@ -7,65 +7,70 @@ from dataclasses import asdict
 from typing import Any
 
 from otil_xdit.dryrun.job import Job, ParallelDegrees
-from otil_xdit.tools.common.tables import markdown
+from otil_xdit.tools.common.tables import markdown, number
 from otil_xdit.tools.plan.advice import Advice
 from otil_xdit.tools.plan.fit import Comparison
 from otil_xdit.tools.plan.options import Option
 
 KINDS = ("kv", "halo", "moments", "output", "ulysses", "stages")
 
+_TITLES = ("strategy", "ranks")
+
 COMMANDS = {"FLUX": "FLUX.1-dev"}
 """What `xfuser --model` calls a published network, where it is another name."""
 
 
 def bytes_table(options: list[Option]) -> str:
-    """Bytes by kind and number of messages, of each mode of each option's steps."""
+    """Return bytes by kind and number of messages, of a step of each mode of each option."""
     rows = []
     for option in options:
-        for name, (mode, number) in _modes(option).items():
+        for name, mode, count in _modes(option):
             step = option.run.steps[mode]
             counted = [f"{step.bytes_of(kind):,}" for kind in KINDS]
-            rows.append((option.label, str(option.composition), name, str(number), *counted, str(len(step.log))))
-    return markdown(("strategy", "ranks", "steps", "number", *KINDS, "messages"), rows, text=3)
+            rows.append((option.label, str(option.degrees), name, str(count), *counted, str(len(step.log))))
+    return markdown((*_TITLES, "steps", "number", *KINDS, "messages"), rows, text=3)
 
 
-def _modes(option: Option) -> dict[str, tuple[str, int]]:
-    """The rows of an option: a name, the mode of the steps that are meant, and their number."""
-    counts = {mode: (mode, option.run.modes.count(mode)) for mode in option.run.steps}
-    return {"every": (option.run.modes[0], len(option.run.modes))} if option.is_exact else counts
+def _modes(option: Option) -> list[tuple[str, str, int]]:
+    """Return the rows of an option: a name, the mode of the steps that are meant, and their number."""
+    modes = option.run.modes
+    if option.is_exact:
+        return [("every", modes[0], len(modes))]
+    return [(mode, mode, modes.count(mode)) for mode in option.run.steps]
 
 
 def memory_table(options: list[Option]) -> str:
-    """What each option keeps."""
-    rows = [(option.label, str(option.composition), f"{option.run.buffer_bytes / 1e6:.1f}") for option in options]
-    return markdown(("strategy", "ranks", "buffers"), rows, text=2)
+    """Return what each option keeps, in MB."""
+    rows = [(option.label, str(option.degrees), f"{option.run.buffer_bytes / 1e6:.1f}") for option in options]
+    return markdown((*_TITLES, "buffers"), rows, text=2)
 
 
 def time_table(options: list[Option], steps: int) -> str:
-    """Predicted milliseconds of a step of each mode, by the model's terms, and seconds of all steps."""
+    """Return predicted milliseconds of a step of each mode, by the model's terms, and seconds of all steps."""
     rows = []
     for option in sorted(options, key=lambda option: option.seconds or 0.0):
-        for number, (name, (mode, _)) in enumerate(_modes(option).items()):
+        whole = number(option.seconds, 2)
+        for name, mode, _ in _modes(option):
             time = option.times[mode]
             terms = (time.computing, time.handling, time.waiting, time.late, time.total)
-            whole = "" if number or option.seconds is None else f"{option.seconds:.2f}"
-            rows.append((option.label, str(option.composition), name, *(f"{term * 1e3:.1f}" for term in terms), whole))
-    titles = ("strategy", "ranks", "steps", "computing", "handling", "waiting", "late", "step, ms", f"{steps} steps, s")
-    return markdown(titles, rows, text=3)
+            rows.append((option.label, str(option.degrees), name, *(number(term, 1, 1e3) for term in terms), whole))
+            whole = ""
+    titles = ("steps", "computing", "handling", "waiting", "late", "step, ms", f"{steps} steps, s")
+    return markdown((*_TITLES, *titles), rows, text=3)
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Predicted and measured milliseconds of a step, mean over an image."""
+    """Return predicted and measured milliseconds of a step, mean over an image."""
     rows = []
     for one in comparisons:
         seen = one.observation
-        figures = (f"{one.predicted * 1e3:.1f}", f"{seen.step * 1e3:.1f}", f"{one.error:+.0%}")
-        rows.append((seen.group, seen.strategy, "fitted" if one.fitted else "", *figures))
+        figures = (number(one.predicted, 1, 1e3), number(seen.step, 1, 1e3), f"{one.error:+.0%}")
+        rows.append((seen.group, seen.option.label, "fitted" if one.fitted else "", *figures))
     return markdown(("runs", "strategy", "", "predicted, ms", "measured, ms", "off by"), rows, text=3)
 
 
 def command_of(option: Option, job: Job, model: str, steps: int) -> str:
-    """The `xfuser` command line of an option."""
+    """Return the `xfuser` command line of an option."""
     parts = ["xfuser", "--model", COMMANDS.get(model, model), *option.flags]
     parts += ["--height", str(job.height), "--width", str(job.width), "--num_inference_steps", str(steps)]
     return " ".join([*parts, "--prompt", '"..."'])
@@ -74,7 +79,7 @@ def command_of(option: Option, job: Job, model: str, steps: int) -> str:
 def as_data(
     job: Job, options: list[Option], refused: dict[ParallelDegrees, str], advice: Advice | None, steps: int
 ) -> dict[str, Any]:
-    """All options, for machines; bytes of a step by kind, seconds where they are predicted."""
+    """Return all options, for machines; bytes of a step by kind, seconds where they are predicted."""
     return {
         "model": job.network.name,
         "height": job.height,
@@ -83,7 +88,7 @@ def as_data(
         "dtype": str(job.dtype).removeprefix("torch."),
         "steps": steps,
         "options": [_option_data(option) for option in options],
-        "left_out": [{**asdict(shape), "reason": reason} for shape, reason in refused.items()],
+        "left_out": [{**asdict(degrees), "reason": reason} for degrees, reason in refused.items()],
         "advice": None
         if advice is None
         else {**_option_data(advice.option), "reason": advice.reason, "flags": advice.option.flags},
@@ -93,7 +98,7 @@ def as_data(
 def _option_data(option: Option) -> dict[str, Any]:
     return {
         "strategy": option.label,
-        "degrees": asdict(option.composition),
+        "degrees": asdict(option.degrees),
         "seconds": option.seconds,
         "buffer_bytes": option.run.buffer_bytes,
         "sent_bytes": option.run.sent_bytes,
