@@ -24,7 +24,7 @@ from otil_xdit.catalog.folders import find_model
 from otil_xdit.dryrun.networks import attention_layers, find_network
 from otil_xdit.tools import main as tools
 from otil_xdit.tools.bench import link
-from otil_xdit.tools.bench.calibrate import Link, fit
+from otil_xdit.tools.bench.calibrate import ShapedLink, fit
 from otil_xdit.tools.bench.networks import wider
 from otil_xdit.tools.bench.plan import Cell, Plan, parse_strategy
 from otil_xdit.tools.bench.report import plot, table
@@ -141,7 +141,7 @@ def run_of(strategy: str, *rounds: list[list[float]]) -> Run:
         reports = [
             {**report, "output_bytes_per_step": 0.0, "waited_seconds": float(rank)} for rank in range(len(ranks))
         ]
-        run.add(
+        run.rounds.append(
             [
                 {"step_seconds": steps, "cpu_step_seconds": [step / 2 for step in steps], "report": report}
                 for steps, report in zip(ranks, reports, strict=True)
@@ -187,7 +187,7 @@ def test_the_line_through_samples() -> None:
 
 def test_the_table_and_the_plot(tmp_path: Path) -> None:
     results = Results(
-        plan("one-process", "otil", "ring"), "otil-xdit bench", Link("tbf", "ratio=2", 2e7, (), 1e-3, 15e6)
+        plan("one-process", "otil", "ring"), "otil-xdit bench", ShapedLink("tbf", "ratio=2", 2e7, (), 1e-3, 15e6)
     )
     skipped = Run(run_of("ring").cell, parse_strategy("ring"), skipped="no such")
     results.runs = [run_of("one-process", [[0.2, 0.2]]), run_of("otil", [[0.1, 0.1], [0.05, 0.1]]), skipped]

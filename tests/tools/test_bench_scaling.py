@@ -9,7 +9,7 @@ import pytest
 
 from otil_xdit.catalog.folders import find_model
 from otil_xdit.tools.bench import scaling
-from otil_xdit.tools.bench.calibrate import Link
+from otil_xdit.tools.bench.calibrate import ShapedLink
 from otil_xdit.tools.bench.cli import write
 from otil_xdit.tools.bench.plan import Cell, Plan, parse_strategy
 from otil_xdit.tools.bench.report import table
@@ -29,7 +29,7 @@ def run_of(strategy: str, ranks: int, latent: int, *seconds: float, kv: float = 
     run = Run(Cell(MODELS[0], 1, latent * MODELS[0].vae, ranks), chosen)
     report = {"waited_seconds": 0.0, "exchange_seconds": 0.0, "small_bytes_per_step": 0.0, "output_bytes_per_step": 0.0}
     report |= {"warmup_steps": 2, "sent_bytes": {"kv": {"warmup": 2e6, "steady": 0}}}
-    run.add(
+    run.rounds.append(
         [
             {
                 "step_seconds": list(seconds),
@@ -83,9 +83,9 @@ def test_plots_are_written_where_there_is_something_to_compare(tmp_path: Path) -
 
 
 def test_the_ratio_that_was_reached_is_printed() -> None:
-    results = Results(plan("naive"), "otil-xdit bench", Link("tbf", "ratio=2", 2e7, (), 1e-3, 1e6, ratio=1.9))
+    results = Results(plan("naive"), "otil-xdit bench", ShapedLink("tbf", "ratio=2", 2e7, (), 1e-3, 1e6, ratio=1.9))
     assert "Ratio reached: 1.90 by the naive images before the run.\n" in table(results)
     results.runs = [run_of("naive", 2, 32, 9, 9, 0.5, 0.5)]
     assert "before the run, 2.00 by naive's steps after warm-up in the run.\n" in table(results)
-    results.link = Link("tbf", "1gbit", 2e7, (), 1e-3, 1e6)
+    results.link = ShapedLink("tbf", "1gbit", 2e7, (), 1e-3, 1e6)
     assert "Ratio" not in table(results)

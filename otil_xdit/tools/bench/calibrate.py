@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from otil_xdit.tools.bench.link import Namespaces
 from otil_xdit.tools.bench.tasks import GatherTask
@@ -29,7 +28,7 @@ FIRST_GUESS = 0.8
 
 
 @dataclass(frozen=True)
-class Link:
+class ShapedLink:
     """A shaped link and what an all-gather takes on it; field names are those of the JSON.
 
     Attributes:
@@ -50,19 +49,23 @@ class Link:
     beta_bytes_per_second: float
     ratio: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def fit(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Alpha and beta of seconds = alpha + bytes / beta by least squares of the relative errors; alpha is not negative.
+    """Fit seconds = alpha + bytes / beta by least squares of the relative errors.
 
     Relative, because the samples span orders of magnitude, and small messages matter as much as large ones.
+
+    Args:
+        samples: bytes and seconds.
+
+    Returns:
+        Alpha in seconds, not negative, and beta in bytes per second.
     """
-    weights = [1 / seconds for _, seconds in samples]
-    sizes = [size * weight for (size, _), weight in zip(samples, weights, strict=True)]
-    ww, ws, ss = (sum(a * b for a, b in zip(x, y, strict=True)) for x, y in _pairs(weights, sizes))
-    w, s = sum(weights), sum(sizes)  # the right-hand side is 1 for every sample
+    # Each sample is an equation alpha * (1 / seconds) + (1 / beta) * (bytes / seconds) = 1; these are its sums.
+    w, s = sum(1 / seconds for _, seconds in samples), sum(size / seconds for size, seconds in samples)
+    ww = sum(1 / seconds**2 for _, seconds in samples)
+    ws = sum(size / seconds**2 for size, seconds in samples)
+    ss = sum((size / seconds) ** 2 for size, seconds in samples)
     determinant = ww * ss - ws * ws
     alpha = (w * ss - s * ws) / determinant
     if alpha < 0:
@@ -70,11 +73,7 @@ def fit(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
     return alpha, determinant / (ww * s - ws * w)
 
 
-def _pairs(x: list[float], y: list[float]) -> tuple[tuple[list[float], list[float]], ...]:
-    return (x, x), (x, y), (y, y)
-
-
-def calibrate(jobs: Jobs, namespaces: Namespaces, rate: float, asked: str) -> Link:
+def calibrate(jobs: Jobs, namespaces: Namespaces, rate: float, asked: str) -> ShapedLink:
     """Shape the link to `rate` bytes per second and measure it."""
     namespaces.shape(rate)
     sizes = SIZES[: max(3, sum(size <= rate * LONGEST_SECONDS for size in SIZES))]
@@ -84,12 +83,12 @@ def calibrate(jobs: Jobs, namespaces: Namespaces, rate: float, asked: str) -> Li
     by_size = zip(*(answer["seconds"] for answer in answers), strict=True)
     slowest = [median(max(ranks) for ranks in zip(*repeats, strict=True)) for repeats in by_size]
     samples = tuple(zip(sizes, slowest, strict=True))
-    return Link("tbf", asked, rate, samples, *fit(samples))
+    return ShapedLink("tbf", asked, rate, samples, *fit(samples))
 
 
-def calibrate_to(jobs: Jobs, namespaces: Namespaces, beta: float, asked: str) -> Link:
+def calibrate_to(jobs: Jobs, namespaces: Namespaces, beta: float, asked: str) -> ShapedLink:
     """Find the shaped rate at which all-gathers reach `beta` bytes per second, as close as a few attempts get."""
-    links: list[Link] = []
+    links: list[ShapedLink] = []
     rate = beta / FIRST_GUESS
     for _ in range(ATTEMPTS):
         links.append(calibrate(jobs, namespaces, rate, asked))

@@ -7,30 +7,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from otil_xdit.tools.bench.calibrate import Link
+from otil_xdit.tools.bench.calibrate import ShapedLink
 from otil_xdit.tools.bench.plan import ALONE
 from otil_xdit.tools.bench.results import Results, Run, Spread
+from otil_xdit.tools.common import tables
 from otil_xdit.tools.common.environment import machine, versions
 from otil_xdit.tools.common.figures import new_figure
-from otil_xdit.tools.common.tables import markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-COLUMNS = (
-    "strategy",
-    "ranks",
-    "ms per step",
-    "times as fast",
-    "ms after warm-up",
-    "ms, displaced steps",
-    "waited, ms per step",
-    "own work, ms per step",
-    "CPU, ms per step",
-    "kB of K/V a step",
-    "kB of halo, moments a step",
-    "kB of output a step",
-)
 
 HEADER = """\
 Median of {rounds} rounds (least, most); {warmup_rounds} before them not counted. In every round each strategy makes
@@ -47,7 +32,7 @@ guidance {guidance:g} (two passes in a batch), one image.
 
 
 def table(results: Results) -> str:
-    """The rows in Markdown, a table for each cell, under a header that says what was measured and how."""
+    """Return the rows in Markdown, a table for each cell, under a header that says what was measured and how."""
     plan, where = results.plan, machine()
     known = ", ".join(f"{name} {number}" for name, number in versions().items())
     header = HEADER.format(
@@ -58,31 +43,33 @@ def table(results: Results) -> str:
     lines += [_describe(results.link) if results.link is not None else "Link: this machine's loopback.", ""]
     lines += _reached(results)
     for runs in by_cell(results.runs):
-        rows = [_cells(run, runs) for run in runs if run.skipped is None]
-        lines += [f"### {title(runs[0], results)}", "", markdown(COLUMNS, rows)]
-        lines += ["", *_notes(runs)]
+        done = [run for run in runs if run.skipped is None]
+        lines += [f"### {title(runs[0], results)}", "", tables.table(columns(one_process(runs)), done), ""]
+        lines += _notes(runs)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def by_cell(runs: Sequence[Run]) -> list[list[Run]]:
+    """Return the runs of each cell."""
     return [list(group) for _, group in groupby(runs, key=lambda run: run.cell)]
 
 
 def title(run: Run, results: Results) -> str:
+    """Return what is said above a cell's figures."""
     return f"{run.cell}, {results.plan.sampler_of(run.cell.model)}, {results.plan.steps} steps"
 
 
-def alone(runs: Sequence[Run]) -> Run | None:
-    """One process's run among a cell's, if it is there."""
+def one_process(runs: Sequence[Run]) -> Run | None:
+    """Return one process's run among a cell's, if it is there."""
     return next((run for run in runs if run.strategy.text == ALONE and run.skipped is None), None)
 
 
-def name_of(link: Link | None) -> str:
-    """The link in a few words."""
+def name_of(link: ShapedLink | None) -> str:
+    """Return the link in a few words."""
     return "loopback" if link is None else f"link of {link.beta_bytes_per_second / 1e6:.1f} MB/s (all-gathers)"
 
 
-def _describe(link: Link) -> str:
+def _describe(link: ShapedLink) -> str:
     samples = ", ".join(f"{size} B in {1e3 * seconds:.2f} ms" for size, seconds in link.samples)
     line = f"{1e3 * link.alpha_seconds:.2f} ms + bytes / ({link.beta_bytes_per_second / 1e6:.2f} MB/s)"
     return (
@@ -93,8 +80,10 @@ def _describe(link: Link) -> str:
 
 
 def _reached(results: Results) -> list[str]:
-    """What the wished ratio of the link came to: seconds of a synchronous step's keys and values over those that naive
-    computes."""
+    """Return what the wished ratio of the link came to.
+
+    It is the seconds of a synchronous step's keys and values over those that naive computes.
+    """
     link = results.link
     if link is None or link.ratio is None:
         return []
@@ -107,36 +96,41 @@ def _reached(results: Results) -> list[str]:
     return [f"{text}.", ""]
 
 
-def _cells(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
-    image, best = run.image(), alone(runs)
-    report = run.report or {}
-    waited, worked = (
-        None if seconds is None else Spread.of([one / run.steps for one in seconds])
-        for seconds in (run.waited_seconds, run.worked_seconds)
-    )
-    kinds = ("kv_bytes_per_step", "small_bytes_per_step", "output_bytes_per_step")
-    return (
-        run.strategy.label,
-        str(run.ranks),
-        _milliseconds(image),
-        "" if best is None else f"{best.image().median / image.median:.2f}",
-        _milliseconds(run.after_warmup()),
-        _milliseconds(run.displaced()),
-        _milliseconds(waited),
-        _milliseconds(worked),
-        _milliseconds(run.steady_cpu()),
-        *(f"{report[kind] / 1e3:.1f}" if kind in report else "" for kind in kinds),
-    )
+def columns(alone: Run | None) -> dict[str, Callable[[Run], str]]:
+    """Return what the table has of a run, by title; `alone` is what the others in the cell are compared with."""
+    return {
+        "strategy": lambda run: run.strategy.label,
+        "ranks": lambda run: str(run.ranks),
+        "ms per step": lambda run: _milliseconds(run.image()),
+        "times as fast": lambda run: "" if alone is None else f"{alone.image().median / run.image().median:.2f}",
+        "ms after warm-up": lambda run: _milliseconds(run.after_warmup()),
+        "ms, displaced steps": lambda run: _milliseconds(run.displaced()),
+        "waited, ms per step": lambda run: _milliseconds(_per_step(run, run.waited_seconds)),
+        "own work, ms per step": lambda run: _milliseconds(_per_step(run, run.worked_seconds)),
+        "CPU, ms per step": lambda run: _milliseconds(run.steady_cpu()),
+        "kB of K/V a step": lambda run: _kilobytes(run, "kv"),
+        "kB of halo, moments a step": lambda run: _kilobytes(run, "small"),
+        "kB of output a step": lambda run: _kilobytes(run, "output"),
+    }
+
+
+def _per_step(run: Run, seconds: Sequence[float] | None) -> Spread | None:
+    return None if seconds is None else Spread.of(seconds).scaled(1 / run.steps)
 
 
 def _milliseconds(spread: Spread | None) -> str:
     if spread is None:
         return ""
-    return f"{1e3 * spread.median:.1f} ({1e3 * spread.least:.1f}, {1e3 * spread.most:.1f})"
+    found = spread.scaled(1e3)
+    return f"{found.median:.1f} ({found.least:.1f}, {found.most:.1f})"
+
+
+def _kilobytes(run: Run, kind: str) -> str:
+    return "" if run.rank_bytes is None else f"{run.rank_bytes[0][kind] / 1e3:.1f}"
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """What did not run, where windows were, and which rows did not take turns with the others."""
+    """Return what did not run, where windows were, and which rows did not take turns with the others."""
     notes = [f"- {run.strategy.label}: not run: {run.skipped}" for run in runs if run.skipped is not None]
     windows = {run.strategy.label: run.report.get("window") for run in runs if run.report is not None}
     notes += [f"- {label}: the window was {_said(*window)}." for label, window in windows.items() if window]
@@ -147,12 +141,12 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _said(first: int, end: int) -> str:
-    """A window in words, steps counted from 0."""
+    """Return a window in words, steps counted from 0."""
     return f"steps {first} to {end - 1}, counted from 0" if end > first else "of no steps"
 
 
 def plot(results: Results, path: Path) -> None:
-    """Median milliseconds per step as horizontal bars, least and most as whiskers; a panel for each cell."""
+    """Draw median milliseconds per step as horizontal bars, least and most as whiskers; a panel for each cell."""
     cells = [found for runs in by_cell(results.runs) if (found := [run for run in runs if run.skipped is None])]
     heights = [0.36 * len(runs) + 1.1 for runs in cells]
     figure = new_figure(9, sum(heights))
@@ -166,28 +160,24 @@ def plot(results: Results, path: Path) -> None:
 
 
 def _panel(axes: Axes, runs: Sequence[Run]) -> None:
-    spreads = [run.image() for run in runs]
-    middles = [1e3 * spread.median for spread in spreads]
-    below = [1e3 * (spread.median - spread.least) for spread in spreads]
-    above = [1e3 * (spread.most - spread.median) for spread in spreads]
+    spreads = [run.image().scaled(1e3) for run in runs]
+    errors = [[one.median - one.least for one in spreads], [one.most - one.median for one in spreads]]
     colours = [_colour(run) for run in runs]
-    places = range(len(runs))
-    axes.barh(places, middles, xerr=[below, above], color=colours, height=0.7, capsize=3, ecolor="0.25")
+    places, middles = range(len(runs)), [one.median for one in spreads]
+    axes.barh(places, middles, xerr=errors, color=colours, height=0.7, capsize=3, ecolor="0.25")
     axes.set_yticks(places, [f"{run.strategy.label} ({run.ranks})" for run in runs], fontsize=8)
     axes.invert_yaxis()
-    reach = max(middle + more for middle, more in zip(middles, above, strict=True))
-    for place, (middle, more) in enumerate(zip(middles, above, strict=True)):
-        axes.annotate(f"{middle:.1f}", (middle + more + 0.01 * reach, place), va="center", fontsize=8)
+    reach = max(one.most for one in spreads)
+    for place, one in enumerate(spreads):
+        axes.annotate(f"{one.median:.1f}", (one.most + 0.01 * reach, place), va="center", fontsize=8)
     axes.set_xlim(0, 1.1 * reach)
-    best = alone(runs)
-    if best is not None:
-        axes.axvline(1e3 * best.image().median, linestyle="--", color="0.5", linewidth=1)
+    alone = one_process(runs)
+    if alone is not None:
+        axes.axvline(1e3 * alone.image().median, linestyle="--", color="0.5", linewidth=1)
     axes.grid(True, axis="x", alpha=0.3)
 
 
 def _colour(run: Run) -> str:
-    kinds: tuple[tuple[Callable[[Run], bool], str], ...] = (
-        (lambda run: run.strategy.variant is None, "0.7"),
-        (lambda run: run.strategy.variant is not None and run.strategy.variant.preset == "otil", "C1"),
-    )
-    return next((colour for fits, colour in kinds if fits(run)), "C0")
+    if run.strategy.variant is None:
+        return "0.7"
+    return "C1" if run.strategy.variant.preset == "otil" else "C0"

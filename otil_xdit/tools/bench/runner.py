@@ -134,7 +134,7 @@ class CellRunner:
         order = random.Random(ORDER_SEED)
         for _ in range(self._plan.rounds):
             for run, job in order.sample(ready, len(ready)):
-                run.add(self._jobs.ask(job))
+                run.rounds.append(self._jobs.ask(job))
                 self._bar.update()
 
 
@@ -159,7 +159,7 @@ def _computing(plan: Plan, cell: Cell, namespaces: Namespaces, jobs: Jobs) -> tu
     for number in range(plan.warmup_rounds + PROBE_ROUNDS):
         answers = jobs.ask(job)
         if number >= plan.warmup_rounds:
-            run.add(answers)
+            run.rounds.append(answers)
     jobs.close(job)
     found = run.computing()
     assert found is not None, "the tool has seen to enough steps"

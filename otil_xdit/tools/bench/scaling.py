@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,65 +29,51 @@ hands most to collectives; an all-gather of keys and values brings as many from 
 
 MARKERS = "osD^vP*X"
 
+RANKS, LATENTS = "ranks", "latent side"
+"""The x axes."""
+
 
 def plot_over_ranks(results: Results, path: Path) -> None:
-    """Time and bytes of a step over the number of ranks, a row of panels for each model and size; nothing is written
-    where there is one number of ranks above 1.
+    """Draw time and bytes of a step over the number of ranks, a row of panels for each model and size.
 
-    One process's run of each cell is the point at 1; the dashed line is its time over the number of ranks.
+    One process's run of each cell is the point at 1; the dashed line is its time over the number of ranks. Nothing is
+    written where there is one number of ranks above 1.
     """
     if len({run.cell.ranks for run in results.runs} - {1}) > 1:
-        _plot(results, path, "ranks", _place_of_ranks, lambda run: (run.cell.model.name, run.cell.size))
+        _plot(results, path, RANKS, lambda run: run.ranks)
 
 
 def plot_over_latents(results: Results, path: Path) -> None:
-    """Time and bytes of a step over the side of the latent, a row of panels for each model and number of ranks; nothing
-    is written where there is one size."""
+    """Draw time and bytes of a step over the side of the latent, a row of panels for each model and number of ranks.
+
+    Nothing is written where there is one size.
+    """
     if len({run.cell.latent for run in results.runs}) > 1:
-        _plot(results, path, "latent side", _place_of_latent, lambda run: (run.cell.model.name, run.cell.ranks))
+        _plot(results, path, LATENTS, lambda run: run.cell.latent[0])
 
 
-def _place_of_ranks(run: Run) -> int:
-    return run.ranks
+def _milliseconds(spread: Spread | None) -> Spread | None:
+    return None if spread is None else spread.scaled(1e3)
 
 
-def _place_of_latent(run: Run) -> int:
-    return run.cell.latent[0]
-
-
-def _seconds(run: Run) -> Spread | None:
-    return _scaled(run.steady(), 1e3)
-
-
-def _cpu_seconds(run: Run) -> Spread | None:
-    return _scaled(run.steady_cpu(), 1e3)
-
-
-def _scaled(spread: Spread | None, factor: float) -> Spread | None:
-    return None if spread is None else Spread(*(factor * value for value in (spread.median, spread.least, spread.most)))
-
-
-def _bytes(*kinds: str) -> Callable[[Run], Spread | None]:
-    """kB of the rank that hands over most of these kinds."""
-
-    def most(run: Run) -> Spread | None:
-        if run.rank_bytes is None:
-            return None
-        return Spread.of([max(sum(sent[kind] for kind in kinds) for sent in run.rank_bytes) / 1e3])
-
-    return most
+def _most_kilobytes(run: Run, kind: str) -> Spread | None:
+    """Return the kB of the rank that hands over most of a kind."""
+    return None if run.rank_bytes is None else Spread.of([max(sent[kind] for sent in run.rank_bytes) / 1e3])
 
 
 PANELS: dict[str, Callable[[Run], Spread | None]] = {
-    "ms per step": _seconds,
-    "CPU, ms per rank and step": _cpu_seconds,
-    "keys and values, kB handed over a step": _bytes("kv"),
-    "halo and moments, kB handed over a step": _bytes("small"),
+    "ms per step": lambda run: _milliseconds(run.steady()),
+    "CPU, ms per rank and step": lambda run: _milliseconds(run.steady_cpu()),
+    "keys and values, kB handed over a step": lambda run: _most_kilobytes(run, "kv"),
+    "halo and moments, kB handed over a step": lambda run: _most_kilobytes(run, "small"),
 }
+"""What is drawn, by title."""
+
+TIMES = tuple(PANELS)[:2]
 
 
 def points(runs: Sequence[Run], place: Callable[[Run], int], figure: Callable[[Run], Spread | None]) -> Points:
-    """The figure of every run that has one; of several runs at one place the one whose median is the middle one."""
+    """Return the figure of every run that has one; of several at one place the one whose median is the middle one."""
     found: defaultdict[str, defaultdict[int, list[Spread]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         value = None if run.skipped is not None else figure(run)
@@ -102,23 +88,20 @@ def _middle(spreads: Sequence[Spread]) -> Spread:
     return sorted(spreads, key=lambda spread: spread.median)[len(spreads) // 2]
 
 
-def _plot(
-    results: Results, path: Path, axis: str, place: Callable[[Run], int], row_of: Callable[[Run], Hashable]
-) -> None:
-    rows: dict[Hashable, list[Run]] = {}
+def _plot(results: Results, path: Path, axis: str, place: Callable[[Run], int]) -> None:
+    rows: defaultdict[str, list[Run]] = defaultdict(list)
     for run in results.runs:
-        rows.setdefault(row_of(run), []).append(run)
+        rows[_title(run, axis)].append(run)
     figure = new_figure(4 * len(PANELS), 3.4 * len(rows) + 1.2)
     panels = figure.subplots(len(rows), len(PANELS), squeeze=False)
     labels = list(dict.fromkeys(run.strategy.label for run in results.runs))
-    for line, runs in zip(panels, rows.values(), strict=True):
+    for line, (row, runs) in zip(panels, rows.items(), strict=True):
+        line[0].set_ylabel(row, fontsize=8)
         for axes, (title, value) in zip(line, PANELS.items(), strict=True):
-            found = points(runs, place, value)
-            _panel(axes, _from_one(found) if axis == "ranks" else found, axis, labels)
             axes.set_title(title, fontsize=10)
-        line[0].set_ylabel(_title(runs[0], axis), fontsize=8)
-        if axis == "ranks":
-            for axes, value in zip(line[:2], (_seconds, _cpu_seconds), strict=True):
+            found = points(runs, place, value)
+            _panel(axes, _from_one(found) if axis == RANKS else found, axis, labels)
+            if axis == RANKS and title in TIMES:
                 _ideal(axes, runs, value)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     about = ABOUT.format(rounds=results.plan.rounds, cores=machine()["cores"], link=name_of(results.link))
@@ -127,21 +110,18 @@ def _plot(
 
 
 def _from_one(found: Points) -> Points:
-    """Every strategy's line begins where one process is."""
+    """Let every strategy's line begin where one process is."""
     start = found.get(ONE, {})
     return {label: {**start, **places} for label, places in found.items()}
 
 
 def _panel(axes: Axes, found: Points, axis: str, labels: Sequence[str]) -> None:
     for label, places in found.items():
-        number = labels.index(label)
-        middles = [spread.median for spread in places.values()]
-        below = [spread.median - spread.least for spread in places.values()]
-        above = [spread.most - spread.median for spread in places.values()]
+        number, spreads = labels.index(label), list(places.values())
         axes.errorbar(
             list(places),
-            middles,
-            yerr=[below, above],
+            [one.median for one in spreads],
+            yerr=[[one.median - one.least for one in spreads], [one.most - one.median for one in spreads]],
             color=f"C{number}",
             marker=MARKERS[number % len(MARKERS)],
             markersize=max(3, 9 - number),  # those drawn later are seen on top of equal ones
@@ -155,7 +135,7 @@ def _panel(axes: Axes, found: Points, axis: str, labels: Sequence[str]) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(axis, fontsize=8)
-    if axis == "latent side" and any(spread.median > 0 for places in found.values() for spread in places.values()):
+    if axis == LATENTS and any(spread.median > 0 for places in found.values() for spread in places.values()):
         axes.set_yscale("log", nonpositive="mask")
     else:
         axes.set_ylim(bottom=0)
@@ -163,7 +143,7 @@ def _panel(axes: Axes, found: Points, axis: str, labels: Sequence[str]) -> None:
 
 
 def _ideal(axes: Axes, runs: Sequence[Run], figure: Callable[[Run], Spread | None]) -> None:
-    """One process's time in each cell over the cell's ranks."""
+    """Draw one process's time in each cell over the cell's ranks."""
     found = {run.cell.ranks: figure(run) for run in runs if run.strategy.text == ALONE and run.skipped is None}
     shared = {ranks: spread.median / ranks for ranks, spread in sorted(found.items()) if spread is not None}
     axes.plot(
@@ -172,7 +152,8 @@ def _ideal(axes: Axes, runs: Sequence[Run], figure: Callable[[Run], Spread | Non
 
 
 def _title(run: Run, axis: str) -> str:
+    """Return what the runs of a row of panels have in common."""
     cell = run.cell
     wide = f", {cell.width} times as wide" if cell.width > 1 else ""
-    rest = f"latent {cell.latent[0]} x {cell.latent[1]}" if axis == "ranks" else f"{cell.ranks} ranks"
+    rest = f"latent {cell.latent[0]} x {cell.latent[1]}" if axis == RANKS else f"{cell.ranks} ranks"
     return f"{cell.model.label}{wide}\n{rest}"

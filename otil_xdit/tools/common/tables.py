@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], text: int | None = None) -> str:
@@ -24,6 +27,16 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], text: int | N
         for pairs in (zip(line, widths, strict=True) for line in (titles, *rows))
     ]
     return "\n".join([lines[0], _line(rules), *lines[1:]])
+
+
+def table(columns: Mapping[str, Callable[[T], str]], items: Iterable[T]) -> str:
+    """Return a table with a row for each item.
+
+    Args:
+        columns: by title, what gives an item's cell.
+        items: in the order of the rows.
+    """
+    return markdown(list(columns), [[cell(item) for cell in columns.values()] for item in items])
 
 
 def _line(cells: Sequence[str]) -> str:
