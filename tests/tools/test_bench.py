@@ -191,10 +191,12 @@ def test_the_table_and_the_plot(tmp_path: Path) -> None:
     )
     skipped = Run(run_of("ring").cell, parse_strategy("ring"), skipped="no such")
     results.runs = [run_of("one-process", [[0.2, 0.2]]), run_of("otil", [[0.1, 0.1], [0.05, 0.1]]), skipped]
+    results.runs[1].rounds[-1][0]["report"]["window"] = [1, 2]
     text = table(results)
     assert "| one process | 1 | 200.0 (200.0, 200.0) | 1.00 |" in text
     assert "| otil | 2 | 100.0 (100.0, 100.0) | 2.00 |" in text and "| 1.5 | 0.0 | 0.0 |" in text
     assert "- ring: not run: no such" in text and "| ring" not in text
+    assert "- otil: the window was steps 1 to 1, counted from 0.\n" in text
     assert "`--link ratio=2`" in text and "bytes / (15.00 MB/s)" in text and "no delay is emulated" in text
     plot(results, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 10_000
@@ -289,9 +291,7 @@ def test_two_strategies_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture
     expected = sum(2 * 2 * layer.tokens * layer.width * 4 for layer in layers)
     assert shared["report"]["kv_bytes_per_step"] == shared["report"]["sent_bytes"]["kv"]["steady"] == expected
     assert [sent["kv"] for sent in shared["rank_bytes"]] == [expected, expected] and alone["rank_bytes"] is None
-    text = (tmp_path / "table.md").read_text()
-    assert "- hybridiff:window=1:2: the window was steps 1 to 1, counted from 0." in text
-    assert f"| {expected / 1e3:.1f} |" in text and text.strip() == capsys.readouterr().out.strip()
+    assert (tmp_path / "table.md").read_text().strip() == capsys.readouterr().out.strip()
     assert (tmp_path / "bench.png").is_file()
 
 

@@ -89,13 +89,13 @@ def _middle(spreads: Sequence[Spread]) -> Spread:
 
 
 def _plot(results: Results, path: Path, axis: str, place: Callable[[Run], int]) -> None:
-    rows: defaultdict[str, list[Run]] = defaultdict(list)
+    rows: defaultdict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in results.runs:
-        rows[_title(run, axis)].append(run)
+        rows[run.cell.model.name, _title(run, axis)].append(run)
     figure = new_figure(4 * len(PANELS), 3.4 * len(rows) + 1.2)
     panels = figure.subplots(len(rows), len(PANELS), squeeze=False)
     labels = list(dict.fromkeys(run.strategy.label for run in results.runs))
-    for line, (row, runs) in zip(panels, rows.items(), strict=True):
+    for line, ((_, row), runs) in zip(panels, rows.items(), strict=True):
         line[0].set_ylabel(row, fontsize=8)
         for axes, (title, value) in zip(line, PANELS.items(), strict=True):
             axes.set_title(title, fontsize=10)

@@ -20,12 +20,12 @@ from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.jobs import Interrupted, jobs_of_a_run
 from otil_xdit.tools.common.variants import parse_variant, variant_settings
 from otil_xdit.tools.eval.cache import ImageCache
-from otil_xdit.tools.eval.contact_sheets import Column, sheet
+from otil_xdit.tools.eval.contact_sheets import write_sheets
 from otil_xdit.tools.eval.generate import Failures, ImageMaker
 from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, read_prompts
 from otil_xdit.tools.eval.perceptual_metrics import absences
 from otil_xdit.tools.eval.report import plot, table
-from otil_xdit.tools.eval.rows import Row, as_json, make_rows
+from otil_xdit.tools.eval.rows import as_json, make_rows
 from otil_xdit.xdit.flags.degrees import check_at_least
 from otil_xdit.xdit.launcher.processes import caught_signals, visible_devices
 
@@ -33,9 +33,6 @@ EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplo
 """Modules that are not among the plugin's own dependencies, and their packages."""
 
 T = TypeVar("T")
-
-Rows = dict[tuple[str, int, str, int, str], Row]
-"""By place and variant."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,49 +95,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write(arguments: argparse.Namespace, matrix: Matrix, cache: ImageCache, failures: Failures) -> None:
-    """All files of the folder, and the table on stdout."""
+    """Write all files of the folder, and the table on stdout."""
     out, command = arguments.out, command_of(arguments)
-    rows = make_rows(matrix, cache, failures)
+    by_case = make_rows(matrix, cache, failures)
+    rows = list(by_case.values())
     (out / "rows.json").write_text(json.dumps(as_json(rows, command), indent=1) + "\n")
     text = table(rows, command, absences(len(matrix.calls)))
     (out / "table.md").write_text(text)
     plot(rows, out / "psnr_bytes.png")
-    write_sheets(out, matrix, cache, rows, arguments.sheet_rows)
+    write_sheets(out, matrix, cache, by_case, arguments.sheet_rows)
     print(text)
 
 
-def write_sheets(out: Path, matrix: Matrix, cache: ImageCache, rows: Iterable[Row], count: int) -> None:
-    """One contact sheet for each model, sampler and number of ranks, with at most `count` images of each variant."""
-    found: Rows = {(*row.place, row.variant): row for row in rows}
-    labels = [f"{call.prompt}, seed {call.seed}" for call in matrix.calls[:count]]
-    for ranks in matrix.ranks:
-        for reference in matrix.references:
-            cases = [case for case in matrix.cases(ranks) if case.reference == reference]
-            columns = [_column(case, cache, found, len(labels)) for case in cases if not _row(case, found).error]
-            if not columns:
-                continue
-            best = [drawn.image for drawn in cache.load(reference)[:count]]
-            sampler = reference.sampler
-            title = f"{reference.model.label}, {ranks} ranks, {sampler.name}, {sampler.steps} steps"
-            name = f"sheet-{reference.model.label}-{ranks}-{sampler.name}-{sampler.steps}.png"
-            sheet(title, labels, best, columns).save(out / name)
-
-
-def _column(case: Case, cache: ImageCache, rows: Rows, count: int) -> Column:
-    row = _row(case, rows)
-    title = f"{row.variant}: {(row.kv_bytes or 0) / 1e3:.1f} kB of K/V a step, {row.psnr:.1f} dB"
-    images = tuple(drawn.image for drawn in cache.load(case)[:count])
-    return Column(title, images, tuple(f"{value:.1f} dB" for value in row.psnrs[:count]))
-
-
-def _row(case: Case, rows: Rows) -> Row:
-    assert case.variant is not None, "one process has no row"
-    sampler = case.sampler
-    return rows[case.model.name, case.ranks, sampler.name, sampler.steps, case.variant.text]
-
-
 def read_matrix(arguments: argparse.Namespace) -> Matrix:
-    """What the arguments ask for.
+    """Return what the arguments ask for.
 
     Raises:
         ValueError: naming the flag, its value and what is accepted.
@@ -158,19 +126,19 @@ def read_matrix(arguments: argparse.Namespace) -> Matrix:
 
 
 def _each(parse: Callable[[str], T], texts: Iterable[str]) -> tuple[T, ...]:
-    """Each text once, parsed."""
+    """Return each text once, parsed."""
     return tuple(parse(text) for text in dict.fromkeys(texts))
 
 
 def _trusted_model(name: str) -> Model:
-    """A model whose files run no code."""
+    """Return a model whose files run no code."""
     model = find_model(name)
     check_folder(model.folder)
     return model
 
 
 def lora_file(path: Path) -> Path:
-    """The file of LoRA weights that a path names.
+    """Return the file of LoRA weights that a path names.
 
     Raises:
         ValueError: for a path that is neither a file nor a folder with one ``.safetensors``, a file that can run code,
@@ -199,19 +167,19 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def all_cases(matrix: Matrix) -> list[Case]:
-    """Those of one process first."""
+    """Return all cases, those of one process first."""
     return [*matrix.references, *(case for ranks in matrix.ranks for case in matrix.cases(ranks))]
 
 
 def describe(matrix: Matrix) -> str:
-    """One line for each case, and the number of images."""
+    """Return one line for each case, and the number of images."""
     cases = all_cases(matrix)
     lines = [f"{case}: {len(matrix.calls)}" for case in cases]
     return "\n".join([*lines, f"{len(cases)} cases, {len(cases) * len(matrix.calls)} images"])
 
 
 def command_of(arguments: argparse.Namespace) -> str:
-    """A command line that makes the same."""
+    """Return a command line that makes the same."""
     words = ["otil-xdit", "eval"]
     for name in ("models", "presets", "ranks", "samplers"):
         words += [f"--{name}", *map(str, getattr(arguments, name))]

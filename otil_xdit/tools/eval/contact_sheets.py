@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from otil_xdit.tools.eval.cache import ImageCache
+from otil_xdit.tools.eval.matrix import Case, Matrix
+from otil_xdit.tools.eval.rows import Row
+
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image
 
 AMPLIFIED = 8
 """What a difference map multiplies absolute differences by."""
@@ -37,65 +42,87 @@ class Column:
     notes: tuple[str, ...]
 
 
+def write_sheets(out: Path, matrix: Matrix, cache: ImageCache, rows: Mapping[Case, Row], count: int) -> None:
+    """Write a contact sheet for each model, sampler and number of ranks.
+
+    Args:
+        out: folder.
+        matrix: what was made.
+        cache: has the images.
+        rows: the figures of each case, those that failed too.
+        count: the most images of a variant on a sheet.
+    """
+    labels = [f"{call.prompt}, seed {call.seed}" for call in matrix.calls[:count]]
+    for ranks in matrix.ranks:
+        for reference in matrix.references:
+            done = [
+                (_images(cache, case, count), rows[case])
+                for case in matrix.cases(ranks)
+                if case.reference == reference and not rows[case].error
+            ]
+            if done:
+                label, sampler = reference.model.label, reference.sampler
+                title = f"{label}, {ranks} ranks, {sampler.name}, {sampler.steps} steps"
+                page = sheet(title, labels, _images(cache, reference, count), [_column(*one) for one in done])
+                page.save(out / f"sheet-{label}-{ranks}-{sampler.name}-{sampler.steps}.png")
+
+
+def _images(cache: ImageCache, case: Case, count: int) -> tuple[torch.Tensor, ...]:
+    return tuple(drawn.image for drawn in cache.load(case)[:count])
+
+
+def _column(images: tuple[torch.Tensor, ...], row: Row) -> Column:
+    title = f"{row.variant}: {(row.kv_bytes or 0) / 1e3:.1f} kB of K/V a step, {row.psnr:.1f} dB"
+    return Column(title, images, tuple(f"{value:.1f} dB" for value in row.psnrs[: len(images)]))
+
+
 def sheet(
     title: str, labels: Sequence[str], references: Sequence[torch.Tensor], columns: Sequence[Column]
 ) -> Image.Image:
-    """A row for each label: one process's image, and each column's beside its amplified difference.
+    """Return a page with a row for each label: one process's image, and each column's beside its difference.
 
     Args:
         title: stands above all.
         labels: prompt and seed of each row.
-        references: of one process, one for each label.
+        references: of one process, float32 [3, H, W] in 0..1, one for each label.
         columns: the variants.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    side = references[0].shape[-1]
-    scale = -(-LEAST_SIDE // side)
-    width, height = side * scale, references[0].shape[-2] * scale
+    scale = -(-LEAST_SIDE // references[0].shape[-1])
+    height, width = (side * scale for side in references[0].shape[-2:])
     pair = 2 * width + MARGIN
-    letters = max(1, pair // (FONT * 6 // 10))
-    titles = [textwrap.wrap(column.title, letters) for column in columns]
+    titles = [textwrap.wrap(column.title, max(1, pair // (FONT * 6 // 10))) for column in columns]
     top = MARGIN + LINE + LINE * max([1, *map(len, titles)]) + MARGIN
     step = height + 2 * LINE + MARGIN
     size = (MARGIN + width + MARGIN + len(columns) * (pair + 2 * MARGIN), top + len(labels) * step)
     page = Image.new("RGB", size, "white")
-    pen = _Pen(page, ImageDraw.Draw(page), ImageFont.load_default(FONT), (width, height))
-    pen.write(MARGIN, MARGIN, f"{title}; differences x {AMPLIFIED}")
-    pen.write(MARGIN, MARGIN + LINE, "one process")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT)
+
+    def write(left: int, top: int, text: str) -> None:
+        draw.text((left, top), text, "black", font)
+
+    def paste(left: int, top: int, image: torch.Tensor) -> None:
+        values = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        page.paste(Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST), (left, top))
+
+    write(MARGIN, MARGIN, f"{title}; differences x {AMPLIFIED}")
+    write(MARGIN, MARGIN + LINE, "one process")
     for row, (label, reference) in enumerate(zip(labels, references, strict=True)):
-        pen.write(MARGIN, top + row * step, label)
-        pen.paste(MARGIN, top + row * step + LINE, reference)
+        write(MARGIN, top + row * step, label)
+        paste(MARGIN, top + row * step + LINE, reference)
     for index, (column, lines) in enumerate(zip(columns, titles, strict=True)):
         left = width + 3 * MARGIN + index * (pair + 2 * MARGIN)
         for number, line in enumerate(lines):
-            pen.write(left, MARGIN + LINE + number * LINE, line)
+            write(left, MARGIN + LINE + number * LINE, line)
         for row, (image, note) in enumerate(zip(column.images, column.notes, strict=True)):
             down = top + row * step + LINE
-            pen.paste(left, down, image)
-            pen.paste(left + width + MARGIN, down, difference(image, references[row]))
-            pen.write(left, down + height, note)
+            paste(left, down, image)
+            paste(left + width + MARGIN, down, difference(image, references[row]))
+            write(left, down + height, note)
     return page
 
 
 def difference(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Absolute difference, `AMPLIFIED` times, cut off at 1."""
+    """Return the absolute difference, `AMPLIFIED` times, cut off at 1."""
     return ((image - reference).abs() * AMPLIFIED).clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class _Pen:
-    page: Image.Image
-    draw: ImageDraw.ImageDraw
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-    size: tuple[int, int]
-
-    def write(self, left: int, top: int, text: str) -> None:
-        self.draw.text((left, top), text, "black", self.font)
-
-    def paste(self, left: int, top: int, image: torch.Tensor) -> None:
-        from PIL import Image
-
-        values = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-        drawn = Image.fromarray(values)
-        self.page.paste(drawn.resize(self.size, Image.Resampling.NEAREST), (left, top))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
 EXACT = 80.0
 """PSNR in dB from which a variant counts as one process up to rounding; it would flatten the others in a plot."""
 
-COLUMNS = (
-    "variant",
-    "kB of K/V a step",
-    "share a step",
-    "kB of halo, moments a step",
-    "kB of K/V in all",
-    "share in all",
-    "PSNR (min) ± std, dB",
-    "SSIM",
-    "seam",
-    "s",
-)
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "variant": lambda row: row.variant,
+    "kB of K/V a step": lambda row: number(row.kv_bytes, 1, 1e-3),
+    "share a step": lambda row: _percent(row.kv_share),
+    "kB of halo, moments a step": lambda row: number(row.small_bytes, 1, 1e-3),
+    "kB of K/V in all": lambda row: number(row.kv_total, 1, 1e-3),
+    "share in all": lambda row: _percent(row.total_share),
+    "PSNR (min) ± std, dB": lambda row: f"{row.psnr:.1f} ({row.psnr_min:.1f}) ± {row.psnr_std:.1f}",
+    "SSIM": lambda row: number(row.ssim, 4),
+    "seam": lambda row: number(row.seam, 2),
+    "s": lambda row: number(row.seconds, 2),
+}
+"""What the table has of a row that did not fail, by title."""
 
 HEADER = """\
 PSNR and SSIM against plain diffusers in one process with the same prompt and seed, float32, images as floats in 0..1;
@@ -42,7 +44,7 @@ steeper the image is across the patches' borders than in the four rows on either
 
 
 def table(rows: Sequence[Row], command: str, absent: Sequence[str]) -> str:
-    """The rows in Markdown, one table for each place, under a header that says what was measured and how.
+    """Return the rows in Markdown, one table for each place, under a header that says what was measured and how.
 
     Args:
         rows: in the order in which they are to stand.
@@ -52,45 +54,34 @@ def table(rows: Sequence[Row], command: str, absent: Sequence[str]) -> str:
     known = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines = [f"    {command}", "", HEADER.format(yardstick=YARDSTICK).rstrip(), "", f"{known}.", ""]
     lines += [f"Not measured: {'; '.join(absent)}.", ""] if absent else []
-    for place, group in _by_place(rows).items():
-        model, ranks, sampler, steps = place
+    for title, group in _by_place(rows):
         count = max(row.images for row in group)
-        images = f"{count} image{'' if count == 1 else 's'}"
-        lines += [f"### {Path(model).name}, {ranks} ranks, {sampler}, {steps} steps, {images}", ""]
+        lines += [f"### {title}, {count} image{'' if count == 1 else 's'}", ""]
         weighted = [metric.name for metric in WEIGHTED if any(metric.name in row.weighted for row in group)]
-        lines += [markdown([*COLUMNS, *weighted], [_cells(row, weighted) for row in group]), ""]
-        lines += [note for row in group if (note := _note(row))]
+        cells = [_cells(row, weighted) for row in group]
+        lines += [markdown([*COLUMNS, *weighted], cells), "", *filter(None, map(_note, group))]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _by_place(rows: Sequence[Row]) -> dict[tuple[str, int, str, int], list[Row]]:
-    groups: dict[tuple[str, int, str, int], list[Row]] = {}
+def _by_place(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Return the rows of each place, under what is said above them."""
+    groups: defaultdict[tuple[str, int, str, int], list[Row]] = defaultdict(list)
     for row in rows:
-        groups.setdefault(row.place, []).append(row)
-    return groups
+        groups[row.place].append(row)
+    return [
+        (f"{Path(model).name}, {ranks} ranks, {sampler}, {steps} steps", group)
+        for (model, ranks, sampler, steps), group in groups.items()
+    ]
 
 
-def _cells(row: Row, weighted: Sequence[str]) -> tuple[str, ...]:
+def _cells(row: Row, weighted: Sequence[str]) -> list[str]:
     if row.error:
-        return row.variant, f"failed: {row.error}", *[""] * (len(COLUMNS) + len(weighted) - 2)
-    assert row.psnr is not None and row.psnr_min is not None and row.psnr_std is not None
-    return (
-        row.variant,
-        number(row.kv_bytes, 1, 1e-3),
-        _percent(row.kv_share),
-        number(row.small_bytes, 1, 1e-3),
-        number(row.kv_total, 1, 1e-3),
-        _percent(row.total_share),
-        f"{row.psnr:.1f} ({row.psnr_min:.1f}) ± {row.psnr_std:.1f}",
-        number(row.ssim, 4),
-        number(row.seam, 2),
-        number(row.seconds, 2),
-        *(number(row.weighted.get(name), 3) for name in weighted),
-    )
+        return [row.variant, f"failed: {row.error}", *[""] * (len(COLUMNS) + len(weighted) - 2)]
+    return [*(cell(row) for cell in COLUMNS.values()), *(number(row.weighted.get(name), 3) for name in weighted)]
 
 
 def _note(row: Row) -> str:
-    """What must be said when the images of a row did not send the same."""
+    """Return what must be said when the images of a row did not send the same."""
     if row.kv_range is None:
         return ""
     least, most = row.kv_range
@@ -102,7 +93,7 @@ def _percent(value: float | None) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """PSNR against kilobytes of keys and values a step, a panel for each place, a curve for each preset.
+    """Draw PSNR against kilobytes of keys and values a step, a panel for each place, a curve for each preset.
 
     What sends nothing is a dashed line; what is exact, or failed, is left to the legend.
     """
@@ -111,10 +102,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     lines = -(-len(groups) // columns)
     figure = new_figure(5 * columns, 3.8 * lines)
     presets = list(dict.fromkeys(row.preset for row in rows))
-    for index, (place, group) in enumerate(groups.items()):
+    for index, (title, group) in enumerate(groups):
         axes = figure.add_subplot(lines, columns, index + 1)
-        model, ranks, sampler, steps = place
-        axes.set_title(f"{Path(model).name}, {ranks} ranks, {sampler}, {steps} steps", fontsize=10)
+        axes.set_title(title, fontsize=10)
         _panel(axes, group, presets)
     figure.savefig(path, dpi=120)
 
@@ -136,14 +126,14 @@ def _panel(axes: Axes, rows: Sequence[Row], presets: Sequence[str]) -> None:
 
 
 def _point(row: Row) -> tuple[float, float] | None:
-    """Kilobytes and dB, where logarithmic axes have a place for them."""
+    """Return kilobytes and dB, where logarithmic axes have a place for them."""
     if row.error or not row.kv_bytes or row.psnr is None or row.psnr >= EXACT:
         return None
     return row.kv_bytes / 1e3, row.psnr
 
 
 def _draw_odd(axes: Axes, row: Row, colour: str) -> None:
-    """A row without a point on logarithmic axes."""
+    """Draw a row without a point on logarithmic axes."""
     if row.error:
         axes.plot([], [], "x", color=colour, label=f"{row.variant}: failed")
     elif row.psnr is not None and row.psnr >= EXACT:

@@ -72,16 +72,22 @@ class Row:
         return self.model, self.ranks, self.sampler, self.steps
 
 
-def make_rows(matrix: Matrix, cache: ImageCache, failures: Failures) -> list[Row]:
-    """A row for every case, in the order model, ranks, sampler, variant."""
+def make_rows(matrix: Matrix, cache: ImageCache, failures: Failures) -> dict[Case, Row]:
+    """Return a row for every case, in the order model, ranks, sampler, variant.
+
+    Args:
+        matrix: what was to be made.
+        cache: has the images of all cases that did not fail, and of those that they are compared with.
+        failures: what went wrong.
+    """
     cases = [case for ranks in matrix.ranks for case in matrix.cases(ranks)]
+    cases.sort(key=lambda case: matrix.models.index(case.model))
     rows = [make_row(case, matrix, cache, failures.get(case)) for case in cases]
-    order = {model.name: index for index, model in enumerate(matrix.models)}
-    return with_shares(sorted(rows, key=lambda row: order[row.model]))
+    return dict(zip(cases, with_shares(rows), strict=True))
 
 
 def make_row(case: Case, matrix: Matrix, cache: ImageCache, error: str | None) -> Row:
-    """The row of a case whose images, and those it is compared with, are in the cache; or of one that failed."""
+    """Return the row of a case; `error` is why it failed, if it did."""
     assert case.variant is not None, "one process is what the others are compared with"
     row = Row(
         model=case.model.name,
@@ -102,11 +108,18 @@ def make_row(case: Case, matrix: Matrix, cache: ImageCache, error: str | None) -
 
 
 def with_figures(row: Row, made: Sequence[DrawnImage], references: Sequence[DrawnImage], borders: Sequence[int]) -> Row:
-    """The row with the figures of its images; arguments in the order of the calls."""
+    """Return the row with the figures of its images.
+
+    Args:
+        row: without any.
+        made: the case's images, in the order of the calls.
+        references: one process's, likewise.
+        borders: first image row of every patch but the first one's.
+    """
     pairs = [(drawn.image, best.image) for drawn, best in zip(made, references, strict=True)]
     psnrs = tuple(psnr(image, best) for image, best in pairs)
     reports = [drawn.report or {} for drawn in made]
-    totals = [kv_total(report) for report in reports]
+    totals = [sum(report["sent_bytes"].get("kv", {}).values()) for report in reports]
     return replace(
         row,
         images=len(made),
@@ -126,25 +139,15 @@ def with_figures(row: Row, made: Sequence[DrawnImage], references: Sequence[Draw
     )
 
 
-def kv_total(report: dict[str, Any]) -> int:
-    """Bytes of keys and values in a whole run; those of warm-up steps and of those after."""
-    return sum(report["sent_bytes"].get("kv", {}).values())
-
-
 def with_shares(rows: Sequence[Row]) -> list[Row]:
-    """The rows with their shares of the `YARDSTICK`'s bytes, where it is among them."""
-    yardsticks = {row.place: row for row in rows if row.variant == YARDSTICK and not row.error}
-    return [_with_share(row, yardsticks.get(row.place)) for row in rows]
-
-
-def _with_share(row: Row, yardstick: Row | None) -> Row:
-    if yardstick is None or row.error:
-        return row
-    return replace(
-        row,
-        kv_share=_share(row.kv_bytes, yardstick.kv_bytes),
-        total_share=_share(row.kv_total, yardstick.kv_total),
-    )
+    """Return the rows with their shares of the `YARDSTICK`'s bytes, where it is among them."""
+    wholes = {row.place: row for row in rows if row.variant == YARDSTICK}
+    return [
+        replace(row, kv_share=_share(row.kv_bytes, whole.kv_bytes), total_share=_share(row.kv_total, whole.kv_total))
+        if (whole := wholes.get(row.place)) is not None
+        else row
+        for row in rows
+    ]
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
@@ -152,6 +155,6 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 
 def as_json(rows: Sequence[Row], command: str) -> list[dict[str, Any]]:
-    """The rows for `rows.json`, each with versions and command line, so that rows of several runs can be joined."""
+    """Return the rows for `rows.json`, each with versions and command line, so that several runs' can be joined."""
     known = versions()
     return [{**asdict(row), "versions": known, "command": command} for row in rows]
