@@ -222,7 +222,7 @@ class FakeJobs:
     def __init__(self, *failing: str) -> None:
         self.failing, self.asked, self.alive = failing, list[str](), set[str]()
 
-    def start(self, name: str, task: ImageTask, ranks: int, spaces: None) -> Any:
+    def start(self, name: str, task: ImageTask, ranks: int) -> Any:
         job = SimpleNamespace(name=task.strategy, log="log", ranks=ranks, memory=lambda: 1 << 30)
         if task.strategy in self.failing:
             raise JobFailed(job, "rank 0: no such thing")  # type: ignore[arg-type]  # a stand-in
@@ -240,10 +240,9 @@ class FakeJobs:
 def turns(jobs: FakeJobs, *strategies: str) -> list[Run]:
     """The runs of a cell with 5 rounds after 1."""
     chosen = plan(*strategies, models=(find_model("tiny-dit"),), rounds=5)
-    results = Results(chosen, "")
-    CellRunner(chosen, next(iter(chosen.cells)), jobs, None, tqdm(total=99, disable=True)).run(results)  # type: ignore[arg-type]
+    runs = CellRunner(chosen, next(iter(chosen.cells)), jobs, tqdm(total=99, disable=True)).run()  # type: ignore[arg-type]
     assert not jobs.alive
-    return results.runs
+    return runs
 
 
 def test_every_strategy_has_a_turn_in_every_round() -> None:

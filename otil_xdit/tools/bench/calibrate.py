@@ -74,10 +74,17 @@ def fit(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
 
 
 def calibrate(jobs: Jobs, namespaces: Namespaces, rate: float, asked: str) -> ShapedLink:
-    """Shape the link to `rate` bytes per second and measure it."""
+    """Shape the link to a rate and measure it.
+
+    Args:
+        jobs: whose ranks the namespaces join.
+        namespaces: that have the link.
+        rate: bytes per second.
+        asked: what the user asked for.
+    """
     namespaces.shape(rate)
     sizes = SIZES[: max(3, sum(size <= rate * LONGEST_SECONDS for size in SIZES))]
-    job = jobs.start("calibration", GatherTask(sizes, REPEATS), len(namespaces.names), namespaces)
+    job = jobs.start("calibration", GatherTask(sizes, REPEATS), len(namespaces.names))
     answers = jobs.ask(job)
     jobs.close(job)
     by_size = zip(*(answer["seconds"] for answer in answers), strict=True)
@@ -87,7 +94,7 @@ def calibrate(jobs: Jobs, namespaces: Namespaces, rate: float, asked: str) -> Sh
 
 
 def calibrate_to(jobs: Jobs, namespaces: Namespaces, beta: float, asked: str) -> ShapedLink:
-    """Find the shaped rate at which all-gathers reach `beta` bytes per second, as close as a few attempts get."""
+    """Shape the link so that all-gathers reach `beta` bytes per second, as close as a few attempts get."""
     links: list[ShapedLink] = []
     rate = beta / FIRST_GUESS
     for _ in range(ATTEMPTS):

@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and write `bench.json`, `table.md`, `bench.png` and the ranks' logs; `ranks.png` and `latents.png`
-    where there are several of them.
+    """Measure, and write `bench.json`, `table.md`, `bench.png` and the ranks' logs.
+
+    `ranks.png` and `latents.png` are written where there are several of them.
 
     Returns:
         1 where a rank or the link failed, 0 otherwise.
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write(results: Results, out: Path) -> None:
-    """All files of the folder."""
+    """Write all files of the folder."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(results.to_dict(), indent=1) + "\n")
     (out / "table.md").write_text(table(results))
@@ -92,7 +93,7 @@ def write(results: Results, out: Path) -> None:
 
 
 def read_plan(arguments: argparse.Namespace) -> Plan:
-    """What the arguments ask for.
+    """Return what the arguments ask for.
 
     Raises:
         ValueError: naming the flag, its value and what is accepted.
@@ -115,7 +116,7 @@ _NUMBERS = ("width", "steps", "sampler", "guidance", "rounds", "warmup_rounds", 
 
 
 def read_link(arguments: argparse.Namespace) -> LinkRequest | None:
-    """What ``--link`` asks for.
+    """Return what ``--link`` asks for.
 
     Raises:
         ValueError: where it cannot be had.

@@ -58,11 +58,17 @@ def check_possible(text: str) -> None:
 
 
 def address(rank: int) -> str:
+    """Return a rank's address inside its namespace."""
     return f"10.77.0.{rank + 1}"
 
 
 def make_commands(names: Sequence[str], bridge: str) -> list[Command]:
-    """What makes the namespaces `names`, one a rank, and the cables between them; more than two need `bridge`."""
+    """Return what makes the namespaces and the cables between them.
+
+    Args:
+        names: of the namespaces, one a rank.
+        bridge: name of the namespace that joins more than two.
+    """
     spaces = [*names, bridge] if len(names) > 2 else list(names)
     commands: list[Command] = [("ip", "netns", "add", name) for name in spaces]
     if len(names) > 2:
@@ -90,7 +96,7 @@ def make_commands(names: Sequence[str], bridge: str) -> list[Command]:
 
 
 def shape_commands(names: Sequence[str], bridge: str, rate: float) -> list[Command]:
-    """What shapes both directions of every rank's cable to `rate` bytes per second."""
+    """Return what shapes both directions of every rank's cable to `rate` bytes per second."""
     ends = [(name, DEVICE) for name in names]
     if len(names) > 2:
         ends += [(bridge, f"port{rank}") for rank in range(len(names))]
@@ -143,7 +149,7 @@ class Namespaces:
                 self._execute(("ip", "netns", "delete", name))
 
     def inside(self, rank: int) -> Command:
-        """What to put before a command that shall run in a rank's namespace."""
+        """Return what to put before a command that shall run in a rank's namespace."""
         return ("ip", "netns", "exec", self.names[rank])
 
     @property
@@ -153,7 +159,7 @@ class Namespaces:
 
 
 def existing(execute: Callable[[Command], str]) -> list[str]:
-    """Names of all namespaces of this machine that begin with `PREFIX`."""
+    """Return the names of all namespaces of this machine that begin with `PREFIX`."""
     lines = execute(("ip", "netns", "list")).splitlines()
     return [line.split()[0] for line in lines if line.startswith(PREFIX)]
 
@@ -167,7 +173,10 @@ def remove_stale(execute: Callable[[Command], str]) -> None:
 
 
 def run_command(command: Command) -> str:
-    """Run a command in a session of its own, so that no key press ends it halfway; what it printed.
+    """Run a command in a session of its own, so that no key press ends it halfway.
+
+    Returns:
+        What it printed.
 
     Raises:
         LinkError: with the last line that it said.

@@ -16,12 +16,12 @@ SEED = 0
 
 
 def network_name(pipe: Any) -> str:
-    """The component that denoises."""
+    """Return the name of the component that denoises."""
     return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
 
 
 def load(folder: str, sampler: str, width: int) -> Any:
-    """The diffusers pipeline of a folder with its network `width` times as wide; float32, in eval mode."""
+    """Return the diffusers pipeline of a folder with its network `width` times as wide; float32, in eval mode."""
     pipe = load_pipe(folder, sampler, None)
     if width > 1:
         name = network_name(pipe)
@@ -31,13 +31,13 @@ def load(folder: str, sampler: str, width: int) -> Any:
 
 
 def wider(network: Any, times: int) -> Any:
-    """A network of the same config, `times` as wide (`wider_settings`), with random weights."""
+    """Return a network of the same config, `times` as wide (`wider_settings`), with random weights."""
     torch.manual_seed(SEED)
     return type(network).from_config(wider_settings(network.config, times)).eval()
 
 
 def share_out(pipe: Any, strategy: Strategy) -> Any:
-    """The pipeline that makes an image with all ranks of the process group; called like `pipe`.
+    """Return the pipeline that makes an image with all ranks of the process group; called like `pipe`.
 
     Raises:
         ValueError: where xDiT or this package refuses.
@@ -55,7 +55,7 @@ def share_out(pipe: Any, strategy: Strategy) -> Any:
 
 
 def _by_xdit(pipe: Any, way: str) -> Any:
-    """xDiT alone, without this package's hooks."""
+    """Share the pipeline out by xDiT alone, without this package's hooks."""
     from otil_xdit.xdit.cpu import enable_cpu_ranks
 
     enable_cpu_ranks()

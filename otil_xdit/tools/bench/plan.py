@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from otil_xdit.catalog.folders import OWN, Model
 from otil_xdit.catalog.schedulers import SCHEDULERS
-from otil_xdit.tools.common.variants import Variant, parse_variant
+from otil_xdit.tools.common.variants import Variant, check_guidance, parse_variant
 from otil_xdit.xdit.flags.degrees import check_at_least
 
 Peer = Literal["one-process", "cfg", "ulysses", "ring", "pipefusion"]
@@ -58,14 +58,15 @@ class Strategy:
 
     @property
     def settings(self) -> dict[str, Any] | None:
+        """All settings by name; None for a peer."""
         return None if self.variant is None else self.variant.settings
 
     def ranks(self, ranks: int) -> int:
-        """How many of a cell's ranks it uses."""
+        """Return how many of a cell's ranks it uses."""
         return 1 if self.text == ALONE else ranks
 
     def degrees(self, ranks: int) -> dict[str, int]:
-        """How they share the image."""
+        """Return how so many ranks share the image, by `DEGREES`."""
         if self.variant is not None:
             patches = self.variant.patches(ranks)
             used = {"patch": patches, "cfg": CFG_RANKS if self.variant.requires_cfg_parallel else 1}
@@ -74,7 +75,7 @@ class Strategy:
         return {name: used.get(name, 1) for name in DEGREES}
 
     def obstacle(self, model: Model, ranks: int, steps: int, guidance: float) -> str | None:
-        """Why it cannot run on so many ranks, as far as that is known without trying, or None."""
+        """Return why it cannot run on so many ranks, as far as that is known without trying, or None."""
         if self.variant is not None:
             try:
                 self.variant.check_ranks(ranks)
@@ -108,6 +109,7 @@ class Cell:
 
     @property
     def latent(self) -> tuple[int, int]:
+        """Height and width of the latent."""
         return (self.size // self.model.vae,) * 2
 
     def __str__(self) -> str:
@@ -150,8 +152,26 @@ class Plan:
     limit: float = 600.0
 
     def __post_init__(self) -> None:
-        at_least = {"width": 1, "steps": 1, "rounds": 1, "warmup_rounds": 0}
-        for name, least in at_least.items():
+        self._check_numbers()
+        for model in self.models:
+            check_guidance(model, self.guidance)
+        if not list(self.cells):
+            raise ValueError(f"--ranks 1: only {ALONE} runs on one rank; add it to --strategies, or give 2 or more")
+        for cell in self.cells:
+            for strategy in self.strategies_of(cell):
+                self._check_strategy(strategy, cell)
+
+    def _check_strategy(self, strategy: Strategy, cell: Cell) -> None:
+        if strategy.variant is None:
+            return
+        obstacle = strategy.obstacle(cell.model, cell.ranks, self.steps, self.guidance)
+        if obstacle is None:
+            cell.model.check_size(cell.size, strategy.variant.patches(cell.ranks), strategy.variant.block)
+        elif strategy.text not in DEFAULT:  # those are left out with the reason beside the others' figures
+            raise ValueError(f"--strategies {strategy.text}: {obstacle}")
+
+    def _check_numbers(self) -> None:
+        for name, least in {"width": 1, "steps": 1, "rounds": 1, "warmup_rounds": 0}.items():
             check_at_least(name, getattr(self, name), least)
         for ranks in self.ranks:
             check_at_least("ranks", ranks, 1)
@@ -162,23 +182,10 @@ class Plan:
         if self.sampler not in (OWN, *SCHEDULERS):
             known = ", ".join((OWN, *SCHEDULERS))
             raise ValueError(f"--sampler {self.sampler}: no such sampler; choose from {known}")
-        for model in self.models:
-            if not model.is_unet and self.guidance <= 1:
-                raise ValueError(f"--guidance {self.guidance:g}: xDiT's SD3 pipeline needs guidance; give more than 1")
-        if not list(self.cells):
-            raise ValueError(f"--ranks 1: only {ALONE} runs on one rank; add it to --strategies, or give 2 or more")
-        for cell in self.cells:
-            for strategy in self.strategies_of(cell):
-                if strategy.variant is None:
-                    continue
-                obstacle = strategy.obstacle(cell.model, cell.ranks, self.steps, self.guidance)
-                if obstacle is None:
-                    cell.model.check_size(cell.size, strategy.variant.patches(cell.ranks), strategy.variant.block)
-                elif strategy.text not in DEFAULT:  # those are left out with the reason beside the others' figures
-                    raise ValueError(f"--strategies {strategy.text}: {obstacle}")
 
     @property
     def cells(self) -> Iterator[Cell]:
+        """Models, sizes and numbers of ranks; of 1 rank only where there is no other."""
         alone = any(strategy.text == ALONE for strategy in self.strategies)
         several = [ranks for ranks in self.ranks if ranks > 1]
         for model in self.models:
@@ -187,18 +194,20 @@ class Plan:
                     yield Cell(model, self.width, size, ranks)
 
     def sizes_of(self, model: Model) -> tuple[int, ...]:
-        """Height and width of the images, in pixels."""
+        """Return heights and widths of a model's images, in pixels."""
         return tuple(side * model.vae for side in self.latents) or self.sizes
 
     def strategies_of(self, cell: Cell) -> tuple[Strategy, ...]:
+        """Return the strategies that run on a cell's ranks."""
         return tuple(strategy for strategy in self.strategies if cell.ranks > 1 or strategy.text == ALONE)
 
     def sampler_of(self, model: Model) -> str:
+        """Return the sampler that makes a model's images."""
         return self.sampler if model.is_unet else OWN
 
 
 def parse_strategy(text: str) -> Strategy:
-    """A strategy from the name of a peer, or from ``PRESET[:setting=value,...]``.
+    """Parse a strategy from the name of a peer, or from ``PRESET[:setting=value,...]``.
 
     Raises:
         ValueError: naming what would be accepted.

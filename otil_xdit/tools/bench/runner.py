@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from otil_xdit.tools.bench.calibrate import calibrate, calibrate_to
+from otil_xdit.tools.bench.calibrate import ShapedLink, calibrate, calibrate_to
 from otil_xdit.tools.bench.link import Namespaces
 from otil_xdit.tools.bench.plan import Cell, Plan, Strategy, parse_strategy
 from otil_xdit.tools.bench.results import Results, Run
@@ -51,15 +51,15 @@ def run_plan(plan: Plan, request: LinkRequest | None, logs: Path, results: Resul
     with ExitStack() as stack:
         caught = stack.enter_context(caught_signals())
         cells = list(plan.cells)
-        link = None if request is None else stack.enter_context(Namespaces(cells[0].ranks))
-        jobs = stack.enter_context(jobs_of_a_run(logs, plan.limit, caught))
-        if link is not None and request is not None:
-            _make_slow(plan, cells[0], request, link, jobs, results)
+        network = None if request is None else stack.enter_context(Namespaces(cells[0].ranks))
+        jobs = stack.enter_context(jobs_of_a_run(logs, plan.limit, caught, network))
+        if network is not None and request is not None:
+            results.link = _make_slow(plan, cells[0], request, network, jobs)
         total = (plan.warmup_rounds + plan.rounds) * sum(len(plan.strategies_of(cell)) for cell in cells)
         bar = stack.enter_context(progress(total, "image"))
         for cell in cells:
             bar.set_description(str(cell))
-            CellRunner(plan, cell, jobs, link, bar).run(results)
+            results.runs += CellRunner(plan, cell, jobs, bar).run()
             save()
 
 
@@ -78,12 +78,12 @@ def _task(plan: Plan, cell: Cell, strategy: Strategy) -> ImageTask:
 class CellRunner:
     """Makes the images of one cell's strategies, which take turns."""
 
-    def __init__(self, plan: Plan, cell: Cell, jobs: Jobs, link: Namespaces | None, bar: tqdm) -> None:
-        self._plan, self._cell, self._jobs, self._link, self._bar = plan, cell, jobs, link, bar
+    def __init__(self, plan: Plan, cell: Cell, jobs: Jobs, bar: tqdm) -> None:
+        self._plan, self._cell, self._jobs, self._bar = plan, cell, jobs, bar
         self._used = 0
 
-    def run(self, results: Results) -> None:
-        """Add the cell's runs to the results, in the order of the strategies."""
+    def run(self) -> list[Run]:
+        """Return the cell's runs, in the order of the strategies."""
         runs = [Run(self._cell, strategy) for strategy in self._plan.strategies_of(self._cell)]
         todo, alternation = runs, 0
         while todo:
@@ -94,10 +94,10 @@ class CellRunner:
             for _, job in ready:
                 self._jobs.close(job)
             alternation += 1
-        results.runs += runs
+        return runs
 
     def _load(self, runs: Sequence[Run]) -> tuple[list[tuple[Run, Job]], list[Run]]:
-        """As many as memory allows, loaded, with their warm-up images made; and those that are left."""
+        """Load as many as memory allows, and make their warm-up images; return them, and those that are left."""
         ready: list[tuple[Run, Job]] = []
         for index, run in enumerate(runs):
             if ready and psutil.virtual_memory().available < ROOM * self._used + SPARE_BYTES:
@@ -109,13 +109,13 @@ class CellRunner:
         return ready, []
 
     def _loaded(self, run: Run) -> Job | None:
-        """The job of a run, or None where it is skipped: what is not this package's may be unable to run here."""
+        """Start the job of a run; None where it is skipped: what is not this package's may be unable to run here."""
         plan, cell, strategy = self._plan, self._cell, run.strategy
         run.skipped = strategy.obstacle(cell.model, cell.ranks, plan.steps, plan.guidance)
         job = None
         if run.skipped is None:
             try:
-                job = self._jobs.start(f"{cell}, {strategy.text}", _task(plan, cell, strategy), run.ranks, self._link)
+                job = self._jobs.start(f"{cell}, {strategy.text}", _task(plan, cell, strategy), run.ranks)
                 for _ in range(plan.warmup_rounds):
                     self._jobs.ask(job)
                     self._bar.update()
@@ -130,7 +130,7 @@ class CellRunner:
         return None
 
     def _alternate(self, ready: Sequence[tuple[Run, Job]]) -> None:
-        """All rounds; in each of them every strategy has a turn, in another order."""
+        """Run all rounds; in each of them every strategy has a turn, in another order."""
         order = random.Random(ORDER_SEED)
         for _ in range(self._plan.rounds):
             for run, job in order.sample(ready, len(ready)):
@@ -138,28 +138,23 @@ class CellRunner:
                 self._bar.update()
 
 
-def _make_slow(
-    plan: Plan, cell: Cell, request: LinkRequest, namespaces: Namespaces, jobs: Jobs, results: Results
-) -> None:
+def _make_slow(plan: Plan, cell: Cell, request: LinkRequest, namespaces: Namespaces, jobs: Jobs) -> ShapedLink:
     """Shape the link as requested, and measure it."""
     if request.rate is not None:
-        results.link = calibrate(jobs, namespaces, request.rate, request.text)
-        return
+        return calibrate(jobs, namespaces, request.rate, request.text)
     assert request.ratio is not None
     namespaces.shape(UNSHAPED)
-    kv_bytes, seconds = _computing(plan, cell, namespaces, jobs)
+    kv_bytes, seconds = _computing(plan, cell, jobs)
     link = calibrate_to(jobs, namespaces, kv_bytes / (request.ratio * seconds), request.text)
-    results.link = replace(link, ratio=kv_bytes / seconds / link.beta_bytes_per_second)
+    return replace(link, ratio=kv_bytes / seconds / link.beta_bytes_per_second)
 
 
-def _computing(plan: Plan, cell: Cell, namespaces: Namespaces, jobs: Jobs) -> tuple[float, float]:
-    """Bytes of keys and values that a rank sends in a synchronous step, and seconds of a step without any."""
+def _computing(plan: Plan, cell: Cell, jobs: Jobs) -> tuple[float, float]:
+    """Measure bytes of keys and values that a rank sends in a synchronous step, and seconds of a step without any."""
     run = Run(cell, parse_strategy("naive"))
-    job = jobs.start("naive, for the ratio", _task(plan, cell, run.strategy), cell.ranks, namespaces)
-    for number in range(plan.warmup_rounds + PROBE_ROUNDS):
-        answers = jobs.ask(job)
-        if number >= plan.warmup_rounds:
-            run.rounds.append(answers)
+    job = jobs.start("naive, for the ratio", _task(plan, cell, run.strategy), cell.ranks)
+    rounds = [jobs.ask(job) for _ in range(plan.warmup_rounds + PROBE_ROUNDS)]
+    run.rounds = rounds[plan.warmup_rounds :]
     jobs.close(job)
     found = run.computing()
     assert found is not None, "the tool has seen to enough steps"

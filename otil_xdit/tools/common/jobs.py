@@ -131,21 +131,24 @@ class Jobs:
         listener: a listening Unix socket.
         limit: seconds that any answer may take.
         caught: signals that came.
+        network: what joins the ranks of a job of several; None for loopback.
     """
 
-    def __init__(self, folder: Path, listener: socket.socket, limit: float, caught: list[int]) -> None:
-        self._folder, self._listener, self._limit, self._caught = folder, listener, limit, caught
+    def __init__(
+        self, folder: Path, listener: socket.socket, limit: float, caught: list[int], network: Network | None
+    ) -> None:
+        self._folder, self._listener, self._limit = folder, listener, limit
+        self._caught, self._network = caught, network
         self._jobs: list[Job] = []
         self._started = 0
 
-    def start(self, name: str, task: Task, ranks: int, network: Network | None = None) -> Job:
+    def start(self, name: str, task: Task, ranks: int) -> Job:
         """Start a task's ranks and wait until they have loaded it.
 
         Args:
             name: of the job, for messages and its log.
             task: what each rank loads.
             ranks: how many.
-            network: what joins them, where they are several; None for loopback.
 
         Raises:
             JobFailed: when a rank fails, or does not get there in time; none of them is left.
@@ -156,7 +159,7 @@ class Jobs:
         job = Job(name, self._started, self._folder / file)
         self._jobs.append(job)
         self._started += 1
-        self._launch(job, ranks, network if ranks > 1 else None)
+        self._launch(job, ranks)
         try:
             self._connect(job)
             self._exchange(job, [task] * ranks)
@@ -189,7 +192,8 @@ class Jobs:
         for job in list(self._jobs):
             self.close(job)
 
-    def _launch(self, job: Job, ranks: int, network: Network | None) -> None:
+    def _launch(self, job: Job, ranks: int) -> None:
+        network = self._network if ranks > 1 else None
         port = free_port() if network is None else FIRST_PORT + job.number
         shared = {**({} if has_accelerator() else CPU_ENVIRONMENT), **os.environ}
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)}
@@ -273,18 +277,19 @@ class Jobs:
 
 
 @contextmanager
-def jobs_of_a_run(logs: Path, limit: float, caught: list[int]) -> Iterator[Jobs]:
+def jobs_of_a_run(logs: Path, limit: float, caught: list[int], network: Network | None = None) -> Iterator[Jobs]:
     """Yield jobs that are all ended afterwards, whatever happens.
 
     Args:
         logs: folder for what the ranks write.
         limit: seconds that starting a job, or any answer, may take.
         caught: signals that came; one of them ends a wait by `Interrupted`.
+        network: what joins the ranks of a job of several; None for loopback.
     """
     with tempfile.TemporaryDirectory(prefix="otil-xdit-") as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(Path(folder) / "socket"))
         listener.listen()
-        jobs = Jobs(logs, listener, limit, caught)
+        jobs = Jobs(logs, listener, limit, caught, network)
         try:
             yield jobs
         finally:

@@ -29,7 +29,7 @@ class Link:
     swapping: float = 1.0
 
     def seconds(self, nbytes: float) -> float:
-        """Of one message that puts `nbytes` on the wire while nothing else travels."""
+        """Return the seconds of one message that puts `nbytes` on the wire while nothing else travels."""
         if not self.samples:
             return self.latency + nbytes / self.rate
         least, least_seconds = self.samples[0]

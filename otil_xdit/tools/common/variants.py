@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
+from otil_xdit.catalog.folders import Model
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.options import Option, options
@@ -60,6 +61,23 @@ class Variant:
         if self.requires_cfg_parallel and ranks % 2:
             raise ValueError(f"--ranks {ranks}: {self.text} has two halves of the ranks; give an even number")
 
+    def check_image(self, model: Model, size: int, ranks: int, steps: int, guidance: float) -> None:
+        """Refuse an image that the variant cannot make.
+
+        Args:
+            model: that makes it.
+            size: height and width in pixels.
+            ranks: that share it.
+            steps: denoising steps.
+            guidance: guidance scale.
+
+        Raises:
+            ValueError: naming setting or flag and what would be accepted.
+        """
+        self.check_ranks(ranks)
+        model.check_size(size, self.patches(ranks), self.block)
+        self.check_call(steps, guidance)
+
     def check_call(self, steps: int, guidance: float) -> None:
         """Refuse an image of so many steps, at such a guidance scale, that the settings cannot make.
 
@@ -71,6 +89,16 @@ class Variant:
                 self.config.check_call(steps, guidance, "--guidance")
             except ValueError as error:
                 raise ValueError(f"{self.text}: {error}") from None
+
+
+def check_guidance(model: Model, guidance: float) -> None:
+    """Refuse a guidance scale that a model's pipeline does not run with.
+
+    Raises:
+        ValueError: naming the flag and what would be accepted.
+    """
+    if not model.is_unet and guidance <= 1:
+        raise ValueError(f"--guidance {guidance:g}: xDiT's SD3 pipeline needs guidance; give more than 1")
 
 
 def parse_variant(text: str, flag: str = "--presets", others: str = "") -> Variant:

@@ -7,12 +7,13 @@ same images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from otil_xdit.catalog.folders import OWN, Model
 from otil_xdit.catalog.schedulers import SCHEDULERS
-from otil_xdit.tools.common.variants import Variant
+from otil_xdit.tools.common.variants import Variant, check_guidance
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 """One prompt a line, of the kind that the shipped models were trained on."""
@@ -48,10 +49,12 @@ class Case:
 
     @property
     def reference(self) -> Case:
+        """One process's case that it is compared with."""
         return Case(self.model, self.sampler)
 
     @property
     def patches(self) -> int:
+        """How many the image is cut into."""
         return 1 if self.variant is None else self.variant.patches(self.ranks)
 
     def __str__(self) -> str:
@@ -88,37 +91,30 @@ class Matrix:
             if not self.samplers_of(model):
                 given = " ".join(map(str, self.samplers))
                 raise ValueError(f"--samplers {given}: {model.name} is a DiT and has its own only; add {OWN}:STEPS")
-            if not model.is_unet and self.guidance <= 1:
-                raise ValueError(f"--guidance {self.guidance:g}: xDiT's SD3 pipeline needs guidance; give more than 1")
-            for ranks in self.ranks:
-                for variant in self.variants:
-                    variant.check_ranks(ranks)
-                    model.check_size(self.size, variant.patches(ranks), variant.block)
-            for sampler in self.samplers_of(model):
-                for variant in self.variants:
-                    variant.check_call(sampler.steps, self.guidance)
+            check_guidance(model, self.guidance)
+            for ranks, variant, sampler in product(self.ranks, self.variants, self.samplers_of(model)):
+                variant.check_image(model, self.size, ranks, sampler.steps, self.guidance)
         if self.lora is not None and len(self.models) > 1:
             names = " ".join(model.name for model in self.models)
             raise ValueError(f"--lora fits one architecture, and --models {names} are several; give one model")
 
     def samplers_of(self, model: Model) -> tuple[Sampler, ...]:
+        """Return those of the samplers that a model takes."""
         return tuple(sampler for sampler in self.samplers if model.is_unet or sampler.name == OWN)
 
     @property
     def references(self) -> tuple[Case, ...]:
+        """The cases of one process."""
         return tuple(Case(model, sampler) for model in self.models for sampler in self.samplers_of(model))
 
     def cases(self, ranks: int) -> tuple[Case, ...]:
-        """All variants of every model and sampler on `ranks` ranks."""
-        return tuple(
-            Case(reference.model, reference.sampler, variant, ranks)
-            for reference in self.references
-            for variant in self.variants
-        )
+        """Return all variants of every model and sampler on `ranks` ranks."""
+        pairs = product(self.references, self.variants)
+        return tuple(replace(reference, variant=variant, ranks=ranks) for reference, variant in pairs)
 
 
 def parse_sampler(text: str) -> Sampler:
-    """A sampler from ``NAME:STEPS``.
+    """Parse a sampler from ``NAME:STEPS``.
 
     Raises:
         ValueError: naming what is accepted.
@@ -145,7 +141,7 @@ def read_prompts(file: Path | None = None) -> list[str]:
 
 
 def make_calls(prompts: Sequence[str], count: int, seeds: int) -> tuple[Call, ...]:
-    """Every seed of the first `count` prompts.
+    """Return every seed of the first `count` prompts.
 
     Raises:
         ValueError: for more prompts than there are, or a number below 1.

@@ -21,14 +21,14 @@ FLOOR = 1 / 2550
 
 
 def psnr(image: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, at most `IDENTICAL`."""
+    """Return the peak signal-to-noise ratio in dB, at most `IDENTICAL`."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     return min(peak_signal_noise_ratio(image, reference, data_range=1.0).item(), IDENTICAL)
 
 
 def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
-    """Structural similarity (Wang et al., 2004), 1 for the same image."""
+    """Return the structural similarity (Wang et al., 2004), 1 for the same image."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     value = structural_similarity_index_measure(image[None], reference[None], data_range=1.0)
@@ -37,7 +37,7 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def seam(image: torch.Tensor, reference: torch.Tensor, borders: Sequence[int]) -> float:
-    """How much steeper the image is across the borders of the patches than beside them, against the reference.
+    """Return how much steeper the image is across the patches' borders than beside them, against the reference.
 
     Args:
         image, reference: see above.
@@ -50,9 +50,9 @@ def seam(image: torch.Tensor, reference: torch.Tensor, borders: Sequence[int]) -
 
 
 def steepness(image: torch.Tensor, borders: Sequence[int]) -> float:
-    """Mean absolute vertical gradient across the borders over that of the `BAND` row pairs on either side of each.
+    """Return the mean absolute vertical gradient across the borders over that beside them.
 
-    Row pairs beside one border that cross another one count for neither.
+    Beside a border are the `BAND` row pairs on either side. Those that cross another border count for neither.
     """
     assert borders, "one patch has no border"
     # gradient[r] lies between the rows r and r + 1, so that across a border b is gradient[b - 1].

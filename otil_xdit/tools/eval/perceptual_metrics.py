@@ -39,7 +39,7 @@ class WeightedMetric:
     least: int = 1
 
     def absence(self, images: int) -> str | None:
-        """Why the metric cannot be had for so many images, or None where it can."""
+        """Return why the metric cannot be had for so many images, or None where it can."""
         if images < self.least:
             return f"{self.name}: it needs {self.least} images, and there are {images}"
         if find_spec(self.package) is None:
@@ -49,18 +49,18 @@ class WeightedMetric:
         return None
 
     def found(self) -> Path | None:
-        """The weights' file, or None."""
+        """Return the weights' file, or None."""
         paths = (self.where() / file for file in self.files)
         return next((path for path in paths if path.is_file()), None)
 
 
 def absences(images: int) -> list[str]:
-    """One reason for each metric that cannot be had here."""
+    """Return one reason for each metric that cannot be had here."""
     return [reason for metric in WEIGHTED if (reason := metric.absence(images)) is not None]
 
 
 def weighted_figures(made: Images, references: Images, prompts: Sequence[str]) -> dict[str, float]:
-    """Each metric that can be had, by name; arguments in the order of the calls."""
+    """Return each metric that can be had, by name; arguments in the order of the calls."""
     return {
         metric.name: metric.measure(made, references, prompts, weights)
         for metric in WEIGHTED
@@ -73,7 +73,7 @@ def _torch_hub() -> Path:
 
 
 def _clip_snapshot() -> Path:
-    """The snapshot of `CLIP_MODEL` in the hub's cache that the branch ``main`` was when it was fetched."""
+    """Return the snapshot of `CLIP_MODEL` in the hub's cache that the branch ``main`` was when it was fetched."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE) / f"models--{CLIP_MODEL.replace('/', '--')}"
@@ -82,7 +82,7 @@ def _clip_snapshot() -> Path:
 
 
 def _lpips(made: Images, references: Images, prompts: Sequence[str], weights: Path) -> float:
-    """Mean LPIPS (Zhang et al., CVPR 2018) over AlexNet to one process's images; 0 for the same."""
+    """Return the mean LPIPS (Zhang et al., CVPR 2018) over AlexNet to one process's images; 0 for the same."""
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
     pair = torch.stack(list(made)), torch.stack(list(references))
@@ -90,7 +90,7 @@ def _lpips(made: Images, references: Images, prompts: Sequence[str], weights: Pa
 
 
 def _fid(made: Images, references: Images, prompts: Sequence[str], weights: Path) -> float:
-    """Frechet distance (Heusel et al., NeurIPS 2017) between the images and one process's; 0 for the same."""
+    """Return the Frechet distance (Heusel et al., NeurIPS 2017) of the images to one process's; 0 for the same."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     distance = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=str(weights))
@@ -101,7 +101,7 @@ def _fid(made: Images, references: Images, prompts: Sequence[str], weights: Path
 
 
 def _clip_score(made: Images, references: Images, prompts: Sequence[str], weights: Path) -> float:
-    """Mean CLIP score (Hessel et al., EMNLP 2021), 0 to 100, of the images with their prompts.
+    """Return the mean CLIP score (Hessel et al., EMNLP 2021), 0 to 100, of the images with their prompts.
 
     torchmetrics 1.9 has it too, but not for transformers 5.
     """
