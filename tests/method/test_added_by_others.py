@@ -1,4 +1,4 @@
-"""A codec and a change score that another package registers: one class or function, and one entry in a dict."""
+"""A codec and a change score that another package registers, in the exchange of one layer and in the settings."""
 
 from __future__ import annotations
 
@@ -8,44 +8,14 @@ import torch.distributed as dist
 
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.exchange.communicator import OtilCommunicator
-from otil_xdit.method.codec import CODECS, Codec, Decoded
+from otil_xdit.method.codec import CODECS
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.scores import CHANGE_SCORES, ChangeScore
-from otil_xdit.method.scratch import ScratchBuffers
+from tests.support.another_package import Half, first_number_change, register
 from tests.support.ranks import run_ranks
 
 HEADS, ROWS, COLS, SIZE, STEPS = 2, 4, 4, 4, 6
-
-
-class Half(Codec):
-    """Two bytes a number, without scales."""
-
-    bits = 16
-
-    def __init__(self, of_residuals: bool) -> None:
-        self.of_residuals = of_residuals
-
-    def size(self, vectors: int, width: int) -> int:
-        return 2 * vectors * width
-
-    def encode(self, vectors: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers) -> None:
-        out.view(torch.float16).unflatten(-1, vectors.shape[-2:]).copy_(vectors)
-
-    def decode(self, coded: torch.Tensor, vectors: int, width: int, scratch: ScratchBuffers) -> Decoded:
-        return coded.view(torch.float16).unflatten(-1, (vectors, width)).float(), None
-
-
-def first_number_change(fresh: torch.Tensor, previous: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """How far the first number of each sub-block's first token has moved."""
-    return (fresh.float() - previous.float()).flatten(0, -3)[0, table[:, 0], 0].abs()
-
-
-def register() -> None:
-    """In a rank's own process, so that nothing has to be undone."""
-    CODECS["half"] = lambda dtype: Half(of_residuals=True)
-    CODECS["half-values"] = lambda dtype: Half(of_residuals=False)
-    CHANGE_SCORES["first"] = ChangeScore(first_number_change)
 
 
 def values(rank: int, step: int) -> torch.Tensor:
