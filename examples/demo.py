@@ -59,6 +59,10 @@ class Scene:
     rounds: int = 1
     warmup_steps: int = 3
 
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {self.size} x {self.size} pixels, {self.steps} steps"
+
 
 SCENES = (
     Scene("tiny-sd", "dpm-solver", 20, 128, tuple(STRATEGIES)),
@@ -115,7 +119,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
             print(f"\n{table(scene, drawn)}")
         print(NOTES)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        make_sheet(results[:2]).save(arguments.output)
+        make_sheet(results).save(arguments.output)
         print(f"Images side by side: {arguments.output}")
     dist.barrier()
     dist.destroy_process_group()
@@ -163,7 +167,7 @@ def psnr(image: Image.Image, reference: Image.Image) -> str:
 def table(scene: Scene, results: list[Result]) -> str:
     """Return a scene's table; PSNR and speed are against its first result."""
     lines = [
-        f"{scene.model}, {scene.size} x {scene.size} pixels, {scene.steps} steps",
+        scene.title,
         f"{'':>14} |       | kB sent per step and rank    | PSNR to one |         | times",
         f"{'':>14} | ranks | keys, values | halo, moments | process     | seconds | as fast",
         f"{'-' * 15}|-------|--------------|---------------|-------------|---------|--------",
@@ -179,19 +183,25 @@ def table(scene: Scene, results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def make_sheet(rows: list[list[Result]], scale: int = 2) -> Image.Image:
-    """Lay out a row of images for each scene, enlarged, with their names above."""
-    (width, height), margin, caption = (side * scale for side in rows[0][0].image.size), 8, 24
-    size = (len(rows[0]) * (width + margin) + margin, len(rows) * (height + caption) + margin)
-    page = Image.new("RGB", size, "white")
+def make_sheet(rows: list[list[Result]], side: int = 256) -> Image.Image:
+    """Lay out a row of images for each of `SCENES`: its title, its images' names, and the images at one size.
+
+    Args:
+        rows: the results of each scene.
+        side: pixels a side of every image on the sheet.
+    """
+    margin, line = 8, 22
+    cell, height = side + margin, 2 * line + side + margin
+    page = Image.new("RGB", (max(map(len, rows)) * cell + margin, len(rows) * height), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(16)
-    for row, results in enumerate(rows):
-        top = row * (height + caption)
+    for row, (scene, results) in enumerate(zip(SCENES, rows, strict=True)):
+        top = row * height
+        pen.text((margin, top + 3), scene.title, "black", font, stroke_width=0.4)
         for column, result in enumerate(results):
-            left = margin + column * (width + margin)
+            left = margin + column * cell
             near = f", {psnr(result.image, results[0].image)}" if column else ""
-            pen.text((left, top + 3), f"{result.name}{near}", "black", font)
-            page.paste(result.image.resize((width, height)), (left, top + caption))
+            pen.text((left, top + line + 1), f"{result.name}{near}", "black", font)
+            page.paste(result.image.resize((side, side)), (left, top + 2 * line))
     return page
 
 
