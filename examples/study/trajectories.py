@@ -104,7 +104,7 @@ def load(model: str, sampler: str) -> Any:
 @torch.no_grad()
 def generate(pipe: Any, prompt: str, seed: int, steps: int, guidance: float, size: int) -> Trajectory:
     """One image of `size` x `size` pixels, with everything that was seen on the way."""
-    with _recorded(pipe.scheduler) as seen:
+    with recorded(pipe.scheduler) as seen:
         pipe(
             prompt,
             height=size,
@@ -146,7 +146,7 @@ def clean_latent(scheduler: Any, predicted: torch.Tensor, timestep: torch.Tensor
 
 
 @contextmanager
-def _recorded(scheduler: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+def recorded(scheduler: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Collects (what the network was called with, the clean latent) of every step while it is open."""
     step, seen = scheduler.step, []
 

@@ -22,7 +22,7 @@ from otil_xdit.method.schedule import Mode
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
 
-_MOST_LAYERS, _MOST_VALUES = 4, 2**23
+MOST_LAYERS, MOST_VALUES = 4, 2**23
 """Bounds of a group: that many layers, and that many values of one rank (but one layer at least). Layers that travel
 together leave with the last of them and are waited for by the first: a group of a quarter of a network's layers has
 three quarters of a step to travel, one of all of them has nothing. And what is computed of all at once takes memory.
@@ -85,7 +85,7 @@ class KVGroup:
         """Tell whether a layer of these may join now."""
         same = self.shape == shape and self.dtype == dtype and self.table is table
         layers, values = len(self.names) + 1, self.shape.numel()
-        small = layers <= _MOST_LAYERS and layers * values <= _MOST_VALUES
+        small = layers <= MOST_LAYERS and layers * values <= MOST_VALUES
         light = layers * self._layout.size <= values * self.dtype.itemsize
         return same and small and light and not self._is_allocated
 

@@ -111,6 +111,11 @@ class BlockSelector:
         self._latent_at = -1
         self._generator = torch.Generator()
 
+    @property
+    def remembered(self) -> tuple[int, int]:
+        """Numbers of kinds of sequences, and of layers or kinds of sequences with ages, of which there is a state."""
+        return len(self._geometries), len(self._selectors)
+
     def begin(self) -> None:
         """Start a generation; equal input selects equal sub-blocks in every one."""
         self._latent = self._previous_latent = None

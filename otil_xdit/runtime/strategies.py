@@ -166,10 +166,11 @@ HYBRIDIFF = _preset(
     defaults={"window": AUTO},
 )
 
-_STRATEGIES = {
+REGISTERED = {
     strategy.name: strategy
     for strategy in (OTIL, OTIL_PAPER, DISTRIFUSION, COMPACT_1BIT, COMPACT_2BIT, HYBRIDIFF, SYNC, NAIVE)
 }
+"""Strategies by name, but for those of entry points; `register_strategy` adds to them."""
 
 
 def register_strategy(strategy: Strategy, replace: bool = False) -> Strategy:
@@ -178,10 +179,10 @@ def register_strategy(strategy: Strategy, replace: bool = False) -> Strategy:
     Raises:
         ValueError: when another strategy has the name and `replace` is not given.
     """
-    known = _STRATEGIES.get(strategy.name)
+    known = REGISTERED.get(strategy.name)
     if known is not None and known != strategy and not replace:
         raise ValueError(f"a parallel strategy named {strategy.name!r} is registered already")
-    _STRATEGIES[strategy.name] = strategy
+    REGISTERED[strategy.name] = strategy
     return strategy
 
 
@@ -190,7 +191,7 @@ def strategies() -> dict[str, Strategy]:
 
     An entry point that cannot be loaded is named in a warning and left out.
     """
-    found = dict(_STRATEGIES)
+    found = dict(REGISTERED)
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         strategy = None if entry.name in found else _loaded(entry)
         if strategy is not None:

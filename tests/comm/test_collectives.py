@@ -16,6 +16,7 @@ from otil_xdit.errors import ExchangeTimeout
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.method.config import OtilConfig, selectors
 from otil_xdit.method.grid import TokenLayout
+from otil_xdit.method.selection import TopKSelector
 from otil_xdit.runtime.strategies import get_strategy
 from tests.support.ranks import run_ranks
 
@@ -115,7 +116,8 @@ def check_staleness_bound() -> None:
     run = make_run(ratio=1 / 4, warmup_steps=1, select="kv-cosine", polling=0.5, block_size=4)
     steps = 16
     seen = generate(run, steps, layers=("a",))
-    selector = run.selector._selectors["a"]
+    blocks, _ = run.kv.place_of("a")[0].table.shape
+    selector = TopKSelector(blocks, 1 / 4, 0.5, max_age=0, device=torch.device("cpu"))
     bound = -(-selector.total // selector.polled)
     other = (dist.get_rank() + 1) % dist.get_world_size()
     at = slice(other * TOKENS, (other + 1) * TOKENS)

@@ -105,10 +105,9 @@ def test_a_rank_may_fail_when_the_others_are_done(two: Ranks) -> None:
 def test_who_says_nothing_is_named_and_who_computes_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detector, "ANSWER_SECONDS", 0.6)
     ranks = Ranks(3)
-    first, dead, computing = ranks.all
+    first, _, computing = ranks.all
     first.begin()
     computing.begin()
-    dead._board.generation = 1  # its thread never runs
     computing.on_collective("layer y at step 2")
     started = time.monotonic()
     verdict = first.diagnose()
@@ -126,9 +125,12 @@ def test_a_rank_that_does_not_begin_is_named_after_the_timeout() -> None:
 
 
 def test_an_alarm_of_the_last_generation_is_none_of_this(two: Ranks) -> None:
-    first = two.all[0]
-    first._alarmed_in = first._board.generation
-    assert first.is_alarmed
+    first, second = two.all
+    alone = two.pool.submit(failing(second))
+    while not first.is_alarmed:
+        time.sleep(0.01)
+    first.done()
+    alone.result(10)
     first.begin()
     assert not first.is_alarmed
 

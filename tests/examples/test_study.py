@@ -86,7 +86,7 @@ def test_the_clean_latent_is_found_in_the_prediction(sampler: str) -> None:
         timestep, predicted = scheduler.timesteps[4], noise
         latent = scheduler.add_noise(clean, noise, timestep[None])
     plain = scheduler.step
-    with trajectories._recorded(scheduler) as seen:
+    with trajectories.recorded(scheduler) as seen:
         scheduler.step(predicted, timestep, latent, return_dict=False)
     ((called_with, found),) = seen
     torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-3)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from otil_xdit import OtilConfig
 from otil_xdit.runtime.agreement import (
@@ -118,11 +119,20 @@ def test_weights_written_to_or_replaced_are_other_weights() -> None:
     assert of_network(facts, unet) != second
 
 
-def test_weights_that_have_not_changed_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+class NothingIsComputed(TorchDispatchMode):
+    """Fails at every operation on tensors, which a look at what they hold takes."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        pytest.fail(f"{function} was called")
+
+
+def test_weights_that_have_not_changed_are_not_read_again() -> None:
     facts, unet = NetworkFacts(), network()
     first = of_network(facts, unet)
-    monkeypatch.setattr("otil_xdit.runtime.agreement._sum", lambda *args: pytest.fail("read"))
-    assert of_network(facts, unet) == first
+    with NothingIsComputed():
+        assert of_network(facts, unet) == first
+    with NothingIsComputed(), pytest.raises(pytest.fail.Exception, match="was called"):
+        of_network(NetworkFacts(), unet)
 
 
 def test_lora_is_told_by_names_scales_and_weights() -> None:
