@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from otil_xdit.dryrun.job import ParallelDegrees
+from otil_xdit.dryrun.job import ParallelDegrees, Request
 from otil_xdit.dryrun.networks import META, Layer
-from otil_xdit.dryrun.recorder import Log, RecordedCollectives
-from otil_xdit.dryrun.stand_ins import patch_group
-from otil_xdit.exchange.communicator import OtilCommunicator
+from otil_xdit.dryrun.recorder import Log
+from otil_xdit.dryrun.requests import replay
+from otil_xdit.dryrun.stand_ins import dry_communicator
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.window import NONE
 
@@ -60,14 +59,15 @@ def memory_of(layers: Sequence[Layer], ranks: int, batch: int, dtype: torch.dtyp
     steady = config.replace(
         warmup_steps=min(2, config.warmup_steps), fresh_share=0.0, window=NONE, requires_cfg_parallel=False
     )
-    group = patch_group(ParallelDegrees(patches=ranks), 0)
-    run = OtilCommunicator(steady, group, partial(RecordedCollectives, log=Log()))
+    log = Log()
+    run = dry_communicator(steady, ParallelDegrees(patches=ranks), 0, log)
+    requests: list[Request] = []
+    for number, layer in enumerate(layers):
+        values = torch.empty(batch, layer.heads, layer.tokens, layer.width // layer.heads, dtype=dtype, device=META)
+        requests += [("observe", (None, layer.layout)), ("gather", (str(number), values, values))]
     run.begin()
     for _ in range(steady.warmup_steps + 2):
-        for number, layer in enumerate(layers):
-            run.observe(None, layer.layout)
-            values = torch.empty(batch, layer.heads, layer.tokens, layer.width // layer.heads, dtype=dtype, device=META)
-            run.gather(str(number), values, values)
+        replay(requests, run, log)
         run.clock.tick()
     run.end()
     largest, kept = 0, Counter[str]()

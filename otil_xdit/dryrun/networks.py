@@ -66,8 +66,15 @@ class Network:
 
 @dataclass(frozen=True)
 class Layer:
-    """What the exchange sees of a self-attention layer: `tokens` of one rank, `width` features in so many heads, how
-    the tokens are laid; `path` of its module."""
+    """What the exchange sees of a self-attention layer.
+
+    Attributes:
+        tokens: of one rank.
+        width: features of a token, of all heads.
+        heads: their number.
+        layout: how the tokens are laid.
+        path: of the layer's module.
+    """
 
     tokens: int
     width: int
@@ -77,7 +84,7 @@ class Layer:
 
 
 def find_network(name: str, times: int = 1) -> Network:
-    """A published network, or that of a shipped model or of a folder in diffusers format; only json files are read.
+    """Build a published network, or that of a shipped model or of a folder in diffusers format, from json files alone.
 
     Args:
         name: of a model, or a folder.
@@ -105,7 +112,7 @@ def find_network(name: str, times: int = 1) -> Network:
 
 
 def wider_settings(settings: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """The config of a network `times` as wide.
+    """Return the config of a network `times` as wide.
 
     A U-Net gets all channels that many times, and as many heads as before but at least `times`. A DiT gets `times` as
     many heads of the width that they had.
@@ -122,14 +129,14 @@ def wider_settings(settings: Mapping[str, Any], times: int) -> dict[str, Any]:
 
 
 def _text_tokens(folder: Path, is_unet: bool) -> int:
-    """Of a U-Net's, or an SD3's CLIP; and in SD3 those of T5, of which diffusers makes zeros where there is none."""
+    """Return the text tokens of a model in a folder: CLIP's, and in SD3 also T5's, which diffusers fills with zeros."""
     settings = folder / "tokenizer" / "tokenizer_config.json"
     length = int(json.loads(settings.read_text())["model_max_length"]) if settings.is_file() else 77
     return length if is_unet else length + T5_TOKENS
 
 
 def attention_layers(network: Network, height: int, width: int, ranks: int, text: int) -> list[Layer]:
-    """The self-attention layers of a network, in the order in which they are called.
+    """List the self-attention layers of a network in the order in which they are called.
 
     Args:
         network: the network.
@@ -151,7 +158,11 @@ def attention_layers(network: Network, height: int, width: int, ranks: int, text
 
 
 def check_size(network: Network, height: int, width: int) -> None:
-    """Raises `ValueError` for an image that is not a whole number of tokens (of a U-Net: of latent pixels)."""
+    """Refuse an image that is not a whole number of tokens (of a U-Net: of latent pixels).
+
+    Raises:
+        ValueError: naming what would be accepted.
+    """
     step = network.pixels
     if min(height, width) < step or height % step or width % step:
         raise ValueError(f"{_size(height, width)} is not possible with {network.name}; give a multiple of {step}")
@@ -168,7 +179,7 @@ def _empty(kind: str, settings: dict[str, Any]) -> nn.Module:
 
 
 def _unet_layers(network: Network, rows: int, cols: int, ranks: int) -> Iterator[Layer]:
-    """As `otil_xdit.networks.unet.model.PatchedUNet.attend` calls them."""
+    """Yield them as `otil_xdit.networks.unet.model.PatchedUNet.attend` calls them."""
     check_supported(network.module)
     levels = Levels(network.module)
     grid = LevelGrid.build(rows, cols, levels.count, ranks)
@@ -182,7 +193,7 @@ def _unet_layers(network: Network, rows: int, cols: int, ranks: int) -> Iterator
 
 
 def _dit_layers(network: Network, rows: int, cols: int, ranks: int, text: int) -> Iterator[Layer]:
-    """As xDiT calls them: each rank has its share of the image's tokens, and of the text's, which xDiT fills up."""
+    """Yield them as xDiT calls them: a rank has its share of the image's tokens, and of the text's, which xDiT pads."""
     facts = architecture_of(network.module)
     shared = rows if facts.rows else rows * cols
     if shared % ranks or ("text" in facts.even and text % ranks):

@@ -54,26 +54,21 @@ def replay(requests: list[Request], communicator: Communicator, log: Log) -> Non
         communicator: answers them.
         log: counts them; the communicator's collectives add their messages to it.
     """
-    with ShapesOnly():
-        _replay(requests, communicator, log)
-
-
-def _replay(requests: list[Request], communicator: Communicator, log: Log) -> None:
     prefetched: dict[str, HaloRows] = {}
-    for method, args in requests:
-        log.request += 1
-        if method == "norm_halo":
-            names, mean, var, share = args[:4]
-            found = communicator.norm_halo(*args)
-            if found is None:
-                communicator.moments(names[0], mean, var, share)
+    with ShapesOnly():
+        for method, args in requests:
+            log.request += 1
+            if method == "norm_halo":
+                names, mean, var, share = args[:4]
+                found = communicator.norm_halo(*args)
+                if found is None:
+                    communicator.moments(names[0], mean, var, share)
+                else:
+                    prefetched[names[1]] = found[2]
+            elif method == "halo":
+                communicator.halo(*args, prefetched.pop(args[0], None))
             else:
-                prefetched[names[1]] = found[2]
-        elif method == "halo":
-            name, x, above, below = args
-            communicator.halo(name, x, above, below, prefetched.pop(name, None))
-        else:
-            getattr(communicator, method)(*args)
+                getattr(communicator, method)(*args)
     log.request += 1
 
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from otil_xdit.comm.groups import PatchGroup, UnetGroups
 from otil_xdit.dryrun.job import ParallelDegrees, Request
+from otil_xdit.dryrun.recorder import Log, RecordedCollectives
+from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.exchange.report import Report
+from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.schedule import Clock
 from otil_xdit.networks.unet.model import PassProtocol
@@ -147,6 +151,17 @@ class DryRunSession:
         self.communicator.observe(None, layout)
         self.layer, self.kept_keys = name, kept_keys
         yield
+
+
+def dry_communicator(config: OtilConfig, degrees: ParallelDegrees, place: int, log: Log) -> OtilCommunicator:
+    """Return the run's own communicator on collectives that send nothing.
+
+    Args:
+        config: the settings.
+        degrees, place: as for `patch_group`.
+        log: where the messages go.
+    """
+    return OtilCommunicator(config, patch_group(degrees, place), partial(RecordedCollectives, log=log))
 
 
 def patch_group(degrees: ParallelDegrees, place: int) -> PatchGroup:

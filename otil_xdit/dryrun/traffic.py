@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
@@ -18,8 +18,7 @@ from otil_xdit.dryrun.job import Job, ParallelDegrees, Pass
 from otil_xdit.dryrun.recorder import FOREIGN, Log, Message, RecordedCollectives
 from otil_xdit.dryrun.requests import replay, requests_of
 from otil_xdit.dryrun.segments import Segments, segments_of
-from otil_xdit.dryrun.stand_ins import patch_group
-from otil_xdit.exchange.communicator import OtilCommunicator
+from otil_xdit.dryrun.stand_ins import dry_communicator, patch_group
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.schedule import Schedule
 from otil_xdit.method.window import AUTO, NONE
@@ -202,7 +201,7 @@ class Traffic:
         """
         if (config, count, mode) not in self._known:
             log = Log()
-            run = OtilCommunicator(config, patch_group(self.degrees, self.place), partial(RecordedCollectives, log=log))
+            run = dry_communicator(config, self.degrees, self.place, log)
             replica = RecordedCollectives(
                 patch_group(self.degrees, self.place), config.timeout, run.collectives.traffic, log=log
             )

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def presets(dtypes: list[str]) -> dict[str, OtilConfig]:
-    """The settings to compare, by the name in the table."""
+    """Return the settings to compare, by the name in the table."""
     found = {"distrifusion": get_strategy("distrifusion").make_config({})}
     for dtype in dtypes:
         found[f"otil, {dtype}"] = get_strategy("otil").make_config({"kv_cache_dtype": dtype})
@@ -63,7 +63,7 @@ def presets(dtypes: list[str]) -> dict[str, OtilConfig]:
 
 
 def rows_of(network: Network, arguments: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    """A row for each number of ranks and preset."""
+    """Yield a row for each number of ranks and preset."""
     batch, dtype = arguments.batch or network.batch, getattr(torch, arguments.dtype)
     for ranks in arguments.ranks:
         layers = attention_layers(network, arguments.size, arguments.size, ranks, arguments.text_tokens)
@@ -72,6 +72,6 @@ def rows_of(network: Network, arguments: argparse.Namespace) -> Iterator[tuple[s
 
 
 def cells(memory: Memory) -> tuple[str, ...]:
-    """The figures of a row, in the order of `TITLES`."""
+    """Return the figures of a row in MB, in the order of `TITLES`."""
     figures = (memory.largest, memory.total, memory.values, memory.velocities, memory.buffers)
     return tuple(f"{figure / MEGABYTE:.1f}" for figure in (*figures, sum(memory.scratch.values())))

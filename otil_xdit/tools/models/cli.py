@@ -24,7 +24,7 @@ refused   ends with an error that says why
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """Add no flags."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def print_models() -> None:
 
 
 def runner_rows(models: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row for each model class of xfuser's registry, under the shortest of its names; what runs comes first."""
+    """Return a row for each model class of xfuser's registry, under its shortest name; what runs comes first."""
     names: dict[type, list[str]] = {}
     for name, model in models.items():
         names.setdefault(model, []).append(name)
@@ -54,7 +54,7 @@ def runner_rows(models: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def model_row(name: str, model: Any) -> tuple[str, str, str, str]:
-    """Name, state, CFG parallelism, note."""
+    """Return name, state, CFG parallelism and note."""
     record = find_record(name)
     state, note = ("untested", "") if record is None else (record.state, record.note)
     why_not = why_refused(record, model.capabilities, allow_untested=True)
@@ -65,7 +65,7 @@ def model_row(name: str, model: Any) -> tuple[str, str, str, str]:
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns as wide as they need to be."""
+    """Print columns as wide as they need to be."""
     lines = [titles, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     for line in lines:
