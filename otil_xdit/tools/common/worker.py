@@ -60,8 +60,9 @@ def _answer(connection: Connection) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except Exception as error:
+        traceback.print_exc()  # before whoever asks is told, and ends this process
         connection.send({"error": last_line(error), "time": time.time()})
-        raise
+        sys.exit(1)
 
 
 def _end_with_parent() -> None:
