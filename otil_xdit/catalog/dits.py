@@ -38,22 +38,25 @@ class DitRecord(ModelRecord):
     """What is known of one transformer.
 
     Attributes:
-        kind: its network's class in diffusers, which says how xDiT cuts it (`otil_xdit.catalog.architectures`).
+        kind: its network's class in diffusers.
         frames: default number of a video's frames; 0 for images.
+        architecture: how xDiT cuts that class; None for what `otil_xdit.catalog.architectures` says of it.
     """
 
     kind: str = ""
     frames: int = 0
+    architecture: Architecture | None = None
 
     @property
-    def architecture(self) -> Architecture:
-        return ARCHITECTURES.get(self.kind, UNKNOWN)
+    def facts(self) -> Architecture:
+        """How xDiT cuts it."""
+        return self.architecture or ARCHITECTURES.get(self.kind, UNKNOWN)
 
     @property
     def cut(self) -> Cut:
-        if self.architecture.rows:
+        if self.facts.rows:
             return "rows"
-        return "tokens" if "image" in self.architecture.even else "padded"
+        return "tokens" if "image" in self.facts.even else "padded"
 
     def latent_frames(self, frames: int) -> int:
         """Return the frames of the latent: one for the first of a video, and one for every four after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from otil_xdit.catalog.architectures import ARCHITECTURES, Architecture
 from otil_xdit.catalog.dits import DITS, DitRecord
 from otil_xdit.catalog.record import ModelRecord
 from otil_xdit.catalog.unets import UNETS, UnetRecord, read_unet_folder
@@ -46,6 +47,12 @@ def find_dit(model: str | None) -> DitRecord | None:
     """Return the record of a transformer whose geometry is known; None for any other model."""
     record = find_record(model)
     return record if isinstance(record, DitRecord) and record.vae else None
+
+
+def architectures() -> dict[str, Architecture]:
+    """Return how xDiT cuts transformers, by the class of the network: `ARCHITECTURES`, and what records bring."""
+    dits = [record for record in MODELS.values() if isinstance(record, DitRecord)]
+    return {**ARCHITECTURES, **{record.kind: record.architecture for record in dits if record.architecture}}
 
 
 def unet_records() -> list[UnetRecord]:

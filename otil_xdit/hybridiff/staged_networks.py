@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from otil_xdit.catalog.architectures import ARCHITECTURES
+from otil_xdit.catalog.models import architectures
 from otil_xdit.comm.collectives import Collectives
 from otil_xdit.comm.groups import UnetGroups
 from otil_xdit.hybridiff.forward_hooks import ForwardHooks, Inputs
@@ -113,7 +113,7 @@ def check_stages(network: nn.Module) -> None:
     """
     if not architecture_of(network).stages:
         kind = getattr(network, "module_type", type(network)).__name__
-        known = ", ".join(name for name, architecture in ARCHITECTURES.items() if architecture.stages)
+        known = ", ".join(name for name, facts in architectures().items() if facts.stages)
         raise ValueError(
             f"--parallel hybridiff has not been compared with one process for {kind}; it has for U-Nets and {known}. "
             "Choose another strategy, with --use_cfg_parallel where the model has it"

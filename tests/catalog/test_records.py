@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import pytest
+from torch import nn
 
 from otil_xdit.catalog import models, record
-from otil_xdit.catalog.architectures import ARCHITECTURES
+from otil_xdit.catalog.architectures import ARCHITECTURES, Architecture
 from otil_xdit.catalog.dits import DITS, DitRecord
 from otil_xdit.catalog.geometry import check_geometry
 from otil_xdit.catalog.record import NetworkConfig
 from otil_xdit.catalog.unets import UNETS, UnetRecord
 from otil_xdit.dryrun.networks import attention_layers, find_network
+from otil_xdit.hybridiff.staged_networks import check_stages
+from otil_xdit.networks.dit.architectures import architecture_of, check_architecture
 from otil_xdit.tools import main as tools
 from otil_xdit.xdit.launcher import main as launcher
 from otil_xdit.xdit.models.unets import register_unet
@@ -46,6 +50,17 @@ MADE_UP_DIT = DitRecord(
     patch=4,
     height=1280,
     width=640,
+)
+
+
+NEW_KIND_OF_DIT = DitRecord(
+    names=("nobody/New-DiT",),
+    kind="NewTransformer2DModel",
+    architecture=Architecture(rows=True, text="rear", stages=True),
+    vae=8,
+    patch=2,
+    height=512,
+    width=512,
 )
 
 
@@ -92,6 +107,20 @@ def test_the_tools_know_its_network_and_its_state(capsys: pytest.CaptureFixture[
 def test_a_refusal_comes_from_the_record() -> None:
     assert models.find_record("nobody/Made-Up-DiT") is MADE_UP_DIT and MADE_UP_DIT.refusal() == "it is made up"
     assert MADE_UP_DIT.cut == "rows" and DitRecord(names=("other",)).cut == "padded"
+
+
+@pytest.mark.usefixtures("with_made_up_models")
+def test_a_new_architecture_comes_from_the_record() -> None:
+    network = type(NEW_KIND_OF_DIT.kind, (nn.Module,), {})()
+    for check in (partial(check_architecture, "transformer"), check_stages):
+        with pytest.raises(ValueError, match="NewTransformer2DModel"):
+            check(network)
+    models.register_model(NEW_KIND_OF_DIT)
+    assert architecture_of(network) == NEW_KIND_OF_DIT.architecture and NEW_KIND_OF_DIT.cut == "rows"
+    check_architecture("transformer", network)
+    check_stages(network)
+    with pytest.raises(ValueError, match=r"give a multiple of 48 \(16 pixels a token x 3 patches\)"):
+        check_geometry({"model": "nobody/new-dit"}, 3, 1, None)
 
 
 @pytest.mark.usefixtures("with_made_up_models")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from otil_xdit.catalog.architectures import ARCHITECTURES, UNKNOWN, UNTESTED, Architecture
+from otil_xdit.catalog.architectures import UNKNOWN, UNTESTED, Architecture
+from otil_xdit.catalog.models import architectures
 from otil_xdit.method.grid import TokenLayout
 
 _LIST_STEP = 32
@@ -19,8 +20,8 @@ _LIST_STEP = 32
 def architecture_of(network: nn.Module) -> Architecture:
     """The facts for a diffusers network, or for xDiT's wrapper of one."""
     kind = getattr(network, "module_type", type(network))
-    names = (base.__name__ for base in kind.__mro__)
-    return next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), UNKNOWN)
+    known = architectures()
+    return next((known[base.__name__] for base in kind.__mro__ if base.__name__ in known), UNKNOWN)
 
 
 def is_untested(network: nn.Module) -> bool:
