@@ -66,7 +66,8 @@ def replay(requests: list[Request], communicator: Communicator, log: Log) -> Non
                 else:
                     prefetched[names[1]] = found[2]
             elif method == "halo":
-                communicator.halo(*args, prefetched.pop(args[0], None))
+                name, x, above, below = args
+                communicator.halo(name, x, above, below, prefetched.pop(name, None))
             else:
                 getattr(communicator, method)(*args)
     log.request += 1
