@@ -42,20 +42,27 @@ class PatchGroup:
 
 
 def reason_of(error: BaseException) -> str:
-    """The gist of a collective's error: its first sentence, without the place in torch's sources."""
+    """Return the gist of a collective's error: its first sentence, without the place in torch's sources."""
     return re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).partition(". ")[0]
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective of anybody's failed because of another rank, by what gloo, NCCL and torch say then."""
+    """Tell whether a collective failed because of another rank, by the words of gloo, NCCL and torch.
+
+    Args:
+        error: raised by any collective, also by one that this package did not start.
+    """
     return any(sign in str(error) for sign in ("/gloo/", "Application timeout", "Operation timed out", "NCCL"))
 
 
 def break_connections(groups: Iterable[dist.ProcessGroup]) -> None:
     """End every wait on these groups at once, on this rank and on those that it is connected to.
 
-    gloo has no call for that. A wait for a message that runs into its own timeout closes all connections of its
-    group, so one is made to. NCCL's abort ends what this rank has under way; the others must do the same.
+    gloo has no call for that. A wait that runs into its own timeout closes all connections of its group, so this
+    makes one do that. NCCL's abort ends what this rank has under way; the other ranks must do the same.
+
+    Args:
+        groups: those that the image's collectives run on.
     """
     for group in groups:
         with suppress(RuntimeError):
@@ -69,7 +76,14 @@ def break_connections(groups: Iterable[dist.ProcessGroup]) -> None:
 
 
 def limit_waits(groups: Iterable[dist.ProcessGroup], seconds: float) -> None:
-    """Give every collective of these groups a timeout, those too that others start; idle groups are not concerned."""
+    """Give every collective of these groups a timeout, also those that other packages start.
+
+    Idle groups are not concerned.
+
+    Args:
+        groups: to be limited.
+        seconds: that a collective may take.
+    """
     for group in groups:
         set_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)  # torch has no public way
         if set_timeout is not None:
@@ -96,5 +110,5 @@ class UnetGroups:
 
     @property
     def peer(self) -> int:
-        """The rank with the same rows in the other CFG group, by its place in the replica."""
+        """Place in the replica of the rank with the same rows in the other CFG group."""
         return self.places.index((1 - self.cfg_rank, self.rows.rank))

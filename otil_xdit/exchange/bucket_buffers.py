@@ -1,4 +1,4 @@
-"""Byte buffers of one bucket: where each layer's tensors lie in a message.
+"""Byte buffers of one bucket: the offset of each layer's tensors in a message.
 
 Shapes: P ranks that send or are sent to, V vectors.
 """
@@ -16,14 +16,14 @@ from otil_xdit.method.codec import Quantised
 from otil_xdit.method.scratch import ScratchBuffers
 
 Direction = Literal["previous", "next", "everybody"]
-"""Where a part goes, and whence the answer comes: the rank before, the rank after, or all ranks."""
+"""The ranks that a message goes to and comes from: the one before, the one after, or all."""
 
 
 Sizes = Counter[tuple[Literal["out", "in"], Direction, Literal["message", "values"]]]
-"""Bytes of the buffers of a bucket: of what is sent and received, and of what is coded in it."""
+"""Bytes of the buffers of a bucket: of the messages, and of the values that are coded in them."""
 
 
-_DIRECTIONS: tuple[Direction, ...] = ("previous", "next", "everybody")
+DIRECTIONS: tuple[Direction, ...] = ("previous", "next", "everybody")
 
 
 _ALIGNMENT = 16
@@ -43,7 +43,7 @@ _MOST_VIEWS = 1024
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What one layer sends in a direction at a displaced step, and what each rank there sends it for the same call.
+    """The tensors of one layer in a direction at a displaced step: those it sends, and those each rank there sends it.
 
     Sizes may differ and be 0, but what one rank sends is what the other expects: `sent` of the rank before on ``next``
     is `received` of this one on ``previous``.
@@ -61,7 +61,7 @@ class TensorSpec:
 
 
 class MessageBuffer:
-    """What goes to, or comes from, one direction: tensors as they are, and behind them the codes of all others.
+    """A message in one direction: tensors as they are, and behind them the codes of all others.
 
     Args:
         ranks: P, the ranks in that direction.
@@ -73,50 +73,64 @@ class MessageBuffer:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of both buffers, used or not."""
         return self._message.nbytes + self._values.nbytes
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Bytes of the message, and of the numbers that are coded in it before they are."""
+        """Bytes of the message, and of the numbers that are coded in it, before coding."""
         return self._message.used, self._values.used
 
     def start(self, device: torch.device, message: int, values: int) -> None:
-        """Begin a new message, with room for so many bytes of each."""
+        """Begin a new message.
+
+        Args:
+            device: of the buffers.
+            message, values: bytes to allocate of each; more are allocated when they are reserved.
+        """
         for buffer, size in ((self._message, message), (self._values, values)):
             buffer.start(device)
             buffer.fit(size)
 
     def reserve(self, shape: tuple[int, ...], spec: TensorSpec) -> tuple[int, int, int]:
-        """The place of a tensor in bytes, what it adds to the message, and what is added before it as padding."""
+        """Reserve the bytes of a tensor.
+
+        Args:
+            shape: of the tensor.
+            spec: its dtype, and whether it is coded.
+
+        Returns:
+            The tensor's offset, the bytes that it adds to the message, and the bytes of padding before it.
+        """
         if not spec.coded:
-            place, padding = self._message.reserve(shape, spec.dtype)
+            offset, padding = self._message.reserve(shape, spec.dtype)
             self._message.fit(self._message.used)
-            return place, math.prod(shape) * spec.dtype.itemsize, padding
+            return offset, math.prod(shape) * spec.dtype.itemsize, padding
         vectors = -(-math.prod(shape) // _VECTOR)
-        place, _ = self._values.reserve((vectors, _VECTOR), torch.float32)
+        offset, _ = self._values.reserve((vectors, _VECTOR), torch.float32)
         self._values.fit(self._values.used)
         if vectors * _VECTOR != math.prod(shape):  # what nobody writes must not raise the last scale
-            self._values.at(place, (vectors, _VECTOR), torch.float32)[0, -1].zero_()
-        return place, _CODEC.size(vectors, _VECTOR), 0
+            self._values.at(offset, (vectors, _VECTOR), torch.float32)[0, -1].zero_()
+        return offset, _CODEC.size(vectors, _VECTOR), 0
 
-    def at(self, place: int, shape: tuple[int, ...], spec: TensorSpec) -> torch.Tensor:
-        """The tensors at a place, [P, *shape]."""
-        return (self._values if spec.coded else self._message).at(place, shape, spec.dtype)
+    def at(self, offset: int, shape: tuple[int, ...], spec: TensorSpec) -> torch.Tensor:
+        """Return the tensors at an offset that `reserve` gave, [P, *shape]."""
+        return (self._values if spec.coded else self._message).at(offset, shape, spec.dtype)
 
-    def sealed(self) -> torch.Tensor:
-        """The message, uint8 [P, bytes]; nothing can be reserved any more."""
+    def close(self) -> torch.Tensor:
+        """Reserve the bytes of the codes, and return the message, uint8 [P, bytes]; nothing more can be reserved."""
         self._codes, _ = self._message.reserve((_CODEC.size(self._vectors, _VECTOR),), torch.uint8)
         self._message.fit(self._message.used)
         return self._message.message()
 
     def encode(self, scratch: ScratchBuffers) -> None:
-        """Write the codes."""
+        """Write the codes of the values into the message."""
         if vectors := self._vectors:
             numbers = self._values.at(0, (vectors, _VECTOR), torch.float32)[0]
             _CODEC.encode(numbers, self._coded()[0], scratch)
 
     def decode(self, scratch: ScratchBuffers) -> None:
-        """Read the codes."""
+        """Read the values from the codes in the message."""
         if vectors := self._vectors:
             levels, scales = _CODEC.decode(self._coded()[0], vectors, _VECTOR, scratch)
             assert scales is not None, "it quantises"
@@ -128,12 +142,13 @@ class MessageBuffer:
         return self._values.used // (_VECTOR * torch.float32.itemsize)
 
     def _coded(self) -> torch.Tensor:
+        """Return the codes in the message, uint8 [P, bytes]."""
         return self._message.at(self._codes, (_CODEC.size(self._vectors, _VECTOR),), torch.uint8)
 
 
 @dataclass
 class ByteBuffer:
-    """A growing buffer of bytes for one message to each or from each of P ranks, filled place by place.
+    """A growing buffer of bytes for one message to each or from each of P ranks, filled tensor by tensor.
 
     Attributes:
         ranks: P, the ranks in that direction.
@@ -143,11 +158,12 @@ class ByteBuffer:
     ranks: int
     used: int = 0
     _bytes: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    # Views by place: the same layers ask at every step, and making one takes longer than copying into it.
+    # Views by offset: the same layers ask at every step, and making one takes longer than copying into it.
     _views: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the buffer, used or not."""
         return self._bytes.nbytes
 
     def start(self, device: torch.device) -> None:
@@ -157,38 +173,39 @@ class ByteBuffer:
             self._replace(torch.empty(0, dtype=torch.uint8, device=device))
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
-        """The place of a tensor in the message, in bytes, and the bytes before it that are padding."""
+        """Reserve the bytes of a tensor; return its offset in the message and the bytes of padding before it."""
         size = math.prod(shape) * dtype.itemsize
         padding = -self.used % dtype.itemsize if size else 0
-        place = self.used + padding
-        self.used = place + size
-        return place, padding
+        offset = self.used + padding
+        self.used = offset + size
+        return offset, padding
 
     def fit(self, size: int) -> None:
-        """Make room for messages of `size` bytes; what is there stays."""
+        """Grow the buffer to messages of `size` bytes; what is in it stays."""
         needed = -(-self.ranks * size // _ALIGNMENT) * _ALIGNMENT
         if needed > self._bytes.numel():
             larger = self._bytes.new_empty(needed)
             larger[: self._bytes.numel()] = self._bytes
             self._replace(larger)
 
-    def at(self, place: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """The tensors of all P messages at a place, [P, *shape]."""
-        key = (place, self.used if self.ranks > 1 else 0, shape, dtype)
+    def at(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return the tensors of all P messages at an offset, [P, *shape]."""
+        key = (offset, self.used if self.ranks > 1 else 0, shape, dtype)
         found = self._views.get(key)
         if found is None:
             whole = self._bytes.view(dtype)
             strides = (self.used // dtype.itemsize, *(math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
             if len(self._views) >= _MOST_VIEWS:
                 self._views.clear()
-            found = whole.as_strided((self.ranks, *shape), strides, place // dtype.itemsize)
+            found = whole.as_strided((self.ranks, *shape), strides, offset // dtype.itemsize)
             self._views[key] = found
         return found
 
     def message(self) -> torch.Tensor:
-        """What has been reserved, uint8 [P, used]."""
+        """Return the bytes that have been reserved, uint8 [P, used]."""
         return self._bytes[: self.ranks * self.used].view(self.ranks, self.used)
 
     def _replace(self, larger: torch.Tensor) -> None:
+        """Take another tensor for the buffer; views of the old one are discarded."""
         self._bytes = larger
         self._views.clear()

@@ -21,7 +21,7 @@ import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives, CounterKey, Pending
 from otil_xdit.errors import ExchangeTimeout
-from otil_xdit.exchange.bucket_buffers import _DIRECTIONS, Direction, MessageBuffer, Sizes, TensorSpec
+from otil_xdit.exchange.bucket_buffers import DIRECTIONS, Direction, MessageBuffer, Sizes, TensorSpec
 from otil_xdit.method.scratch import ScratchBuffers
 
 LAYERS_PER_BUCKET = 24
@@ -41,10 +41,10 @@ class BucketSlot:
     """
 
     def __init__(
-        self, bucketer: Bucketer, bucket: Bucket, places: list[tuple[TensorSpec, int]], outgoing: list[torch.Tensor]
+        self, bucketer: Bucketer, bucket: Bucket, offsets: list[tuple[TensorSpec, int]], outgoing: list[torch.Tensor]
     ) -> None:
         self.outgoing = outgoing
-        self._bucketer, self._bucket, self._places = bucketer, bucket, places
+        self._bucketer, self._bucket, self._offsets = bucketer, bucket, offsets
 
     def receive(self) -> list[tuple[Direction, torch.Tensor]]:
         """Return what came for each spec, [P, *received], valid until `release`; empty where the bucket was dropped.
@@ -58,7 +58,7 @@ class BucketSlot:
             return []
         incoming = self._bucket.incoming
         return [
-            (spec.direction, incoming[spec.direction].at(place, spec.received, spec)) for spec, place in self._places
+            (spec.direction, incoming[spec.direction].at(offset, spec.received, spec)) for spec, offset in self._offsets
         ]
 
     def release(self) -> None:
@@ -128,8 +128,8 @@ class Bucketer:
             self._open = self._free.pop() if self._free else Bucket(self._collectives.group.world_size)
             self._open.start(label, self._scratch_of(device), self._largest)
         bucket = self._open
-        places, outgoing = bucket.append(specs, label.counter)
-        return BucketSlot(self, bucket, places, outgoing)
+        offsets, outgoing = bucket.append(specs, label.counter)
+        return BucketSlot(self, bucket, offsets, outgoing)
 
     def send(self) -> None:
         """Send the open bucket, if there is one."""
@@ -187,13 +187,11 @@ class Bucket:
     """
 
     def __init__(self, ranks: int) -> None:
-        self.outgoing = {direction: MessageBuffer(1) for direction in _DIRECTIONS}
-        self.incoming = {
-            direction: MessageBuffer(ranks if direction == "everybody" else 1) for direction in _DIRECTIONS
-        }
+        self.outgoing = {direction: MessageBuffer(1) for direction in DIRECTIONS}
+        self.incoming = {direction: MessageBuffer(ranks if direction == "everybody" else 1) for direction in DIRECTIONS}
         self.step: int | None = None
         self.layers, self.unread = 0, 0
-        self._shares: dict[Direction, Counter[CounterKey]] = {direction: Counter() for direction in _DIRECTIONS}
+        self._shares: dict[Direction, Counter[CounterKey]] = {direction: Counter() for direction in DIRECTIONS}
         self._pending: list[Pending[torch.Tensor] | Pending[tuple[torch.Tensor, torch.Tensor]]] = []
 
     @property
@@ -211,7 +209,7 @@ class Bucket:
         self.step, self.layers, self.unread = label.step, 0, 0
         self._label = replace(label, company=" and what is sent with it")
         self._scratch = scratch
-        for direction in _DIRECTIONS:
+        for direction in DIRECTIONS:
             self.outgoing[direction].start(
                 scratch.device, largest["out", direction, "message"], largest["out", direction, "values"]
             )
@@ -223,27 +221,27 @@ class Bucket:
     def append(
         self, specs: Sequence[TensorSpec], counter: CounterKey
     ) -> tuple[list[tuple[TensorSpec, int]], list[torch.Tensor]]:
-        """Return each spec's place among what will come, and where to write what is sent."""
-        places, outgoing = [], []
+        """Return each spec's offset in the incoming message, and the tensors to write what is sent to."""
+        offsets, outgoing = [], []
         for spec in specs:
             message, shares = self.outgoing[spec.direction], self._shares[spec.direction]
-            place, size, padding = message.reserve(spec.sent, spec)
+            offset, size, padding = message.reserve(spec.sent, spec)
             shares[counter] += size
             if padding:
                 shares[PADDING] += padding
-            outgoing.append(message.at(place, spec.sent, spec)[0])
-            places.append((spec, self.incoming[spec.direction].reserve(spec.received, spec)[0]))
+            outgoing.append(message.at(offset, spec.sent, spec)[0])
+            offsets.append((spec, self.incoming[spec.direction].reserve(spec.received, spec)[0]))
         self.layers += 1
         self.unread += 1
-        return places, outgoing
+        return offsets, outgoing
 
     def send(self, collectives: Collectives) -> Sizes:
         """Code what is to be coded, start all messages, and return the bytes of each."""
         sizes: Sizes = Counter()
         out, into = {}, {}
-        for direction in _DIRECTIONS:
+        for direction in DIRECTIONS:
             sent, received = self.outgoing[direction], self.incoming[direction]
-            out[direction], into[direction] = sent.sealed(), received.sealed()
+            out[direction], into[direction] = sent.close(), received.close()
             sent.encode(self._scratch)
             sizes["out", direction, "message"], sizes["out", direction, "values"] = sent.sizes
             sizes["in", direction, "message"], sizes["in", direction, "values"] = received.sizes

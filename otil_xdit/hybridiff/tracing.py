@@ -1,4 +1,4 @@
-"""A look at one call of a network: what its blocks cost, who reads whose output, and where it is best cut in two.
+"""Trace one call of a network: what its blocks cost, which reads whose output, and where it is best cut in two.
 
 A network is taken for a row of *units* (residual and transformer blocks) that are called one after the other, with
 little in between. Nothing is known about particular networks here.
@@ -20,23 +20,23 @@ from otil_xdit.errors import NotInStages
 
 
 def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """Of attention between [B, H, S, D]; torch's own count, by shapes."""
+    """Return the FLOPs of attention between tensors of these shapes, [B, H, S, D], as torch counts them."""
     return int(sdpa_flop_count(query, key, value))
 
 
 CPU_ATTENTION: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-"""What torch's FlopCounterMode does not know, as its `custom_mapping`."""
+"""Formulas that torch's FlopCounterMode lacks, as its `custom_mapping`."""
 
 FLOPS: dict[Any, Any] = {**flop_registry, **{call: shape_wrapper(flops) for call, flops in CPU_ATTENTION.items()}}
-"""What an operation costs."""
+"""The formula for an operation's FLOPs, by operation."""
 
 Place = tuple[int, int]
-"""A tensor that a unit gives: the unit's place in the order of calls, and the tensor's among what the unit gives."""
+"""One output tensor of a unit: the unit's place in the order of calls, and the tensor's among the unit's outputs."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """Of a tensor."""
+    """Shape, dtype and device of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -44,16 +44,18 @@ class Form:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Form:
+        """Return the form of `tensor`."""
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of such a tensor."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Output:
-    """The form of what a unit gives.
+    """The form of a unit's output.
 
     Attributes:
         spec: how its leaves are put together.
@@ -65,17 +67,18 @@ class Output:
 
     @classmethod
     def of(cls, given: Any) -> Output:
+        """Return the form of `given`, a unit's output: tensors in containers of any depth."""
         leaves, spec = tree_flatten(given)
         return cls(spec, tuple(Form.of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
 
 
 class Tracer(TorchDispatchMode):
-    """Watches one call of a network whose units are called by `unit`.
+    """Record one call of a network whose units are called by `unit`.
 
     Attributes:
         order: units in the order of their calls.
-        outputs: the form of what each gives, in that order.
-        flops: of each, in that order.
+        outputs: the form of each unit's output, in that order.
+        flops: FLOPs of each unit, in that order.
         glue: FLOPs outside all units.
         reads: for each place in the order, and the end, the tensors of units that are read there: by the unit itself,
             or between it and the one before; also by way of what was made of them between units.
@@ -96,6 +99,13 @@ class Tracer(TorchDispatchMode):
 
     def unit(self, number: int, call: Callable[[], Any]) -> Any:
         """Call a unit.
+
+        Args:
+            number: tells the unit from the others.
+            call: calls it.
+
+        Returns:
+            What it returns.
 
         Raises:
             NotInStages: when it was called before.
@@ -136,6 +146,7 @@ class Tracer(TorchDispatchMode):
         return given
 
     def _add(self, flops: int) -> None:
+        """Count FLOPs for the unit under way, or outside all units."""
         if self._inside:
             self.flops[-1] += flops
         else:
@@ -149,10 +160,10 @@ class Cut:
     Attributes:
         place: the first unit of the second segment, in the order of calls.
         order: units in that order.
-        outputs: the form of what each gives.
-        boundary: what the second segment reads of the first.
-        flops: of the two segments, without what is outside all units, which every rank computes.
-        glue: FLOPs of that.
+        outputs: the form of each unit's output.
+        boundary: the tensors of the first segment that the second reads.
+        flops: FLOPs of the two segments, without those outside all units.
+        glue: FLOPs outside all units, which every rank computes.
     """
 
     place: int
@@ -164,11 +175,12 @@ class Cut:
 
     @classmethod
     def of(cls, trace: Tracer, flops: Sequence[int]) -> Cut:
-        """The cut at which the longer of the two segments is shortest.
+        """Return the cut at which the longer of the two segments is shortest.
 
         Args:
             trace: of a whole call.
-            flops: of each unit in turn, and outside all units: summed over all ranks, so that all cut alike.
+            flops: FLOPs of each unit in turn, then those outside all units. They are summed over all ranks, so that
+                all ranks cut alike.
 
         Raises:
             NotInStages: for a network of fewer than two units.
@@ -186,9 +198,10 @@ class Cut:
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        """Of the boundary's tensors."""
+        """Forms of the boundary's tensors."""
         return tuple(self.outputs[unit].leaves[leaf] for unit, leaf in self.boundary)
 
 
 def _storage(tensor: torch.Tensor) -> int:
+    """Return a number that tensors share which share memory."""
     return tensor.untyped_storage()._cdata

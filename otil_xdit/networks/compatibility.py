@@ -1,4 +1,4 @@
-"""What others have done to a network that patches do not know: found by a look at each module, refused by name.
+"""Find what others have done to a network that patches cannot serve, by a look at each module, and refuse it by name.
 
 Step caches, token merging, offloading and quantisation change a network's modules, often after it was parallelized, and
 then every rank would compute something else than one device does. So each generation begins with a look at all of them
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 KNOWN_PACKAGES = ("torch", "diffusers", "transformers", "peft", "xfuser", "yunchang", "distvae", "otil_xdit")
-"""Whose layers are taken for what they say they are; the package of the network's own class is another."""
+"""Packages whose layers compute what their class says; the package of the network's own class is another."""
 
 _UNKNOWN_PARTS = {
     "torch.ao": "it is quantised, and scales taken from a patch are not those of the whole image",
@@ -40,7 +40,7 @@ _CARRIES_DEVICES = ("AlignDevicesHook", "CpuOffload", "SequentialHook", "Layerwi
 
 
 class ModuleInspector:
-    """One network's state when it became known, and the look at it before each generation.
+    """Inspect one network before each generation, and compare it with what it was when it became known.
 
     Args:
         name: the pipeline's attribute that holds it, for messages.
@@ -53,7 +53,7 @@ class ModuleInspector:
         self._processors = {} if patched else dict(_processors(network))
 
     def check(self) -> None:
-        """Look at every module.
+        """Inspect every module.
 
         Raises:
             ValueError: naming the layer, what was done to it, and what can be done about it.
@@ -71,7 +71,11 @@ class ModuleInspector:
         self._check_processors()
 
     def _check_processors(self) -> None:
-        """A processor that was put in the place of xDiT's attends to this rank's tokens alone."""
+        """Refuse a processor that was put in the place of xDiT's, and so attends to this rank's tokens alone.
+
+        Raises:
+            ValueError: naming the layer and both processors.
+        """
         for module, kind in self._processors.items():
             found = type(getattr(module, "processor", None))
             if found is not kind:
@@ -82,6 +86,7 @@ class ModuleInspector:
                 )
 
     def _forward_reason(self, module: nn.Module) -> str | None:
+        """Return why a module's own `forward`, set on the instance, is refused; None where it is not."""
         forward = vars(module).get("forward")
         if forward is None:
             return None
@@ -99,16 +104,17 @@ class ModuleInspector:
         )
 
     def _label(self, module: nn.Module) -> str:
+        """Return a module's path and class, for messages."""
         path = next(path for path, found in self.network.named_modules() if found is module)
         return f"{self.name}.{path} ({type(module).__name__})" if path else f"{self.name} ({type(module).__name__})"
 
 
 def check_no_gradients(network: nn.Module, *given: Any) -> None:
-    """Refuse a call that gradients are wanted of: they would end at what other ranks sent.
+    """Refuse a call under which gradients would be computed: they would end at what other ranks sent.
 
     Args:
-        network: what is called.
-        given: with what.
+        network: to be called.
+        given: the arguments of the call.
 
     Raises:
         ValueError: under gradient mode, where an input or a parameter requires gradients.
@@ -124,7 +130,11 @@ def check_no_gradients(network: nn.Module, *given: Any) -> None:
 
 
 def check_processors(name: str, network: nn.Module) -> None:
-    """Refuse attention processors that are nobody's we know, before xDiT puts its own in their place unasked.
+    """Refuse attention processors of unknown packages, before xDiT puts its own in their place unasked.
+
+    Args:
+        name: the pipeline's attribute that holds the network, for messages.
+        network: to be inspected.
 
     Raises:
         ValueError: naming layer and processor.
@@ -139,11 +149,11 @@ def check_processors(name: str, network: nn.Module) -> None:
 
 
 def check_arguments_are_read(wrapper: Any, pipeline: Any, given: Mapping[str, Any]) -> None:
-    """Refuse arguments of a pipeline that the wrapper round it takes and does not read, as some of xDiT's do.
+    """Refuse arguments of a pipeline that its wrapper takes and does not read, as some of xDiT's do.
 
     Args:
-        wrapper, pipeline: the classes' `__call__`.
-        given: arguments by name.
+        wrapper, pipeline: `__call__` of the two classes.
+        given: arguments of the call by name.
 
     Raises:
         ValueError: naming the argument.
@@ -184,7 +194,7 @@ def check_adapter(name: str, module: nn.Module) -> None:
 
 
 def _all(network: nn.Module) -> Iterator[nn.Module]:
-    """Every module, shared ones more than once; `modules()` takes half as long again."""
+    """Yield every module, shared ones more than once; `modules()` takes half as long again."""
     waiting = [network]
     while waiting:
         module = waiting.pop()
@@ -193,7 +203,7 @@ def _all(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def _processors(network: nn.Module) -> Iterator[tuple[nn.Module, type]]:
-    """Attention modules and the classes of their processors."""
+    """Yield attention modules and the classes of their processors."""
     for module in network.modules():
         processor = vars(module).get("processor") or module._modules.get("processor")
         if processor is not None:
@@ -201,14 +211,14 @@ def _processors(network: nn.Module) -> Iterator[tuple[nn.Module, type]]:
 
 
 def _is_own(module: nn.Module, forward: Any) -> bool:
-    """Whether an instance's `forward` is its class's (what hooks leave when they go), or xDiT's own doing."""
+    """Tell whether an instance's `forward` is its class's, which hooks leave behind, or one that xDiT has set."""
     own = getattr(forward, "__func__", None) is type(module).forward
     return own or _package_of(getattr(forward, "__module__", None)) == "xfuser"
 
 
 @lru_cache(maxsize=4096)
 def _kind_reason(kind: type, forward: Callable[..., Any], package: str) -> str | None:
-    """Why a layer of this class, with this `forward`, is none that is known; None where it is."""
+    """Return why a layer of this class, with this `forward`, is not known; None where it is."""
     for home in (kind.__module__, getattr(forward, "__module__", None) or ""):
         for part, reason in _UNKNOWN_PARTS.items():
             if home == part or home.startswith(f"{part}."):
@@ -222,8 +232,10 @@ def _kind_reason(kind: type, forward: Callable[..., Any], package: str) -> str |
 
 
 def _package(kind: type) -> str:
+    """Return the package that a class comes from."""
     return _package_of(kind.__module__)
 
 
 def _package_of(module: str | None) -> str:
+    """Return the package of a module's path; empty for None."""
     return (module or "").partition(".")[0]
