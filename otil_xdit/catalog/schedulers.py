@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 SCHEDULERS = {
@@ -31,6 +32,43 @@ pipeline's generator, which diffusers hands to `step`, or from torch's own, so i
 LATENT_DEFAULTS = {"clip_sample": False, "skip_prk_steps": True}
 """What these settings are for latents, where the old scheduler does not know them; diffusers' own defaults are for
 pixels in [-1, 1]."""
+
+
+BY_THE_VALUE = (
+    "CogVideoXDDIMScheduler",
+    "DDIMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers that step each value of a latent by itself, unless a setting says otherwise."""
+
+_WHOLE_SETTINGS = ("thresholding", "stochastic_sampling", "use_dynamic_thresholding")
+"""Settings with which such a scheduler looks at the whole latent, or draws noise for it."""
+
+
+def steps_by_the_value(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether stepping a part of a latent gives that part of the stepped latent.
+
+    Schedulers that draw noise would draw the same for every part; unknown ones count as such.
+
+    Args:
+        scheduler: of diffusers, or xDiT's wrapper of one.
+        arguments: what else than tensors its `step` is called with, by name.
+    """
+    inner = getattr(scheduler, "module", scheduler)
+    config = getattr(inner, "config", {})
+    draws = any(config.get(name) for name in _WHOLE_SETTINGS) or str(config.get("algorithm_type", "")).startswith("sde")
+    draws = draws or any(arguments.get(name) for name in ("eta", "s_churn"))
+    return type(inner).__name__ in BY_THE_VALUE and not draws
 
 
 def scheduler_name(text: str) -> str:

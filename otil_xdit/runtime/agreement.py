@@ -20,6 +20,7 @@ from torch import nn
 
 from otil_xdit.comm.failure_detector import FailureDetector
 from otil_xdit.exchange.protocol import Communicator
+from otil_xdit.runtime.callbacks import IS_GIVEN, LEGACY, STEP_END
 from otil_xdit.runtime.versions import package_versions
 
 Facts = dict[str, str]
@@ -43,13 +44,16 @@ _REFUSAL = "a refusal"
 _PACKAGES = ("otil-xdit", "xfuser", "torch", "diffusers")
 
 
-def check_agreement(detector: FailureDetector | None, facts: Facts, refusal: ValueError | None) -> None:
+def check_agreement(detector: FailureDetector | None, facts: Facts, refusal: ValueError | None) -> Mapping[int, Facts]:
     """Wait for all ranks to begin a generation, and compare their facts.
 
     Args:
         detector: the session's; None for a single rank.
         facts: this rank's.
         refusal: why this rank cannot serve the call; None where it can.
+
+    Returns:
+        All ranks' facts, by rank.
 
     Raises:
         ValueError: on every rank, where one of them refuses, or what must be equal is not.
@@ -58,7 +62,7 @@ def check_agreement(detector: FailureDetector | None, facts: Facts, refusal: Val
     if detector is None:
         if refusal is not None:
             raise refusal
-        return
+        return {0: facts}
     by_rank = detector.exchange_facts(facts if refusal is None else {**facts, _REFUSAL: str(refusal)})
     if refusal is not None:
         raise refusal
@@ -69,6 +73,7 @@ def check_agreement(detector: FailureDetector | None, facts: Facts, refusal: Val
     found = differences(by_rank)
     if found:
         raise ValueError(f"rank {detector.rank}: the ranks do not agree: {found}")
+    return by_rank
 
 
 def share_random_state(communicator: Communicator, device: torch.device) -> None:
@@ -135,6 +140,8 @@ def facts_of_call(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[s
     facts = {name: text for name, value in named.items() if (text := described(value)) is not None}
     if named.get("generator") is None and named.get("latents") is None:
         facts[RANDOM_STATE] = f"{_sum(torch.get_rng_state()):08x}"
+    if named.get(STEP_END) is not None or named.get(LEGACY) is not None:
+        facts[IS_GIVEN] = "given"
     return {name: text for name, text in facts.items() if not name.startswith(_OWN_MATTER)}
 
 

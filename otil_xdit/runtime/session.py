@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from otil_xdit.catalog.schedulers import steps_by_the_value
 from otil_xdit.comm.groups import PatchGroup, UnetGroups
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.exchange.report import Report
@@ -35,6 +36,7 @@ from otil_xdit.runtime.agreement import (
     lora_facts,
     share_random_state,
 )
+from otil_xdit.runtime.callbacks import IS_GIVEN, CallRules, StepCallbacks, WholeLatent, whole_latent
 from otil_xdit.runtime.failures import tell_failures
 from otil_xdit.runtime.network_hooks import NetworkHooks, networks_of
 from otil_xdit.runtime.steps import arguments_of, check_scheduler_step, planned_steps, track_steps
@@ -45,6 +47,8 @@ _ACTIVE: ContextVar[PatchSession | None] = ContextVar("otil_xdit_session", defau
 
 class PatchSession:
     """One pipeline's use of a communicator.
+
+    Over 200 lines: how a generation begins and ends, and what xDiT's layers ask for meanwhile, share all of its state.
 
     Args:
         communicator: made by a strategy's ``connect``.
@@ -96,8 +100,11 @@ class PatchSession:
 
     # ---- pipelines -------------------------------------------------------------------------------------------------
 
-    def attach(self, pipe: Any) -> None:
+    def attach(self, pipe: Any, rules: CallRules | None = None) -> None:
         """Bracket `pipe`'s calls; attaching a pipeline twice, or a wrapper besides what it wraps, is fine.
+
+        Args:
+            rules: of a wrapper's calls.
 
         Raises:
             ValueError: when another session has it.
@@ -108,7 +115,7 @@ class PatchSession:
         if holder is not None:
             raise ValueError(f"this {type(pipe).__name__} runs with a parallel strategy already")
         swap_class(pipe, _bracketed)
-        vars(pipe)["_otil_session"] = self
+        vars(pipe).update(_otil_session=self, _otil_rules=rules)
         self._attached.append(pipe)
         self._hooks.inspect_wrapped(pipe)
 
@@ -120,7 +127,7 @@ class PatchSession:
         """Give every attached pipeline its own class back, remove the hooks, free the buffers."""
         for pipe in self._attached:
             restore_class(pipe)
-            del vars(pipe)["_otil_session"]
+            del vars(pipe)["_otil_session"], vars(pipe)["_otil_rules"]
         self._attached.clear()
         self._hooks.keep_only(set())
         self._undo.close()
@@ -172,28 +179,39 @@ class PatchSession:
     # ---- a generation ----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def generation(self, pipe: Any, call: Facts | None = None, check: Callable[[], object] = bool) -> Iterator[None]:
+    def generation(
+        self, pipe: Any, call: Facts | None = None, check: Callable[[], object] = bool
+    ) -> Iterator[StepCallbacks | None]:
         """Bracket one call of a pipeline; calls inside it (a wrapper calls what it wraps) belong to it.
 
         Args:
             call: of its arguments what must be equal on all ranks.
             check: raises `ValueError` for arguments that cannot be served.
 
+        Yields:
+            What is to be put into the call's arguments where a rank is given a callback; None where none is.
+
         Raises:
             ValueError: on all ranks, when one of them refuses the networks or the call, or when they do not agree.
             ExchangeTimeout: when another rank fails or does not answer.
         """
         if self.is_active:
-            yield
+            yield None
             return
         token = _ACTIVE.set(self)
         self._pipe = pipe
         try:
             with tell_failures(self.group.detector), self.surroundings():
                 networks = networks_of(pipe)
-                self._agree(networks, call or {}, check)
-                with self._exchange(networks):
-                    yield
+                rules, collect = vars(pipe).get("_otil_rules"), self.communicator.collect
+                whole = whole_latent(rules, self._cfg_groups, collect)
+                by_rank = self._agree(networks, call or {}, check)
+                has_callback = len(by_rank) > 1 and any(IS_GIVEN in facts for facts in by_rank.values())
+                callbacks = StepCallbacks(collect, whole) if has_callback else None
+                with self._exchange(networks, whole):
+                    yield callbacks
+                    if callbacks is not None:
+                        callbacks.check_alike(_device_of(networks))
                     self.communicator.clock.finish()
         finally:
             _ACTIVE.reset(token)
@@ -203,8 +221,14 @@ class PatchSession:
         if self._finished is not None:
             self._finished(self)
 
-    def _agree(self, networks: Mapping[str, nn.Module], call: Facts, check: Callable[[], object]) -> None:
-        """Get the networks ready, and raise `ValueError` on every rank where one cannot, or where they differ."""
+    def _agree(
+        self, networks: Mapping[str, nn.Module], call: Facts, check: Callable[[], object]
+    ) -> Mapping[int, Facts]:
+        """Get the networks ready, and raise `ValueError` on every rank where one cannot, or where they differ.
+
+        Returns:
+            All ranks' facts.
+        """
         refusal = None
         try:
             check()
@@ -217,13 +241,13 @@ class PatchSession:
         facts = {**self._facts, **self._network_facts.of(self._pipe, networks), **call}
         if any(map(is_unet, networks.values())):
             facts.pop(RANDOM_STATE, None)  # they are made to draw alike
-        check_agreement(self.group.detector, facts, refusal)
+        return check_agreement(self.group.detector, facts, refusal)
 
     @contextmanager
-    def _exchange(self, networks: Mapping[str, nn.Module]) -> Iterator[None]:
+    def _exchange(self, networks: Mapping[str, nn.Module], whole: WholeLatent | None) -> Iterator[None]:
         """Bracket the steps of a generation."""
         clock, scheduler = self.communicator.clock, getattr(self._pipe, "scheduler", None)
-        steps = track_steps(scheduler, clock, self.cfg_controller.end_step, partial(planned_steps, self._pipe))
+        steps = track_steps(scheduler, clock, self.cfg_controller.end_step, partial(planned_steps, self._pipe), whole)
         with self._hooks.naming(networks.values()), steps:
             self.communicator.begin()
             self.cfg_controller.begin()
@@ -231,11 +255,20 @@ class PatchSession:
                 self.cfg_controller.begin_networks(networks, lora_facts)
                 if self._hooks.unet_device is not None:
                     share_random_state(self.communicator, self._hooks.unet_device)
+                elif whole is not None and not steps_by_the_value(scheduler, {}):
+                    share_random_state(self.communicator, _device_of(networks))
                 yield
             finally:
                 if self.group.detector is None or not self.group.detector.why_broken:
                     self.cfg_controller.wait()
                     self.communicator.end()
+
+
+def _device_of(networks: Mapping[str, nn.Module]) -> torch.device:
+    """Return where a pipeline's networks are."""
+    return next(
+        (weight.device for network in networks.values() for weight in network.parameters()), torch.device("cpu")
+    )
 
 
 @cache
@@ -250,11 +283,17 @@ def _bracketed(kind: type) -> type:
         wrapped = vars(self).get("module")  # the pipeline, where this is xDiT's wrapper of one
 
         def check() -> None:
+            arguments = arguments_of(call, (self, *args), kwargs)
             if wrapped is not None:
                 check_arguments_are_read(kind.__call__, type(wrapped).__call__, kwargs)
-            session.cfg_controller.check_call(arguments_of(call, (self, *args), kwargs))
+            if (rules := vars(self).get("_otil_rules")) is not None:
+                rules.check(self, arguments)
+            session.cfg_controller.check_call(arguments)
 
-        with session.generation(self, facts_of_call(call, (self, *args), kwargs), check):
-            return kind.__call__(self, *args, **kwargs)
+        with session.generation(self, facts_of_call(call, (self, *args), kwargs), check) as callbacks:
+            if callbacks is None:
+                return kind.__call__(self, *args, **kwargs)
+            whole_args, whole_kwargs = callbacks.put_into(call, (self, *args), kwargs)
+            return kind.__call__(*whole_args, **whole_kwargs)
 
     return subclass_of(kind, {"__call__": __call__})

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from inspect import Signature, signature
 from typing import Any
 
 import torch
 
+from otil_xdit.catalog.schedulers import steps_by_the_value
 from otil_xdit.method.schedule import Clock
 from otil_xdit.networks.class_swap import restore_class, subclass_of, swap_class
+from otil_xdit.runtime.callbacks import WholeLatent
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class _Listener:
     clock: Clock
     before_step: Callable[[Any], None]
     planned: Callable[[], int | None]
+    whole: WholeLatent | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Listener:
         return _Listener(Clock(), _ignore_sample, _plan_nothing)
@@ -54,6 +57,7 @@ def track_steps(
     clock: Clock,
     before_step: Callable[[Any], None] = _ignore_sample,
     planned: Callable[[], int | None] = _plan_nothing,
+    whole: WholeLatent | None = None,
 ) -> Iterator[None]:
     """Let every `scheduler.step` tick `clock`.
 
@@ -62,12 +66,14 @@ def track_steps(
         clock: learns the number of steps in the first one.
         before_step: called before a step with the latent that is stepped.
         planned: how many steps the pipeline says that it will do; None where it does not.
+        whole: of a pipeline that steps this rank's part of the latent; a scheduler that draws noise, or looks at all of
+            the latent, is given the whole.
     """
     if scheduler is None:
         yield
         return
     swap_class(scheduler, _ticked)
-    vars(scheduler)["_otil_listener"] = _Listener(clock, before_step, planned)
+    vars(scheduler)["_otil_listener"] = _Listener(clock, before_step, planned, whole)
     try:
         yield
     finally:
@@ -98,8 +104,16 @@ def _ticked(kind: Any) -> type:
     @wraps(kind.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         listener: _Listener = self._otil_listener
-        listener.before_step(arguments_of(call, (self, *args), kwargs).get("sample"))
-        out = kind.step(self, *args, **kwargs)
+        arguments = arguments_of(call, (self, *args), kwargs)
+        listener.before_step(arguments.get("sample"))
+        if listener.whole is None or steps_by_the_value(self, arguments):
+            out = kind.step(self, *args, **kwargs)
+        else:
+            # xDiT's own copies of `step` know fewer settings than those of diffusers.
+            inner = vars(self).get("module")
+            out = listener.whole.call(partial(kind.step, self) if inner is None else inner.step, args, kwargs)
+        if listener.whole is not None:
+            listener.whole.see(out)
         if listener.clock.step == 0:
             first = kwargs.get("timestep", args[1] if len(args) > 1 else None)
             listener.clock.total = _steps_of(self, first, listener.planned())

@@ -293,6 +293,14 @@ def with_gradients(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -
     return given
 
 
+def flip_on_rank_0(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return {"latents": given["latents"].flip(-1)} if dist.get_rank() == 0 and step == 1 else given
+
+
+def flip_apart(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return {"latents": given["latents"].flip(-1 - dist.get_rank())}
+
+
 UNET = {
     "set_attn_processor": Deed(all_processors),
     "a layer's processor": attribute(some_attention, "processor", lambda layer: OwnProcessor()),
@@ -309,6 +317,8 @@ UNET = {
     "quantised": Deed(quantised),
     "step of the scheduler": attribute(lambda pipe: pipe.scheduler, "step", lambda made: made.step),
     "gradients": Deed(no_deed, {"callback_on_step_end": with_gradients}),
+    "latents of one rank changed": Deed(no_deed, {"callback_on_step_end": flip_on_rank_0}),
+    "latents changed apart": Deed(no_deed, {"callback_on_step_end": flip_apart}),
 }
 DIT = {
     "set_attn_processor": Deed(of_transformer),

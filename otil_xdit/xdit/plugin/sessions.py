@@ -25,6 +25,7 @@ from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.plugin.args import choice_of
 from otil_xdit.xdit.plugin.groups import connect
 from otil_xdit.xdit.plugin.unwrap import parts_of, unwrap
+from otil_xdit.xdit.plugin.wrapped_calls import WrappedCall, rules_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def hook_pipelines() -> None:
             init(self, pipeline, engine_config, *args, **kwargs)
             session = _session_for(self.engine_config, self)
             if session is not None:
-                _attach(session, self)
+                _attach(session, self, rules_of(self))
         except Exception:
             undo(self)
             raise
@@ -177,9 +178,9 @@ def _check_groups(parallel: Any) -> None:
         )
 
 
-def _attach(session: PatchSession, pipe: Any) -> None:
+def _attach(session: PatchSession, pipe: Any, rules: WrappedCall | None = None) -> None:
     """Attach a pipeline to its session; only rank 0 keeps the progress bar."""
-    session.attach(pipe)
+    session.attach(pipe, rules)
     if dist.get_rank() != 0 and hasattr(pipe, "set_progress_bar_config"):
         owner = pipe.set_progress_bar_config.__self__  # the pipeline that an xDiT wrapper holds
         session.on_detach(partial(_put_back, owner, "_progress_bar_config", vars(owner).get("_progress_bar_config")))
