@@ -75,8 +75,9 @@ def read_call(
     facts = architecture_of(network)
     latent = kwargs.get("hidden_states", args[0] if args else None)
     _check_masks(facts, network, kwargs)
-    if isinstance(kwargs.get("x", latent), list):
-        _check_lists(kwargs.get("x", latent), kwargs.get("cap_feats", args[2] if len(args) > 2 else ()), ranks)
+    images = kwargs.get("x", latent)
+    if isinstance(images, list):
+        _check_lists(images, kwargs.get("cap_feats", args[2] if len(args) > 2 else ()), ranks)
     if not isinstance(latent, torch.Tensor):
         return None, TokenLayout(chunks=chunks)
     if not facts.rows or latent.ndim != 4:
