@@ -259,6 +259,21 @@ class StepCallbacks:
         return True
 
 
+def callbacks_of(
+    by_rank: Mapping[int, Mapping[str, str]],
+    collect: Callable[[torch.Tensor, str], torch.Tensor],
+    whole: WholeLatent | None,
+) -> StepCallbacks | None:
+    """Return what a call's callbacks are put into; None where no rank is given one, and for a single rank.
+
+    Args:
+        by_rank: the ranks' facts.
+        collect, whole: see `StepCallbacks`.
+    """
+    is_given = any(IS_GIVEN in facts for facts in by_rank.values())
+    return StepCallbacks(collect, whole) if is_given and len(by_rank) > 1 else None
+
+
 def _scales(pipe: Any) -> list[Any]:
     """Return the guidance of a pipeline, where it says."""
     return [getattr(pipe, f"_{name}", None) for name in _SCALE]

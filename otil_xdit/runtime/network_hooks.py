@@ -32,6 +32,13 @@ def networks_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: getattr(net, "_orig_mod", net) for name, net in networks.items()}
 
 
+def device_of(networks: Mapping[str, nn.Module]) -> torch.device:
+    """Return where a pipeline's networks are."""
+    return next(
+        (weight.device for network in networks.values() for weight in network.parameters()), torch.device("cpu")
+    )
+
+
 class HookedSession(SessionProtocol, Protocol):
     """What the hooks need of a session; `otil_xdit.runtime.session.PatchSession` documents each."""
 

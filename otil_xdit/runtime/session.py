@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from otil_xdit.catalog.numbers import CALL_NUMBERS, check_numbers
 from otil_xdit.catalog.schedulers import steps_by_the_value
 from otil_xdit.comm.groups import PatchGroup, UnetGroups
 from otil_xdit.exchange.protocol import Communicator
@@ -36,11 +37,12 @@ from otil_xdit.runtime.agreement import (
     lora_facts,
     share_random_state,
 )
-from otil_xdit.runtime.callbacks import IS_GIVEN, CallRules, StepCallbacks, WholeLatent, whole_latent
+from otil_xdit.runtime.callbacks import CallRules, StepCallbacks, WholeLatent, callbacks_of, whole_latent
 from otil_xdit.runtime.failures import tell_failures
-from otil_xdit.runtime.network_hooks import NetworkHooks, networks_of
+from otil_xdit.runtime.network_hooks import NetworkHooks, device_of, networks_of
 from otil_xdit.runtime.steps import arguments_of, check_scheduler_step, planned_steps, track_steps
 from otil_xdit.runtime.summary import Summary, summarize
+from otil_xdit.runtime.turns import TURNS
 
 _ACTIVE: ContextVar[PatchSession | None] = ContextVar("otil_xdit_session", default=None)
 
@@ -198,28 +200,27 @@ class PatchSession:
         if self.is_active:
             yield None
             return
-        token = _ACTIVE.set(self)
-        self._pipe = pipe
-        try:
-            with tell_failures(self.group.detector), self.surroundings():
-                networks = networks_of(pipe)
-                rules, collect = vars(pipe).get("_otil_rules"), self.communicator.collect
-                whole = whole_latent(rules, self._cfg_groups, collect)
-                by_rank = self._agree(networks, call or {}, check)
-                has_callback = len(by_rank) > 1 and any(IS_GIVEN in facts for facts in by_rank.values())
-                callbacks = StepCallbacks(collect, whole) if has_callback else None
-                with self._exchange(networks, whole):
-                    yield callbacks
-                    if callbacks is not None:
-                        callbacks.check_alike(_device_of(networks))
-                    self.communicator.clock.finish()
-        finally:
-            _ACTIVE.reset(token)
-            self._pipe = None
-        if self.group.detector is not None:
-            self.group.detector.done()
-        if self._finished is not None:
-            self._finished(self)
+        with TURNS.take() if _ACTIVE.get() is None else nullcontext():
+            token = _ACTIVE.set(self)
+            self._pipe = pipe
+            try:
+                with tell_failures(self.group.detector), self.surroundings():
+                    networks, collect = networks_of(pipe), self.communicator.collect
+                    whole = whole_latent(vars(pipe).get("_otil_rules"), self._cfg_groups, collect)
+                    by_rank = self._agree(networks, call or {}, check)
+                    with self._exchange(networks, whole):
+                        callbacks = callbacks_of(by_rank, collect, whole)
+                        yield callbacks
+                        if callbacks is not None:
+                            callbacks.check_alike(device_of(networks))
+                        self.communicator.clock.finish()
+            finally:
+                _ACTIVE.reset(token)
+                self._pipe = None
+            if self.group.detector is not None:
+                self.group.detector.done()
+            if self._finished is not None:
+                self._finished(self)
 
     def _agree(
         self, networks: Mapping[str, nn.Module], call: Facts, check: Callable[[], object]
@@ -256,19 +257,12 @@ class PatchSession:
                 if self._hooks.unet_device is not None:
                     share_random_state(self.communicator, self._hooks.unet_device)
                 elif whole is not None and not steps_by_the_value(scheduler, {}):
-                    share_random_state(self.communicator, _device_of(networks))
+                    share_random_state(self.communicator, device_of(networks))
                 yield
             finally:
                 if self.group.detector is None or not self.group.detector.why_broken:
                     self.cfg_controller.wait()
                     self.communicator.end()
-
-
-def _device_of(networks: Mapping[str, nn.Module]) -> torch.device:
-    """Return where a pipeline's networks are."""
-    return next(
-        (weight.device for network in networks.values() for weight in network.parameters()), torch.device("cpu")
-    )
 
 
 @cache
@@ -284,9 +278,11 @@ def _bracketed(kind: type) -> type:
 
         def check() -> None:
             arguments = arguments_of(call, (self, *args), kwargs)
+            check_numbers(arguments, CALL_NUMBERS)
             if wrapped is not None:
                 check_arguments_are_read(kind.__call__, type(wrapped).__call__, kwargs)
-            if (rules := vars(self).get("_otil_rules")) is not None:
+            rules: CallRules | None = vars(self).get("_otil_rules")
+            if rules is not None:
                 rules.check(self, arguments)
             session.cfg_controller.check_call(arguments)
 

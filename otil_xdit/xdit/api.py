@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -11,13 +13,19 @@ import torch.distributed as dist
 from otil_xdit.catalog.geometry import check_heads
 from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.catalog.unets import heads_of
+from otil_xdit.method.checks import check_integer
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.networks.dit.architectures import check_architecture
+from otil_xdit.networks.unet.model import is_unet
+from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
 from otil_xdit.xdit.plugin.args import carry
 from otil_xdit.xdit.plugin.register import register
 from otil_xdit.xdit.plugin.sessions import undo
+
+logger = logging.getLogger("otil_xdit")
 
 
 def parallelize(
@@ -53,6 +61,11 @@ def parallelize(
     """
     strategy = check_strategy(strategy)
     config = check_config(strategy, config)
+    check_integer("ulysses_degree", ulysses_degree, 1)
+    _check_transformers(pipe, allow_untested)
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        logger.warning("no torchrun has started this process: the pipeline runs here alone; start it with torchrun")
+        return pipe
     register()
     from xfuser import xFuserArgs
     from xfuser.core.distributed import init_distributed_environment, initialize_runtime_state
@@ -97,6 +110,24 @@ def restore(pipe: Any) -> Any:
         in between stays loaded. A pipeline that is not parallelized is given back as it is.
     """
     return undo(pipe)
+
+
+def _check_transformers(pipe: Any, allow_untested: bool) -> None:
+    """Refuse, before xDiT wraps it, a transformer that patches cannot serve.
+
+    Raises:
+        ValueError: naming the network's class and the reason.
+    """
+    for name in NETWORKS:
+        network = getattr(pipe, name, None)
+        if not isinstance(network, torch.nn.Module) or is_unet(getattr(network, "_orig_mod", network)):
+            continue
+        check_architecture(name, network, allow_untested)
+        if getattr(network.config, "dual_attention_layers", ()):
+            raise ValueError(
+                f"--parallel does not support {type(network).__name__} (the pipeline's {name}) with "
+                "dual_attention_layers, as SD3.5-medium has: xfuser cannot run them on several ranks"
+            )
 
 
 def check_strategy(strategy: Strategy | str) -> Strategy:

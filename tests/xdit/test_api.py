@@ -14,7 +14,9 @@ import pytest
 
 import otil_xdit
 from otil_xdit import OtilConfig, Strategy, errors, get_strategy, strategies
+from otil_xdit.catalog.numbers import CALL_NUMBERS, check_numbers
 from otil_xdit.xdit.api import check_config, check_strategy
+from tests.support.dits import CASES
 from tests.support.unets.configs import build_unet
 from tests.support.unets.pipelines import pipeline_around
 
@@ -103,6 +105,44 @@ def test_another_packages_settings_are_its_own_matter() -> None:
     assert check_config(mine, config) is config
     with pytest.raises(ValueError, match="give a Settings, or None"):
         check_config(mine, OtilConfig())
+
+
+@pytest.mark.parametrize("degree", [0, -1, 1.5, None, "2"])
+def test_a_degree_is_a_whole_number(degree: Any) -> None:
+    with pytest.raises(ValueError, match="ulysses_degree is .*; give a whole number from 1 up"):
+        otil_xdit.parallelize(SimpleNamespace(), "sync", ulysses_degree=degree)
+
+
+def test_without_torchrun_a_pipeline_runs_alone(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = pipeline_around(build_unet("sd1.5"))
+    assert otil_xdit.parallelize(pipe, "sync") is pipe
+    assert "start it with torchrun" in caplog.text
+
+
+@pytest.mark.parametrize(("case", "said"), [("sana", "linear"), ("sd3.5-medium", "dual_attention_layers")])
+def test_what_the_support_table_refuses_is_refused_here(case: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        otil_xdit.parallelize(CASES[case].build(), "sync")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"num_inference_steps": -3}, "num_inference_steps is -3; give a whole number from 1 to 10000"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; give a whole number"),
+        ({"height": 0}, "height is 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; give a number from 0 to 1000"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"strength": 1.5}, "strength is 1.5; give a number from 0 to 1"),
+    ],
+)
+def test_numbers_of_a_call_are_in_range(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_numbers(given, CALL_NUMBERS)
+
+
+def test_numbers_in_range_and_what_is_no_number_pass() -> None:
+    check_numbers({"height": 64, "width": None, "guidance_scale": 0, "eta": "x", "strength": True}, CALL_NUMBERS)
 
 
 def test_a_pipeline_that_nobody_parallelized_has_a_summary_and_no_report() -> None:

@@ -10,12 +10,13 @@ from hypothesis import strategies as some
 
 from otil_xdit.catalog.dits import DITS, DitRecord
 from otil_xdit.catalog.models import find_dit
+from otil_xdit.catalog.numbers import FLAG_NUMBERS
 from otil_xdit.errors import FlagError
 from otil_xdit.tools.common.variants import parse_variant
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.flags.choice import ParallelChoice, choose
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
-from otil_xdit.xdit.flags.options import add_otil_args
+from otil_xdit.xdit.flags.options import add_otil_args, options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +28,9 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(f"--{degree}_degree", type=int, default=1)
     for size in ("height", "width"):
         made.add_argument(f"--{size}", type=int)
+    for number in ("num_inference_steps", "seed"):
+        made.add_argument(f"--{number}", type=int)
+    made.add_argument("--guidance_scale", type=float)
     made.add_argument("--cache_method")
     made.add_argument("--use_fp8_comms", action="store_true")
     add_otil_args(made)
@@ -127,6 +131,15 @@ WRONG = [
     ("--parallel otil --otil_timeout 0", "--otil_timeout is 0; give a number in"),
     ("--parallel otil --otil_report /nowhere/at/all.json", "--otil_report .*no such directory"),
     ("--parallel otil --patch_degree 0", "--patch_degree is 0; give a whole number from 1 up"),
+    ("--num_inference_steps -3", "--num_inference_steps is -3; give a whole number from 1 to 10000"),
+    ("--parallel otil --num_inference_steps 0", "--num_inference_steps is 0; give a whole number from 1"),
+    ("--parallel otil --height 0", "--height is 0; give a whole number from 1 to 65536"),
+    ("--parallel otil --width -64", "--width is -64; give a whole number from 1"),
+    ("--parallel otil --guidance_scale nan", "--guidance_scale is nan; give a number from 0 to 1000"),
+    ("--parallel otil --guidance_scale inf", "--guidance_scale is inf; give a number from 0"),
+    ("--parallel otil --seed 99999999999999999999", "--seed is 99999999999999999999; give a whole number from"),
+    ("--parallel otil --ulysses_degree 0", "--ulysses_degree is 0; give a whole number from 1"),
+    ("--parallel otil --data_parallel_degree -2", "--data_parallel_degree is -2; give a whole number from 1"),
     ("--parallel otil --patch_degree 3", "--patch_degree 3 does not fit 2 processes: 3 patches = 3"),
     ("--parallel otil --ulysses_degree 3", r"2 processes cannot be shared out: 3 \(--ulysses_degree\)"),
     ("--parallel otil --patch_degree 2 --ring_degree 1", "--patch_degree 2 and --ring_degree 1 contradict each other"),
@@ -146,6 +159,19 @@ WRONG = [
     ("--parallel sync --model owner/FLUX.1-dev --height 16 --width 48", "--height 16 cannot be cut into 2 patches"),
 ]
 """Command lines for two processes, and what is said about each."""
+
+
+def test_every_number_of_xdits_flags_has_a_range() -> None:
+    """Shares and scales of attention backends and of FP8, which no strategy works with, are xDiT's own matter."""
+    enable_cpu_ranks()
+    importlib.import_module("otil_xdit").register()
+    config = importlib.import_module("xfuser.config")
+    known = config.FlexibleArgumentParser()
+    config.xFuserArgs.add_runner_args(known)
+    own = {"patch_degree", "ring_degree", *(option.flag for option in options())}
+    theirs = ("fp8_", "spargeattn_", "vsa_", "num_hybrid_")
+    numbers = {action.dest for action in known._actions if action.type in (int, float)}
+    assert {name for name in numbers - own if not name.startswith(theirs)} <= set(FLAG_NUMBERS)
 
 
 @pytest.mark.parametrize(("line", "message"), WRONG)

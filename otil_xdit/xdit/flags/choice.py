@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from otil_xdit.catalog.geometry import check_geometry
 from otil_xdit.catalog.models import find_unet
+from otil_xdit.catalog.numbers import FLAG_NUMBERS, check_numbers
 from otil_xdit.catalog.unets import UnetRecord
 from otil_xdit.errors import FlagError
 from otil_xdit.method.config import SETTINGS, OtilConfig
@@ -92,6 +93,7 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
         FlagError: for flags that contradict each other, the world or the image's size.
     """
     name, unet = values.get("parallel"), find_unet(values.get("model"))
+    _flag_errors(lambda: check_numbers(values, FLAG_NUMBERS, "--"))
     _check_scheduler(values, unet)
     if name is None:
         _check_given_without_parallel(values)

@@ -165,7 +165,10 @@ def parse(runner_arguments: Sequence[str]) -> dict[str, Any]:
         def error(self, message: str) -> NoReturn:
             raise FlagError(message)
 
-    parser = Parser(prog="xfuser", description="xDiT on several devices, with one image cut into patches.")
+    # The runner's parser would take an abbreviation for another flag than the launcher's does.
+    parser = Parser(
+        prog="xfuser", allow_abbrev=False, description="xDiT on several devices, with one image cut into patches."
+    )
     config.xFuserArgs.add_runner_args(parser)
     _add_launch_help(parser)
     return vars(parser.parse_args(list(runner_arguments)))

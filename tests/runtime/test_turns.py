@@ -1,0 +1,45 @@
+"""Callers of one process wait for each other: their images are those that they make alone, on all ranks."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from otil_xdit.runtime.turns import Turns
+from tests.support.torchrun import lines_of
+
+
+def test_threads_make_what_they_make_alone() -> None:
+    lines = {line["way"]: line["ranks"] for line in lines_of(2, "threads.py")}
+    assert set(lines) == {"one pipeline", "two pipelines", "copies"}
+    for way, ranks in lines.items():
+        assert ranks == [[True] * 3] * 2, way
+
+
+def test_callers_are_served_in_the_order_in_which_they_came() -> None:
+    turns, served, threads = Turns(), list[int](), list[threading.Thread]()
+    with turns.take():
+        for number in range(5):
+            queued = len(turns._callers)
+            threads.append(threading.Thread(target=lambda number=number: served_in(turns, served, number)))
+            threads[-1].start()
+            while len(turns._callers) == queued:
+                pass
+        assert not served
+    for thread in threads:
+        thread.join(10)
+    assert served == [*range(5)]
+
+
+def test_a_caller_that_raises_ends_its_turn() -> None:
+    turns = Turns()
+    with pytest.raises(KeyError), turns.take():
+        raise KeyError
+    with turns.take():
+        pass
+
+
+def served_in(turns: Turns, served: list[int], number: int) -> None:
+    with turns.take():
+        served.append(number)
