@@ -1,11 +1,44 @@
-"""How xDiT 0.7 hands each transformer architecture its part of the tokens, by the class that diffusers gives it."""
+"""How xDiT 0.7 hands each transformer architecture its part of the tokens, by the class that diffusers gives it.
+
+`ARCHITECTURES` is the one table: from it follow which keys are padding or copies (`otil_xdit.networks.dit.key_plan`),
+which sizes are refused before weights load (`otil_xdit.catalog.geometry`) and what the tools reckon with.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from otil_xdit.method.grid import TextPosition
+
+Cut = Literal["padded", "even", "split", "joint", "replicated"]
+"""How tokens are shared out by N ranks. "padded": filled up with zeros to a multiple of N. "even": N must divide them.
+"split": evenly where N divides them, otherwise a copy for every rank. "joint": the same, but a copy stays out of the
+sequence, as xDiT hands it to attention beside it. "replicated": a copy for every rank."""
+
+Call = Literal["", "packed", "video", "lists", "cosmos3", "ideogram4"]
+"""How a network is called, which says where the numbers of its tokens stand (`otil_xdit.networks.dit.token_counts`)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive tokens of an attention sequence.
+
+    Attributes:
+        tokens: what they are; "whole" is text and image in one.
+        cut: how the ranks share them.
+    """
+
+    tokens: Literal["text", "image", "whole"]
+    cut: Cut = "padded"
+
+
+Sequence = tuple[Part, ...]
+
+PADDED_IMAGE: Sequence = (Part("image"),)
+PADDED_WHOLE: Sequence = (Part("whole"),)
 
 
 @dataclass(frozen=True)
@@ -16,19 +49,35 @@ class Architecture:
         rows: it is called with a rank's rows of the latent, [B, C, rows, cols]: sub-blocks are squares. Otherwise
             it is called with everybody's tokens and cuts them itself: sub-blocks are runs of tokens.
         text: where the text tokens stand in a rank's attention sequence.
-        even: xDiT computes something else than one device does when these tokens cannot be shared out evenly.
-        masks: which text masks xDiT reads: "any"; "alike", the same for every prompt of a batch; "none", where every
-            token counts.
+        call: how it is called; empty where it is not looked at, as xDiT's pipeline shares the tokens out.
+        sequences: what the keys of its attention layers are made of, by a word of the layer's path; "" for the others.
+        gathered: words of the paths of layers for which xDiT itself gathers the keys, and pads them like the image.
+        masks: which text masks xDiT reads: "any"; "alike", the same for every prompt of a batch.
+        whole_masks: its masks cover the keys of all ranks.
         refused: why it cannot run on patches at all; empty where it can.
         stages: whether it has been compared with one process under ``--parallel hybridiff``.
     """
 
     rows: bool = False
     text: TextPosition = "none"
-    even: tuple[str, ...] = ()
-    masks: Literal["any", "alike", "none"] = "any"
+    call: Call = ""
+    sequences: Mapping[str, Sequence] = field(default_factory=dict)
+    gathered: tuple[str, ...] = ()
+    masks: Literal["any", "alike"] = "any"
+    whole_masks: bool = False
     refused: str = ""
     stages: bool = False
+
+    def must_divide(self, tokens: str) -> bool:
+        """Return whether the ranks must divide the number of these tokens."""
+        parts = [part for parts in self.sequences.values() for part in parts]
+        return any(part.cut == "even" for part in parts if part.tokens == tokens)
+
+    def sent_text(self, text: int, ranks: int) -> int:
+        """Return a rank's share of `text` tokens that it sends the keys of: none where all have a copy."""
+        parts = [part for parts in self.sequences.values() for part in parts if part.tokens == "text"]
+        has_copies = any(part.cut == "replicated" or (part.cut == "split" and text % ranks) for part in parts)
+        return 0 if has_copies else math.ceil(text / ranks)
 
 
 CAUSAL = "it makes a video part by part from the keys of earlier parts, and xDiT runs that on one device"
@@ -37,22 +86,35 @@ ARCHITECTURES: dict[str, Architecture] = {
     "SD3Transformer2DModel": Architecture(rows=True, text="rear", stages=True),
     "PixArtTransformer2DModel": Architecture(rows=True, stages=True),
     "HunyuanDiT2DModel": Architecture(rows=True, stages=True),
-    "FluxTransformer2DModel": Architecture(text="front", even=("text", "image")),
-    "Flux2Transformer2DModel": Architecture(text="front", even=("text", "image")),
-    "QwenImageTransformer2DModel": Architecture(text="front", even=("text", "image"), masks="none"),
-    "WanTransformer3DModel": Architecture(even=("image",)),
-    "WanVACETransformer3DModel": Architecture(even=("image",)),
-    "HunyuanVideoTransformer3DModel": Architecture(even=("image",), masks="alike"),
-    "HunyuanVideo15Transformer3DModel": Architecture(even=("image",), masks="alike"),
     "CogVideoXTransformer3DModel": Architecture(),
     "ConsisIDTransformer3DModel": Architecture(),
-    "LTX2VideoTransformer3DModel": Architecture(even=("image",)),
-    "Ideogram4Transformer2DModel": Architecture(even=("image",)),
-    "ZImageTransformer2DModel": Architecture(even=("text", "image")),
-    "xFuserCausalWanTransformer3DWrapper": Architecture(refused=CAUSAL),
-    "Cosmos3OmniTransformer": Architecture(
-        refused="xDiT hands every rank a copy of the text's keys, and each copy would be attended to"
+    "FluxTransformer2DModel": Architecture(
+        text="front", call="packed", sequences={"": (Part("text", "split"), Part("image"))}
     ),
+    "Flux2Transformer2DModel": Architecture(text="front", call="packed", sequences={"": (Part("text"), Part("image"))}),
+    "QwenImageTransformer2DModel": Architecture(
+        text="front", call="packed", sequences={"": (Part("text"), Part("image"))}
+    ),
+    "ZImageTransformer2DModel": Architecture(
+        call="lists",
+        sequences={"": PADDED_WHOLE, "noise_refiner": PADDED_IMAGE, "context_refiner": (Part("text"),)},
+    ),
+    "WanTransformer3DModel": Architecture(call="video", sequences={"": PADDED_IMAGE}),
+    "WanVACETransformer3DModel": Architecture(call="video", sequences={"": PADDED_IMAGE}),
+    "HunyuanVideoTransformer3DModel": Architecture(
+        call="video", sequences={"": (Part("image", "even"), Part("text", "joint"))}, masks="alike"
+    ),
+    "HunyuanVideo15Transformer3DModel": Architecture(
+        call="video", sequences={"": (Part("image"), Part("text", "joint"))}, masks="alike"
+    ),
+    "LTX2VideoTransformer3DModel": Architecture(
+        call="packed", sequences={"": PADDED_IMAGE}, gathered=("video_to_audio_attn",)
+    ),
+    "Ideogram4Transformer2DModel": Architecture(call="ideogram4", sequences={"": PADDED_WHOLE}),
+    "Cosmos3OmniTransformer": Architecture(call="cosmos3", sequences={"": (Part("text", "replicated"), Part("image"))}),
+    "Lumina2Transformer2DModel": Architecture(whole_masks=True),
+    "Krea2Transformer2DModel": Architecture(call="packed", sequences={"": PADDED_WHOLE}, whole_masks=True),
+    "xFuserCausalWanTransformer3DWrapper": Architecture(refused=CAUSAL),
     "LatteTransformer3DModel": Architecture(
         refused="xDiT lets its temporal blocks attend to the tokens of another place than their own"
     ),

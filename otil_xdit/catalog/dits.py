@@ -26,7 +26,7 @@ def why_refused(record: ModelRecord | None, capabilities: Any, allow_untested: b
         capabilities: what xDiT says of it.
         allow_untested: take a model on that nobody has compared with one process.
     """
-    if not capabilities.ring_degree:
+    if not capabilities.ring_degree and not (isinstance(record, DitRecord) and record.needs_no_ring):
         return ULYSSES_ONLY if capabilities.ulysses_degree else ONE_DEVICE
     if record is None or (isinstance(record, DitRecord) and record.state == "untested"):
         return None if allow_untested else UNTESTED
@@ -41,11 +41,13 @@ class DitRecord(ModelRecord):
         kind: its network's class in diffusers.
         frames: default number of a video's frames; 0 for images.
         architecture: how xDiT cuts that class; None for what `otil_xdit.catalog.architectures` says of it.
+        needs_no_ring: xDiT refuses a ring for it, because a ring would need other masks than gathered keys do.
     """
 
     kind: str = ""
     frames: int = 0
     architecture: Architecture | None = None
+    needs_no_ring: bool = False
 
     @property
     def facts(self) -> Architecture:
@@ -56,14 +58,12 @@ class DitRecord(ModelRecord):
     def cut(self) -> Cut:
         if self.facts.rows:
             return "rows"
-        return "tokens" if "image" in self.facts.even else "padded"
+        return "tokens" if self.facts.must_divide("image") else "padded"
 
     def latent_frames(self, frames: int) -> int:
         """Return the frames of the latent: one for the first of a video, and one for every four after it."""
         return 1 + frames // 4 if self.frames else 1
 
-
-_EVEN_PROMPT = "refused where the ranks do not divide the prompt's tokens"
 
 DITS = (
     DitRecord(
@@ -79,7 +79,6 @@ DITS = (
     DitRecord(
         names=("SD3.5", "stabilityai/stable-diffusion-3.5-large"),
         state="exact",
-        note="3.5-medium fails in xfuser, with --ulysses_degree too",
         kind="SD3Transformer2DModel",
         vae=8,
         patch=2,
@@ -100,6 +99,16 @@ DITS = (
             },
             text_tokens=77 + _T5_TOKENS,
         ),
+    ),
+    DitRecord(
+        names=("stabilityai/stable-diffusion-3.5-medium",),
+        state="exact",
+        has_runner=False,
+        kind="SD3Transformer2DModel",
+        vae=8,
+        patch=2,
+        height=1024,
+        width=1024,
     ),
     DitRecord(
         names=("stabilityai/stable-diffusion-3-medium-diffusers",),
@@ -144,7 +153,6 @@ DITS = (
     DitRecord(
         names=("black-forest-labs/FLUX.1-dev",),
         state="exact",
-        note=_EVEN_PROMPT,
         kind="FluxTransformer2DModel",
         vae=8,
         patch=2,  # the pipeline packs 2 x 2 latent pixels into a token
@@ -152,6 +160,11 @@ DITS = (
         width=1024,
         # Its guidance is distilled.
         network=NetworkConfig(kind="FluxTransformer2DModel", label="FLUX", passes=1, text_tokens=512),
+    ),
+    DitRecord(
+        names=("FLUX.1-Kontext-dev", "black-forest-labs/FLUX.1-Kontext-dev"),
+        state="exact",
+        kind="FluxTransformer2DModel",
     ),
     DitRecord(
         names=("black-forest-labs/FLUX.2-dev",),
@@ -164,7 +177,7 @@ DITS = (
     ),
     DitRecord(
         names=("black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"),
-        note="FLUX.2-dev's transformer wrapper",
+        state="exact",
         kind="Flux2Transformer2DModel",
         vae=8,
         patch=2,
@@ -174,7 +187,6 @@ DITS = (
     DitRecord(
         names=("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
         state="exact",
-        note=_EVEN_PROMPT,
         kind="QwenImageTransformer2DModel",
         vae=8,
         patch=2,
@@ -182,10 +194,13 @@ DITS = (
         width=1664,
     ),
     DitRecord(
+        names=("Qwen-Image-Edit", "Qwen/Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511"),
+        state="exact",
+        kind="QwenImageTransformer2DModel",
+    ),
+    DitRecord(
         names=("Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo"),
-        state="refused",
-        note="xfuser 0.7.0 cannot run Z-Image with diffusers 0.42; use an older diffusers",
-        from_diffusers="0.42",
+        state="exact",
         kind="ZImageTransformer2DModel",
         vae=8,
         patch=2,
@@ -204,6 +219,7 @@ DITS = (
     ),
     DitRecord(
         names=("Wan2.2-T2V", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+        state="exact",
         kind="WanTransformer3DModel",
         vae=8,
         patch=2,
@@ -211,7 +227,22 @@ DITS = (
         width=1280,
         frames=81,
     ),
-    DitRecord(names=("HunyuanVideo",), state="exact", kind="HunyuanVideoTransformer3DModel"),
-    DitRecord(names=("Lumina2", "Alpha-VLLM/Lumina-Image-2.0"), state="refused", note=ULYSSES_ONLY),
-    DitRecord(names=("Krea-2-Raw", "Krea-2-Turbo"), state="refused", note=ULYSSES_ONLY),
+    DitRecord(
+        names=("HunyuanVideo", "tencent/HunyuanVideo"),
+        state="exact",
+        note="the ranks must divide its tokens",
+        kind="HunyuanVideoTransformer3DModel",
+        vae=8,
+        patch=2,
+        height=720,
+        width=1280,
+        frames=129,
+    ),
+    DitRecord(
+        names=("Lumina2", "Alpha-VLLM/Lumina-Image-2.0", "Lumina-Image-2.0"),
+        state="exact",
+        kind="Lumina2Transformer2DModel",
+        needs_no_ring=True,
+    ),
+    DitRecord(names=("Krea-2-Raw", "Krea-2-Turbo"), state="exact", kind="Krea2Transformer2DModel", needs_no_ring=True),
 )

@@ -61,7 +61,7 @@ def _check_tokens(dit: DitRecord, height: int, width: int, frames: int, ranks: i
     side = dit.vae * dit.patch
     rows, cols, times = height // side, width // side, dit.latent_frames(frames)
     tokens = rows * cols * times
-    if rows < ranks or (dit.cut == "tokens" and tokens % ranks):
+    if tokens < ranks or (dit.cut == "tokens" and tokens % ranks):
         counts = f"{rows} x {cols}" + (f" x {times} frames" if dit.frames else "")
         raise ValueError(
             f"--height {height} cannot be cut into {ranks} patches: {counts} = {tokens} tokens; give a "

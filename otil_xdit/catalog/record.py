@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, Literal
-
-from packaging.version import Version
 
 State = Literal["exact", "refused", "untested"]
 """What happens under ``--parallel``. "exact": a tiny network of the architecture, with random weights, gave the latents
@@ -47,7 +44,6 @@ class ModelRecord:
         names: what ``--model`` takes. A name with an owner is a repository of the hub.
         state: what happens under ``--parallel``.
         note: the conditions, or the reason of a refusal.
-        from_diffusers: a refusal holds from this version of diffusers on.
         has_runner: whether xfuser's command line runs it; otherwise it runs in a script.
         vae: image pixels of a latent pixel, per side; 0 where the geometry is not known.
         patch: latent pixels of a token, per side; 1 for a U-Net.
@@ -58,7 +54,6 @@ class ModelRecord:
     names: tuple[str, ...]
     state: State = "untested"
     note: str = ""
-    from_diffusers: str = "0"
     has_runner: bool = True
     vae: int = 0
     patch: int = 1
@@ -80,9 +75,8 @@ class ModelRecord:
         return short_name(model) in self.short_names
 
     def refusal(self) -> str | None:
-        """Return why the model does not run under ``--parallel`` with what is installed, or None where it does."""
-        holds = self.state == "refused" and Version(version("diffusers")) >= Version(self.from_diffusers)
-        return self.note if holds else None
+        """Return why the model does not run under ``--parallel``, or None where it does."""
+        return self.note if self.state == "refused" else None
 
 
 def short_name(model: str) -> str:

@@ -195,17 +195,15 @@ def _unet_layers(network: Network, rows: int, cols: int, ranks: int) -> Iterator
 def _dit_layers(network: Network, rows: int, cols: int, ranks: int, text: int) -> Iterator[Layer]:
     """Yield them as xDiT calls them: a rank has its share of the image's tokens, and of the text's, which xDiT pads."""
     facts = architecture_of(network.module)
-    shared = rows if facts.rows else rows * cols
-    if shared % ranks or ("text" in facts.even and text % ranks):
-        image = f"{rows} rows of tokens" if facts.rows else f"{shared} image tokens"
-        raise ValueError(f"{image} and {text} text tokens cannot be shared evenly; give other --size or --text_tokens")
-    image_tokens = rows * cols // ranks
+    if facts.rows and rows % ranks:
+        raise ValueError(f"{rows} rows of tokens cannot be shared evenly; give another --size")
+    image_tokens = math.ceil(rows * cols / ranks)
     for path, attention in network.module.named_modules():
         if hasattr(attention, "processor") and hasattr(attention, "to_k"):
             if getattr(attention, "is_cross_attention", False):
                 continue  # to text that every rank has
             # SD3.5's second attention of a block sees the image alone, PixArt's first one as well.
             joined = facts.text != "none" and not path.endswith("attn2")
-            texts = math.ceil(text / ranks) if joined else 0
+            texts = facts.sent_text(text, ranks) if joined else 0
             layout = TokenLayout(rows // ranks, cols, network.patch, facts.text) if facts.rows else TokenLayout()
             yield Layer(image_tokens + texts, attention.to_k.out_features, attention.heads, layout, path)

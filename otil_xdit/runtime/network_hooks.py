@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -16,12 +16,14 @@ from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.hybridiff.controller import CfgController
 from otil_xdit.networks.compatibility import ModuleInspector, check_no_gradients
 from otil_xdit.networks.dit.architectures import check_architecture, read_call, token_layout
+from otil_xdit.networks.dit.key_plan import KeyPlan
+from otil_xdit.networks.dit.keys import DitKeys
 from otil_xdit.networks.dit.layer_names import LayerNames
 from otil_xdit.networks.unet.model import Attend, PatchedUNet, SessionProtocol, is_unet
 
 T = TypeVar("T")
 
-NETWORKS = ("transformer", "transformer_2", "unet")
+NETWORKS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Attributes of a pipeline that may hold a denoising network."""
 
 
@@ -45,6 +47,7 @@ class HookedSession(SessionProtocol, Protocol):
     communicator: Communicator
     cfg_controller: CfgController
     group: PatchGroup
+    splits_text: Callable[[], bool]
 
 
 class NetworkHooks:
@@ -63,6 +66,8 @@ class NetworkHooks:
     ) -> None:
         self._session, self._unets, self._allow_untested = session, unets, allow_untested
         self._names = LayerNames()
+        cfg = (0, 1) if unets is None else (unets[0].cfg_rank, unets[0].cfg_degree)
+        self._keys = DitKeys(session.group, cfg)
         self._inspectors: dict[int, ModuleInspector] = {}
         self._handles: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
         self._patched: dict[int, PatchedUNet] = {}
@@ -99,6 +104,7 @@ class NetworkHooks:
     def naming(self, networks: Iterable[nn.Module]) -> Iterator[None]:
         """Name attention calls anew for a generation, and follow the names that diffusers gives its passes."""
         self._names.begin()
+        self._keys.begin()
         with ExitStack() as stack:
             for network in networks:
                 stack.enter_context(self._names.follow_contexts(network))
@@ -111,6 +117,19 @@ class NetworkHooks:
             ValueError: when no known attention module is under way.
         """
         return self._names.current(self._session.communicator.clock.step)
+
+    def plan_keys(self, key: torch.Tensor) -> KeyPlan:
+        """Return what to do with the keys, [B, H, S, D], of the DiT's attention call under way."""
+        return self._keys.plan(self._names.path, key.shape[2], key.device)
+
+    def kept_of_gathered(self, keys: int) -> int | None:
+        """Return how many of the keys that xDiT itself has gathered for the call under way are real; None for all."""
+        return self._keys.kept_of_gathered(self._names.path, keys)
+
+    @property
+    def has_whole_masks(self) -> bool:
+        """Return whether the masks of the DiT that computes cover the keys of all ranks."""
+        return self._keys.has_whole_masks
 
     @property
     def unet_device(self) -> torch.device | None:
@@ -145,8 +164,8 @@ class NetworkHooks:
         session = self._session
         if session.is_active:
             check_no_gradients(network, *args, *kwargs.values())
-            chunks = session.group.ulysses_degree
-            session.communicator.observe(*read_call(network, args, kwargs, chunks, chunks * session.group.world_size))
+            self._keys.read(network, args, kwargs, session.splits_text())
+            session.communicator.observe(*read_call(network, args, kwargs, session.group.ulysses_degree))
 
     def _after_forward(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Show a DiT's prediction to the controller of the two passes."""

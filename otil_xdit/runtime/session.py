@@ -3,6 +3,8 @@
 Nothing of diffusers or xDiT is edited: the pipeline object gets a subclass of its class that brackets ``__call__``, its
 networks get hooks (`otil_xdit.runtime.network_hooks`), and during a generation its scheduler gets a subclass whose
 ``step`` ticks the clock (`otil_xdit.runtime.steps`). `PatchSession.detach` undoes it all.
+
+Over 300 lines: what brackets a generation and what its layers ask for while it runs are one state.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from otil_xdit.hybridiff.controller import CfgController
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.networks.class_swap import restore_class, subclass_of, swap_class
 from otil_xdit.networks.compatibility import check_arguments_are_read
+from otil_xdit.networks.dit.key_plan import Kept
 from otil_xdit.networks.unet.model import Attend, is_unet
 from otil_xdit.runtime.agreement import (
     RANDOM_STATE,
@@ -38,6 +41,7 @@ from otil_xdit.runtime.agreement import (
     share_random_state,
 )
 from otil_xdit.runtime.callbacks import CallRules, StepCallbacks, WholeLatent, callbacks_of, whole_latent
+from otil_xdit.runtime.dit_attention import DitAttention
 from otil_xdit.runtime.failures import tell_failures
 from otil_xdit.runtime.network_hooks import NetworkHooks, device_of, networks_of
 from otil_xdit.runtime.steps import arguments_of, check_scheduler_step, planned_steps, track_steps
@@ -63,7 +67,8 @@ class PatchSession:
 
     Attributes:
         cfg_controller: of the passes with and without the prompt.
-        kept_keys: int64, positions of the real keys of the attention call under way; None for all.
+        dit: the keys of a DiT's attention calls.
+        splits_text: tells whether xDiT's pipeline has shared out the text of the call under way, where pipelines do.
         surroundings: what a generation is to take place in.
     """
 
@@ -80,12 +85,13 @@ class PatchSession:
         self.communicator, self.group, self.strategy = communicator, group, strategy
         self._cfg_groups = unets[0] if unets is not None else None
         self.cfg_controller = CfgController(communicator, group, self._cfg_groups, lambda: self.is_active)
-        self.kept_keys: torch.Tensor | None = None
         self.surroundings: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._layer = ""
-        self._finished = finished
+        self.splits_text: Callable[[], bool] = bool
+        self._kept_keys: torch.Tensor | None = None
+        self._layer, self._finished = "", finished
         self._facts, self._network_facts = facts or {}, NetworkFacts()
         self._hooks = NetworkHooks(self, unets, allow_untested)
+        self.dit = DitAttention(communicator, self._hooks)
         self._attached: list[Any] = []
         self._pipe: Any = None
         self._undo = ExitStack()
@@ -151,7 +157,12 @@ class PatchSession:
 
     def gather(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return every patch's keys and values for the attention call under way; see `OtilCommunicator.gather`."""
-        return self.communicator.gather(self._layer or self._hooks.current_layer(), key, value)
+        return self.communicator.gather(self._layer, key, value) if self._layer else self.dit.gather(key, value)
+
+    @property
+    def kept_keys(self) -> Kept | None:
+        """Return the positions of the real keys of the attention call under way, to be asked for once; None for all."""
+        return self._kept_keys if self._layer else self.dit.take_kept()
 
     @contextmanager
     def attention(self, name: str, layout: TokenLayout, kept_keys: torch.Tensor | None) -> Iterator[None]:
@@ -163,11 +174,11 @@ class PatchSession:
             kept_keys: int64, positions of the real ones among all ranks' keys where some are padding; None for all.
         """
         self.communicator.observe(None, layout)
-        self._layer, self.kept_keys = name, kept_keys
+        self._layer, self._kept_keys = name, kept_keys
         try:
             yield
         finally:
-            self._layer, self.kept_keys = "", None
+            self._layer, self._kept_keys = "", None
 
     def record_gathered(self, predictions: torch.Tensor | list[torch.Tensor], dim: int, own: torch.Tensor) -> Any:
         """Record the predictions of both CFG groups, which xDiT has gathered; see `CfgController.record_gathered`.

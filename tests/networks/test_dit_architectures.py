@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from otil_xdit.catalog.architectures import ARCHITECTURES
-from otil_xdit.networks.dit.architectures import check_architecture, read_call
+from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.networks.dit.architectures import check_architecture
+from otil_xdit.networks.dit.keys import DitKeys
 
 
 def network_of(kind: str, **config: Any) -> Any:
     """A module whose class has the name of one of diffusers', with a configuration and nothing else."""
-    network = type(kind, (nn.Module,), {})()
+    network = type(kind, (nn.Module,), {"forward": lambda self, hidden_states: hidden_states})()
     network.config = SimpleNamespace(**config)
     return network
 
@@ -33,10 +35,20 @@ def test_a_refusal_holds_whatever_is_allowed(kind: str) -> None:
         check_architecture("transformer", network_of(kind), allow_untested=True)
 
 
+def keys_of(ranks: int) -> DitKeys:
+    return DitKeys(PatchGroup(None, 0, ranks), (0, 1))
+
+
 def test_masks_that_xdit_does_not_read_are_refused() -> None:
-    called = {"hidden_states": torch.zeros(2, 8, 4), "encoder_hidden_states": torch.zeros(2, 8, 4)}
-    uneven = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
-    with pytest.raises(ValueError, match="prompts of different lengths"):
-        read_call(network_of("QwenImageTransformer2DModel"), (), {**called, "encoder_hidden_states_mask": uneven}, 1, 2)
-    called["encoder_hidden_states_mask"] = torch.ones(2, 8)
-    read_call(network_of("QwenImageTransformer2DModel"), (), called, 1, 2)
+    network = network_of("HunyuanVideoTransformer3DModel", patch_size=2, patch_size_t=1)
+    called = {"hidden_states": torch.zeros(2, 4, 1, 8, 8), "encoder_attention_mask": torch.ones(2, 8)}
+    keys_of(2).read(network, (), called, False)
+    called["encoder_attention_mask"][1, 6:] = 0
+    with pytest.raises(ValueError, match="encoder_attention_mask marks padding in a batch of prompts of different"):
+        keys_of(2).read(network, (), called, False)
+
+
+def test_tokens_that_xdit_cuts_unevenly_are_refused() -> None:
+    network = network_of("HunyuanVideoTransformer3DModel", patch_size=2, patch_size_t=1)
+    with pytest.raises(ValueError, match="16 image tokens cannot be shared evenly by 3 ranks"):
+        keys_of(3).read(network, (), {"hidden_states": torch.zeros(1, 4, 1, 8, 8)}, False)

@@ -131,7 +131,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("--models nothing", "nothing: no such model; choose from .*published networks are SD1.5, SDXL, .*FLUX"),
         ("--models SDXL --size 1001", "--size 1001 is not possible with SDXL; give a multiple of 8"),
         ("--models SDXL --size 64 --ranks 8", "--size 64 on 8 ranks with SDXL.*fewer ranks"),
-        ("--models FLUX --ranks 3", "--size 1024 on 3 ranks with FLUX.*4096 image tokens and 512 text tokens"),
+        ("--models SD3 --ranks 3", "--size 1024 on 3 ranks with SD3.*64 rows of tokens cannot be shared evenly"),
         ("--ranks 1", "--ranks 1: give a whole number from 2 up"),
         ("--batch 0", "--batch 0: give a whole number from 1 up"),
     ],

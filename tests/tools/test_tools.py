@@ -7,12 +7,10 @@ import sys
 
 import pytest
 
-from otil_xdit.catalog import record
 from otil_xdit.catalog.models import MODELS
 from otil_xdit.catalog.pipelines import WRAPPED_PIPELINES
 from otil_xdit.tools import main as tools
 from otil_xdit.xdit import versions
-from otil_xdit.xdit.launcher import main as cli
 from otil_xdit.xdit.launcher.runner_registry import model_registry
 
 
@@ -23,7 +21,8 @@ def test_every_model_of_xfuser_is_listed_once(capsys: pytest.CaptureFixture[str]
     classes = {model for model in model_registry().values()}
     assert sum(row in model_registry() for row in rows) == len(classes)
     assert rows["tiny-dit"] == rows["SD3.5"] == rows["xFuserPixArtAlphaPipeline"] == "exact"
-    assert rows["Lumina2"] == rows["CausalWan"] == rows["xFuserSanaPipeline"] == "refused"
+    assert rows["Lumina2"] == rows["Z-Image"] == rows["FLUX.1-Kontext-dev"] == "exact"
+    assert rows["MiniMax-H3"] == rows["CausalWan"] == rows["xFuserSanaPipeline"] == "refused"
     assert rows["LTX-2"] == "untested"
     assert rows["SD1.5"] == rows["SDXL"] == rows["tiny-sdxl"] == "exact"
     assert rows["StableDiffusionXLInpaintPipeline"] == "yes" and rows["StableDiffusionSAGPipeline"] == "refused"
@@ -62,18 +61,6 @@ def test_the_table_names_what_xfuser_has() -> None:
     assert {name for model in runners for name in model.short_names} <= known
     xfuser = importlib.import_module("xfuser.model_executor.pipelines")
     assert all(hasattr(xfuser, pipeline.name) for pipeline in WRAPPED_PIPELINES)
-
-
-def test_a_refusal_may_depend_on_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ["--model", "Tongyi-MAI/Z-Image", "--parallel", "sync", "--patch_degree", "2"]
-    monkeypatch.setattr(cli, "visible_devices", lambda: 0)
-    monkeypatch.setattr(record, "version", lambda package: "0.42.1")
-    with pytest.raises(
-        ValueError, match="--model Tongyi-MAI/Z-Image is not supported together with --parallel: xfuser"
-    ):
-        cli.plan(run, {})
-    monkeypatch.setattr(record, "version", lambda package: "0.41.0")
-    assert cli.plan(run, {}).command
 
 
 @pytest.mark.parametrize(("installed", "warned"), [("0.7.0", False), ("0.7.0+local", False), ("0.7.1", True)])

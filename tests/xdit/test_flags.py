@@ -156,7 +156,7 @@ WRONG = [
         "--parallel otil --model tiny-dit --otil_block_size 32",
         "--otil_block_size 32 is larger than a patch.*give at most 16",
     ),
-    ("--parallel sync --model owner/FLUX.1-dev --height 16 --width 48", "--height 16 cannot be cut into 2 patches"),
+    ("--parallel sync --model owner/FLUX.1-dev --height 16 --width 16", "--height 16 cannot be cut into 2 patches"),
 ]
 """Command lines for two processes, and what is said about each."""
 

@@ -52,7 +52,7 @@ WRONG = {
     ),
     "model of one device": ("--parallel otil --model CausalWan", "CausalWan is not supported together with --parallel"),
     "untested model": ("--parallel otil --model LTX-2.5", "nobody has compared it with one process"),
-    "model without ring": ("--parallel otil --model Lumina2", "--model Lumina2 is not supported together"),
+    "model without ring": ("--parallel otil --model MiniMax-H3", "--model MiniMax-H3 is not supported together"),
     "prompts": (
         "--parallel otil --model tiny-sd --data_parallel_degree 2",
         "--data_parallel_degree 2 needs as many prompts, and 1 given",

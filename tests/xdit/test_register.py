@@ -28,6 +28,19 @@ HOOKED: dict[str, tuple[str, str]] = {
     ),
     "`usp.ring_attn`": ("xfuser.model_executor.layers.usp", "ring_attn"),
     "`usp._get_attention_function`": ("xfuser.model_executor.layers.usp", "_get_attention_function"),
+    "`usp._trim_trailing_kv_padding`": ("xfuser.model_executor.layers.usp", "_trim_trailing_kv_padding"),
+    "`DiTRuntimeState._calc": (
+        "xfuser.core.distributed.runtime_state",
+        "DiTRuntimeState._calc_patches_metadata",
+    ),
+    "`xFuserModel._validate_config`": (
+        "xfuser.model_executor.models.runner_models.base_model",
+        "xFuserModel._validate_config",
+    ),
+    "`xFuserModel`'s last step": (
+        "xfuser.model_executor.models.runner_models.base_model",
+        "xFuserModel._post_load_and_state_initialization",
+    ),
     "`GroupCoordinator.all_gather`": ("xfuser.core.distributed.group_coordinator", "GroupCoordinator.all_gather"),
 }
 """Where the name that a row begins with is found."""

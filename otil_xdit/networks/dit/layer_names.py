@@ -63,6 +63,11 @@ class LayerNames:
         self._calls[name] += 1
         return f"{name}#{self._calls[name] - 1}"
 
+    @property
+    def path(self) -> str:
+        """The path in its network of the innermost attention module under way; empty where there is none."""
+        return self._stack[-1].split("/", 2)[2] if self._stack else ""
+
     @contextmanager
     def follow_contexts(self, module: nn.Module) -> Iterator[None]:
         """Listen to `module.cache_context(name)`, which diffusers enters round the passes of a step."""

@@ -53,6 +53,12 @@ def carry(args: Any, choice: ParallelChoice | None) -> Any:
     return args
 
 
+def carried_by(args: Any) -> ParallelChoice | None:
+    """Return what an `xFuserArgs` carries; None without ``--parallel``."""
+    choice: ParallelChoice | None = getattr(args, _CHOICE, None)
+    return choice
+
+
 def choice_of(parallel_config: Any) -> ParallelChoice | None:
     """Return what a parallel config of xDiT carries; None without ``--parallel``."""
     choice: ParallelChoice | None = getattr(parallel_config, _CHOICE, None)

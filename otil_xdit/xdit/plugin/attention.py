@@ -7,7 +7,7 @@ the backend is called once, so any backend will do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Any
 
@@ -25,6 +25,7 @@ def hook_attention() -> None:
 
     usp.ring_attn = over_patches(usp.ring_attn)
     usp._get_attention_function = without_padding(usp._get_attention_function)
+    usp._trim_trailing_kv_padding = without_patches(usp._trim_trailing_kv_padding)
 
 
 def hook_guidance() -> None:
@@ -65,8 +66,11 @@ def over_patches(ring_attn: Callable[..., torch.Tensor]) -> Callable[..., torch.
             return ring_attn(
                 attention_function, query, key, value, dropout_p, is_causal, joint_attn_kwargs, attention_kwargs
             )
-        _check_attention(is_causal, attention_kwargs)
+        masks = _masks(attention_kwargs)
+        _check_attention(is_causal, () if session.dit.has_whole_masks else masks)
         key, value = session.gather(key, value)
+        if masks:
+            session.dit.keep_all()
         if joint_attn_kwargs is not None:
             # One call in place of a ring of them: the text is joined in it, be it "front" (at the first step of a
             # ring) or "rear" (at the last).
@@ -88,35 +92,86 @@ def over_patches(ring_attn: Callable[..., torch.Tensor]) -> Callable[..., torch.
 def without_padding(get_attention_function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `_get_attention_function` of xfuser's usp module, whose backends are called without keys that are padding.
 
-    Only a U-Net whose ranks have different numbers of rows pads (`PatchSession.kept_keys`). Ring attention is not in
-    the way with Ulysses alone, so this cannot be left to `over_patches`.
+    A U-Net pads where its ranks have different numbers of rows, a DiT where they do not divide its tokens
+    (`PatchSession.kept_keys`). Ring attention is not in the way with Ulysses alone, so this cannot be left to
+    `over_patches`.
     """
 
     @wraps(get_attention_function)
     def get(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         attention_function = get_attention_function(*args, **kwargs)
         session = PatchSession.active()
-        kept = None if session is None else session.kept_keys
-        if kept is None:
+        if session is None:
             return attention_function
 
         @wraps(attention_function)
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
-            return attention_function(query, key.index_select(2, kept), value.index_select(2, kept), **options)
+            kept = session.kept_keys
+            if isinstance(kept, tuple):
+                return _sample_by_sample(attention_function, kept, query, key, value, options)
+            if kept is not None:
+                key, value = key.index_select(2, kept), value.index_select(2, kept)
+            elif (count := session.dit.kept_of_gathered(key.shape[2])) is not None:
+                key, value = key[:, :, :count], value[:, :, :count]
+            return attention_function(query, key, value, **options)
 
         return attend
 
     return get
 
 
-def _check_attention(is_causal: bool, attention_kwargs: dict[str, Any] | None) -> None:
+def without_patches(trim: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `_trim_trailing_kv_padding` of xfuser's usp module, which `USP` calls with the keys it is to attend to.
+
+    With several patches `over_patches` sees to padding; with Ulysses alone, or CFG parallelism, this is the place.
+    """
+
+    @wraps(trim)
+    def trimmed(key: torch.Tensor, value: torch.Tensor, attention_kwargs: dict[str, Any] | None) -> Any:
+        session = PatchSession.active()
+        if session is not None and session.group.world_size == 1 and not _masks(attention_kwargs):
+            session.dit.keep_real(key)
+        return trim(key, value, attention_kwargs)
+
+    return trimmed
+
+
+def _sample_by_sample(
+    attention_function: Callable[..., Any],
+    kept: tuple[torch.Tensor, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Attend for each sample to its own real keys, which any backend can, as there is no mask in it."""
+    outputs = [
+        attention_function(
+            query[index : index + 1],
+            key[index : index + 1].index_select(2, one),
+            value[index : index + 1].index_select(2, one),
+            **options,
+        )[0]
+        for index, one in enumerate(kept)
+    ]
+    return torch.cat(outputs), None
+
+
+def _masks(attention_kwargs: dict[str, Any] | None) -> list[str]:
+    return [name for name in _KEY_POSITIONS if (attention_kwargs or {}).get(name) is not None]
+
+
+def _check_attention(is_causal: bool, masks: Collection[str]) -> None:
     """Check that attention depends on no position and no mask of this rank's keys.
+
+    Args:
+        is_causal: whether it depends on the order of the keys.
+        masks: names of what describes this rank's keys.
 
     Raises:
         ValueError: naming what it depends on.
     """
     if is_causal:
         raise ValueError("causal attention is not supported with --parallel: a patch has no place in the causal order")
-    masks = [name for name in _KEY_POSITIONS if (attention_kwargs or {}).get(name) is not None]
     if masks:
         raise ValueError(f"attention with {', '.join(masks)} is not supported with --parallel: it describes local keys")

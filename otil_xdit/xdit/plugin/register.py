@@ -7,12 +7,17 @@
 | `xFuserArgs.create_config` (same file) | the choice travels with the parallel config | `args` |
 | `runtime_state.initialize_runtime_state` (core/distributed) | connects the strategy to the pipeline | `sessions` |
 | `RuntimeState`'s check of attention backends (same folder) | no ring limits | `sessions` |
+| `DiTRuntimeState._calc_patches_metadata` (same folder) | any height for networks that cut tokens | `sessions` |
 | `xFuserPipelineBaseWrapper.__init__` (model_executor/pipelines) | its calls are generations | `sessions` |
 | `usp.ring_attn` (model_executor/layers/usp.py) | gathers over the patches while a generation runs | `attention` |
 | `usp._get_attention_function` (same file) | its backends leave out keys that are padding | `attention` |
+| `usp._trim_trailing_kv_padding` (same file) | says which keys are padding where there is one patch | `attention` |
+| `xFuserModel._validate_config` (runner_models/base_model.py) | no ring limits | `sessions` |
+| `xFuserModel`'s last step of loading (same file) | a second pipeline's calls are generations | `sessions` |
 | `GroupCoordinator.all_gather` (core/distributed) | shows the predictions of CFG parallelism | `attention` |
 
-Without ``--parallel`` none of them changes anything.
+Without ``--parallel`` none of them changes anything. What is wrong in xfuser itself is put right in
+`otil_xdit.xdit.plugin.shims`.
 """
 
 from __future__ import annotations
@@ -20,7 +25,8 @@ from __future__ import annotations
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.plugin.args import hook_args
 from otil_xdit.xdit.plugin.attention import hook_attention, hook_guidance
-from otil_xdit.xdit.plugin.sessions import hook_pipelines, hook_runtime_state
+from otil_xdit.xdit.plugin.sessions import hook_models, hook_pipelines, hook_runtime_state
+from otil_xdit.xdit.plugin.shims import install_shims
 from otil_xdit.xdit.versions import warn_if_untested
 
 _MARK = "_otil_xdit_registered"
@@ -42,6 +48,8 @@ def register() -> None:
     hook_pipelines()
     hook_attention()
     hook_guidance()
+    hook_models()
+    install_shims()
     from otil_xdit.xdit.models.tiny_dit import register_models
 
     register_models()

@@ -6,24 +6,28 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from otil_xdit.catalog.dits import DitRecord
+from otil_xdit.catalog.models import find_record
 from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.hybridiff.staged_networks import check_stages
 from otil_xdit.networks.compatibility import check_processors
-from otil_xdit.networks.dit.architectures import check_architecture, is_untested
+from otil_xdit.networks.dit.architectures import check_architecture, cuts_tokens_itself, is_untested
 from otil_xdit.networks.unet.model import is_unet
 from otil_xdit.runtime.network_hooks import NETWORKS, networks_of
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.runtime.strategies import SYNC
 from otil_xdit.xdit.flags.choice import ParallelChoice
-from otil_xdit.xdit.plugin.args import choice_of
+from otil_xdit.xdit.plugin.args import carried_by, choice_of
 from otil_xdit.xdit.plugin.groups import connect
+from otil_xdit.xdit.plugin.shims import without_ring
 from otil_xdit.xdit.plugin.unwrap import parts_of, unwrap
 from otil_xdit.xdit.plugin.wrapped_calls import WrappedCall, rules_of
 
@@ -31,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _SESSION = "otil_session"
 _UNDO = "_otil_undo"
+_ANY_HEIGHT = "_otil_any_height"
 
 
 def session_of(pipe: Any) -> PatchSession | None:
@@ -65,12 +70,29 @@ def hook_runtime_state() -> None:
         initialize(pipeline, engine_config)
         session = _session_for(engine_config, pipeline)
         if session is not None and pipeline is not None:
-            session.surroundings = partial(_in_state, runtime_state, runtime_state._RUNTIME)
+            state = runtime_state._RUNTIME
+            session.surroundings = partial(_in_state, runtime_state, state)
+            dits = [network for network in networks_of(pipeline).values() if not is_unet(network)]
+            vars(state)[_ANY_HEIGHT] = bool(dits) and all(map(cuts_tokens_itself, dits))
+            session.splits_text = partial(getattr, state, "split_text_embed_in_sp", False)
             _attach(session, pipeline)
 
     _replace_everywhere(initialize, initialize_runtime_state)
     assert distributed.initialize_runtime_state is initialize_runtime_state
 
+    calculate = runtime_state.DiTRuntimeState._calc_patches_metadata
+
+    @wraps(calculate)
+    def calculate_patches(self: Any) -> None:
+        height, step = self.input_config.height, self.vae_scale_factor * self.parallel_config.sp_degree
+        if vars(self).get(_ANY_HEIGHT):  # nothing reads the rows that xDiT would give each rank
+            self.input_config.height = -(-height // step) * step
+        try:
+            calculate(self)
+        finally:
+            self.input_config.height = height
+
+    runtime_state.DiTRuntimeState._calc_patches_metadata = calculate_patches
     check = runtime_state.RuntimeState._check_if_backend_compatible_with_current_configuration
 
     @wraps(check)
@@ -94,14 +116,16 @@ def hook_pipelines() -> None:
 
     @wraps(init)
     def __init__(self: Any, pipeline: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:
-        if choice_of(getattr(engine_config, "parallel_config", None)) is not None:
+        choice = choice_of(getattr(engine_config, "parallel_config", None))
+        if choice is not None:
             for name in NETWORKS:
                 if isinstance(network := getattr(pipeline, name, None), torch.nn.Module):
                     check_processors(name, network)
         vars(self)[_UNDO] = partial(unwrap, pipeline, parts_of(pipeline))
         vars(self)["module"] = pipeline  # as xDiT's own last line does; for `undo`, should it not get there
         try:
-            init(self, pipeline, engine_config, *args, **kwargs)
+            with without_ring() if choice is not None else nullcontext():
+                init(self, pipeline, engine_config, *args, **kwargs)
             session = _session_for(self.engine_config, self)
             if session is not None:
                 _attach(session, self, rules_of(self))
@@ -110,6 +134,33 @@ def hook_pipelines() -> None:
             raise
 
     xFuserPipelineBaseWrapper.__init__ = __init__
+
+
+def hook_models() -> None:
+    """Attach the second pipelines of xDiT's models, and lift the limits of ring attention on models."""
+    from xfuser.model_executor.models.runner_models.base_model import xFuserModel
+
+    validate, loaded = xFuserModel._validate_config, xFuserModel._post_load_and_state_initialization
+
+    @wraps(validate)
+    def _validate_config(self: Any, config: Any) -> None:
+        record = find_record(config.model)
+        if carried_by(config) is not None and isinstance(record, DitRecord) and record.needs_no_ring:
+            self.capabilities = replace(self.capabilities, ring_degree=True)
+        validate(self, config)
+
+    @wraps(loaded)
+    def _post_load_and_state_initialization(self: Any, input_args: dict[str, Any]) -> None:
+        loaded(self, input_args)
+        session = session_of(self.pipe)
+        if session is None:
+            return
+        for other in vars(self).values():
+            if other is not self.pipe and networks_of(other):
+                _attach(session, other)
+
+    xFuserModel._validate_config = _validate_config
+    xFuserModel._post_load_and_state_initialization = _post_load_and_state_initialization
 
 
 def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:

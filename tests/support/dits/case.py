@@ -39,6 +39,7 @@ class Case:
         runner: the model's name in xDiT's registry, for the models that have a runner.
         wrapper: the name of xDiT's pipeline wrapper in `xfuser`, for the others.
         runner_flags: further flags of xDiT's command line.
+        edits: whether it is given an image.
         cfg: whether xDiT has CFG parallelism for it.
         prepare: called before xDiT loads the pipeline, where xDiT cannot load or call one so small without help.
     """
@@ -50,6 +51,7 @@ class Case:
     runner: str | None = None
     wrapper: str | None = None
     runner_flags: tuple[str, ...] = ()
+    edits: bool = False
     cfg: bool = False
     prepare: Callable[[], None] = lambda: None
 

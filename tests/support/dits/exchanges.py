@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import otil_xdit
+from otil_xdit.exchange.communicator import OtilCommunicator
 from tests.support.dits.case import Degrees
 
 
@@ -51,6 +52,18 @@ def plugin() -> Iterator[None]:
 
 
 @contextmanager
+def silent() -> Iterator[None]:
+    """The plugin, with this rank's keys and values in the place of the others'."""
+    otil_xdit.register()
+
+    def gather(self: OtilCommunicator, name: str, *own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(part.repeat(1, 1, self.group.world_size, 1) for part in own)
+
+    with patch.object(OtilCommunicator, "gather", gather):
+        yield
+
+
+@contextmanager
 def attending_to(exchanged: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """One attention call, to what `exchanged` makes of this rank's keys and values, in the place of xDiT's ring."""
     from xfuser.core.distributed.runtime_state import RuntimeState
@@ -82,7 +95,7 @@ EXCHANGES = {
     "gather": Exchange(partial(attending_to, _gathered), ring_flags),
     "closed": Exchange(plugin, stages_flags("--otil_window_steps", "0")),
     "stages": Exchange(plugin, stages_flags("--otil_window", "1:2")),
-    "none": Exchange(partial(attending_to, lambda tensor: tensor), ring_flags),
+    "none": Exchange(silent, plugin_flags),
 }
 """`gather` is the plainest exact exchange, to tell what xDiT gets wrong from what the plugin does; `none` exchanges
 nothing, and must not pass for exact; `closed` and `stages` are Hybridiff without and with a step in two stages."""

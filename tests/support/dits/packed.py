@@ -5,9 +5,9 @@ Shapes: latents of 16 x 16, 8 x 8 = 64 image tokens, 4 heads of 16 channels, 8 t
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 import torch
@@ -16,19 +16,25 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    ModelMixin,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from PIL import Image
 
 from tests.support.dits.case import Case
 from tests.support.dits.weights import noise, ones, seeded
@@ -101,6 +107,43 @@ def build_flux2() -> Flux2Pipeline:
     return Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, seeded(transformer))
 
 
+def build_kontext() -> FluxKontextPipeline:
+    return FluxKontextPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=seeded(tiny_vae()),
+        transformer=build_flux().transformer,
+        **dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]),
+    )
+
+
+def kontext_embeds(tokens: int = TEXT) -> dict[str, Any]:
+    return {**flux_embeds(tokens), "image": image()}
+
+
+def image() -> Image.Image:
+    """An image to be edited."""
+    return Image.fromarray(noise(128, 128, 3, seed=3).mul(60).add(128).clamp(0, 255).byte().numpy())
+
+
+def flux2_embeds(tokens: int = TEXT) -> dict[str, Any]:
+    return {"prompt_embeds": noise(1, tokens, 32, seed=1)}
+
+
+def settings_of(network: ModelMixin, **others: Any) -> dict[str, Any]:
+    """What a network was built from, with other values for some."""
+    return {**{name: value for name, value in network.config.items() if name[0] != "_"}, **others}
+
+
+def build_klein() -> Flux2KleinPipeline:
+    flux2 = build_flux2()
+    transformer = Flux2Transformer2DModel(**settings_of(flux2.transformer, guidance_embeds=False))
+    return Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(), flux2.vae, None, None, seeded(transformer))
+
+
+def klein_embeds(tokens: int = TEXT) -> dict[str, Any]:
+    return {**flux2_embeds(tokens), "negative_prompt_embeds": noise(1, tokens, 32, seed=2)}
+
+
 def build_qwen() -> QwenImagePipeline:
     transformer = QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=32, axes_dims_rope=(4, 6, 6), **HEADS
@@ -114,6 +157,37 @@ def qwen_embeds(tokens: int = TEXT) -> dict[str, Any]:
         "prompt_embeds_mask": ones(1, tokens),
         "negative_prompt_embeds": noise(1, tokens, 32, seed=2),
         "negative_prompt_embeds_mask": ones(1, tokens),
+    }
+
+
+def build_qwen_edit(**config: Any) -> QwenImageEditPipeline:
+    keep_small()
+    transformer = QwenImageTransformer2DModel(**settings_of(build_qwen().transformer, **config))
+    vae = seeded(qwen_vae())
+    return QwenImageEditPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None, seeded(transformer))
+
+
+def qwen_edit_embeds(tokens: int = TEXT) -> dict[str, Any]:
+    return {**qwen_embeds(tokens), "image": image()}
+
+
+def keep_small(module: Any = pipeline_qwenimage_edit) -> None:
+    """Have the pipeline not enlarge the image that it edits to 1024 x 1024 pixels."""
+    module.calculate_dimensions = lambda *arguments: (128, 128, None)
+
+
+def keep_small_in_xdit() -> None:
+    keep_small(importlib.import_module("xfuser.model_executor.pipelines.pipeline_qwen_image_edit"))
+
+
+def qwen_batch_embeds() -> dict[str, Any]:
+    """Two prompts, of 7 and of 4 tokens."""
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    return {
+        "prompt_embeds": noise(2, 7, 32, seed=1),
+        "prompt_embeds_mask": mask,
+        "negative_prompt_embeds": noise(2, 7, 32, seed=2),
+        "negative_prompt_embeds_mask": mask,
     }
 
 
@@ -132,8 +206,8 @@ def build_z_image() -> ZImagePipeline:
     return ZImagePipeline(FlowMatchEulerDiscreteScheduler(), tiny_vae(), None, None, seeded(transformer))
 
 
-def z_image_embeds() -> dict[str, Any]:
-    return {"prompt_embeds": [noise(TEXT, 32, seed=1)], "negative_prompt_embeds": [noise(TEXT, 32, seed=2)]}
+def z_image_embeds(tokens: int = TEXT) -> dict[str, Any]:
+    return {"prompt_embeds": [noise(tokens, 32, seed=1)], "negative_prompt_embeds": [noise(TEXT, 32, seed=2)]}
 
 
 def name_parameters(wrapper: type) -> None:
@@ -145,21 +219,6 @@ def name_z_image_parameters() -> None:
     from xfuser.model_executor.models.transformers import transformer_z_image
 
     name_parameters(transformer_z_image.xFuserZImageTransformer2DWrapper)
-
-
-def drop_z_image_argument() -> None:
-    """diffusers 0.42 passes `joint_attention_kwargs`, which xDiT's forward does not take."""
-    from xfuser.model_executor.models.transformers import transformer_z_image
-
-    name_z_image_parameters()
-    wrapper = transformer_z_image.xFuserZImageTransformer2DWrapper
-    forward = inspect.unwrap(wrapper.forward)
-
-    @wraps(forward)
-    def without_argument(self: Any, *arguments: Any, joint_attention_kwargs: Any = None, **options: Any) -> Any:
-        return forward(self, *arguments, **options)
-
-    wrapper.forward = without_argument
 
 
 def build_lumina2() -> Lumina2Pipeline:
@@ -186,16 +245,6 @@ def lumina2_embeds(tokens: int = TEXT) -> dict[str, Any]:
         "negative_prompt_embeds": noise(1, tokens, 32, seed=2),
         "negative_prompt_attention_mask": torch.ones(1, tokens, dtype=torch.bool),
     }
-
-
-def allow_lumina2_ring() -> None:
-    """xDiT refuses ring attention because a ring needs a mask a step; gathered keys fit Lumina2's own mask."""
-    from xfuser.model_executor.models.runner_models import lumina2 as runner
-    from xfuser.model_executor.models.transformers import transformer_lumina2
-
-    model = runner.xFuserLumina2Model
-    model.capabilities = replace(model.capabilities, ring_degree=True)
-    transformer_lumina2.get_ring_parallel_world_size = lambda: 1
 
 
 def build_krea2() -> Krea2Pipeline:
@@ -230,13 +279,10 @@ def krea2_embeds(tokens: int = TEXT) -> dict[str, Any]:
     }
 
 
-def allow_krea2_ring() -> None:
-    from xfuser.model_executor.models.runner_models import krea2 as runner
+def name_krea2_parameters() -> None:
     from xfuser.model_executor.models.transformers import transformer_krea2
 
     name_parameters(transformer_krea2.xFuserKrea2Transformer2DWrapper)
-    model = runner.xFuserKrea2RawModel
-    model.capabilities = replace(model.capabilities, ring_degree=True)
 
 
 FLUX = Case("flux", build_flux, flux_embeds, {**SIZE, "guidance_scale": 3.5}, runner="FLUX.1-dev")
@@ -252,28 +298,53 @@ Z_IMAGE = Case(
 )
 LUMINA2_CALL = {**SIZE, "guidance_scale": 3.0, "cfg_trunc_ratio": 1.0}
 LUMINA2 = Case("lumina2", build_lumina2, lumina2_embeds, LUMINA2_CALL, runner="Lumina2", cfg=True)
-KREA2 = Case("krea2", build_krea2, krea2_embeds, {**SIZE, "guidance_scale": 3.0}, runner="krea/krea-2-raw")
-LUMINA2_RING = replace(LUMINA2, name="lumina2, ring allowed", prepare=allow_lumina2_ring)
-KREA2_RING = replace(KREA2, name="krea2, ring allowed", prepare=allow_krea2_ring)
+KREA2 = Case(
+    "krea2",
+    build_krea2,
+    krea2_embeds,
+    {**SIZE, "guidance_scale": 3.0},
+    runner="krea/krea-2-raw",
+    prepare=name_krea2_parameters,
+)
+KONTEXT = Case(
+    "flux-kontext",
+    build_kontext,
+    kontext_embeds,
+    {**SIZE, "guidance_scale": 3.5, "max_area": 128 * 128, "_auto_resize": False},
+    runner="FLUX.1-Kontext-dev",
+    edits=True,
+)
+FLUX2 = Case("flux2", build_flux2, flux2_embeds, {**SIZE, "guidance_scale": 3.5}, runner="FLUX.2-dev")
+KLEIN = Case("flux2-klein", build_klein, klein_embeds, {**SIZE, "guidance_scale": 3.0}, runner="FLUX.2-klein-4B")
+QWEN_EDIT = Case(
+    "qwen-image-edit",
+    build_qwen_edit,
+    qwen_edit_embeds,
+    {**SIZE, "true_cfg_scale": 3.0, "negative_prompt": None},
+    runner="Qwen-Image-Edit",
+    edits=True,
+    prepare=keep_small_in_xdit,
+)
 
 CASES = (
     FLUX,
     replace(FLUX, name="flux, 7 text tokens", embeds=lambda: flux_embeds(7)),
-    Case(
-        "flux2",
-        build_flux2,
-        lambda: {"prompt_embeds": noise(1, TEXT, 32, seed=1)},
-        {**SIZE, "guidance_scale": 3.5},
-        runner="FLUX.2-dev",
-    ),
+    KONTEXT,
+    replace(KONTEXT, name="flux-kontext, 7 text tokens", embeds=lambda: kontext_embeds(7)),
+    FLUX2,
+    replace(FLUX2, name="flux2, 7 text tokens", embeds=lambda: flux2_embeds(7)),
+    KLEIN,
+    replace(KLEIN, name="flux2-klein, 7 text tokens", embeds=lambda: klein_embeds(7)),
     QWEN,
+    replace(QWEN, name="qwen-image, prompts of 7 and 4 tokens", embeds=qwen_batch_embeds),
+    QWEN_EDIT,
+    replace(QWEN_EDIT, name="qwen-image-edit, 7 text tokens", embeds=lambda: qwen_edit_embeds(7)),
+    replace(QWEN_EDIT, name="qwen-image-edit-2511", build=lambda: build_qwen_edit(zero_cond_t=True)),
     replace(QWEN, name="qwen-image, 7 text tokens", embeds=lambda: qwen_embeds(7)),
     Z_IMAGE,
-    replace(Z_IMAGE, name="z-image, argument dropped", prepare=drop_z_image_argument),
+    replace(Z_IMAGE, name="z-image, prompts of 40 and 8 tokens", embeds=lambda: z_image_embeds(40)),
     LUMINA2,
-    LUMINA2_RING,
-    replace(LUMINA2_RING, name="lumina2, ring allowed, 7 text tokens", embeds=lambda: lumina2_embeds(7)),
+    replace(LUMINA2, name="lumina2, 7 text tokens", embeds=lambda: lumina2_embeds(7)),
     KREA2,
-    KREA2_RING,
-    replace(KREA2_RING, name="krea2, ring allowed, 7 text tokens", embeds=lambda: krea2_embeds(7)),
+    replace(KREA2, name="krea2, 7 text tokens", embeds=lambda: krea2_embeds(7)),
 )

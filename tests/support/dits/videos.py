@@ -40,7 +40,23 @@ def two_embeds(tokens: int = TEXT) -> dict[str, Any]:
     return {"prompt_embeds": noise(1, tokens, 32, seed=1), "negative_prompt_embeds": noise(1, tokens, 32, seed=2)}
 
 
-def build_wan() -> WanPipeline:
+def build_wan(networks: int = 1) -> WanPipeline:
+    """Of Wan 2.1, which has one network, or of Wan 2.2, which has one for each part of the steps."""
+    transformers = [wan_transformer() for _ in range(networks)]
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    second = {"transformer_2": transformers[1], "boundary_ratio": 0.9} if networks > 1 else {}
+    return WanPipeline(None, None, vae, scheduler, transformers[0], **second)
+
+
+def wan_transformer() -> WanTransformer3DModel:
     transformer = WanTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=12,
@@ -52,16 +68,7 @@ def build_wan() -> WanPipeline:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(None, None, vae, scheduler, seeded(transformer))
+    return seeded(transformer)
 
 
 def build_hunyuan_video() -> HunyuanVideoPipeline:
@@ -146,8 +153,14 @@ LATTE = Case(
     cfg=True,
 )
 
+WAN = Case("wan", build_wan, two_embeds, {**FRAMES, "negative_prompt": None}, runner="Wan2.1-T2V", runner_flags=SHIFT)
+ODD = {"height": 48, "width": 48, "num_frames": 9}
+"""27 tokens."""
+
 CASES = (
-    Case("wan", build_wan, two_embeds, {**FRAMES, "negative_prompt": None}, runner="Wan2.1-T2V", runner_flags=SHIFT),
+    WAN,
+    replace(WAN, name="wan, 27 tokens", call={**WAN.call, **ODD}),
+    replace(WAN, name="wan2.2", build=lambda: build_wan(2), runner="Wan2.2-T2V"),
     HUNYUAN_VIDEO,
     replace(HUNYUAN_VIDEO, name="hunyuan-video, 7 text tokens", embeds=lambda: hunyuan_video_embeds(7)),
     COGVIDEOX,

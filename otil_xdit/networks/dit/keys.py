@@ -1,0 +1,143 @@
+"""`DitKeys`: the tokens of the transformer call under way, and what follows for the keys of its attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from otil_xdit.catalog.architectures import Architecture, Part, Sequence
+from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.networks.dit.architectures import architecture_of, is_cut_by_pipeline
+from otil_xdit.networks.dit.key_plan import KeyPlan, plan_keys
+from otil_xdit.networks.dit.token_counts import Counts, Tokens, count_tokens
+
+
+class DitKeys:
+    """Tells real keys from padding and copies while a transformer computes.
+
+    Args:
+        group: the ranks that hold the patches.
+        cfg: rank and number of those that share the passes with and without the prompt.
+    """
+
+    def __init__(self, group: PatchGroup, cfg: tuple[int, int]) -> None:
+        self._chunks, self._patches, self._cfg = group.ulysses_degree, group.world_size, cfg
+        self._facts = Architecture()
+        self._sequences: Mapping[str, Sequence] = {}
+        self._counts: Counts = {}
+        self._counted: dict[tuple[object, ...], Counts] = {}
+        self._kept_alive: list[object] = []
+        self._plans: dict[tuple[object, ...], KeyPlan] = {}
+
+    @property
+    def has_whole_masks(self) -> bool:
+        """Return whether the network's masks cover the keys of all ranks."""
+        return self._facts.whole_masks
+
+    def begin(self) -> None:
+        """Forget the calls of the last generation."""
+        self._counted.clear()
+        self._kept_alive.clear()
+        self._plans.clear()
+        self._counts = {}
+
+    def read(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], splits_text: bool) -> None:
+        """Read the tokens of a call.
+
+        Args:
+            network: a diffusers model or xDiT's wrapper of one.
+            args, kwargs: what it is called with.
+            splits_text: whether xDiT's pipeline has shared the text out, where pipelines do.
+
+        Raises:
+            ValueError: where the tokens cannot be shared out, or a mask is not read, and the result would be wrong.
+        """
+        self._facts = facts = architecture_of(network)
+        self._sequences = facts.sequences
+        if is_cut_by_pipeline(network) and not splits_text:
+            self._sequences = {word: tuple(map(_copied, parts)) for word, parts in facts.sequences.items()}
+        masks = [value for name, value in kwargs.items() if "mask" in name and isinstance(value, torch.Tensor)]
+        # Looking into a mask waits for the device, and the same masks come back at every step.
+        call = (id(network), splits_text, *map(id, masks), *map(_sizes, (*args, *kwargs.values())))
+        if call not in self._counted:
+            self._check_masks(kwargs)
+            self._counted[call] = self._count(network, args, kwargs, splits_text)
+            self._kept_alive += masks  # so that no other tensor gets the id of one of them
+        self._counts = self._counted[call]
+
+    def plan(self, path: str, keys: int, device: torch.device) -> KeyPlan:
+        """Return what to do with the keys of an attention layer.
+
+        Args:
+            path: of its module in the network.
+            keys: of this rank.
+            device: where the keys are.
+        """
+        words = path.split(".")
+        word = next((word for word in self._sequences if word in words), "")
+        if not self._counts or word not in self._sequences:
+            return KeyPlan()
+        asked = (word, keys, id(self._counts))
+        if asked not in self._plans:
+            ranks = self._chunks * self._patches
+            plan = plan_keys(self._sequences[word], self._counts, keys, self._chunks, ranks)
+            self._plans[asked] = plan.to(device)
+        return self._plans[asked]
+
+    def kept_of_gathered(self, path: str, keys: int) -> int | None:
+        """Return how many of the keys that xDiT has gathered for a layer are real; None where it gathers none."""
+        words = path.split(".")
+        count = self._counts.get("image")
+        ranks = self._chunks * self._patches
+        if count is None or not any(word in words for word in self._facts.gathered):
+            return None
+        return count.count if keys == -(-count.count // ranks) * ranks else None
+
+    def _count(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], splits_text: bool) -> Counts:
+        ranks = self._chunks * self._patches
+        counts = count_tokens(network, self._facts.call, args, kwargs, self._cfg)
+        if is_cut_by_pipeline(network) and counts:
+            return _of_all_ranks(counts, ranks, splits_text)
+        for name, tokens in counts.items():
+            if self._facts.must_divide(name) and tokens.count % ranks:
+                raise ValueError(
+                    f"{tokens.count} {name} tokens cannot be shared evenly by {ranks} ranks, and xDiT would go wrong; "
+                    f"change --height or --width so that their number is a multiple of {ranks}"
+                )
+        return counts
+
+    def _check_masks(self, kwargs: Mapping[str, Any]) -> None:
+        """Check that xDiT reads the masks of the text as far as they are given."""
+        if self._facts.masks == "any":
+            return
+        for name, mask in kwargs.items():
+            if "mask" in name and isinstance(mask, torch.Tensor) and not torch.equal(mask, mask[:1].expand_as(mask)):
+                raise ValueError(
+                    f"{name} marks padding in a batch of prompts of different lengths, which xDiT would attend to; "
+                    "give one prompt at a time"
+                )
+
+
+def _of_all_ranks(counts: Counts, ranks: int, splits_text: bool) -> Counts:
+    """Return the tokens of all ranks, from what xDiT's pipeline has handed to this one."""
+    text = counts.get("text", Tokens(0))
+    whole = {"image": Tokens(counts["image"].count * ranks), "text": text}
+    return {**whole, "text": Tokens(text.count * ranks)} if splits_text else whole
+
+
+def _copied(part: Part) -> Part:
+    """Return a part of a sequence where text is not shared out."""
+    return replace(part, cut="replicated") if part.tokens == "text" else part
+
+
+def _sizes(value: Any) -> object:
+    """Return what of an argument the number of tokens depends on."""
+    if isinstance(value, torch.Tensor):
+        return value.shape
+    if isinstance(value, list):
+        return tuple(map(_sizes, value))
+    return value if isinstance(value, int) else None
