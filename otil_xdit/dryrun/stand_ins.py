@@ -8,7 +8,7 @@ Shapes: N ranks, B batch, C channels, h rows of this rank, W columns, S tokens o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.exchange.report import Report
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.coordinates import AttentionWeights
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.schedule import Clock
 from otil_xdit.networks.unet.model import PassProtocol
@@ -56,6 +57,10 @@ class RecordingCommunicator:
 
     def free(self) -> None:
         """Do nothing: there are no buffers."""
+
+    def set_weights(self, layers: Mapping[str, AttentionWeights]) -> str:
+        """Do nothing: weights change no request."""
+        return ""
 
     def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None:
         """Record the layout of the tokens that the next requests are of."""

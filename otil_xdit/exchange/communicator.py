@@ -3,6 +3,8 @@
 One object owns it all (buffers, step counter, selection, counters). It is handed to whoever needs it; no module of
 this package keeps state of its own.
 
+Over 300 lines, most of them the documentation of what layers may ask for.
+
 Shapes: N patches, B batch, H heads, S tokens of one patch, D features of a head, C channels, W columns, G groups, R
 ranks that hold rows.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -22,11 +24,13 @@ from otil_xdit.comm.finite_check import FiniteCheck
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.errors import ExchangeTimeout
 from otil_xdit.exchange.halo import HaloRows
+from otil_xdit.exchange.kv_coordinates import LayerCoordinates
 from otil_xdit.exchange.kv_groups import KVGroups, check_copies
 from otil_xdit.exchange.modes import StepModes
 from otil_xdit.exchange.report import Report
 from otil_xdit.exchange.small_layers import SmallLayers
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.coordinates import AttentionWeights
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.schedule import Clock
 from otil_xdit.method.scratch import ScratchBuffers
@@ -65,7 +69,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 class OtilCommunicator:
     """The exchange of one pipeline's patches, over any number of generations.
 
-    Over 200 lines, most of them the documentation of what layers may ask for.
+    Over 200 lines, for the reason at the top of this file.
 
     Args:
         config: the settings.
@@ -88,7 +92,8 @@ class OtilCommunicator:
         self._modes = StepModes(config, self.clock, self.window)
         self._scratch_buffers: dict[torch.device, ScratchBuffers] = {}
         self.selector = BlockSelector(config, self.clock, group.rank, group.ulysses_degree)
-        self.kv = KVGroups(self.collectives, config, self.selector, self._scratch)
+        self._coordinates = LayerCoordinates(group) if config.uses_coordinates else None
+        self.kv = KVGroups(self.collectives, config, self.selector, self._scratch, self._coordinates)
         self._small = SmallLayers(rows, config, self._modes, self.clock, self._scratch)
 
     def begin(self) -> None:
@@ -118,6 +123,23 @@ class OtilCommunicator:
         self._small.clear()
         self.selector.clear()
         self._scratch_buffers.clear()
+
+    def set_weights(self, layers: Mapping[str, AttentionWeights]) -> str:
+        """Take the weights of attention layers for what their keys and values are coded in, before a generation.
+
+        Args:
+            layers: of all layers whose weights are known, by ``network/module``, the parts of the names of `gather`
+                that say which module calls.
+
+        Returns:
+            A digest of what follows from them, which must be equal on all ranks; empty where they are not needed.
+        """
+        if self._coordinates is None:
+            return ""
+        before, digest = self._coordinates.digest, self._coordinates.update(layers)
+        if digest != before:
+            self.kv.clear()
+        return digest
 
     def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None:
         """Take note of what the network is called with.

@@ -15,8 +15,10 @@ import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Pending, Phase
 from otil_xdit.exchange.kv_payload import PayloadCodec
-from otil_xdit.method.codec import Codec, make_codec
+from otil_xdit.method.codec import Codec
+from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.coordinates import Coordinates
 from otil_xdit.method.predictor import Predictor, storage_dtypes
 from otil_xdit.method.schedule import Mode
 from otil_xdit.method.scratch import ScratchBuffers
@@ -65,6 +67,7 @@ class KVGroup:
         self.shape, self.dtype, self.table = shape, dtype, table
         self.num_calls: list[int] = []
         self.names: list[str] = []
+        self._coordinates: list[tuple[Coordinates, bool]] = []
         self._collectives, self._config, self._selector, self._scratch = collectives, config, selector, scratch
         self._rank, self._ranks = collectives.group.rank, collectives.group.world_size
         self._warmup_codec = make_codec(config.warmup_codec, dtype)
@@ -89,10 +92,17 @@ class KVGroup:
         light = layers * self._layout.size <= values * self.dtype.itemsize
         return same and small and light and not self._is_allocated
 
-    def join(self, name: str) -> int:
-        """Add a layer, and return its place."""
+    def join(self, name: str, coordinates: tuple[Coordinates, bool] | None = None) -> int:
+        """Add a layer, and return its place.
+
+        Args:
+            coordinates: the layer's, and whether they follow from its first keys and values; None for all layers, or
+                for none.
+        """
         self.names.append(name)
         self.num_calls.append(0)
+        if coordinates is not None:
+            self._coordinates.append(coordinates)
         return len(self.names) - 1
 
     def allocate(self) -> None:
@@ -130,11 +140,13 @@ class KVGroup:
     @property
     def nbytes(self) -> int:
         """Bytes that the layers keep on their device."""
+        coordinates = sum(kept.nbytes for kept, _ in self._coordinates)
         if self._predictor is None:
-            return sum(kept.nbytes for first in self._first.values() for kept in first if kept is not None)
+            first = [kept for first in self._first.values() for kept in first if kept is not None]
+            return coordinates + sum(kept.nbytes for kept in first)
         buffers = (self._payload, self._received, self._gains, *self._predictor.tensors)
         previous = 0 if self._previous is None else self._previous.nbytes
-        return sum(tensor.nbytes for tensor in buffers) + self._payload_codec.nbytes + previous
+        return sum(tensor.nbytes for tensor in buffers) + self._payload_codec.nbytes + previous + coordinates
 
     def shared_state(self, layer: int) -> list[torch.Tensor]:
         """Return what of a layer must be the same on all ranks between two steps, bit for bit."""
@@ -155,6 +167,9 @@ class KVGroup:
         self.allocate()
         self.num_calls = [0] * len(self.num_calls)
         self._errors = None
+        for coordinates, is_measured in self._coordinates:
+            if is_measured:
+                coordinates.scale(torch.ones(2, self.shape[-1], device=self.table.device))
         if self._predictor is not None:
             self._predictor.reset()
 
@@ -207,7 +222,7 @@ class KVGroup:
         if mode == "sync":
             self._gather_all(layer, fresh, by_rank, label)
         else:
-            self._gather_sent(layer, fresh, mode, by_rank, label)
+            self._gather_sent(layer, self._coded(layer, fresh), mode, by_rank, label)
         by_rank[self._rank] = fresh
         self.num_calls[layer] += 1
         return whole.flatten(2, 3)
@@ -220,8 +235,12 @@ class KVGroup:
         if codec.lossless or self._config.freshness == "sync" or warmed_up:
             values = self._scratch("gathered", (ranks, *self.shape), self.dtype)
             self._collectives.all_gather(fresh, values, self._label_of(slice(layer, layer + 1), label)).wait()
+            out.copy_(values)
+            values = self._in_coordinates(layer, values, "predicted")
         else:
-            values = self._gather_changes(layer, fresh, codec, label)
+            values = self._gather_changes(layer, self._coded(layer, fresh), codec, label)
+            self._write(layer, values, out)
+        values, fresh = self._measured(layer, values), self._coded(layer, fresh)
         if self._predictor is not None:
             self._predictor.set_values(layer, values)
         elif self._config.freshness != "sync":
@@ -229,7 +248,6 @@ class KVGroup:
             self._first[layer] = kept, fresh.clone() if self._keeps_previous else None
         if self._previous is not None:
             self._previous[layer] = fresh
-        out.copy_(values)
 
     def _gather_changes(self, layer: int, fresh: torch.Tensor, codec: Codec, label: CollectiveLabel) -> torch.Tensor:
         """Return everybody's values, float32 [N, 2, B, S, C], from coded changes since the step before."""
@@ -267,9 +285,14 @@ class KVGroup:
             self._pack(alone)
             self._send(alone, label)
             self.apply_pending()
-            out.copy_(predictor.value[layer])
+            self._write(layer, predictor.value[layer], out)
             return
-        predictor.predict(layer, gain, out)
+        if self._coordinates:
+            predicted = self._scratch("predicted", (self._ranks, *self.shape), torch.float32)
+            predictor.predict(layer, gain, predicted)
+            self._write(layer, predicted, out)
+        else:
+            predictor.predict(layer, gain, out)
         if mode == "displaced":
             self._gains[layer] = gain
             self._unsent.append(layer)
@@ -277,6 +300,47 @@ class KVGroup:
             # Not all of the group's layers: those of another pass may not be called in this generation.
             if len(self._unsent) == sum(num_calls > 0 for num_calls in self.num_calls):
                 self.send_pending()
+
+    # ---- coordinates -----------------------------------------------------------------------------------------------
+
+    @property
+    def _coded_as(self) -> tuple[str, torch.dtype]:
+        """Name and dtype of the buffer of what is compared and coded of this rank's keys and values."""
+        return ("fresh.coordinates", torch.float32) if self._coordinates else ("fresh", self.dtype)
+
+    def _coded(self, layer: int, fresh: torch.Tensor) -> torch.Tensor:
+        """Return this rank's keys and values of a layer, [2, B, S, C], in its coordinates; in scratch."""
+        if not self._coordinates:
+            return fresh
+        name, dtype = self._coded_as
+        out = self._scratch(name, (len(self.names), *self.shape), dtype)[layer]
+        self._coordinates[layer][0].into(fresh[None], out[None], self._scratch)
+        return out
+
+    def _in_coordinates(self, layer: int, values: torch.Tensor, name: str) -> torch.Tensor:
+        """Return everybody's keys and values of a layer, [N, 2, B, S, C], in its coordinates; in scratch, by name."""
+        if not self._coordinates:
+            return values
+        out = self._scratch(name, tuple(values.shape), torch.float32)
+        self._coordinates[layer][0].into(values, out, self._scratch)
+        return out
+
+    def _measured(self, layer: int, values: torch.Tensor) -> torch.Tensor:
+        """Return everybody's values of a layer, [N, 2, B, S, C], in coordinates that follow from the first of them."""
+        if not self._coordinates or self.num_calls[layer] or not self._coordinates[layer][1]:
+            return values
+        self._coordinates[layer][0].measure(values)
+        return self._in_coordinates(layer, values, "measured")
+
+    def _write(self, layer: int, values: torch.Tensor, out: torch.Tensor) -> None:
+        """Write keys and values that are in a layer's coordinates to `out`, both [N, 2, B, S, C]; not this rank's."""
+        if not self._coordinates:
+            out.copy_(values)
+            return
+        coordinates = self._coordinates[layer][0]
+        for others in (slice(0, self._rank), slice(self._rank + 1, self._ranks)):
+            if len(values[others]):
+                out[others] = coordinates.back(values[others], self._scratch)
 
     # ---- payloads --------------------------------------------------------------------------------------------------
 
@@ -295,7 +359,8 @@ class KVGroup:
         """Fill the payloads of a run of layers from what they were called with."""
         predictor, codec, payload = self._predictor, self._payload_codec, self._payload[run]
         assert predictor is not None, "see `_gather_sent`"
-        fresh = self._scratch("fresh", (len(self.names), *self.shape), self.dtype)[run]
+        name, dtype = self._coded_as
+        fresh = self._scratch(name, (len(self.names), *self.shape), dtype)[run]
         codec.pack_gains(payload, self._gains[run])
         tokens, own, residual = fresh, fresh, None
         if codec.of_residuals or self._layout.has_error or (self._layout.count and self._previous is None):

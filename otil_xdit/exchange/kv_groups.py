@@ -8,6 +8,7 @@ import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives
 from otil_xdit.exchange.kv import KVGroup
+from otil_xdit.exchange.kv_coordinates import LayerCoordinates
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
@@ -21,6 +22,7 @@ class KVGroups:
         config: the settings.
         selector: says what to send.
         scratch_of: returns a device's scratch buffers.
+        coordinates: knows the layers' coordinates; None where they have none.
     """
 
     def __init__(
@@ -29,10 +31,12 @@ class KVGroups:
         config: OtilConfig,
         selector: BlockSelector,
         scratch_of: Callable[[torch.device], ScratchBuffers],
+        coordinates: LayerCoordinates | None = None,
     ) -> None:
         self.groups: list[KVGroup] = []
         self._collectives, self._config = collectives, config
         self._selector, self._scratch_of = selector, scratch_of
+        self._coordinates = coordinates
         self._places: dict[str, tuple[KVGroup, int]] = {}
         self._called: KVGroup | None = None
 
@@ -82,7 +86,8 @@ class KVGroups:
             if group is not None:
                 group.allocate()
             group = self._new_group(name, shape, key.dtype, table)
-        self._places[name] = group, group.join(name)
+        coordinates = None if self._coordinates is None else self._coordinates.make(name, key)
+        self._places[name] = group, group.join(name, coordinates)
         return self._places[name]
 
     def _new_group(self, name: str, shape: torch.Size, dtype: torch.dtype, table: torch.Tensor) -> KVGroup:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from otil_xdit.method.codec import Decoded, make_codec
+from otil_xdit.method.codec import Decoded
+from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import blocks_to_send

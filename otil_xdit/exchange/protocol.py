@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 
 from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.exchange.report import Report
+from otil_xdit.method.coordinates import AttentionWeights
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.schedule import Clock
 
@@ -21,6 +23,7 @@ class Communicator(Protocol):
     def begin(self) -> None: ...
     def end(self) -> None: ...
     def free(self) -> None: ...
+    def set_weights(self, layers: Mapping[str, AttentionWeights]) -> str: ...
     def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None: ...
     def gather(self, name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def halo(

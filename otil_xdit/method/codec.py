@@ -10,14 +10,13 @@ layers and ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from otil_xdit.method.scratch import ScratchBuffers
 
-_OCTAVE = 6
+OCTAVE = 6
 """Steps of a scale's byte to a factor of two: a scale is off by at most 2**(1/12), 6%."""
 
 _ZERO = 128
@@ -48,7 +47,7 @@ Separate, because a product and a sum in one pass cost less than the product alo
 
 
 class Codec(ABC):
-    """One way to write vectors; a new one is a subclass and an entry in `CODECS`.
+    """One way to write vectors; a new one is a subclass and an entry in `otil_xdit.method.codecs.CODECS`.
 
     Attributes:
         bits: for each number, scales not counted.
@@ -147,37 +146,31 @@ class Quantised(Codec):
         spread = torch.linalg.vector_norm(vectors, 2 if self.bits < 8 else float("inf"), dim=-1)
         if self.bits < 8:
             spread /= width**0.5
-        steps = spread.log2_().mul_(_OCTAVE)
-        # The largest number must not be cut off; a root mean square may be rounded either way. log2(0) is -inf.
-        steps = steps.ceil_() if self.bits == 8 else steps.round_()
-        scale_bytes.copy_(steps.clamp_(-_ZERO, 255 - _ZERO).add_(_ZERO))
+        # The largest number must not be cut off; a root mean square may be rounded either way.
+        write_scales(spread, scale_bytes, upwards=self.bits == 8)
         per_byte, row = self._per_byte, codes.shape[-1]
         wide = scratch("codec.codes", (*vectors.shape[:-1], row * per_byte), torch.uint8)
         wide[..., width:].zero_()
-        self._quantise(vectors, self.scales(scale_bytes)[..., None], wide[..., :width], scratch)
+        self._quantise(vectors, scales_of(scale_bytes)[..., None], wide[..., :width], scratch)
         self._pack(wide, codes, scratch)
 
     def decode(self, coded: torch.Tensor, vectors: int, width: int, scratch: ScratchBuffers) -> Decoded:
         scale_bytes, codes = self.split(coded, vectors, width)
-        return self.levels(codes, width, scratch), self.scales(scale_bytes)[..., None]
+        return self.levels(codes, width, scratch), scales_of(scale_bytes)[..., None]
 
     def decode_at(
         self, coded: torch.Tensor, vectors: int, width: int, rows: torch.Tensor, total: int, scratch: ScratchBuffers
     ) -> Decoded:
         scale_bytes, codes = self.split(coded, vectors, width)
-        codes = _scattered(codes, rows, total, scratch)
+        codes = scattered_codes(codes, rows, total, scratch)
         scales = scratch("scales", (*coded.shape[:-1], total), torch.float32)
-        scales.zero_().view(-1).index_copy_(0, rows, self.scales(scale_bytes).reshape(-1))
+        scales.zero_().view(-1).index_copy_(0, rows, scales_of(scale_bytes).reshape(-1))
         return self.levels(codes, width, scratch), scales[..., None]
 
     def split(self, coded: torch.Tensor, vectors: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """View uint8 [..., size] as its scales, uint8 [..., V], and its codes, uint8 [..., V, R]."""
         row = self.row_bytes(width)
         return coded[..., :vectors], coded[..., vectors : vectors * (1 + row)].unflatten(-1, (vectors, row))
-
-    def scales(self, scale_bytes: torch.Tensor) -> torch.Tensor:
-        """Return the scales that bytes, uint8 of any shape, stand for; float32."""
-        return _scales(scale_bytes.device)[scale_bytes.int()]
 
     def levels(self, codes: torch.Tensor, width: int, scratch: ScratchBuffers) -> torch.Tensor:
         """Return the numbers that codes, uint8 [..., R], stand for at scale 1; float32 [..., C], in scratch."""
@@ -219,22 +212,23 @@ class Quantised(Codec):
         out.copy_(words.bitwise_and_(255))
 
 
-CODECS: dict[str, Callable[[torch.dtype], Codec]] = {
-    "raw": Raw,
-    "int8": lambda dtype: Quantised(8),
-    "int4": lambda dtype: Quantised(4),
-    "2bit": lambda dtype: Quantised(2),
-    "1bit": lambda dtype: Quantised(1),
-}
-"""Makers of codecs, called with the dtype of the values, by the names that `OtilConfig.codec` takes."""
+def write_scales(scales: torch.Tensor, out: torch.Tensor, upwards: bool = False) -> None:
+    """Write scales, float32 of any shape, as bytes to `out`, uint8 of the same shape; spoils the scales.
+
+    Args:
+        upwards: round up, not to the nearest.
+    """
+    steps = scales.log2_().mul_(OCTAVE)  # log2(0) is -inf
+    steps = steps.ceil_() if upwards else steps.round_()
+    out.copy_(steps.clamp_(-_ZERO, 255 - _ZERO).add_(_ZERO))
 
 
-def make_codec(name: str, dtype: torch.dtype) -> Codec:
-    """Return the codec of that name, one of `CODECS`, for values of `dtype`."""
-    return CODECS[name](dtype)
+def scales_of(scale_bytes: torch.Tensor) -> torch.Tensor:
+    """Return the scales that bytes, uint8 of any shape, stand for; float32."""
+    return _scales(scale_bytes.device)[scale_bytes.int()]
 
 
-def _scattered(codes: torch.Tensor, rows: torch.Tensor, total: int, scratch: ScratchBuffers) -> torch.Tensor:
+def scattered_codes(codes: torch.Tensor, rows: torch.Tensor, total: int, scratch: ScratchBuffers) -> torch.Tensor:
     """Copy codes, uint8 [..., V, R], to their rows of [..., total, R], in scratch; 0 elsewhere.
 
     Bytes are moved, because they are a small part of the numbers that they stand for.
@@ -250,7 +244,7 @@ def _scattered(codes: torch.Tensor, rows: torch.Tensor, total: int, scratch: Scr
 @cache
 def _scales(device: torch.device) -> torch.Tensor:
     """Return the scale of each byte; float32 [256]."""
-    return torch.exp2((torch.arange(256, dtype=torch.float64) - _ZERO) / _OCTAVE).float().to(device)
+    return torch.exp2((torch.arange(256, dtype=torch.float64) - _ZERO) / OCTAVE).float().to(device)
 
 
 def _levels(bits: int) -> torch.Tensor:

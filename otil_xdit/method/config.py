@@ -1,4 +1,7 @@
-"""`OtilConfig`: every setting of the patch exchange, described once and validated before any process group exists."""
+"""`OtilConfig`: every setting of the patch exchange, described once and validated before any process group exists.
+
+Over 300 lines: every setting stands here once, with its default, its choices and its help.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from otil_xdit.method.checks import check_choice, check_integer, check_number, parse_ratio, parse_whole_number
-from otil_xdit.method.codec import CODECS
+from otil_xdit.method.codecs import CODECS
 from otil_xdit.method.scores import CHANGE_SCORES, check_score
 from otil_xdit.method.settings import setting, settings_of
 from otil_xdit.method.window import AUTO, NONE, PUBLISHED_DIT, PUBLISHED_UNET, WindowSettings
@@ -19,6 +22,8 @@ step before, or the last warm-up step."""
 ScoreReference = Literal["prediction", "previous"]
 
 Extrapolation = Literal["none", "constant", "fitted"]
+
+CoordinatesFrom = Literal["weights", "none"]
 
 KvCacheDtype = Literal["auto", "bfloat16", "float8"]
 
@@ -47,7 +52,7 @@ _SHORTEST_WAIT = 1e-3
 class OtilConfig:
     """Settings of the exchange between the patches of one image; the defaults are the strategy ``otil``.
 
-    Over 200 lines: every setting stands here once, with its default, its choices and its help.
+    Over 200 lines, for the reason at the top of this file.
 
     Each field's text is its documentation: it is the help of the flag ``--otil_NAME`` and the row in docs/settings.md.
     The values that are listed where a `Literal` stands, or in the dict that a field's `choices` name, are accepted.
@@ -83,8 +88,16 @@ class OtilConfig:
         "2bit",
         "HOW",
         "Payload format: raw sends the values themselves, the others what the prediction lacks, in as few bits as they "
-        "say. Halo rows that nobody waits for are sent raw under raw, else in 8 bits.",
+        "say, adaptive in 2 on average and more for features that vary more. Halo rows that nobody waits for are sent "
+        "raw under raw, else in 8 bits.",
         choices=lambda: CODECS,
+    )
+    coordinates: CoordinatesFrom = setting(
+        "none",
+        "HOW",
+        "In what coordinates keys and values are compared and coded: weights, in each head's own, in which errors of "
+        "equal size do equal harm by the layer's weights, so that networks that draw the same do as well; none, as the "
+        "layer gives them. Without effect under codec raw.",
     )
     extrapolation: Extrapolation = setting(
         "fitted",
@@ -235,6 +248,11 @@ class OtilConfig:
         _ = self.window_settings.given
         if self.requires_cfg_parallel and self.window == NONE:
             raise ValueError("window is 'none'; two stages work in a window: give auto, or FIRST:END")
+
+    @property
+    def uses_coordinates(self) -> bool:
+        """True where keys and values are compared and coded in coordinates of their own."""
+        return self.coordinates != "none" and self.freshness != "sync" and self.codec != "raw"
 
     @property
     def needs_guidance(self) -> bool:

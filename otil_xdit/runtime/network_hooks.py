@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from otil_xdit.comm.groups import PatchGroup, UnetGroups
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.hybridiff.controller import CfgController
+from otil_xdit.networks.attention_weights import attention_weights
 from otil_xdit.networks.compatibility import ModuleInspector, check_no_gradients
 from otil_xdit.networks.dit.architectures import check_architecture, read_call, token_layout
 from otil_xdit.networks.dit.key_plan import KeyPlan
@@ -59,12 +60,16 @@ class NetworkHooks:
         session: whose networks they are.
         unets: who shares a U-Net, and the attention across them; None where no pipeline may hold one.
         allow_untested: take DiTs on that nobody has compared with one process.
+
+    Attributes:
+        coordinates: a digest of what keys and values are coded in, which follows from the networks' weights.
     """
 
     def __init__(
         self, session: HookedSession, unets: tuple[UnetGroups, Attend] | None, allow_untested: bool = False
     ) -> None:
         self._session, self._unets, self._allow_untested = session, unets, allow_untested
+        self.coordinates = ""
         self._names = LayerNames()
         cfg = (0, 1) if unets is None else (unets[0].cfg_rank, unets[0].cfg_degree)
         self._keys = DitKeys(session.group, cfg)
@@ -99,6 +104,12 @@ class NetworkHooks:
                 before = network.register_forward_pre_hook(self._before_forward, with_kwargs=True)
                 after = network.register_forward_hook(self._after_forward)
                 self._handles[id(network)] = (network, [before, after, *self._names.watch(name, network)])
+        layers = {
+            f"{name}/{path}": weights
+            for name, network in networks.items()
+            for path, weights in attention_weights(network).items()
+        }
+        self.coordinates = self._session.communicator.set_weights(layers)
 
     @contextmanager
     def naming(self, networks: Iterable[nn.Module]) -> Iterator[None]:

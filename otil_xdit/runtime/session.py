@@ -251,6 +251,7 @@ class PatchSession:
         if self.group.detector is None:  # the facts, which take time, would be compared with nobody's
             return check_agreement(None, {}, refusal)
         facts = {**self._facts, **self._network_facts.of(self._pipe, networks), **call}
+        facts["the coordinates of keys and values"] = self._hooks.coordinates
         if any(map(is_unet, networks.values())):
             facts.pop(RANDOM_STATE, None)  # they are made to draw alike
         return check_agreement(self.group.detector, facts, refusal)

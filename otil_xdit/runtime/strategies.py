@@ -121,7 +121,12 @@ def _preset(
     return Strategy(name, summary, make_config)
 
 
-_NOT_PREDICTED: dict[str, Any] = {"extrapolation": "none", "tolerance": 0.0, "warmup_codec": "raw"}
+_NOT_PREDICTED: dict[str, Any] = {
+    "extrapolation": "none",
+    "coordinates": "none",
+    "tolerance": 0.0,
+    "warmup_codec": "raw",
+}
 _ALL_VALUES: dict[str, Any] = {"ratio": 1.0, "codec": "raw"}
 _ALL_STALE: dict[str, Any] = {"freshness": "displaced", "fresh_share": 0.0, "halo": "displaced", "moments": "displaced"}
 

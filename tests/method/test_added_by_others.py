@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.exchange.communicator import OtilCommunicator
-from otil_xdit.method.codec import CODECS
+from otil_xdit.method.codecs import CODECS
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.scores import CHANGE_SCORES, ChangeScore
@@ -68,12 +68,12 @@ def test_a_codec_and_a_change_score_of_another_package() -> None:
 
 
 def test_settings_know_what_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="codec is 'half'; choose from raw, int8, int4, 2bit, 1bit$"):
+    with pytest.raises(ValueError, match="codec is 'half'; choose from raw, int8, int4, 2bit, 1bit, adaptive$"):
         OtilConfig(codec="half")
     with pytest.raises(ValueError, match="select is 'kv-first'; choose from .*kv-dhash, random$"):
         OtilConfig(select="kv-first")
     monkeypatch.setitem(CODECS, "half", lambda dtype: Half(of_residuals=True))
     monkeypatch.setitem(CHANGE_SCORES, "first", ChangeScore(first_number_change, least_side=3))
     assert OtilConfig(codec="half", select="latent-first").codec == "half"
-    with pytest.raises(ValueError, match="choose from raw, int8, int4, 2bit, 1bit, half$"):
+    with pytest.raises(ValueError, match="choose from raw, int8, int4, 2bit, 1bit, adaptive, half$"):
         OtilConfig(codec="other")

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.exchange.communicator import OtilCommunicator
-from otil_xdit.method.codec import CODECS
+from otil_xdit.method.codecs import CODECS
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.coordinates import AttentionWeights
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.method.predictor import Predictor
 from otil_xdit.method.scratch import ScratchBuffers
@@ -165,7 +166,14 @@ def random_settings(dice: random.Random, codec: str) -> dict:
         "warmup_steps": dice.choice([1, 2]),
         "tolerance": dice.choice([0.0, 0.3]),
         "block_size": dice.choice([1, 2, 4]),
+        "coordinates": dice.choice(["weights", "none"]),
     }
+
+
+def random_weights(heads: int, size: int) -> AttentionWeights:
+    """Weights of an attention layer, the same on all ranks."""
+    chance = torch.Generator().manual_seed(heads * size)
+    return AttentionWeights(heads, *torch.randn(4, heads * size, heads * size, generator=chance))
 
 
 def drift(codec: str, steps: int) -> int:
@@ -182,6 +190,8 @@ def drift(codec: str, steps: int) -> int:
         shape = (dice.choice([1, 2]), dice.choice([1, 3]), rows * cols + text, dice.choice([1, 4, 5]))
         config = OtilConfig(**random_settings(dice, codec), check=True, timeout=20.0)
         run = OtilCommunicator(config, PatchGroup(dist.group.WORLD, rank, dist.get_world_size()))
+        if dice.random() < 0.7:  # without weights coordinates follow from the values
+            run.set_weights({"net/a": random_weights(shape[1], shape[3])})
         run.begin()
         run.clock.total = dice.randint(3, 60)
         noise = torch.Generator().manual_seed(done * 10 + rank)  # every rank has values of its own
@@ -189,7 +199,7 @@ def drift(codec: str, steps: int) -> int:
         for _ in range(run.clock.total):
             base = base + dice.choice([0.01, 0.1, 1.0]) * torch.randn(2, *shape, generator=noise)
             run.observe(None, TokenLayout(rows, cols, text="rear" if text else "none"))
-            run.gather("a", *base.to(dtype))
+            run.gather("net/a#0", *base.to(dtype))
             run.clock.tick()
         done += run.clock.total
         run.end()

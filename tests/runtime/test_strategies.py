@@ -115,6 +115,7 @@ OTHER_VALUES = {
     "fresh_share": (0.3,),
     "ratio": (0.3,),
     "codec": ("int4",),
+    "coordinates": ("none", "weights"),
     "extrapolation": ("constant",),
     "extrapolation_gain": (0.3,),
     "velocity_damping": (0.3,),

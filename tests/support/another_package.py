@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from otil_xdit.method.codec import CODECS, Codec, Decoded
+from otil_xdit.method.codec import Codec, Decoded
+from otil_xdit.method.codecs import CODECS
 from otil_xdit.method.scores import CHANGE_SCORES, ChangeScore
 from otil_xdit.method.scratch import ScratchBuffers
 

@@ -20,6 +20,7 @@ STEPS = 10
 
 MIXED = "otil:ratio=1/8,refresh=3,kv_cache_dtype=float8,select=latent-l2"
 FEW = ("distrifusion", "otil")
+OWN = "otil:coordinates=weights,codec=adaptive"
 
 
 def case(
@@ -43,6 +44,7 @@ ON_RANKS: dict[str, tuple[int, list[dict[str, Any]]]] = {
         [
             *(case("tiny-sd", strategy) for strategy in ("distrifusion", MIXED)),
             *(case(model, "otil") for model in ("tiny-sdxl", "tiny-dit")),
+            *(case(model, OWN) for model in ("tiny-sd", "tiny-dit")),
             # 10 steps are too few for the window to begin before the last step at which it may.
             case("tiny-dit", "otil:window=auto"),
         ],
@@ -76,7 +78,10 @@ MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
         4,
         [case(model, "hybridiff:window=4:6", cfg=2, ulysses=2) for model in ("tiny-sd", "tiny-dit")],
     ),
-    "ulysses x patch": (4, [case(model, "otil", ulysses=2) for model in ("tiny-sd", "tiny-dit")]),
+    "ulysses x patch": (
+        4,
+        [case(model, strategy, ulysses=2) for strategy in ("otil", OWN) for model in ("tiny-sd", "tiny-dit")],
+    ),
 }
 
 

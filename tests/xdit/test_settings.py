@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from otil_xdit.method.codec import CODECS
+from otil_xdit.method.codecs import CODECS
 from otil_xdit.method.config import SETTINGS, OtilConfig
 from otil_xdit.method.settings import setting, settings_of
 from otil_xdit.xdit.flags.options import add_otil_args, given_settings, options
@@ -29,7 +29,7 @@ def test_every_field_is_a_flag_but_the_one_that_the_strategy_sets() -> None:
 
 
 def test_help_tells_choices_and_default() -> None:
-    assert SETTINGS["codec"].help.endswith("Choose from raw, int8, int4, 2bit, 1bit. Default: 2bit.")
+    assert SETTINGS["codec"].help.endswith("Choose from raw, int8, int4, 2bit, 1bit, adaptive. Default: 2bit.")
     assert SETTINGS["timeout"].help.endswith("gives up. Default: 300.")
     assert "Default" not in SETTINGS["check"].help
     assert SETTINGS["select"].choices[0] == "latent-cosine" and SETTINGS["select"].choices[-1] == "random"
@@ -39,7 +39,7 @@ def test_a_registered_codec_is_in_the_help(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(CODECS, "mine", CODECS["raw"])
     parser = argparse.ArgumentParser()
     add_otil_args(parser)
-    assert "1bit, mine." in " ".join(parser.format_help().split())
+    assert "1bit, adaptive, mine." in " ".join(parser.format_help().split())
     assert given_settings(vars(parser.parse_args(["--otil_codec", "mine", "--otil_seed", "3"]))) == {
         "codec": "mine",
         "seed": 3,

@@ -20,6 +20,9 @@ from otil_xdit.tools.eval.matrix import Call, Case, Matrix
 CALLERS = ("catalog/folders.py", "tools/eval/tasks.py")
 """The code that calls a pipeline, also that of one process."""
 
+CHANGERS = ("tools/eval/equivalents.py",)
+"""The code that changes a network for ``--variant``."""
+
 REPORTERS = ("tools",)
 """Folders whose other code draws no image: a change of it makes nothing again."""
 
@@ -74,6 +77,8 @@ class ImageCache:
             settings = {name: value for name, value in case.variant.settings.items() if name != "timeout"}
             facts |= {"preset": case.variant.preset, "settings": settings, "ranks": case.ranks}
             facts |= {**package_versions("xfuser"), "code": code_fingerprint()}
+        if case.equivalent is not None:
+            facts |= {"equivalent": case.equivalent.text, "changes": code_fingerprint(CHANGERS)}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
     def path(self, case: Case, call: Call) -> Path:

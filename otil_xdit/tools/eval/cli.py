@@ -21,6 +21,7 @@ from otil_xdit.tools.common.jobs import Interrupted, jobs_of_a_run
 from otil_xdit.tools.common.variants import parse_variant, variant_settings
 from otil_xdit.tools.eval.cache import ImageCache
 from otil_xdit.tools.eval.contact_sheets import write_sheets
+from otil_xdit.tools.eval.equivalents import CHANGES, parse_equivalent
 from otil_xdit.tools.eval.generate import Failures, ImageMaker
 from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, read_prompts
 from otil_xdit.tools.eval.perceptual_metrics import absences
@@ -52,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", "height and width", 128, "PIXELS")
     about = "LoRA weights: a file, or a folder with one .safetensors; one model only; fused into a DiT"
     add("--lora", about, None, "PATH")
+    about = f"{', '.join(CHANGES)}, each with a number, say outliers:32"
+    about = f"make the rows of an equivalent network too, which draws the same; repeatable; {about}"
+    add("--variant", about, None, "NAME", action="append")
     add("--out", "for all results", Path("eval-out"), "FOLDER")
     add("--sheet_rows", "images of a case on its contact sheet", 4, "N")
     add("--timeout", "give a case up when no image is finished for so long", 600.0, "SECONDS")
@@ -121,6 +125,7 @@ def read_matrix(arguments: argparse.Namespace) -> Matrix:
         calls=make_calls(read_prompts(arguments.prompt_file), arguments.prompts, arguments.seeds),
         guidance=arguments.guidance,
         size=arguments.size,
+        equivalents=(None, *_each(parse_equivalent, arguments.variant or [])),
         lora=None if arguments.lora is None else str(lora_file(Path(arguments.lora))),
     )
 
@@ -183,6 +188,7 @@ def command_of(arguments: argparse.Namespace) -> str:
     words = ["otil-xdit", "eval"]
     for name in ("models", "presets", "ranks", "samplers"):
         words += [f"--{name}", *map(str, getattr(arguments, name))]
+    words += [word for text in arguments.variant or [] for word in ("--variant", text)]
     for name in ("prompts", "prompt_file", "seeds", "guidance", "size", "lora"):
         value = getattr(arguments, name)
         words += [] if value is None else [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]

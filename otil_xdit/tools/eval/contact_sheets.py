@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ class Column:
 
 
 def write_sheets(out: Path, matrix: Matrix, cache: ImageCache, rows: Mapping[Case, Row], count: int) -> None:
-    """Write a contact sheet for each model, sampler and number of ranks.
+    """Write a contact sheet for each model, equivalent, sampler and number of ranks.
 
     Args:
         out: folder.
@@ -54,14 +55,15 @@ def write_sheets(out: Path, matrix: Matrix, cache: ImageCache, rows: Mapping[Cas
     """
     labels = [f"{call.prompt}, seed {call.seed}" for call in matrix.calls[:count]]
     for ranks in matrix.ranks:
-        for reference in matrix.references:
+        for reference, equivalent in product(matrix.references, matrix.equivalents):
             done = [
                 (_images(cache, case, count), rows[case])
                 for case in matrix.cases(ranks)
-                if case.reference == reference and not rows[case].error
+                if (case.reference, case.equivalent) == (reference, equivalent) and not rows[case].error
             ]
             if done:
-                label, sampler = reference.model.label, reference.sampler
+                changed = "" if equivalent is None else f"-{equivalent.text.replace(':', '-')}"
+                label, sampler = f"{reference.model.label}{changed}", reference.sampler
                 title = f"{label}, {ranks} ranks, {sampler.name}, {sampler.steps} steps"
                 page = sheet(title, labels, _images(cache, reference, count), [_column(*one) for one in done])
                 page.save(out / f"sheet-{label}-{ranks}-{sampler.name}-{sampler.steps}.png")

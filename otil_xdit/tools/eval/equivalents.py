@@ -192,11 +192,12 @@ def _multiply_inputs(layer: nn.Linear, matrices: torch.Tensor) -> None:
 
 def _sites(network: nn.Module) -> Iterator[_Site]:
     """Find the self-attention of a network: layers of one batch of tokens, with text among them or not."""
-    for module in network.modules():
+    modules: list[Any] = list(network.modules())
+    for module in modules:
         attention = getattr(module, "attn", None)
         if getattr(attention, "pre_only", False) and hasattr(module, "proj_out"):  # Flux's single blocks
             yield _site(attention, [module.proj_out])
-    for module in network.modules():
+    for module in modules:
         is_attention = all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads"))
         if is_attention and module.to_out is not None and not getattr(module, "is_cross_attention", False):
             yield _site(module, [module.to_out[0]])

@@ -93,5 +93,6 @@ class ImageMaker:
     def _question(self, case: Case, call: Call) -> Question:
         matrix, sampler = self._matrix, case.sampler
         variant = None if case.variant is None else case.variant.text
-        spec = PipelineSpec(case.model.folder, sampler.name, sampler.steps, matrix.lora, variant)
+        changed = None if case.equivalent is None else case.equivalent.text
+        spec = PipelineSpec(case.model.folder, sampler.name, sampler.steps, matrix.lora, variant, changed)
         return Question(spec, call.prompt, call.seed, matrix.guidance, matrix.size)

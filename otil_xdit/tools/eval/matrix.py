@@ -14,6 +14,7 @@ from pathlib import Path
 from otil_xdit.catalog.folders import OWN, Model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.tools.common.variants import Variant, check_guidance
+from otil_xdit.tools.eval.equivalents import Equivalent
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 """One prompt a line, of the kind that the shipped models were trained on."""
@@ -40,16 +41,21 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: the images of a variant; of plain diffusers in one process where the variant is None."""
+    """One row: the images of a variant; of plain diffusers in one process where the variant is None.
+
+    Attributes:
+        equivalent: what the network is changed to; None for the model as it is.
+    """
 
     model: Model
     sampler: Sampler
     variant: Variant | None = None
     ranks: int = 1
+    equivalent: Equivalent | None = None
 
     @property
     def reference(self) -> Case:
-        """One process's case that it is compared with."""
+        """One process's case that it is compared with: of the model as it is, whose equivalents draw the same."""
         return Case(self.model, self.sampler)
 
     @property
@@ -59,7 +65,8 @@ class Case:
 
     def __str__(self) -> str:
         name = "one process" if self.variant is None else f"{self.variant.text} on {self.ranks} ranks"
-        return f"{self.model.label}, {self.sampler}, {name}"
+        changed = "" if self.equivalent is None else f" {self.equivalent.text}"
+        return f"{self.model.label}{changed}, {self.sampler}, {name}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Matrix:
         guidance: guidance scale.
         size: height and width in pixels.
         lora: a file of LoRA weights, or None.
+        equivalents: what each model's network is changed to in turn; None for the model as it is.
 
     Raises:
         ValueError: for a combination that cannot run, naming the flag and what would be accepted.
@@ -85,6 +93,7 @@ class Matrix:
     guidance: float = 4.0
     size: int = 128
     lora: str | None = None
+    equivalents: tuple[Equivalent | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         for model in self.models:
@@ -108,9 +117,11 @@ class Matrix:
         return tuple(Case(model, sampler) for model in self.models for sampler in self.samplers_of(model))
 
     def cases(self, ranks: int) -> tuple[Case, ...]:
-        """Return all variants of every model and sampler on `ranks` ranks."""
-        pairs = product(self.references, self.variants)
-        return tuple(replace(reference, variant=variant, ranks=ranks) for reference, variant in pairs)
+        """Return all variants of every model, equivalent and sampler on `ranks` ranks."""
+        return tuple(
+            replace(reference, variant=variant, ranks=ranks, equivalent=equivalent)
+            for reference, equivalent, variant in product(self.references, self.equivalents, self.variants)
+        )
 
 
 def parse_sampler(text: str) -> Sampler:

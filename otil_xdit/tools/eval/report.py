@@ -65,12 +65,12 @@ def table(rows: Sequence[Row], command: str, absent: Sequence[str]) -> str:
 
 def _by_place(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """Return the rows of each place, under what is said above them."""
-    groups: defaultdict[tuple[str, int, str, int], list[Row]] = defaultdict(list)
+    groups: defaultdict[tuple[str, int, str, int, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.place].append(row)
     return [
-        (f"{Path(model).name}, {ranks} ranks, {sampler}, {steps} steps", group)
-        for (model, ranks, sampler, steps), group in groups.items()
+        (f"{f'{Path(model).name} {network}'.rstrip()}, {ranks} ranks, {sampler}, {steps} steps", group)
+        for (model, ranks, sampler, steps, network), group in groups.items()
     ]
 
 

@@ -24,6 +24,7 @@ class Row:
 
     Attributes:
         model, variant, preset, ranks, sampler, steps: the case.
+        network: what the model's network was changed to (`otil_xdit.tools.eval.equivalents`); empty for as it is.
         settings: all settings of the strategy.
         images: how many.
         psnr, psnr_min, psnr_std: in dB, over the images; the standard deviation is that of these very images.
@@ -46,6 +47,7 @@ class Row:
     ranks: int
     sampler: str
     steps: int
+    network: str = ""
     images: int = 0
     psnr: float | None = None
     psnr_min: float | None = None
@@ -67,9 +69,9 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def place(self) -> tuple[str, int, str, int]:
+    def place(self) -> tuple[str, int, str, int, str]:
         """Rows of the same place are compared with each other."""
-        return self.model, self.ranks, self.sampler, self.steps
+        return self.model, self.ranks, self.sampler, self.steps, self.network
 
 
 def make_rows(matrix: Matrix, cache: ImageCache, failures: Failures) -> dict[Case, Row]:
@@ -96,6 +98,7 @@ def make_row(case: Case, matrix: Matrix, cache: ImageCache, error: str | None) -
         ranks=case.ranks,
         sampler=case.sampler.name,
         steps=case.sampler.steps,
+        network="" if case.equivalent is None else case.equivalent.text,
         settings=case.variant.settings,
     )
     if error is not None:

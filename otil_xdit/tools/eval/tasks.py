@@ -15,8 +15,10 @@ import torch
 
 import otil_xdit
 from otil_xdit.catalog.folders import device, load_pipe
+from otil_xdit.runtime.network_hooks import networks_of
 from otil_xdit.tools.common.variants import parse_variant
 from otil_xdit.tools.common.worker import Answer
+from otil_xdit.tools.eval.equivalents import parse_equivalent
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class PipelineSpec:
         steps: denoising steps of an image.
         lora: a file of LoRA weights, or None.
         variant: its text, or None for plain diffusers in one process.
+        equivalent: text of what the network is changed to, or None for the model as it is.
     """
 
     folder: str
@@ -36,6 +39,7 @@ class PipelineSpec:
     steps: int
     lora: str | None
     variant: str | None
+    equivalent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ class _Pipelines:
         if spec.variant is not None:
             otil_xdit.register()
         pipe = load_pipe(spec.folder, spec.sampler, spec.lora)
+        if spec.equivalent is not None:
+            for network in networks_of(pipe).values():
+                parse_equivalent(spec.equivalent).apply(network)
         if spec.variant is not None:
             pipe = otil_xdit.parallelize(pipe, parse_variant(spec.variant).strategy)
             pipe.set_progress_bar_config(disable=True)
