@@ -67,11 +67,21 @@ def patched_attention(kind: type) -> type:
 
 
 def _self_attention(attention: Any, context: LayerContext, x: torch.Tensor) -> torch.Tensor:
-    """Attend from this rank's tokens, [B, S, D], to those of all ranks."""
+    """Attend from this rank's tokens to those of all ranks.
+
+    Args:
+        x: tokens, [B, S, D], or a map of this rank's rows, [B, D, h, W]; what is returned has its shape.
+    """
+    if x.ndim == 4:
+        tokens = _self_attention(attention, context, x.flatten(2).transpose(1, 2))
+        return tokens.transpose(1, 2).reshape(x.shape)
+    normed = x
+    if attention.group_norm is not None:
+        normed = attention.group_norm(x.transpose(1, 2)).transpose(1, 2)
     projections = (attention.to_q, attention.to_k, attention.to_v)
-    query, key, value = (_split_heads(attention, project(x)) for project in projections)
+    query, key, value = (_split_heads(attention, project(normed)) for project in projections)
     query, key = _norm_query_key(attention, query, key)
-    return _project_out(attention, context.unet.attend(context, query, key, value), x)
+    return _project_out(attention, context.exchange.attend(context, query, key, value), x)
 
 
 def _cross_attention(
@@ -83,7 +93,8 @@ def _cross_attention(
         states = attention.norm_encoder_hidden_states(text) if attention.norm_cross else text
         return _split_heads(attention, attention.to_k(states)), _split_heads(attention, attention.to_v(states))
 
-    key, value = context.unet.text_cache.get(context.name, text, (attention.to_k, attention.to_v), project)
+    assert context.text_cache is not None, "a network with cross-attention has a text cache"
+    key, value = context.text_cache.get(context.name, text, (attention.to_k, attention.to_v), project)
     query, key = _norm_query_key(attention, _split_heads(attention, attention.to_q(x)), key)
     if mask is not None:
         mask = attention.prepare_attention_mask(mask, text.shape[1], x.shape[0])

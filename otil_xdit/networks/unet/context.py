@@ -1,4 +1,4 @@
-"""What a wrapped layer of a U-Net knows of its place, and whom it asks for the other ranks' part."""
+"""What a wrapped layer knows of its place, and whom it asks for the other ranks' part."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ an adapter of the class of the layer that it adapts, without telling anybody."""
 
 
 class LayerExchange(Protocol):
-    """What a layer may ask the U-Net on patches for; `otil_xdit.networks.unet.model.PatchedUNet` is one.
+    """What a layer may ask the network on patches for; `otil_xdit.networks.unet.model.PatchedUNet` is one.
 
     `context` is always that of the layer that asks. Shapes: B batch, C channels, h rows of this rank, W columns, S
     tokens of this rank, d features of a head.
     """
-
-    text_cache: TextCache
 
     @property
     def running(self) -> bool:
@@ -115,19 +113,21 @@ class LayerExchange(Protocol):
 
 @dataclass
 class LayerContext:
-    """Place of one layer in a U-Net on patches.
+    """Place of one layer in a network on patches.
 
     Attributes:
-        unet: reaches the other ranks.
-        name: of the layer in the U-Net.
-        level: resolution that it works at; 0 is the latent's.
+        exchange: reaches the other ranks.
+        name: of the layer in the network.
+        level: resolution that it works at; 0 is the finest, in a U-Net the latent's.
         pair: of a group norm, the convolution that reads its output; None where no convolution does.
+        text_cache: of the text's keys and values; None in a network without cross-attention.
     """
 
-    unet: LayerExchange
+    exchange: LayerExchange
     name: str
     level: int
     pair: NormConvPair | None = None
+    text_cache: TextCache | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerContext:
         # A copied network may be wrapped anew; process groups cannot be copied.
@@ -137,7 +137,7 @@ class LayerContext:
 def running_context(layer: Any) -> LayerContext | None:
     """Return the context of a wrapped layer during a patched pass, and None outside one."""
     context: LayerContext | None = layer._otil_context
-    return context if context is not None and context.unet.running else None
+    return context if context is not None and context.exchange.running else None
 
 
 def check_forward(module: nn.Module, base: type, name: str) -> None:

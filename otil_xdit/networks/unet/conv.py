@@ -53,9 +53,9 @@ def patched_conv(kind: type) -> type:
             return kind.forward(self, input)  # type: ignore[attr-defined]  # see check_conv
         above, below = halo_rows(self)
         # The group norm in front of this layer may have fetched the neighbours' rows together with its moments.
-        precomputed = context.unet.prefetched_halo(context, input, above, below)
-        padded = context.unet.halo(context, input, above, below, precomputed)
-        if context.unet.is_last and self.padding[0] > below:
+        precomputed = context.exchange.prefetched_halo(context, input, above, below)
+        padded = context.exchange.halo(context, input, above, below, precomputed)
+        if context.exchange.is_last and self.padding[0] > below:
             # The image's lower edge: zeros for as many rows as one device pads, not only as many as a patch reads.
             padded = functional.pad(padded, (0, 0, 0, self.padding[0] - below))
         only_columns = (0, self.padding[1])

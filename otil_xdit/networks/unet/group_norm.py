@@ -44,9 +44,9 @@ def patched_group_norm(kind: type) -> type:
         mean, var = _moments(input, self.num_groups)
         halo = None
         if context.pair is None:
-            mean, var = context.unet.moments(context, mean, var)
+            mean, var = context.exchange.moments(context, mean, var)
         else:
-            mean, var, halo = context.unet.norm_halo(context, mean, var, input)
+            mean, var, halo = context.exchange.norm_halo(context, mean, var, input)
         normalise = _affine(self, mean, var)
         if halo is not None:
             _prefetch(context, input, halo, normalise)
@@ -98,4 +98,4 @@ def _prefetch(context: LayerContext, x: torch.Tensor, halo: HaloRows, normalise:
     assert context.pair is not None, "only a norm with a pair is given rows"
     activation = context.pair.activation
     above, below = (None if rows is None else activation(normalise(rows)) for rows in halo)
-    context.unet.prefetch_halo(context, x, (above, below))
+    context.exchange.prefetch_halo(context, x, (above, below))

@@ -115,7 +115,7 @@ class PatchedUNet:
                 check_adapter(f"unet.{path}", module)
             if is_spatial(module):
                 level = self._levels.of(path)
-                wrap_layer(module, LayerContext(self, path, level, pairs.get(path)))
+                wrap_layer(module, LayerContext(self, path, level, pairs.get(path), self.text_cache))
                 check_heads(path, module, self.groups.ulysses_degree)
                 if isinstance(module, Attention) and not module.is_cross_attention:
                     levels.add(level)
@@ -254,7 +254,7 @@ def _patched_unet(kind: Any) -> type:
 
     @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        unet: PatchedUNet = self._otil_context.unet
+        unet: PatchedUNet = self._otil_context.exchange
         if not unet.is_active:
             return kind.forward(self, *args, **kwargs)
 

@@ -1,0 +1,1 @@
+"""VAEs cut by rows: encoder and decoder of `AutoencoderKL`."""

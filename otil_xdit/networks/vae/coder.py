@@ -1,0 +1,203 @@
+"""`PatchedCoder`: the encoder or the decoder of an `AutoencoderKL` on patches.
+
+The pipeline calls it with the whole map on every rank and gets the whole result on every rank. In between each rank
+computes its rows, with rows, moments and tokens of the others as they are at that moment, so the result is that of one
+device up to rounding.
+
+Shapes: B batch, C channels, H x W the map that comes in, S tokens of this rank, d features of a head, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from torch import nn
+from torch.nn import functional
+
+from otil_xdit.exchange.halo import HaloRows
+from otil_xdit.exchange.synchronous import SynchronousExchange
+from otil_xdit.method.grid import LevelGrid, kept_tokens
+from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
+from otil_xdit.networks.unet.context import CONTEXT, LayerContext
+from otil_xdit.networks.unet.layers import is_spatial, unwrap_layer, wrap_layer
+from otil_xdit.networks.vae.downsampling import pads_below, patched_downsampling
+from otil_xdit.networks.vae.levels import CoderLevels
+
+
+class PatchedCoder:
+    """One encoder or decoder whose layers reach the other ranks.
+
+    Args:
+        coder: diffusers' `Encoder` or `Decoder`, for which `why_whole` is None; its layers are wrapped by `prepare`.
+        exchange: between all ranks that work on the image.
+        is_active: tells whether all these ranks make the call under way.
+    """
+
+    def __init__(self, coder: Any, exchange: SynchronousExchange, is_active: Callable[[], bool]) -> None:
+        self.coder, self.is_active = coder, is_active
+        self.running = False
+        self._exchange, self._levels = exchange, CoderLevels(coder)
+        self._grid: LevelGrid | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Tell whether this rank holds the image's lowest rows."""
+        return self._exchange.rank == self._exchange.ranks - 1
+
+    def prepare(self) -> None:
+        """Wrap the coder and its layers.
+
+        Raises:
+            ValueError: naming the layer that patches cannot serve.
+        """
+        for path, module in self.coder.named_modules():
+            context = LayerContext(self, path, self._levels.of(path))
+            if is_spatial(module):
+                wrap_layer(module, context)
+            elif pads_below(module):
+                if not is_swapped(module):
+                    swap_class(module, patched_downsampling)
+                vars(module)[CONTEXT] = context
+        if not is_swapped(self.coder):
+            swap_class(self.coder, _patched_coder)
+        vars(self.coder)[CONTEXT] = LayerContext(self, "", 0)
+
+    def release(self) -> None:
+        """Give the coder and its layers their own classes back."""
+        for module in self.coder.modules():
+            unwrap_layer(module)
+
+    def forward(self, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Compute ``plain(x)`` on all ranks together; on each of them where they cannot share the rows of `x`.
+
+        Args:
+            plain: the coder's own `forward`.
+            x: the whole image or latent, [B, C, H, W], the same on all ranks.
+
+        Returns:
+            The whole latent or image.
+        """
+        grid = self._grid_of(x)
+        if grid is None:
+            return plain(x)
+        coarsest = self._levels.count - 1
+        source, target = (0, coarsest) if self._levels.is_encoder else (coarsest, 0)
+        rows = grid.slice_of(source, self._exchange.rank)
+        self._grid, self.running = grid, True
+        try:
+            part = plain(x[:, :, rows].contiguous())
+        finally:
+            self._grid, self.running = None, False
+        most = max(grid.rows[target])
+        parts = self._exchange.gather("the output", functional.pad(part, (0, 0, 0, most - part.shape[2])))
+        return torch.cat([theirs[:, :, :count] for theirs, count in zip(parts, grid.rows[target], strict=True)], dim=2)
+
+    # ---- what layers ask for: see `LayerExchange` ------------------------------------------------------------------
+
+    def prefetched_halo(self, context: LayerContext, x: torch.Tensor, above: int, below: int) -> HaloRows | None:
+        return None
+
+    def halo(
+        self, context: LayerContext, x: torch.Tensor, above: int, below: int, precomputed: HaloRows | None
+    ) -> torch.Tensor:
+        return self._exchange.halo(context.name, x, above, below)
+
+    def moments(
+        self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self._current_grid().rows[context.level]
+        share = torch.tensor(rows, dtype=torch.float32, device=mean.device) / sum(rows)
+        return self._exchange.moments(context.name, mean, var, share)
+
+    def norm_halo(
+        self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, HaloRows | None]:
+        return *self.moments(context, mean, var), None
+
+    def prefetch_halo(self, context: LayerContext, x: torch.Tensor, rows: HaloRows) -> None:
+        raise AssertionError("norm_halo gives no rows")
+
+    def attend(
+        self, context: LayerContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        grid, level = self._current_grid(), context.level
+        counts = [rows * grid.widths[level] for rows in grid.rows[level]]
+        own = functional.pad(torch.stack([key, value]), (0, 0, 0, max(counts) - key.shape[2]))
+        whole = self._exchange.gather(f"layer {context.name}", own).permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+        if not grid.is_even(level):
+            whole = whole[:, :, :, kept_tokens(counts, max(counts)).to(whole.device)]
+        return functional.scaled_dot_product_attention(query, whole[0], whole[1])
+
+    def _current_grid(self) -> LevelGrid:
+        assert self._grid is not None, "layers ask for other ranks' part during a patched pass only"
+        return self._grid
+
+    def _grid_of(self, x: torch.Tensor) -> LevelGrid | None:
+        """Return how the ranks share a map; None where they cannot, as it has too few rows or halves unevenly."""
+        scale, height, width = 2 ** (self._levels.count - 1), *x.shape[2:]
+        if not self._levels.is_encoder:
+            height, width = height * scale, width * scale
+        if height % scale or width % scale or height // scale < self._exchange.ranks or torch.is_grad_enabled():
+            return None
+        return LevelGrid.build(height, width, self._levels.count, self._exchange.ranks)
+
+
+def why_whole(vae: Any) -> str | None:
+    """Return why every rank is to compute a VAE by itself; None where the ranks can share it.
+
+    Args:
+        vae: a pipeline's, or None.
+    """
+    if type(vae).__name__ != "AutoencoderKL":
+        return "it is no AutoencoderKL"
+    if getattr(vae, "use_tiling", False):
+        return "it works in tiles"
+    for name, coder, kind in (("encoder", vae.encoder, Encoder), ("decoder", vae.decoder, Decoder)):
+        base = getattr(type(coder), "_otil_base", type(coder))
+        if base is not kind:
+            return f"its {name} is a {base.__name__}"
+        for path, module in coder.named_modules():
+            reason = _why_unknown(module)
+            if reason is not None:
+                return f"its layer {name}.{path} {reason}"
+    return None
+
+
+def _why_unknown(module: nn.Module) -> str | None:
+    """Return why a module may not compute on a patch what it computes on the whole map; None where it does."""
+    kind = type(module)
+    if kind.__name__ not in _KNOWN or not kind.__module__.startswith(("torch.nn.", "diffusers.models.")):
+        return f"is a {kind.__module__}.{kind.__name__}"
+    if "forward" in vars(module) or module._compiled_call_impl is not None:
+        return "has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has hooks"
+    if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
+        return "draws at random"
+    if isinstance(module, Attention) and (module.spatial_norm is not None or module.is_cross_attention):
+        return "attends to more than the map"
+    return None
+
+
+_KNOWN = frozenset(
+    "Encoder Decoder DownEncoderBlock2D UpDecoderBlock2D UNetMidBlock2D ResnetBlock2D Downsample2D Upsample2D Attention "
+    "GroupNorm Conv2d Linear SiLU Dropout ModuleList Identity".split()
+)
+"""Modules of a VAE that work on every row by itself, or that have wrappers."""
+
+
+@cache
+def _patched_coder(kind: Any) -> type:
+    @wraps(kind.forward)
+    def forward(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        coder: PatchedCoder = self._otil_context.exchange
+        if args or kwargs or not coder.is_active():
+            return kind.forward(self, sample, *args, **kwargs)
+        return coder.forward(lambda part: kind.forward(self, part), sample)
+
+    return subclass_of(kind, {"forward": forward})

@@ -1,0 +1,35 @@
+"""Resolution of each layer of a VAE's encoder or decoder."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+class CoderLevels:
+    """Resolutions of an encoder or a decoder: level 0 is the image's, each further level has half the rows and columns.
+
+    Args:
+        coder: diffusers' `Encoder` or `Decoder`.
+    """
+
+    def __init__(self, coder: Any) -> None:
+        self.is_encoder = hasattr(coder, "down_blocks")
+        blocks = coder.down_blocks if self.is_encoder else coder.up_blocks
+        resamples = [bool(block.downsamplers if self.is_encoder else block.upsamplers) for block in blocks]
+        self.count = 1 + sum(resamples)
+        self._of_block, level = [], 0 if self.is_encoder else self.count - 1
+        for changes in resamples:
+            self._of_block.append(level)
+            level += changes if self.is_encoder else -changes
+
+    def of(self, path: str) -> int:
+        """Return the level of a layer's input; `path` is the name of the layer in the coder.
+
+        An upsampler enlarges its input before its convolution reads it.
+        """
+        found = re.match(r"(?:down|up)_blocks\.(\d+)\.(\w+)", path)
+        if found is not None:
+            return self._of_block[int(found[1])] - (found[2] == "upsamplers")
+        at_image = path == "conv_in" if self.is_encoder else path in ("conv_norm_out", "conv_out")
+        return 0 if at_image else self.count - 1

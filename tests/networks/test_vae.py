@@ -1,0 +1,94 @@
+"""A VAE on patches gives what it gives on one device: real ranks, every kind of cut, and a control."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL
+
+from otil_xdit.comm.collectives import Collectives
+from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.exchange.synchronous import SynchronousExchange
+from otil_xdit.networks.vae.coder import PatchedCoder, why_whole
+from tests.support.ranks import run_ranks
+
+BOUND = 1e-5
+"""Of the largest difference, against results of unit scale."""
+
+SIZES = [(8, 6), (9, 5), (7, 4)]
+"""Of a latent: rows that two and three ranks share evenly and unevenly."""
+
+
+def build() -> AutoencoderKL:
+    """A VAE of three resolutions, with attention in the middle, as SD's is built."""
+    torch.manual_seed(0)
+    return (
+        AutoencoderKL(
+            block_out_channels=(8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+@cache
+def whole_results() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The latent of a random image, and the image of a random latent, of every size, on one device."""
+    vae = build()
+    return [(vae.encoder(image(size)), vae.decoder(latent(size))) for size in SIZES]
+
+
+def latent(size: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(1))
+
+
+def image(size: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(2, 3, size[0] * 4, size[1] * 4, generator=torch.Generator().manual_seed(2))
+
+
+class Deaf(SynchronousExchange):
+    """Hears zeros of the others; the results are put together all the same."""
+
+    def halo(self, name: str, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (0, 0, above, below))
+
+
+@torch.no_grad()
+def errors(kind: type[SynchronousExchange]) -> list[tuple[float, float]]:
+    """Largest difference of encoder and decoder from one device's, for every size; and how the layers are left."""
+    vae = build()
+    group = PatchGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    exchange = kind(Collectives(group, 20), "vae")
+    coders = [PatchedCoder(coder, exchange, lambda: True) for coder in (vae.encoder, vae.decoder)]
+    for coder in coders:
+        coder.prepare()
+        coder.prepare()
+    assert why_whole(vae) is None, "wrapping it does not make it unknown"
+    found = []
+    for size, (encoded, decoded) in zip(SIZES, whole_results(), strict=True):
+        pairs = (vae.encoder(image(size)), encoded), (vae.decoder(latent(size)), decoded)
+        found.append(tuple(((made - best).abs().max() / best.std()).item() for made, best in pairs))
+    for coder in coders:
+        coder.release()
+    assert not any("_otil" in name for module in vae.modules() for name in vars(type(module)))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_patches_give_what_one_device_gives(ranks: int) -> None:
+    for by_size in run_ranks(ranks, partial(errors, SynchronousExchange)):
+        for size, found in zip(SIZES, by_size, strict=True):
+            assert max(found) < BOUND, (size, found)
+
+
+def test_without_the_neighbours_rows_it_would_not() -> None:
+    for by_size in run_ranks(2, partial(errors, Deaf)):
+        assert min(min(found) for found in by_size) > 0.05
