@@ -185,8 +185,8 @@ def _why_unknown(module: nn.Module) -> str | None:
 
 
 _KNOWN = frozenset(
-    "Encoder Decoder DownEncoderBlock2D UpDecoderBlock2D UNetMidBlock2D ResnetBlock2D Downsample2D Upsample2D Attention "
-    "GroupNorm Conv2d Linear SiLU Dropout ModuleList Identity".split()
+    "Encoder Decoder DownEncoderBlock2D UpDecoderBlock2D UNetMidBlock2D ResnetBlock2D Downsample2D Upsample2D "
+    "Attention GroupNorm Conv2d Linear SiLU Dropout ModuleList Identity".split()
 )
 """Modules of a VAE that work on every row by itself, or that have wrappers."""
 

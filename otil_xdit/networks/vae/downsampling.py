@@ -1,4 +1,4 @@
-"""A VAE encoder's down-sampling on patches: one device pads a row of zeros below the image, a patch reads its neighbour.
+"""A VAE encoder's down-sampling on patches: one device pads a row of zeros below the image, a patch has the next one.
 
 Shapes: B batch, C channels, h rows of this rank, W columns.
 """
