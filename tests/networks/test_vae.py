@@ -11,7 +11,9 @@ from diffusers import AutoencoderKL
 
 from otil_xdit.comm.collectives import Collectives
 from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.dryrun.vae_memory import peak_of_decoding
 from otil_xdit.exchange.synchronous import SynchronousExchange
+from otil_xdit.networks.unet import group_norm
 from otil_xdit.networks.vae.coder import PatchedCoder, why_whole
 from tests.support.ranks import run_ranks
 
@@ -92,3 +94,18 @@ def test_patches_give_what_one_device_gives(ranks: int) -> None:
 def test_without_the_neighbours_rows_it_would_not() -> None:
     for by_size in run_ranks(2, partial(errors, Deaf)):
         assert min(min(found) for found in by_size) > 0.05
+
+
+def test_moments_of_a_large_map_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 8, 6, 5)
+    at_once = group_norm.moments_of(x, 4)
+    monkeypatch.setattr(group_norm, "AT_ONCE", 130)
+    for whole, parts in zip(at_once, group_norm.moments_of(x, 4), strict=True):
+        assert torch.equal(whole, parts)
+
+
+def test_memory_of_a_decode_falls_with_the_ranks() -> None:
+    """Counted on "meta" for SDXL's VAE; docs/results/memory.md has the table."""
+    alone, *shared = (peak_of_decoding(512, ranks, torch.float16) for ranks in (1, 2, 4, 8))
+    for ranks, peak in zip((2, 4, 8), shared, strict=True):
+        assert alone / ranks < peak < 1.4 * alone / ranks
