@@ -19,7 +19,7 @@ from otil_xdit.dryrun.stand_ins import patch_group
 from otil_xdit.exchange.synchronous import SynchronousExchange
 from otil_xdit.networks.vae.coder import PatchedCoder
 
-SDXL_VAE = {
+SDXL_VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
