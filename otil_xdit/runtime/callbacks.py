@@ -8,6 +8,7 @@ callbacks (a progress bar on one of them), but not different latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import Signature
 from typing import Any, Protocol, cast
 
@@ -15,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from otil_xdit.comm.groups import UnetGroups
+from otil_xdit.runtime.vae_sharing import VaeSharing
 
 IS_GIVEN = "a callback"
 """The fact of a rank that is given a callback; the others have none, so it is not compared."""
@@ -124,8 +126,13 @@ class StepCallbacks:
         whole: of a pipeline that has this rank's part of the latent only; None for one that has all of it.
     """
 
-    def __init__(self, collect: Callable[[torch.Tensor, str], torch.Tensor], whole: WholeLatent | None) -> None:
-        self._collect, self._whole = collect, whole
+    def __init__(
+        self,
+        collect: Callable[[torch.Tensor, str], torch.Tensor],
+        whole: WholeLatent | None,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._collect, self._whole, self._alone = collect, whole, alone
         self._changes, self._changed_steps = 0, 0
         self._digest: torch.Tensor | None = None
         self._tolerance = min(_TOLERANCE.values())
@@ -178,7 +185,8 @@ class StepCallbacks:
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
             before = tensors.get("latents")
             version = _version(before)
-            made = cast(Any, callback)(pipe, step, timestep, tensors)
+            with self._alone():
+                made = cast(Any, callback)(pipe, step, timestep, tensors)
             after = made.get("latents", before) if isinstance(made, Mapping) else before
             self._record(step, before, version, after)
             return made
@@ -263,15 +271,18 @@ def callbacks_of(
     by_rank: Mapping[int, Mapping[str, str]],
     collect: Callable[[torch.Tensor, str], torch.Tensor],
     whole: WholeLatent | None,
+    vae: VaeSharing | None,
 ) -> StepCallbacks | None:
     """Return what a call's callbacks are put into; None where no rank is given one, and for a single rank.
 
     Args:
         by_rank: the ranks' facts.
         collect, whole: see `StepCallbacks`.
+        vae: which a callback may use on one rank alone.
     """
+    alone = nullcontext if vae is None else vae.alone
     is_given = any(IS_GIVEN in facts for facts in by_rank.values())
-    return StepCallbacks(collect, whole) if is_given and len(by_rank) > 1 else None
+    return StepCallbacks(collect, whole, alone) if is_given and len(by_rank) > 1 else None
 
 
 def _scales(pipe: Any) -> list[Any]:

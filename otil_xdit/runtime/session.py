@@ -47,6 +47,7 @@ from otil_xdit.runtime.network_hooks import NetworkHooks, device_of, networks_of
 from otil_xdit.runtime.steps import arguments_of, check_scheduler_step, planned_steps, track_steps
 from otil_xdit.runtime.summary import Summary, summarize
 from otil_xdit.runtime.turns import TURNS
+from otil_xdit.runtime.vae_sharing import VaeSharing
 
 _ACTIVE: ContextVar[PatchSession | None] = ContextVar("otil_xdit_session", default=None)
 
@@ -64,6 +65,7 @@ class PatchSession:
         facts: what else must be equal on all ranks, besides what a pipeline and its calls tell.
         strategy: its name.
         allow_untested: take networks on that nobody has compared with one process.
+        vae: shares the rows of a U-Net pipeline's VAE among the ranks; None for a VAE that every rank computes whole.
 
     Attributes:
         cfg_controller: of the passes with and without the prompt.
@@ -81,6 +83,7 @@ class PatchSession:
         facts: Facts | None = None,
         strategy: str = "",
         allow_untested: bool = False,
+        vae: VaeSharing | None = None,
     ) -> None:
         self.communicator, self.group, self.strategy = communicator, group, strategy
         self._cfg_groups = unets[0] if unets is not None else None
@@ -93,6 +96,7 @@ class PatchSession:
         self._hooks = NetworkHooks(self, unets, allow_untested)
         self.dit = DitAttention(communicator, self._hooks)
         self._attached: list[Any] = []
+        self._vae = vae
         self._pipe: Any = None
         self._undo = ExitStack()
 
@@ -138,6 +142,8 @@ class PatchSession:
             del vars(pipe)["_otil_session"], vars(pipe)["_otil_rules"]
         self._attached.clear()
         self._hooks.keep_only(set())
+        if self._vae is not None:
+            self._vae.release()
         self._undo.close()
         self.communicator.free()
         if self.group.detector is not None:
@@ -146,12 +152,13 @@ class PatchSession:
     def report(self) -> Report:
         """Return the counters of the last (or current) generation, for this rank."""
         report, controller = self.communicator.report(), self.cfg_controller
+        report = report if self._vae is None else self._vae.added_to(report)
         buffer_bytes = report.buffer_bytes + controller.nbytes
         return replace(report, buffer_bytes=buffer_bytes, discrepancy=controller.curve, window=controller.window.found)
 
     def summary(self, pipe: Any) -> Summary:
         """Return what this session does to one of its pipelines."""
-        return summarize(pipe, self.strategy, self.group, self._cfg_groups, self.report())
+        return summarize(pipe, self.strategy, self.group, self._cfg_groups, self.report(), self._vae)
 
     # ---- what xDiT's layers ask for --------------------------------------------------------------------------------
 
@@ -220,7 +227,7 @@ class PatchSession:
                     whole = whole_latent(vars(pipe).get("_otil_rules"), self._cfg_groups, collect)
                     by_rank = self._agree(networks, call or {}, check)
                     with self._exchange(networks, whole):
-                        callbacks = callbacks_of(by_rank, collect, whole)
+                        callbacks = callbacks_of(by_rank, collect, whole, self._vae)
                         yield callbacks
                         if callbacks is not None:
                             callbacks.check_alike(device_of(networks))
@@ -236,11 +243,7 @@ class PatchSession:
     def _agree(
         self, networks: Mapping[str, nn.Module], call: Facts, check: Callable[[], object]
     ) -> Mapping[int, Facts]:
-        """Get the networks ready, and raise `ValueError` on every rank where one cannot, or where they differ.
-
-        Returns:
-            All ranks' facts.
-        """
+        """Get the networks ready, and return all ranks' facts; `ValueError` on every rank where these differ."""
         refusal = None
         try:
             check()
@@ -254,6 +257,8 @@ class PatchSession:
         facts["the coordinates of keys and values"] = self._hooks.coordinates
         if any(map(is_unet, networks.values())):
             facts.pop(RANDOM_STATE, None)  # they are made to draw alike
+            if self._vae is not None:
+                facts |= self._vae.begin(getattr(self._pipe, "vae", None), lambda: self.is_active)
         return check_agreement(self.group.detector, facts, refusal)
 
     @contextmanager

@@ -14,6 +14,7 @@ from otil_xdit.exchange.report import Report
 from otil_xdit.networks.unet.layers import spatial_layers
 from otil_xdit.networks.unet.model import is_unet
 from otil_xdit.runtime.network_hooks import NETWORKS, networks_of
+from otil_xdit.runtime.vae_sharing import VaeSharing
 
 LayerKind = Literal["attention", "self-attention", "convolution", "group norm"]
 """Layers that need something of other ranks: ``attention`` is a DiT's, the others are a U-Net's."""
@@ -47,7 +48,14 @@ class Summary:
     whole: tuple[str, ...]
 
 
-def summarize(pipe: Any, strategy: str, group: PatchGroup, cfg_groups: UnetGroups | None, report: Report) -> Summary:
+def summarize(
+    pipe: Any,
+    strategy: str,
+    group: PatchGroup,
+    cfg_groups: UnetGroups | None,
+    report: Report,
+    vae: VaeSharing | None = None,
+) -> Summary:
     """Return what a session does to a pipeline.
 
     Args:
@@ -55,7 +63,10 @@ def summarize(pipe: Any, strategy: str, group: PatchGroup, cfg_groups: UnetGroup
         group: the ranks that hold the patches.
         cfg_groups: the CFG groups; None for no CFG parallelism.
         report: of the session.
+        vae: what shares a U-Net pipeline's VAE; None for nothing.
     """
+    has_unet = any(map(is_unet, networks_of(pipe).values()))
+    is_shared = vae is not None and has_unet and vae.shares(pipe.vae)
     return Summary(
         pipeline=type(pipe).__name__,
         strategy=strategy,
@@ -65,7 +76,7 @@ def summarize(pipe: Any, strategy: str, group: PatchGroup, cfg_groups: UnetGroup
         layers={name: count_layers(network) for name, network in networks_of(pipe).items()},
         steps=report.steps,
         buffer_bytes=report.buffer_bytes,
-        whole=whole_parts(pipe),
+        whole=tuple(name for name in whole_parts(pipe) if name != "vae" or not is_shared),
     )
 
 

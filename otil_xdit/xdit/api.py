@@ -13,7 +13,7 @@ import torch.distributed as dist
 from otil_xdit.catalog.geometry import check_heads
 from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.catalog.unets import heads_of
-from otil_xdit.method.checks import check_integer
+from otil_xdit.method.checks import check_choice, check_integer
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.networks.dit.architectures import check_architecture
 from otil_xdit.networks.unet.model import is_unet
@@ -21,6 +21,7 @@ from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
+from otil_xdit.xdit.flags.options import VAE_CHOICES
 from otil_xdit.xdit.plugin.args import carry
 from otil_xdit.xdit.plugin.register import register
 from otil_xdit.xdit.plugin.sessions import undo
@@ -36,6 +37,7 @@ def parallelize(
     ulysses_degree: int = 1,
     use_cfg_parallel: bool = False,
     allow_untested: bool = False,
+    vae: str = ParallelChoice.vae,
 ) -> Any:
     """Run every image of `pipe` on all ranks of this torchrun.
 
@@ -49,6 +51,7 @@ def parallelize(
         use_cfg_parallel: compute the passes with and without the prompt on different halves of the ranks; ``hybridiff``
             does so in any case.
         allow_untested: take a transformer on that nobody has compared with one process; rank 0 warns.
+        vae: "patches", where the ranks of a U-Net's pipeline share the rows of its VAE, or "whole".
 
     Returns:
         A pipeline that is called like `pipe`, on every rank with the same arguments. Around a U-Net it is `pipe`
@@ -61,6 +64,7 @@ def parallelize(
     """
     strategy = check_strategy(strategy)
     config = check_config(strategy, config)
+    check_choice("vae", vae, VAE_CHOICES)
     check_integer("ulysses_degree", ulysses_degree, 1)
     _check_transformers(pipe, allow_untested)
     if not dist.is_initialized() and "RANK" not in os.environ:
@@ -83,7 +87,7 @@ def parallelize(
     if dist.get_world_size() == 1:
         return pipe
     args = xFuserArgs(model=type(pipe).__name__, ring_degree=patch_degree, **degrees)
-    carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree, None, allow_untested))
+    carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree, None, allow_untested, vae))
     if dist.get_rank() == 0 and patch_degree > 1:
         from otil_xdit.dryrun.memory_estimate import log_memory_estimate
 

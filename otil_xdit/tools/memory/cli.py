@@ -1,4 +1,4 @@
-"""`otil-xdit memory`: how much memory the exchange's copies take on a rank, found without weights and without ranks."""
+"""`otil-xdit memory`: how much memory the exchange's copies and the VAE take on a rank, without weights or ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.memory import Memory, memory_of
 from otil_xdit.dryrun.networks import DTYPES, Network, attention_layers, find_network
+from otil_xdit.dryrun.vae_memory import peak_of_decoding
 from otil_xdit.method.config import KvCacheDtype, OtilConfig
 from otil_xdit.runtime.strategies import get_strategy
 from otil_xdit.tools.common.flags import FlagAdder
@@ -52,6 +53,11 @@ def run(arguments: argparse.Namespace) -> None:
     rows = [row for name in arguments.models for row in rows_of(find_network(name), arguments)]
     print(f"{arguments.size} x {arguments.size} pixels, {arguments.dtype}. MB (10^6 bytes) on each rank:\n")
     print(markdown(TITLES, rows, text=3))
+    dtype = getattr(torch, arguments.dtype)
+    peaks = {ranks: peak_of_decoding(arguments.size, ranks, dtype) for ranks in (1, *arguments.ranks)}
+    decodes = [(str(ranks), f"{peak / MEGABYTE:.0f}") for ranks, peak in peaks.items()]
+    print("\nThe VAE of SD1.5, SD2 and SDXL decoding an image: MB of activations that a rank holds at most:\n")
+    print(markdown(("ranks", "decode"), decodes, text=1))
 
 
 def presets(dtypes: list[str]) -> dict[str, OtilConfig]:

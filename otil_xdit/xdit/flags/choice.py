@@ -69,6 +69,7 @@ class ParallelChoice:
         ulysses_degree: ranks that share a patch's attention heads.
         allow_untested: take models on that nobody has compared with one process.
         report: file for rank 0's report of bytes and waiting time, or None.
+        vae: one of `VAE_CHOICES`.
     """
 
     strategy: Strategy
@@ -77,6 +78,7 @@ class ParallelChoice:
     ulysses_degree: int
     report: str | None = None
     allow_untested: bool = False
+    vae: str = "patches"
 
 
 def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice | None:
@@ -112,7 +114,8 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     if patch_degree == 1 and (unet is None or ulysses_degree == 1) and not strategy.requires_cfg_parallel:
         logger.warning("--parallel %s has no effect with one patch", name)
     report, allow_untested = values.get("otil_report"), bool(values.get("allow_untested"))
-    return ParallelChoice(strategy, config, patch_degree, ulysses_degree, report, allow_untested)
+    vae = values.get("vae") or ParallelChoice.vae
+    return ParallelChoice(strategy, config, patch_degree, ulysses_degree, report, allow_untested, vae)
 
 
 def _patch_degree(values: Mapping[str, Any], world_size: int | None, strategy: Strategy) -> int:

@@ -8,12 +8,27 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from otil_xdit.catalog.schedulers import SCHEDULERS, scheduler_name
-from otil_xdit.method.checks import parse_whole_number
+from otil_xdit.method.checks import check_choice, parse_whole_number
 from otil_xdit.method.config import QUALITIES, SETTINGS
 from otil_xdit.runtime.strategies import strategies
 from otil_xdit.xdit.flags.degrees import UngivenDegree
 
 T = TypeVar("T")
+
+
+VAE_CHOICES = ("patches", "whole")
+
+VAE_HELP = "How a U-Net's pipeline encodes and decodes: its ranks share the VAE's rows, or each computes all of them."
+
+
+def parse_vae(text: str) -> str:
+    """Read where the VAE is computed.
+
+    Raises:
+        ValueError: for anything but `VAE_CHOICES`.
+    """
+    check_choice("--vae", text, VAE_CHOICES)
+    return text
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,7 @@ def options() -> tuple[Option, ...]:
         ),
         *(Option(one.flag, one.metavar, one.help, one.parse, one.name) for one in SETTINGS.values()),
         Option("allow_untested", None, "Try a model that nobody has compared with one process; rank 0 warns."),
+        Option("vae", "WHERE", f"{VAE_HELP} Choose from {', '.join(VAE_CHOICES)}. Default: patches.", parse_vae),
         Option("otil_report", "FILE", "Write rank 0's sent bytes and waiting time there, as JSON."),
     )
 

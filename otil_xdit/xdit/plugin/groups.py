@@ -20,6 +20,7 @@ from otil_xdit.comm.groups import PatchGroup, UnetGroups, break_connections, lim
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.agreement import facts_of_settings, versions
 from otil_xdit.runtime.session import PatchSession
+from otil_xdit.runtime.vae_sharing import VaeSharing
 from otil_xdit.xdit.flags.choice import ParallelChoice
 
 logger = logging.getLogger("otil_xdit")
@@ -75,7 +76,14 @@ def connect(choice: ParallelChoice) -> PatchSession:
         "the CFG degree": str(cfg_degree),
     }
     return PatchSession(
-        communicator, group, _reporter(choice), (unets, _attend), facts, choice.strategy.name, choice.allow_untested
+        communicator,
+        group,
+        _reporter(choice),
+        (unets, _attend),
+        facts,
+        choice.strategy.name,
+        choice.allow_untested,
+        VaeSharing(group.replica, timeout) if choice.vae == "patches" and group.replica is not None else None,
     )
 
 

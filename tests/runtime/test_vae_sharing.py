@@ -1,0 +1,36 @@
+"""A pipeline's VAE on two real ranks: shared by default, exact, and left alone where the ranks do not call it alike."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.support.torchrun import lines_of
+
+
+@cache
+def found() -> list[dict[str, Any]]:
+    return sorted(lines_of(2, "vae_sharing.py"), key=lambda line: line["rank"])
+
+
+@pytest.mark.parametrize("how", ["patches", "whole", "encoded"])
+def test_images_are_those_of_one_process(how: str) -> None:
+    assert max(line["error"][how] for line in found()) <= 1e-4
+
+
+def test_what_is_sent_is_counted_and_whole_sends_nothing() -> None:
+    for line in found():
+        assert line["sent"]["patches"]["steady"] > 10_000 and line["sent"]["whole"] is None
+        assert "vae" not in line["whole"]["patches"] and "vae" in line["whole"]["whole"]
+
+
+def test_a_preview_on_one_rank_does_not_wait_for_the_others() -> None:
+    first, second = found()
+    assert (first["previews"], second["previews"]) == (4, 0)
+    assert max(line["with_previews"] for line in found()) <= 1e-4
+
+
+def test_tiles_are_each_rank_s_own_and_nothing_is_left_behind() -> None:
+    assert all(line["tiled"] is None and line["left"] == 0 for line in found())

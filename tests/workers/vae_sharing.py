@@ -1,0 +1,81 @@
+"""What a pipeline's VAE does on the ranks of a torchrun: each prints one JSON object.
+
+torchrun --nproc_per_node 2 tests/workers/vae_sharing.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import otil_xdit  # noqa: E402
+from otil_xdit.catalog.bundled import model_folder  # noqa: E402
+
+PROMPT = "a large red circle on the left and a small blue square on the right, striped background"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    dist.init_process_group()
+    pipe = StableDiffusionPipeline.from_pretrained(model_folder("tiny-sd"), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    again = StableDiffusionImg2ImgPipeline(**pipe.components)
+    again.set_progress_bar_config(disable=True)
+    source = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(7))
+    alone, changed_alone = image(pipe), image(again, image=source, strength=0.6)
+    found: dict[str, Any] = {"rank": dist.get_rank(), "error": {}, "sent": {}, "whole": {}}
+    for vae in ("patches", "whole"):
+        otil_xdit.parallelize(pipe, "sync", vae=vae)
+        found["error"][vae] = difference(image(pipe), alone)
+        found["sent"][vae] = otil_xdit.report(pipe).sent_bytes.get("vae")
+        found["whole"][vae] = otil_xdit.summary(pipe).splitlines()[-1]
+        otil_xdit.restore(pipe)
+    otil_xdit.parallelize(pipe, "sync")
+    previews: list[float] = []
+
+    def preview(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Decode on rank 0 alone."""
+        if dist.get_rank() == 0:
+            previews.append(pipe.vae.decode(tensors["latents"] / pipe.vae.config.scaling_factor).sample.mean().item())
+        return {}
+
+    found["with_previews"] = difference(image(pipe, callback_on_step_end=preview), alone)
+    found["previews"] = len(previews)
+    pipe.vae.enable_tiling()
+    found["tiled"] = otil_xdit.report(pipe).sent_bytes.get("vae") if image(pipe) is not None else None
+    pipe.vae.disable_tiling()
+    otil_xdit.restore(pipe)
+    otil_xdit.parallelize(again, "sync")
+    found["error"]["encoded"] = difference(image(again, image=source, strength=0.6), changed_alone)
+    otil_xdit.restore(again)
+    found["left"] = sum("_otil" in name for part in pipe.vae.modules() for name in vars(type(part)))
+    print(json.dumps(found), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def image(pipe: Any, **settings: Any) -> torch.Tensor:
+    """An image, [1, 3, 128, 128], of values in 0..1."""
+    draw = torch.Generator().manual_seed(3)
+    usual = {"num_inference_steps": 4, "guidance_scale": 4.0, "generator": draw, "output_type": "pt"}
+    return pipe(PROMPT, **usual, **settings).images
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
