@@ -117,12 +117,15 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert tools.main(line.split()) == 0
     lines = [line.strip("| ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    rows, decodes = rows[:6], rows[8:]
     assert [row[:3] for row in rows[2:]] == [
         [model, "2", preset] for model in ("tiny-dit", "SD1.5") for preset in ("distrifusion", "otil, float8")
     ]
     # SD1.5 at 512: 5 layers each of 64 x 64 tokens with 320 features, 32 x 32 with 640, 16 x 16 with 1280; 1 of 8 x 8.
     numbers = 2 * 2 * (5 * (4096 * 320 + 1024 * 640 + 256 * 1280) + 64 * 1280)
     assert float(rows[4][5]) == round(4 * numbers / 1e6, 1) and float(rows[5][5]) == round(2 * numbers / 1e6, 1)
+    assert [row[0] for row in decodes] == ["1", "2"]
+    assert 1 / 2 < float(decodes[1][1]) / float(decodes[0][1]) < 2 / 3, "a VAE's rows are shared"
 
 
 @pytest.mark.parametrize(

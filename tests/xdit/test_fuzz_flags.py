@@ -185,7 +185,7 @@ def test_two_thousand_random_flags_of_the_launcher(runner_lines: st.SearchStrate
 # ---- otil-xdit -----------------------------------------------------------------------------------------------------
 
 BEGINS = {
-    "eval": ("ImageCache", "make_images"),
+    "eval": ("ImageCache", "ImageMaker"),
     "bench": ("run_plan",),
     "plan": ("options_of", "flops_of"),
     "memory": ("rows_of",),
