@@ -5,7 +5,7 @@ its bits by it: what leaves the least squared error (reverse water-filling, T. B
 In coordinates (`otil_xdit.method.coordinates`) few features carry most of what changes.
 
 Shapes: V vectors, the first half of them keys and the second values; v = V / 2; C features, R bytes of a vector's
-codes; ``...`` layers and ranks.
+codes; ``...`` layers and ranks. An odd number of vectors is one part, of which 1 stands for every 2 here.
 """
 
 from __future__ import annotations
@@ -54,64 +54,85 @@ class _Plan(NamedTuple):
 class AdaptiveCodec(Codec):
     """A code of 0, 1, 2, 4 or 8 bits for each number, by its feature; a byte for each feature's size and vector's.
 
-    The bytes are [vectors' scales, keys' features, values' features, codes]. They are never more than those of 2 bits
-    for each number and a byte for each vector: the features' bytes are taken off the codes, as long as half is left.
+    The bytes are [vectors' scales, keys' features, values' features, keys' codes, values' codes]. They are never more
+    than those of 2 bits for each number and a byte for each vector: the features' bytes are taken off the codes, as
+    long as half is left.
     """
 
     of_residuals = True
+    by_feature = True
     bits = 2
 
-    def row_bytes(self, vectors: int, width: int) -> int:
-        """Return R, the bytes of one vector's codes."""
-        fixed = -(-width * self.bits // 8)
-        features = -(-_parts(vectors) * width // vectors)
-        return max(fixed - features, -(-fixed // 2))
+    def row_bytes(self, vectors: int, width: int) -> tuple[int, ...]:
+        """Return the bytes of the codes of a key and of a value; of any vector where there is an odd number."""
+        fixed, parts = -(-width * self.bits // 8), _parts(vectors)
+        both = max(parts * fixed - -(-(parts**2) * width // vectors), -(-parts * fixed // 2))
+        return tuple((both + part) // parts for part in range(parts))
 
     def size(self, vectors: int, width: int) -> int:
-        return vectors * (1 + self.row_bytes(vectors, width)) + _parts(vectors) * width
+        return sum(self._sizes(vectors, width))
 
     def encode(self, vectors: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers) -> None:
         count, width = vectors.shape[-2:]
-        scale_bytes, spectrum, codes = self._split(out, count, width)
+        scale_bytes, spectrum, *codes = self._split(out, count, width)
         parts = vectors.unflatten(-2, (_parts(count), -1))
         write_scales(torch.linalg.vector_norm(parts, dim=-2).div_(parts.shape[-2] ** 0.5), spectrum)
-        plan = _plan_of(spectrum, codes.shape[-1])
+        plan = _plan_of(spectrum, self.row_bytes(count, width))
         parts.mul_(plan.inverse)
         write_scales(torch.linalg.vector_norm(parts, dim=-1).div_(plan.weight), scale_bytes)
         parts.mul_(scales_of(scale_bytes)[..., None].reciprocal_()).div_(plan.steps.clamp_min(1e-9)).add_(plan.middle)
         found = scratch("codec.codes", tuple(parts.shape), torch.uint8)
         # The conversion to whole numbers cuts off.
         found.copy_(torch.minimum(parts.clamp_min_(0), plan.highest, out=parts)).bitwise_left_shift_(plan.shift)
-        codes.zero_().scatter_add_(-1, plan.byte.expand(parts.shape), found)
+        rows = self._rows(codes, scratch).zero_().scatter_add_(-1, plan.byte.expand(parts.shape), found)
+        for part, written in enumerate(codes):
+            written.copy_(rows[..., part, :, : written.shape[-1]])
 
     def decode(self, coded: torch.Tensor, vectors: int, width: int, scratch: ScratchBuffers) -> Decoded:
-        scale_bytes, spectrum, codes = self._split(coded, vectors, width)
-        return self._levels(codes, spectrum, scratch), scales_of(scale_bytes).flatten(-2)[..., None]
+        scale_bytes, spectrum, *codes = self._split(coded, vectors, width)
+        rows = self._filled(codes, scratch)
+        levels = self._levels(rows, spectrum, self.row_bytes(vectors, width), scratch)
+        return levels, scales_of(scale_bytes).flatten(-2)[..., None]
 
     def decode_at(
         self, coded: torch.Tensor, vectors: int, width: int, rows: torch.Tensor, total: int, scratch: ScratchBuffers
     ) -> Decoded:
-        scale_bytes, spectrum, codes = self._split(coded, vectors, width)
-        parts = codes.shape[-3]
-        codes = scattered_codes(codes.flatten(-3, -2), rows, total, scratch).unflatten(-2, (parts, -1))
+        scale_bytes, spectrum, *codes = self._split(coded, vectors, width)
+        everywhere = scattered_codes(self._filled(codes, scratch).flatten(-3, -2), rows, total, scratch)
+        everywhere = everywhere.unflatten(-2, (len(codes), -1))
         scales = scratch("scales", (*coded.shape[:-1], total), torch.float32)
         scales.zero_().view(-1).index_copy_(0, rows, scales_of(scale_bytes).reshape(-1))
-        return self._levels(codes, spectrum, scratch), scales[..., None]
+        return self._levels(everywhere, spectrum, self.row_bytes(vectors, width), scratch), scales[..., None]
 
-    def _split(self, coded: torch.Tensor, vectors: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """View uint8 [..., size] as scales, [..., 2, v], features' bytes, [..., 2, C], and codes, [..., 2, v, R]."""
-        parts, row = _parts(vectors), self.row_bytes(vectors, width)
-        sizes = (vectors, parts * width, vectors * row)
-        scales, spectrum, codes = coded[..., : sum(sizes)].split(sizes, dim=-1)
-        return (
-            scales.unflatten(-1, (parts, -1)),
-            spectrum.unflatten(-1, (parts, width)),
-            codes.unflatten(-1, (parts, -1, row)),
-        )
+    def _sizes(self, vectors: int, width: int) -> tuple[int, ...]:
+        """Return the bytes of scales, of features' sizes, and of each part's codes."""
+        parts = _parts(vectors)
+        return vectors, parts * width, *(vectors // parts * row for row in self.row_bytes(vectors, width))
 
-    def _levels(self, codes: torch.Tensor, spectrum: torch.Tensor, scratch: ScratchBuffers) -> torch.Tensor:
+    def _split(self, coded: torch.Tensor, vectors: int, width: int) -> list[torch.Tensor]:
+        """View uint8 [..., size] as scales, [..., 2, v], features' bytes, [..., 2, C], and codes, [..., v, R] twice."""
+        sizes, parts = self._sizes(vectors, width), _parts(vectors)
+        scales, spectrum, *codes = coded[..., : sum(sizes)].split(sizes, dim=-1)
+        rows = [part.unflatten(-1, (vectors // parts, -1)) for part in codes]
+        return [scales.unflatten(-1, (parts, -1)), spectrum.unflatten(-1, (parts, width)), *rows]
+
+    def _rows(self, codes: list[torch.Tensor], scratch: ScratchBuffers) -> torch.Tensor:
+        """Return room for all codes, uint8 [..., 2, v, R], R being the longer row's, in scratch."""
+        *leading, count, row = codes[-1].shape
+        return scratch("codec.rows", (*leading, len(codes), count, row), torch.uint8)
+
+    def _filled(self, codes: list[torch.Tensor], scratch: ScratchBuffers) -> torch.Tensor:
+        """Return codes, uint8 [..., v, R] twice, as [..., 2, v, R]; the end of a shorter row is undefined."""
+        rows = self._rows(codes, scratch)
+        for part, given in enumerate(codes):
+            rows[..., part, :, : given.shape[-1]].copy_(given)
+        return rows
+
+    def _levels(
+        self, codes: torch.Tensor, spectrum: torch.Tensor, rows: tuple[int, ...], scratch: ScratchBuffers
+    ) -> torch.Tensor:
         """Return the numbers of codes, uint8 [..., 2, v, R], at their vectors' scale 1; float32 [..., V, C]."""
-        plan = _plan_of(spectrum, codes.shape[-1])
+        plan = _plan_of(spectrum, rows)
         shape = (*codes.shape[:-1], spectrum.shape[-1])
         found = scratch("codec.found", shape, torch.uint8)
         torch.gather(codes, -1, plan.byte.expand(shape), out=found)
@@ -126,12 +147,12 @@ def _parts(vectors: int) -> int:
     return 2 if vectors % 2 == 0 else 1
 
 
-def _plan_of(spectrum: torch.Tensor, row: int) -> _Plan:
-    """Share out the bits of `row` bytes by the features' sizes, uint8 [..., 2, C].
+def _plan_of(spectrum: torch.Tensor, rows: tuple[int, ...]) -> _Plan:
+    """Share out the bits of `rows`, the bytes of a key's and of a value's codes, by features' sizes, uint8 [..., 2, C].
 
     Whole numbers throughout, so that everybody finds the same.
     """
-    bits = _bits_of(spectrum, row)
+    bits = _bits_of(spectrum, _budgets(spectrum.device, rows))
     byte, shift = _places_of(bits)
     steps, middle, highest = (table[bits][..., None, :] for table in _tables(spectrum.device))
     has_bits = bits > 0
@@ -140,13 +161,16 @@ def _plan_of(spectrum: torch.Tensor, row: int) -> _Plan:
     return _Plan(inverse, steps, middle, highest, byte[..., None, :], shift[..., None, :], weight)
 
 
-def _bits_of(spectrum: torch.Tensor, row: int) -> torch.Tensor:
-    """Return the bits of each feature, int64 [..., C]: upgrades are bought by what they gain, until `row` is full."""
+def _bits_of(spectrum: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
+    """Return the bits of each feature, int64 [..., 2, C], by features' sizes, uint8 of that shape.
+
+    Upgrades are bought by what they gain, as long as all are within the budgets, int64 [2, 1].
+    """
     costs, gains, order = _prices(spectrum.device, spectrum.shape[-1])
     # No two are equal: of equal gains the feature with the lower index is first.
     worth = ((spectrum.int()[..., None] + gains).flatten(-2) * order.numel() + order).sort(dim=-1, descending=True)
     bought = costs.expand(worth.indices.shape).gather(-1, worth.indices)
-    bought = bought * (bought.cumsum(dim=-1) <= 8 * row)
+    bought = bought * (bought.cumsum(dim=-1) <= budgets)
     return torch.zeros_like(bought).scatter_(-1, worth.indices, bought).unflatten(-1, (-1, len(_UPGRADES))).sum(dim=-1)
 
 
@@ -158,6 +182,11 @@ def _places_of(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     whole = (before[..., -1:, :] + 1) * classes
     places = ((whole.cumsum(dim=-1) - whole + before * classes) * members).sum(dim=-1)
     return places >> 3, (places & 7).to(torch.uint8)
+
+
+@cache
+def _budgets(device: torch.device, rows: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor([[8 * row] for row in rows], device=device)
 
 
 @cache

@@ -53,11 +53,13 @@ class Codec(ABC):
         bits: for each number, scales not counted.
         of_residuals: True to be given residuals, fresh - prediction; False for the fresh values themselves.
         lossless: True where the decoded vectors equal the encoded ones.
+        by_feature: True where features of a layer may vary by very different amounts: what coordinates make of them.
     """
 
     bits: int
     of_residuals: bool
     lossless: bool = False
+    by_feature: bool = False
 
     @abstractmethod
     def size(self, vectors: int, width: int) -> int:

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from otil_xdit.method.checks import check_choice, check_integer, check_number, parse_ratio, parse_whole_number
 from otil_xdit.method.codecs import CODECS
 from otil_xdit.method.scores import CHANGE_SCORES, check_score
@@ -97,7 +99,7 @@ class OtilConfig:
         "HOW",
         "In what coordinates keys and values are compared and coded: weights, in each head's own, in which errors of "
         "equal size do equal harm by the layer's weights, so that networks that draw the same do as well; none, as the "
-        "layer gives them. Without effect under codec raw.",
+        "layer gives them, as all codecs but adaptive have them.",
     )
     extrapolation: Extrapolation = setting(
         "fitted",
@@ -252,7 +254,8 @@ class OtilConfig:
     @property
     def uses_coordinates(self) -> bool:
         """True where keys and values are compared and coded in coordinates of their own."""
-        return self.coordinates != "none" and self.freshness != "sync" and self.codec != "raw"
+        by_feature = CODECS[self.codec](torch.float32).by_feature
+        return self.coordinates != "none" and self.freshness != "sync" and by_feature
 
     @property
     def needs_guidance(self) -> bool:

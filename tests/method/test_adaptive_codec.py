@@ -40,7 +40,7 @@ def test_bytes_are_at_most_those_of_two_bits_where_there_are_vectors_enough(vect
     if vectors >= 16 and width >= 8:
         assert CODEC.size(vectors, width) <= fixed
     assert CODEC.size(vectors, width) <= fixed + 2 * width
-    assert CODEC.size(vectors, width) >= fixed - vectors - vectors * -(-2 * width // vectors)
+    assert CODEC.size(vectors, width) > fixed - vectors / 2 or vectors < 16
 
 
 def test_uneven_features_lose_less_than_with_two_bits_each() -> None:
@@ -57,9 +57,8 @@ def test_uneven_features_lose_less_than_with_two_bits_each() -> None:
 
 def test_keys_and_values_have_bits_of_their_own() -> None:
     keys, values = features(2.0, 200, 32, seed=1), features(2.0, 200, 32, seed=2)
-    lost = share_lost(values, coded(torch.cat([1e3 * keys, values]))[1][200:])
-    assert lost == pytest.approx(share_lost(values, coded(torch.cat([values, keys]))[1][:200]), rel=1e-3)
-    assert lost < 0.02
+    found = [coded(torch.cat([size * keys, values]))[1][200:] for size in (1.0, 1e3)]
+    assert torch.equal(*found) and share_lost(values, found[0]) < 0.02
 
 
 @settings(deadline=None)
@@ -69,7 +68,7 @@ def test_keys_and_values_have_bits_of_their_own() -> None:
 )
 def test_bits_fill_the_row_and_no_code_crosses_a_byte(sizes: list[int], row: int) -> None:
     row = min(row, len(sizes))
-    bits = _bits_of(torch.tensor(sizes, dtype=torch.uint8), row)
+    bits = _bits_of(torch.tensor(sizes, dtype=torch.uint8), torch.tensor(8 * row))
     assert set(bits.tolist()) <= {0, 1, 2, 4, 8}
     assert 8 * row - 4 < bits.sum() <= 8 * row or (bits == 8).all()
     larger = torch.tensor(sizes)[:, None] > torch.tensor(sizes)[None]
@@ -85,9 +84,9 @@ def test_bits_fill_the_row_and_no_code_crosses_a_byte(sizes: list[int], row: int
 
 
 def test_a_feature_of_equal_size_comes_first_by_its_place() -> None:
-    bits = _bits_of(torch.full((2, 8), 100, dtype=torch.uint8), 1)
+    bits = _bits_of(torch.full((2, 8), 100, dtype=torch.uint8), torch.tensor(8))
     assert bits.tolist() == [[1] * 8] * 2
-    assert _bits_of(torch.full((6,), 100, dtype=torch.uint8), 1).tolist() == [2, 2, 1, 1, 1, 1]
+    assert _bits_of(torch.full((6,), 100, dtype=torch.uint8), torch.tensor(8)).tolist() == [2, 2, 1, 1, 1, 1]
 
 
 def test_layers_and_ranks_are_coded_at_once() -> None:
