@@ -55,6 +55,7 @@ class Architecture:
         masks: which text masks xDiT reads: "any"; "alike", the same for every prompt of a batch.
         whole_masks: its masks cover the keys of all ranks.
         refused: why it cannot run on patches at all; empty where it can.
+        refused_settings: settings of its configuration that xDiT does not read, and why they cannot be used.
         stages: whether it has been compared with one process under ``--parallel hybridiff``.
     """
 
@@ -66,6 +67,7 @@ class Architecture:
     masks: Literal["any", "alike"] = "any"
     whole_masks: bool = False
     refused: str = ""
+    refused_settings: Mapping[str, str] = field(default_factory=dict)
     stages: bool = False
 
     def must_divide(self, tokens: str) -> bool:
@@ -111,7 +113,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         call="packed", sequences={"": PADDED_IMAGE}, gathered=("video_to_audio_attn",)
     ),
     "Ideogram4Transformer2DModel": Architecture(call="ideogram4", sequences={"": PADDED_WHOLE}),
-    "Cosmos3OmniTransformer": Architecture(call="cosmos3", sequences={"": (Part("text", "replicated"), Part("image"))}),
+    "Cosmos3OmniTransformer": Architecture(
+        call="cosmos3",
+        sequences={"": (Part("text", "replicated"), Part("image"))},
+        refused_settings={"use_und_k_norm_for_gen": "xDiT leaves out the norm of the text's keys that it asks for"},
+    ),
     "Lumina2Transformer2DModel": Architecture(whole_masks=True),
     "Krea2Transformer2DModel": Architecture(call="packed", sequences={"": PADDED_WHOLE}, whole_masks=True),
     "xFuserCausalWanTransformer3DWrapper": Architecture(refused=CAUSAL),

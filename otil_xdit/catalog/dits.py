@@ -1,4 +1,7 @@
-"""The transformers that xDiT runs: one record a model. Those that have none here are untested."""
+"""The transformers that xDiT runs: one record a model. Those that have none here are untested.
+
+Over 300 lines: it is one list.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,8 @@ class DitRecord(ModelRecord):
         """Return the frames of the latent: one for the first of a video, and one for every four after it."""
         return 1 + frames // 4 if self.frames else 1
 
+
+_NETWORK_ALONE = "its network was compared, without its pipeline"
 
 DITS = (
     DitRecord(
@@ -226,6 +231,61 @@ DITS = (
         height=720,
         width=1280,
         frames=81,
+    ),
+    DitRecord(
+        names=(
+            "Wan2.1-I2V",
+            "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+            "Wan2.2-I2V",
+            "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+            "Wan2.2-Distilled-I2V",
+            "Wan2.2-TI2V",
+            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        ),
+        state="exact",
+        note=_NETWORK_ALONE,
+        kind="WanTransformer3DModel",
+    ),
+    DitRecord(
+        names=(
+            "Wan2.1-VACE-14B",
+            "Wan-AI/Wan2.1-VACE-14B-diffusers",
+            "Wan2.1-VACE-1.3B",
+            "Wan-AI/Wan2.1-VACE-1.3B-diffusers",
+        ),
+        state="exact",
+        note=_NETWORK_ALONE,
+        kind="WanVACETransformer3DModel",
+    ),
+    DitRecord(
+        names=("LTX-2", "Lightricks/LTX-2"),
+        state="exact",
+        note=_NETWORK_ALONE,
+        kind="LTX2VideoTransformer3DModel",
+    ),
+    DitRecord(
+        names=("Cosmos3-Super", "nvidia/Cosmos3-Super", "Cosmos3-Nano", "nvidia/Cosmos3-Nano"),
+        state="exact",
+        note=_NETWORK_ALONE,
+        kind="Cosmos3OmniTransformer",
+    ),
+    DitRecord(
+        names=("Ideogram-4", "ideogram-ai/ideogram-v4", "CalamitousFelicitousness/Ideogram-4-bf16-Diffusers"),
+        state="exact",
+        note=_NETWORK_ALONE,
+        kind="Ideogram4Transformer2DModel",
+    ),
+    DitRecord(
+        names=("Hunyuanvideo-1.5", "Hunyuanvideo-1.5-Distilled", "tencent/HunyuanVideo-1.5"),
+        state="exact",
+        note=_NETWORK_ALONE,
+        kind="HunyuanVideo15Transformer3DModel",
+    ),
+    DitRecord(
+        names=("Hunyuanvideo-1.5-Sparse",),
+        state="refused",
+        note="its sparse attention lays blocks over the whole video, and a rank has a part of it",
+        kind="HunyuanVideo15Transformer3DModel",
     ),
     DitRecord(
         names=("HunyuanVideo", "tencent/HunyuanVideo"),

@@ -52,3 +52,9 @@ def test_tokens_that_xdit_cuts_unevenly_are_refused() -> None:
     network = network_of("HunyuanVideoTransformer3DModel", patch_size=2, patch_size_t=1)
     with pytest.raises(ValueError, match="16 image tokens cannot be shared evenly by 3 ranks"):
         keys_of(3).read(network, (), {"hidden_states": torch.zeros(1, 4, 1, 8, 8)}, False)
+
+
+def test_a_setting_that_xdit_does_not_read_is_refused() -> None:
+    check_architecture("transformer", network_of("Cosmos3OmniTransformer", use_und_k_norm_for_gen=False))
+    with pytest.raises(ValueError, match="Cosmos3OmniTransformer .* leaves out the norm of the text's keys"):
+        check_architecture("transformer", network_of("Cosmos3OmniTransformer", use_und_k_norm_for_gen=True))

@@ -23,7 +23,7 @@ TOLERANCE = 5e-5
 DIFFERENCE = 0.1
 """What an exchange that does nothing costs at least; the smallest seen is 0.5."""
 
-STOPPED = {"sana": "AttributeError: TORCH"}
+STOPPED = {"sana": "does not support SanaTransformer2DModel"}
 """What xDiT 0.7.0 itself cannot run with patches."""
 REFUSED = {"latte": "does not support LatteTransformer3DModel"}
 """What xDiT 0.7.0 gets wrong with patches, whatever exchanges them, and the plugin refuses."""
@@ -39,6 +39,8 @@ TELLING = (
     "z-image, prompts of 40 and 8 tokens",
     "krea2, 7 text tokens",
     "wan, 27 tokens",
+    "ltx-2, 27 tokens",
+    "cosmos3, 27 tokens",
     "hunyuan-video, 7 text tokens",
     "cogvideox, 7 text tokens",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from otil_xdit.xdit.plugin import shims
+from otil_xdit.xdit.plugin import sessions, shims
 from otil_xdit.xdit.plugin.register import register
 
 
@@ -19,3 +19,14 @@ def test_a_mended_mistake_is_left_alone() -> None:
     mended = shims.Shim(shims.SHIMS[0].module, shims.SHIMS[0].owner, "__call__", "no such line", lambda owner: None)
     unknown = shims.Shim("xfuser.no_such_module", "Nothing", "__call__", "", lambda owner: None)
     assert not mended.is_needed() and not unknown.is_needed()
+
+
+def test_backends_that_skip_keys_are_refused() -> None:
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+    for backend in AttentionBackendType:
+        if backend.name in ("SDPA", "FLASH", "SAGE", "AITER"):
+            sessions._check_dense(backend)
+    for name in ("AITER_SPARGE", "FLEX_BLOCK_ATTN", "AITER_VSA", "AITER_SPARSE_SAGE"):
+        with pytest.raises(ValueError, match=f"{name} is not supported with --parallel"):
+            sessions._check_dense(AttentionBackendType[name])

@@ -45,7 +45,9 @@ def check_architecture(name: str, network: nn.Module, allow_untested: bool = Fal
     Raises:
         ValueError: naming the network's class and the reason.
     """
-    reason = architecture_of(network).refused
+    facts = architecture_of(network)
+    settings = [why for name, why in facts.refused_settings.items() if getattr(network.config, name, None)]
+    reason = facts.refused or "; ".join(settings)
     if is_untested(network) and not allow_untested:
         reason = UNTESTED
     if reason:

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _SESSION = "otil_session"
 _UNDO = "_otil_undo"
+_SPARSE = {"SPARGE", "SPARSE", "VSA", "BLOCK"}
+"""Words in the names of xDiT's backends that skip blocks of keys."""
 _ANY_HEIGHT = "_otil_any_height"
 
 
@@ -97,8 +99,9 @@ def hook_runtime_state() -> None:
 
     @wraps(check)
     def check_backend(self: Any, attention_backend: Any) -> None:
-        if choice_of(self.parallel_config) is None:
+        if choice_of(getattr(self, "parallel_config", None)) is None:
             return check(self, attention_backend)
+        _check_dense(attention_backend)
         # Nothing is merged by log-sum-exp under a strategy, so the limits of ring_degree > 1 do not hold.
         without_ring = copy.copy(self)
         without_ring.parallel_config = copy.copy(self.parallel_config)
@@ -106,6 +109,20 @@ def hook_runtime_state() -> None:
         return check(without_ring, attention_backend)
 
     runtime_state.RuntimeState._check_if_backend_compatible_with_current_configuration = check_backend
+
+
+def _check_dense(attention_backend: Any) -> None:
+    """Check that an attention backend looks at every key.
+
+    Raises:
+        ValueError: naming it.
+    """
+    name = attention_backend.name
+    if _SPARSE.intersection(name.split("_")):
+        raise ValueError(
+            f"--attention_backend {name} is not supported with --parallel: it lays blocks over the whole image, and a "
+            "rank has a part of it; choose a dense one"
+        )
 
 
 def hook_pipelines() -> None:

@@ -1,8 +1,8 @@
 """A tiny pipeline of every DiT architecture that xDiT runs, with random weights, made offline."""
 
-from tests.support.dits import packed, rows, videos
+from tests.support.dits import networks, packed, rows, videos
 from tests.support.dits.case import Case, Degrees
 
-CASES: dict[str, Case] = {case.name: case for case in (*rows.CASES, *packed.CASES, *videos.CASES)}
+CASES: dict[str, Case] = {case.name: case for case in (*rows.CASES, *packed.CASES, *videos.CASES, *networks.CASES)}
 
 __all__ = ["CASES", "Case", "Degrees"]

@@ -38,6 +38,7 @@ class Case:
         call: further arguments of the pipeline's call.
         runner: the model's name in xDiT's registry, for the models that have a runner.
         wrapper: the name of xDiT's pipeline wrapper in `xfuser`, for the others.
+        network: finds xDiT's class of the network, for those without a pipeline (`tests.support.dits.networks`).
         runner_flags: further flags of xDiT's command line.
         edits: whether it is given an image.
         cfg: whether xDiT has CFG parallelism for it.
@@ -50,6 +51,7 @@ class Case:
     call: dict[str, Any] = field(default_factory=dict)
     runner: str | None = None
     wrapper: str | None = None
+    network: Callable[[], type] | None = None
     runner_flags: tuple[str, ...] = ()
     edits: bool = False
     cfg: bool = False

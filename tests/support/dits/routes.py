@@ -17,6 +17,7 @@ from PIL import Image
 from otil_xdit.xdit.cpu import ModuleView
 from tests.support.dits.case import Case, Degrees
 from tests.support.dits.exchanges import Exchange
+from tests.support.dits.networks import Loop
 
 SIZES = ("height", "width", "num_frames", "num_inference_steps")
 LOADERS = "xfuser.model_executor.models.runner_models"
@@ -37,8 +38,9 @@ def run_xdit(case: Case, folder: Path, degrees: Degrees, exchange: Exchange) -> 
     All ranks call it; it leaves the process groups for the next case with the same degrees.
     """
     case.prepare()
-    _allow_missing_encoders(folder)
-    run = _run_runner if case.runner else _run_wrapper
+    if case.network is None:
+        _allow_missing_encoders(folder)
+    run = _run_network if case.network else _run_runner if case.runner else _run_wrapper
     with exchange.active():
         latents = run(case, folder, [*xdit_flags(case, degrees, exchange), *_image_flags(case, folder)])
     assert active_degrees() == degrees, f"xDiT ran {active_degrees()}, not {degrees}"
@@ -129,6 +131,19 @@ def _run_wrapper(case: Case, folder: Path, flags: list[str]) -> torch.Tensor | N
     pipe.set_progress_bar_config(disable=True)
     output = pipe(**case.arguments(), return_dict=False)
     return output[0] if output is not None and isinstance(output[0], torch.Tensor) else None
+
+
+def _run_network(case: Case, folder: Path, flags: list[str]) -> torch.Tensor:
+    from xfuser import xFuserArgs
+    from xfuser.core import distributed
+
+    engine_config, _ = xFuserArgs.from_runner_args(_parsed(flags)).create_config()
+    network = case.network().from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
+    pipe = Loop(network)
+    distributed.initialize_runtime_state(pipe, engine_config)
+    if hasattr(network, "_init_sp_state"):  # as Ideogram 4's runner does
+        network._init_sp_state()
+    return pipe(**case.arguments())[0]
 
 
 def _allow_missing_encoders(folder: Path) -> None:
