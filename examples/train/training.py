@@ -8,6 +8,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +36,8 @@ def ship(pipeline: DiffusionPipeline, target: Path) -> None:
     pipeline.to(dtype=torch.float16).save_pretrained(fresh, safe_serialization=True)
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)
-    for file in fresh.rglob("config.json"):  # where a part was trained is nobody's business
-        settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+    for file in fresh.rglob("config.json"):
+        file.write_text(json.dumps(shipped_settings(json.loads(file.read_text())), indent=2) + "\n")
     pipeline.to(dtype=torch.float32)
     for kept in ("README.md", "loss.png"):
         if (target / kept).exists():
@@ -46,6 +46,16 @@ def ship(pipeline: DiffusionPipeline, target: Path) -> None:
         target.rename(old)
     fresh.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def shipped_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The config of a part, so that it loads and runs in diffusers without being told anything."""
+    shipped = {key: value for key, value in settings.items() if key != "_name_or_path"}  # nobody's business
+    if "dtype" in shipped:
+        shipped["dtype"] = "float32"  # transformers would load in the files' type, and diffusers loads in float32
+    if "force_upcast" in shipped:
+        shipped["force_upcast"] = False  # float16 is enough, and SDXL's upcast asks for a convolution that is not there
+    return shipped
 
 
 class Trainer(ABC):
