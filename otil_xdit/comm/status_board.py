@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
 
 from otil_xdit.comm.peer_status import PeerStatus
-from otil_xdit.comm.store import POLL_SECONDS, Store, StoreThread, read
+from otil_xdit.comm.store import POLL_SECONDS, Store, StoreThread, read, wait_for_keys
 
 
 class StatusBoard:
@@ -126,9 +125,7 @@ class StatusBoard:
         keys = {other: self._key(other, "facts") for other in self.others}
 
         def gather(store: Store) -> dict[int, dict[str, str]] | None:
-            try:
-                store.wait(list(keys.values()), timedelta(seconds=POLL_SECONDS))
-            except RuntimeError:
+            if not wait_for_keys(store, list(keys.values()), POLL_SECONDS):
                 self._on_poll(store)
                 return None
             return {other: json.loads(store.get(key)) for other, key in keys.items()}

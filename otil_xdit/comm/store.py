@@ -7,9 +7,9 @@ and others give it jobs and wait for `STORE_SECONDS` at most.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.25
 """Seconds between two polls of the store."""
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.0005, 0.01
+"""Seconds between two looks for keys that are waited for: the others often come within a millisecond."""
 
 STORE_SECONDS = 2.0
 """What the store may take for one answer, which is below a millisecond otherwise."""
@@ -28,7 +31,6 @@ class Store(Protocol):
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
     def check(self, keys: list[str]) -> bool: ...
-    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
     def delete_key(self, key: str) -> bool: ...
 
 
@@ -106,6 +108,20 @@ class StoreThread:
 def read(store: Store, key: str) -> bytes | None:
     """Return what stands under a key; None where nothing does. For jobs of a `StoreThread`."""
     return store.get(key) if store.check([key]) else None
+
+
+def wait_for_keys(store: Store, keys: list[str], seconds: float) -> bool:
+    """Return whether all keys are there within `seconds`. For jobs of a `StoreThread`.
+
+    The store's own wait would do, but torch writes a warning, "likely a timeout", each time that it ends without them.
+    """
+    deadline, pause = time.monotonic() + seconds, SHORTEST_PAUSE
+    while not store.check(keys):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    return True
 
 
 def _own_connection(store: Store) -> Store:
