@@ -17,6 +17,7 @@ TOOLS = {
     "eval": "measure how close each preset's images are to one process's, and the bytes they take",
     "bench": "measure how long a step takes under each strategy, taking turns in one run",
     "plan": "bytes, memory and time of each strategy for a model, a size and a link, before anything is run",
+    "check": "whether all is right on this machine, how fast it is, and which flags to use",
     "memory": "how much memory the exchange's copies take on a rank, without weights",
 }
 """Name and summary of each tool. The module `cli` of its folder has `add_arguments(parser)` and `run(arguments)`.

@@ -168,19 +168,20 @@ class Jobs:
             raise
         return job
 
-    def ask(self, job: Job, questions: Sequence[Any] = ()) -> list[Answer]:
+    def ask(self, job: Job, questions: Sequence[Any] = (), limit: float | None = None) -> list[Answer]:
         """Return what all ranks of a job answer, by rank; they run until they have, and are stopped again.
 
         Args:
             job: that has been started.
             questions: by rank; ranks that are left are asked None.
+            limit: seconds that the answers may take; None for the run's.
 
         Raises:
             JobFailed: when a rank ends, fails, or does not answer in time.
             Interrupted: after a signal.
         """
         job.resume()
-        return self._exchange(job, [*questions, *[None] * (job.ranks - len(questions))])
+        return self._exchange(job, [*questions, *[None] * (job.ranks - len(questions))], limit)
 
     def close(self, job: Job) -> None:
         """End a job."""
@@ -214,7 +215,7 @@ class Jobs:
     def _connect(self, job: Job) -> None:
         deadline = time.monotonic() + self._limit
         while missing := [rank for rank in range(job.ranks) if rank not in job.connections]:
-            if self._ready([self._listener], deadline, job, missing, "did not start"):
+            if self._ready([self._listener], deadline, job, missing, f"did not start within {self._limit:g} s"):
                 self._accept(job)
                 continue
             for rank in missing:
@@ -231,17 +232,20 @@ class Jobs:
                 return
         connection.close()
 
-    def _exchange(self, job: Job, questions: Sequence[Any]) -> list[Answer]:
+    def _exchange(self, job: Job, questions: Sequence[Any], limit: float | None = None) -> list[Answer]:
         """Send a message to each rank, wait for all answers, and stop the ranks."""
+        limit = self._limit if limit is None else limit
         for rank, connection in job.connections.items():
             try:
                 connection.send(questions[rank])
             except OSError:
                 raise self._ended(job, rank) from None
-        deadline = time.monotonic() + self._limit
+        deadline = time.monotonic() + limit
         waiting, answers = dict(job.connections), dict[int, Answer]()
         while waiting:
-            ready = self._ready(list(waiting.values()), deadline, job, sorted(waiting), "gave no answer")
+            ready = self._ready(
+                list(waiting.values()), deadline, job, sorted(waiting), f"gave no answer within {limit:g} s"
+            )
             heard = {rank: self._hear(job, rank) for rank, one in waiting.items() if one in ready}
             failed = [rank for rank in heard if "error" in heard[rank]]
             if failed:  # one rank's failure makes others fail a little later
@@ -266,7 +270,7 @@ class Jobs:
             raise Interrupted(self._caught[0])
         if not found and time.monotonic() > deadline:
             blamed = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-            raise JobFailed(job, f"{blamed} {what} within {self._limit:g} s")
+            raise JobFailed(job, f"{blamed} {what}")
         return found
 
     def _ended(self, job: Job, rank: int) -> JobFailed:
