@@ -11,12 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from otil_xdit.comm.groups import PatchGroup, reason_of
+from otil_xdit.comm.host_copies import Transfer, is_on_host, start_through_host
 from otil_xdit.errors import ExchangeTimeout
 
 T = TypeVar("T")
@@ -41,10 +42,6 @@ Neighbours = tuple[torch.Tensor, torch.Tensor]
 
 Shares = Mapping[CounterKey, int]
 """The bytes of one message by the counters that they go to; the message itself counts where most of its bytes do."""
-
-Transfer = tuple[Callable[..., Any], torch.Tensor, int]
-"""`dist.isend` or `dist.irecv`, the tensor to send or fill, and the other rank's place in the group."""
-
 
 # torch 2.13 renamed the collective and warns under the old name; older versions know only that.
 _all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -258,9 +255,11 @@ class Collectives:
         # already, that notice queues behind it, and the two directions of a link take turns.
         if not receives and not sends:
             return []
-        group = self.group.process_group
+        group, transfers = self.group.process_group, [*receives, *sends]
+        if self._host_waits and not all(is_on_host(tensor) for _, tensor, _ in transfers):
+            return start_through_host(transfers, group)
         return dist.batch_isend_irecv(
-            [dist.P2POp(way, tensor, group=group, group_peer=peer) for way, tensor, peer in (*receives, *sends)]
+            [dist.P2POp(way, tensor, group=group, group_peer=peer) for way, tensor, peer in transfers]
         )
 
     def wait_for(self, work: dist.Work) -> None:

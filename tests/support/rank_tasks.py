@@ -1,4 +1,4 @@
-"""A task whose ranks do what they are told, for tests of `otil_xdit.tools.common.jobs`."""
+"""What ranks do in tests of `otil_xdit.tools.common.jobs` and of tools that start some."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ def obey(question: str | None) -> Answer:
     if question == "raise":
         raise ValueError("as told")
     return {"rank": int(os.environ["RANK"]), "question": question}
+
+
+def raise_on_rank_1() -> Answer:
+    """Fail on one rank."""
+    if os.environ["RANK"] == "1":
+        raise ArithmeticError("as told")
+    return {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,38 +35,38 @@ class StepProfiler:
 
     def counts(self) -> dict[str, float | None]:
         """Return ``launches`` of kernels, ``busy_ms`` and ``idle_ms``; on the CPU operators, and None for times."""
-        events = self._profile.events()
+        # torch's own objects round these crash now and then when they are collected (2.13, after several profiles).
+        results = self._profile.profiler
+        assert results is not None and results.kineto_results is not None, "an image has been profiled"
+        events = results.kineto_results.events()
         if not self._cuda:
-            return {"launches": count_operators(events), "busy_ms": None, "idle_ms": None}
+            operators = [(one.start_ns(), one.end_ns()) for one in events if one.name().startswith("aten::")]
+            return {"launches": count_innermost(operators), "busy_ms": None, "idle_ms": None}
         kernels = [event for event in events if _is_kernel(event)]
-        busy, span = busy_and_span([(kernel.time_range.start, kernel.time_range.end) for kernel in kernels])
-        launches = sum(not kernel.name.startswith("Mem") for kernel in kernels)
-        return {"launches": launches, "busy_ms": busy / 1e3, "idle_ms": (span - busy) / 1e3}
+        busy, span = busy_and_span([(kernel.start_ns(), kernel.end_ns()) for kernel in kernels])
+        launches = sum(not kernel.name().startswith("Mem") for kernel in kernels)
+        return {"launches": launches, "busy_ms": busy / 1e6, "idle_ms": (span - busy) / 1e6}
 
 
-def count_operators(events: Iterable[Any]) -> int:
-    """Count ATen's operators that call no other one."""
-
-    def is_operator(event: Any) -> bool:
-        return bool(event.name.startswith("aten::"))
-
-    return sum(is_operator(event) and not any(map(is_operator, event.cpu_children)) for event in events)
+def count_innermost(calls: Sequence[tuple[int, int]]) -> int:
+    """Count the calls, each from start to end in one thread, that make no other call."""
+    ordered = sorted(calls, key=lambda call: (call[0], -call[1]))
+    return len(ordered) - sum(after[0] < before[1] for before, after in pairwise(ordered))
 
 
-def busy_and_span(intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def busy_and_span(intervals: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Return how long at least one interval runs, and the time from the first start to the last end."""
     if not intervals:
-        return 0.0, 0.0
-    busy, reached = 0.0, intervals[0][0]
+        return 0, 0
     ordered = sorted(intervals)
-    reached = ordered[0][0]
+    busy, reached = 0, ordered[0][0]
     for start, end in ordered:
-        busy += max(0.0, end - max(start, reached))
+        busy += max(0, end - max(start, reached))
         reached = max(reached, end)
     return busy, reached - ordered[0][0]
 
 
 def _is_kernel(event: Any) -> bool:
     """Tell whether the device did this; annotations of the host stand on its timeline, too."""
-    is_annotation = getattr(event, "is_user_annotation", False)
-    return event.device_type == torch.autograd.DeviceType.CUDA and not is_annotation
+    is_annotation = event.is_user_annotation() if hasattr(event, "is_user_annotation") else False
+    return event.device_type() == torch.autograd.DeviceType.CUDA and not is_annotation

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from otil_xdit.tools.check.rank import Call, CheckTask
 from otil_xdit.tools.check.settings import Settings
-from otil_xdit.tools.common.jobs import Job, JobFailed, Jobs
+from otil_xdit.tools.common.jobs import Interrupted, Job, JobFailed, Jobs
 from otil_xdit.tools.common.worker import Answer
 
 State = Literal["ok", "failed", "skipped"]
@@ -140,7 +140,9 @@ def run_part(part: Part, check: Check) -> tuple[State, Finding]:
         return "skipped", Finding(str(reason), {})
     except JobFailed as failure:
         return "failed", Finding(f"{failure.reason}; see {failure.log}", {}, wrong=(failure.reason,))
-    except (RuntimeError, ValueError, ArithmeticError, LookupError, OSError) as error:
+    except Interrupted:
+        raise
+    except Exception as error:
         said = f"{type(error).__name__}: {error}"
         return "failed", Finding(said, {}, wrong=(said,))
     return ("failed" if finding.wrong else "ok"), finding

@@ -45,28 +45,49 @@ class Settings:
 
     @classmethod
     def of(
-        cls, cards: int, ranks: int | None, models: list[str] | None, images: int | None, **others: float
+        cls,
+        cards: int,
+        *,
+        ranks: int | None,
+        models: list[str] | None,
+        images: int | None,
+        steps: int,
+        rounds: int,
+        timeout: float,
     ) -> Settings:
         """Return the settings of a machine with so many cards; None stands for its default.
 
         Raises:
             ValueError: naming the flag, its value and what is accepted.
         """
-        ranks = max(2, cards) if ranks is None else ranks
-        names = tuple(dict.fromkeys(models or (("SDXL", "FLUX") if cards else ("tiny-sd", "tiny-dit"))))
-        images = (100 if cards else 3) if images is None else images
-        steps, rounds, timeout = int(others["steps"]), int(others["rounds"]), others["timeout"]
-        check_at_least("ranks", ranks, 2)
-        if cards and ranks > max(2, cards):
-            raise ValueError(
-                f"--ranks {ranks}: this machine has {cards} card{'s' * (cards > 1)}; give 2 to {max(2, cards)}"
-            )
-        for name in names:
+        names = models or [*BUILDERS] * (cards > 0) or ["tiny-sd", "tiny-dit"]
+        settings = cls(
+            cards=cards,
+            ranks=max(2, cards) if ranks is None else ranks,
+            models=tuple(dict.fromkeys(names)),
+            images=(100 if cards else 3) if images is None else images,
+            steps=steps,
+            rounds=rounds,
+            timeout=timeout,
+        )
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Refuse what cannot be run.
+
+        Raises:
+            ValueError: naming the flag, its value and what is accepted.
+        """
+        least = {"ranks": 2, "images": 1, "steps": LEAST_STEPS, "rounds": 1}
+        for flag, value in least.items():
+            check_at_least(flag, getattr(self, flag), value)
+        most = max(2, self.cards)
+        if self.cards and self.ranks > most:
+            have = f"this machine has {self.cards} card{'s' * (self.cards > 1)}"
+            raise ValueError(f"--ranks {self.ranks}: {have}; give {'2' if most == 2 else f'2 to {most}'}")
+        for name in self.models:
             if name not in (*BUNDLED, *BUILDERS):
-                raise ValueError(f"--models {name}: choose from {', '.join((*BUNDLED, *BUILDERS))}")
-        check_at_least("images", images, 1)
-        check_at_least("steps", steps, LEAST_STEPS)
-        check_at_least("rounds", rounds, 1)
-        if not LEAST_SECONDS <= timeout < float("inf"):
-            raise ValueError(f"--timeout {timeout:g}; give {LEAST_SECONDS:g} or more")
-        return cls(cards, ranks, names, images, steps, rounds, timeout)
+                raise ValueError(f"--models {name}: no such model; choose from {', '.join((*BUNDLED, *BUILDERS))}")
+        if not LEAST_SECONDS <= self.timeout < float("inf"):
+            raise ValueError(f"--timeout {self.timeout:g}: give {LEAST_SECONDS:g} seconds or more")
