@@ -19,9 +19,10 @@ from otil_xdit.tools.common.tables import table
 def run(check: Check) -> Finding:
     """Ask every rank for its device."""
     ranks = check.ask(describe_device)
-    devices = dict.fromkeys((one["name"], one["capability"]) for one in ranks)
-    wrong = ("the cards have different compute capabilities",) if len({one["capability"] for one in ranks}) > 1 else ()
-    driver = {"driver": nvidia_driver()} if check.settings.cards else {}
+    names = dict.fromkeys(one["name"] for one in ranks)
+    is_mixed = len({one["capability"] for one in ranks}) > 1
+    wrong = ("cards of different compute capability may round differently, so copies may differ",) * is_mixed
+    driver = nvidia_driver() if check.settings.cards else None
     columns = {
         "rank": lambda one: str(one["rank"]),
         "device": lambda one: one["name"],
@@ -30,8 +31,9 @@ def run(check: Check) -> Finding:
         "NCCL": lambda one: one["nccl"] or "",
     }
     shared = " (one card for all)" if check.settings.shares_card else ""
-    said = f"{len(ranks)} ranks on {', '.join(name for name, _ in devices)}{shared}"
-    return Finding(said, {"ranks": ranks, **driver}, table(columns, ranks), wrong)
+    said = f"{len(ranks)} ranks on {', '.join(names)}{shared}"
+    versions = f"torch {ranks[0]['torch']}, CUDA {ranks[0]['cuda']}, driver {driver}"
+    return Finding(said, {"ranks": ranks, "driver": driver}, f"{versions}.\n\n{table(columns, ranks)}", wrong)
 
 
 def describe_device() -> dict[str, Any]:

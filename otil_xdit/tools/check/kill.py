@@ -26,28 +26,33 @@ ENDING_SECONDS = 10.0
 
 def run(check: Check) -> Finding:
     """Kill the last rank, and watch the others."""
-    job, timeout = check.ranks(), check.settings.timeout
-    victim = job.ranks - 1
+    try:
+        return _watch(check, check.ranks())
+    finally:
+        check.end_ranks()
+
+
+def _watch(check: Check, job: Job) -> Finding:
+    timeout, victim = check.settings.timeout, job.ranks - 1
     family = [psutil.Process(process.pid) for process in job.processes]
+    family += [child for process in family for child in process.children(recursive=True)]
     job.resume()
     for connection in job.connections.values():
         connection.send(Call(draw_and_die, {"steps": check.settings.steps, "timeout": timeout, "victim": victim}))
-    job.processes[victim].wait(check.seconds)
+    psutil.wait_procs([family[victim]], check.seconds - timeout)
     killed = time.time()
     deadline = time.monotonic() + timeout + ENDING_SECONDS
-    family += [child for process in family if process.is_running() for child in process.children(recursive=True)]
     seen = [_heard(job, rank, deadline) for rank in range(victim)]
-    _, left = psutil.wait_procs(family, max(ENDING_SECONDS, deadline - time.monotonic()))
-    check.end_ranks()
+    _, left = psutil.wait_procs(family, ENDING_SECONDS)
     wrong = [text for rank, one in enumerate(seen) if (text := judge(rank, one, victim, killed, timeout))]
+    named = len(seen) - len(wrong)
     wrong += [f"{len(left)} processes stayed"] * bool(left)
     seconds = [one["time"] - killed for one in seen if one is not None]
-    said = f"rank {victim} named by {len(seen) - len(wrong)} of {len(seen)} others"
-    said += f" within {max(seconds):.1f} s (limit {timeout:g})" if seconds else ""
+    after = f" within {max(seconds):.1f} s (limit {timeout:g})" if seconds else ""
+    said = f"rank {victim} named by {named} of {len(seen)} others{after}, {len(left)} processes stayed"
     errors = [None if one is None else one["error"] for one in seen]
-    page = "\n".join([f"{said}; {len(left)} processes stayed.", "", *(f"    {error}" for error in errors)])
     data = {"victim": victim, "errors": errors, "seconds": seconds, "left": len(left)}
-    return Finding(f"{said}, {len(left)} processes stayed", data, page, tuple(wrong))
+    return Finding(said, data, "\n".join([f"{said}.", "", *(f"    {error}" for error in errors)]), tuple(wrong))
 
 
 def judge(rank: int, seen: dict[str, Any] | None, victim: int, killed: float, timeout: float) -> str:

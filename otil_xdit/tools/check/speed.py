@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import ExitStack, nullcontext
 from itertools import chain
@@ -165,16 +166,17 @@ def _subject(model: str) -> tuple[Subject, int]:
 
 def _dtype() -> torch.dtype:
     """Return what networks of published size compute in here."""
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _why_not(model: str) -> str | None:
     """Return why a model does not fit this rank's share of its device; None where it does."""
     if model in BUNDLED:
         return None
-    needed = memory_needed(model, _dtype())
     if not torch.cuda.is_available():
         return "networks of published size are timed on cards only"
+    needed = memory_needed(model, _dtype())
+    gc.collect()  # the model before
     torch.cuda.empty_cache()
     cards = torch.cuda.device_count()
     ranks = max(1, dist.get_world_size() // cards)
