@@ -23,8 +23,8 @@ SHARE = 0.7
 def run(check: Check) -> Finding:
     """Draw images under `otil` twice, as many as were asked for and fit into the time."""
     settings = check.settings
-    time_for_images = SHARE * check.seconds
-    answers = check.ask(draw_twice, images=settings.images, steps=settings.steps, seconds=time_for_images)
+    seconds = SHARE * check.seconds
+    answers = check.ask(draw_twice, images=settings.images, steps=settings.steps, seconds=seconds)
     rounds = [digests for one in answers for digests in one["digests"]]
     drawn = len(rounds[0])
     different = [seed for seed in range(drawn) if len({digests[seed] for digests in rounds}) > 1]

@@ -44,14 +44,19 @@ class Check:
         settings: of the check.
         jobs: starts ranks.
         found: the data of the parts before, by name.
-        seconds: that the part may take, the start of ranks included.
+        until: when the part is to be over, the start of ranks included, in `time.monotonic`'s seconds.
     """
 
     settings: Settings
     jobs: Jobs
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seconds: float = 0.0
+    until: float = 0.0
     _job: Job | None = field(default=None, init=False)
+
+    @property
+    def seconds(self) -> float:
+        """What is left of the part's time."""
+        return max(1.0, self.until - time.monotonic())
 
     def ranks(self) -> Job:
         """Return the ranks, which all parts share; they are started where there are none."""
@@ -126,7 +131,7 @@ def run_parts(parts: Sequence[Part], check: Check) -> Iterator[Result]:
     """
     for part in parts:
         started = time.monotonic()
-        check.seconds = part.seconds
+        check.until = started + part.seconds
         state, finding = run_part(part, check)
         check.found[part.name] = finding.data
         yield Result(part, state, time.monotonic() - started, finding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from contextlib import ExitStack, nullcontext
-from itertools import chain
+from itertools import chain, repeat
 from statistics import mean, median
 from typing import Any
 
@@ -68,14 +68,8 @@ def _summary(model: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _table(models: list[dict[str, Any]], cards: int) -> str:
-    titles = (
-        "model",
-        "strategy",
-        "ms a step",
-        "times as fast",
-        "launches" if cards else "operators",
-        "device idle, ms",
-    )
+    counted = "launches" if cards else "operators"
+    titles = ("model", "strategy", "ms a step", "times as fast", counted, "device idle, ms")
     rows = []
     for model in models:
         if "skipped" in model:
@@ -106,20 +100,14 @@ def measure(model: str, strategies: tuple[str, ...], steps: int, rounds: int, se
     if reason is not None:
         return {"skipped": reason}
     subject, size = _subject(model)
+    counts = {name: _draw(subject, name, steps, is_profiled=True)["counts"] for name in strategies}
     started = time.perf_counter()
-    first = {name: _draw(subject, name, steps, is_profiled=True) for name in strategies}
-    fitting = int(seconds / (time.perf_counter() - started))
-    turns = range(max(1, _agreed(min(rounds, fitting)) or 0))
-    timed: dict[str, list[float]] = {name: [] for name in strategies}
-    for name in chain.from_iterable(strategies for _ in turns):
+    timed = {name: _draw(subject, name, steps, is_profiled=False)["seconds"] for name in strategies}
+    more = _agreed(min(rounds, int(seconds / (time.perf_counter() - started)))) - 1
+    for name in chain.from_iterable(repeat(strategies, more)):
         timed[name] += _draw(subject, name, steps, is_profiled=False)["seconds"]
     dtype = str(subject.pipe.dtype).removeprefix("torch.")
-    return {
-        "rounds": timed,
-        "counts": {name: one["counts"] for name, one in first.items()},
-        "size": size,
-        "dtype": dtype,
-    }
+    return {"rounds": timed, "counts": counts, "size": size, "dtype": dtype}
 
 
 def _draw(subject: Subject, name: str, steps: int, is_profiled: bool) -> dict[str, Any]:
