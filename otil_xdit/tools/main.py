@@ -29,11 +29,13 @@ TOOLS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a tool; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="otil-xdit", description="Tools around `xfuser --parallel`.")
+    parser = argparse.ArgumentParser(
+        prog="otil-xdit", allow_abbrev=False, description="Tools around `xfuser --parallel`."
+    )
     parser.add_argument("--version", action="version", version=f"otil-xdit {__version__}")
     tools = parser.add_subparsers(metavar="TOOL", required=True)
     for name, summary in TOOLS.items():
-        tool = tools.add_parser(name, help=summary, description=summary)
+        tool = tools.add_parser(name, allow_abbrev=False, help=summary, description=summary)
         if name in given[:1]:  # the others' modules import much, and nobody asked for them
             module = import_module(f"otil_xdit.tools.{name}.cli")
             module.add_arguments(tool)

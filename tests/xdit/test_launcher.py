@@ -63,6 +63,21 @@ WRONG = {
     "no such flag": ("--otil_ration 1/8", "unrecognized arguments: --otil_ration"),
     "no value": ("--parallel otil --nproc_per_node", "--nproc_per_node needs a value"),
     "no value after =": ("--parallel otil --otil_ratio=--", "--otil_ratio=--: '--' is not a value"),
+    "steps 0": ("--num_inference_steps 0", "--num_inference_steps is 0; give a whole number from 1 to 10000"),
+    "height 0": ("--height 0", "--height is 0; give a whole number from 1 to 65536"),
+    "seed of 20 digits": (f"--seed {'9' * 20}", f"--seed is {'9' * 20}; give a whole number"),
+    "no text": ("--prompt", '--prompt has no text; give --prompt "..."'),
+    "negative prompts": ("--prompt a b --negative_prompt c d e", "--negative_prompt has 3 texts and --prompt 2"),
+    "dataset": ("--dataset_path /nowhere.csv", "--dataset_path /nowhere.csv: no such file"),
+    "dataset without a batch": (f"--dataset_path {__file__}", "Please specify batch size for dataset inference"),
+    "input image": ("--input_images /nowhere.png", "--input_images /nowhere.png: no such file"),
+    "sharding": ("--fully_shard_degree 2", "--model tiny-dit is not supported together with --fully_shard_degree"),
+    "float8": ("--use_fp8_gemms", "--model tiny-dit is not supported together with --use_fp8_gemms"),
+    "attention": ("--attention_backend foo", "--attention_backend foo: no such backend; choose from sdpa, "),
+    "xDiT's degrees": ("--vae_tile_size_height 64 --enable_tiling", "--vae_tile_size_width"),
+    "abbreviation": ("--batch 2", "unrecognized arguments: --batch"),
+    "abbreviation of torchrun's": ("--parallel otil --nproc 2", "unrecognized arguments: --nproc"),
+    "output folder that cannot be written": ("--output_directory /proc", "images cannot be saved there"),
     "nodes": ("--parallel otil --nnodes x", "--nnodes is 'x'; give a whole number"),
     "nodes and world": (
         "--parallel otil --nnodes 2 --patch_degree 3 --height 192",
@@ -149,7 +164,8 @@ def test_without_parallel_the_command_is_that_of_xdit(line: str, monkeypatch: py
     with pytest.raises(SystemExit):
         xdit.main([*MODEL, *line.split()])
     (theirs,) = started
-    assert list(ours) == [cli.RUNNER if part == "xfuser.runner" else part for part in theirs]
+    renamed = {"xfuser.runner": cli.RUNNER, "torch.distributed.run": cli.AGENT}
+    assert list(ours) == [renamed.get(part, part) for part in theirs]
 
 
 def test_two_runs_on_one_machine_get_two_ports() -> None:
@@ -301,3 +317,20 @@ def test_a_signal_ends_torchrun_and_all_ranks(number: signal.Signals, code: int,
     assert err.splitlines()[-1] == f"xfuser: {number.name}, all processes stopped" and "Traceback" not in err
     ranks = [int(path.name) for path in (tmp_path / "pids").iterdir()]
     assert not any(psutil.pid_exists(pid) for pid in (torchrun.pid, *ranks))
+
+
+def test_a_prompt_is_needed(no_start: None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--model", "tiny-dit"]) == 2
+    assert capfd.readouterr().err == 'xfuser: error: --prompt is missing; give --prompt "..."\n'
+
+
+@pytest.mark.parametrize(
+    "line", ["--parallel nonsense", "--otil_ration 1/8", "--model tny-dit", "--prompt", "--patch_degree 2"]
+)
+def test_a_wrong_line_is_told_before_xfuser_and_diffusers_are_imported(line: str) -> None:
+    code = (
+        f"import sys; from otil_xdit.xdit.launcher import main as cli; code = cli.main({[*MODEL, *line.split()]!r}); "
+    )
+    code += "sys.exit(1 if {'xfuser', 'diffusers', 'transformers'} & set(sys.modules) else code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stderr.startswith("xfuser: error: ") and done.stderr.count("\n") == 1

@@ -1,12 +1,12 @@
 """`xfuser`: the launcher. It takes every flag of `xdit`, and those of the "Otil options".
 
-All flags are checked here, before any rank is started: a wrong one costs one line on stderr and exit code 2.
+All flags are checked here, before any rank is started: a wrong one costs one line on stderr and exit code 2. What can
+be told without xfuser is told before it is imported (`otil_xdit.xdit.launcher.early`).
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import logging
 import math
@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NoReturn
 
 from otil_xdit import __version__
@@ -24,14 +23,26 @@ from otil_xdit.catalog.models import find_record
 from otil_xdit.catalog.trust import check_trust
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.cpu import has_accelerator
-from otil_xdit.xdit.flags.choice import choose, implied, implies_cfg_parallel
+from otil_xdit.xdit.flags.choice import ParallelChoice, choose, implied, implies_cfg_parallel
 from otil_xdit.xdit.flags.degrees import OTHER_DEGREES, check_values, degree, given_patch_degree
+from otil_xdit.xdit.launcher.by_xdit import check_backends, check_by_xdit, check_capabilities
+from otil_xdit.xdit.launcher.early import (
+    check_files,
+    check_flags,
+    check_model_name,
+    check_prompts,
+    read_early,
+    silence,
+    unknown_model,
+)
 from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, free_port, run_to_end, visible_devices
 from otil_xdit.xdit.launcher.quiet import QUIET_ENVIRONMENT
 from otil_xdit.xdit.launcher.runner_registry import model_registry
 from otil_xdit.xdit.models.unets import check_source, register_folder
 
 RUNNER = "otil_xdit.xdit.launcher.runner"
+AGENT = "otil_xdit.xdit.launcher.agent"
+"""What every rank runs, and torchrun, which starts it."""
 
 TORCHRUN_FLAGS = {
     "nproc_per_node": (None, "Processes on this machine. Default: the product of the degrees."),
@@ -94,23 +105,27 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
     """
     check_values(arguments)
     torchrun, runner_arguments = split_torchrun_flags(arguments)
+    if not {"-h", "--help"} & set(arguments):
+        _check_early(runner_arguments, torchrun)
     values = implied(parse(runner_arguments))
     runner_arguments = [argument for argument in runner_arguments if argument != VERBOSE]
     _check_model(values)
-    _check_prompts(values)
-    _check_output(values.get("output_directory"))
     note = None
     if values.get("parallel") is None:
-        choose(values, None)
-        torchrun.setdefault("nproc_per_node", _processes_of_xdit(runner_arguments))
+        choice, by_degrees = choose(values, None), _processes_of_xdit(runner_arguments)
+        torchrun.setdefault("nproc_per_node", by_degrees)
+        world_size = int(by_degrees)
     else:
-        torchrun["nproc_per_node"], note = _processes(values, torchrun)
+        torchrun["nproc_per_node"], choice, note = _processes(values, torchrun)
         if torchrun.get("nnodes", "1") == "1":
             torchrun.setdefault("master_port", str(free_port()))
+        world_size = int(torchrun["nproc_per_node"]) * _whole("nnodes", torchrun.get("nnodes", "1"))
+    check_backends(values)
+    check_by_xdit(model_registry()[values["model"]], values, choice, world_size)
     check_source(values["model"])
     command = (
         sys.executable,
-        *("-m", "torch.distributed.run"),
+        *("-m", AGENT),
         *(f"--{name}={torchrun.get(name, default)}" for name, (default, _) in TORCHRUN_FLAGS.items()),
         *("-m", RUNNER),
         *runner_arguments,
@@ -174,15 +189,6 @@ def parse(runner_arguments: Sequence[str]) -> dict[str, Any]:
     return vars(parser.parse_args(list(runner_arguments)))
 
 
-def unknown_model(name: str, known: Iterable[str]) -> str:
-    """Return what to say about a model that is not in xfuser's registry."""
-    spelled = {model.lower(): model for model in known}
-    nearest = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(spelled[model] for model in nearest)}?" if nearest else ""
-    what = "model or folder" if "/" in name else "model"
-    return f"--model {name}: no such {what}{hint} (`otil-xdit models` lists all)"
-
-
 def _add_launch_help(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Launch options")
     for name, (default, text) in TORCHRUN_FLAGS.items():
@@ -203,25 +209,21 @@ def _check_model(values: Mapping[str, Any]) -> None:
     why_not = why_refused(find_record(name), can, bool(values.get("allow_untested")))
     if values.get("parallel") is not None and why_not is not None:
         raise FlagError(f"--model {name} is not supported together with --parallel: {why_not}")
-    for flag in OTHER_DEGREES:
-        if degree(values, flag) > 1 and not getattr(can, flag):
-            raise FlagError(f"--model {name} is not supported together with --{flag}")
+    check_capabilities(name, can, values)
 
 
-def _check_prompts(values: Mapping[str, Any]) -> None:
-    """Check that there is a prompt for every group of ranks that makes images of its own."""
-    prompts, replicas = values.get("prompt"), degree(values, "data_parallel_degree")
-    if isinstance(prompts, list) and not values.get("dataset_path") and len(prompts) < replicas:
-        raise FlagError(
-            f"--data_parallel_degree {replicas} needs as many prompts, and {len(prompts)} given; "
-            'give --prompt "..." "..." or a smaller degree'
-        )
-
-
-def _check_output(folder: str | None) -> None:
-    """Check that the images can be saved: xDiT would find out when they are done."""
-    if folder and not Path(folder).is_dir():
-        raise FlagError(f"--output_directory {folder}: no such directory")
+def _check_early(runner_arguments: Sequence[str], torchrun: Mapping[str, str]) -> None:
+    """Check what can be told without importing xfuser; the same follows with all flags."""
+    values = implied(read_early(runner_arguments))
+    with silence():
+        if values.get("parallel") is None:
+            choose(values, None)
+        else:
+            _processes(values, torchrun)
+    check_flags(runner_arguments, (*TORCHRUN_FLAGS, VERBOSE[2:], "version", "allow_pickle"))
+    check_model_name(values.get("model"))
+    check_prompts(values)
+    check_files(values)
 
 
 def _processes_of_xdit(runner_arguments: Sequence[str]) -> str:
@@ -232,8 +234,8 @@ def _processes_of_xdit(runner_arguments: Sequence[str]) -> str:
         raise FlagError(f"a degree is not a whole number: {error}") from error
 
 
-def _processes(values: Mapping[str, Any], torchrun: Mapping[str, str]) -> tuple[str, str | None]:
-    """Return the processes on this machine under ``--parallel``, and a note where nobody gave their number."""
+def _processes(values: Mapping[str, Any], torchrun: Mapping[str, str]) -> tuple[str, ParallelChoice | None, str | None]:
+    """Return the processes on this machine under ``--parallel``, what is chosen, and a note where nobody gave them."""
     nodes = _whole("nnodes", torchrun.get("nnodes", "1"))
     devices = visible_devices()
     others = math.prod(degree(values, flag) for flag in OTHER_DEGREES)
@@ -249,13 +251,13 @@ def _processes(values: Mapping[str, Any], torchrun: Mapping[str, str]) -> tuple[
         shown = "1 patch" if patches == 1 else f"{patches} patches"
         reason = "one for each visible device" if devices else f"{shown}, as there is no accelerator"
         note = f"no --patch_degree and no --nproc_per_node: {world_size} processes, {reason}"
-    choose(values, world_size)
+    choice = choose(values, world_size)
     here, rest = divmod(world_size, nodes)
     if rest:
         raise FlagError(f"--nnodes {nodes} does not divide the {world_size} processes that the degrees ask for")
     if devices and here > devices:
         raise FlagError(f"{here} processes on this machine need as many devices, and {devices} are visible")
-    return str(here), note
+    return str(here), choice, note
 
 
 def _whole(name: str, text: str) -> int:

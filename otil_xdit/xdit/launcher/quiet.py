@@ -17,7 +17,6 @@ from typing import Any
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.flags.degrees import degree
 from otil_xdit.xdit.plugin.args import choice_of
-from otil_xdit.xdit.summary import report
 
 QUIET_MARK = "OTIL_XDIT_QUIET"
 """Environment variable by which the launcher tells the ranks to say little."""
@@ -87,6 +86,8 @@ def what_runs(config: Any, values: Mapping[str, Any]) -> str:
 
 def what_it_took(pipe: Any, timings: list[float] | None) -> str:
     """Return the last image's seconds, and what this rank of the image sent for it, where they are known."""
+    from otil_xdit.xdit.summary import report  # imports diffusers, and the launcher reads this module's constants
+
     seconds = f", {timings[-1]:.2f} s" if timings else ""
     made = report(pipe)
     if made is None:

@@ -11,22 +11,28 @@ import inspect
 import logging
 import os
 import sys
-from functools import wraps
+import traceback
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
-from otil_xdit.errors import FlagError
+from otil_xdit.errors import ExchangeTimeout, FlagError, NotFinite
+from otil_xdit.xdit.launcher.agent import leave_error, one_line
 from otil_xdit.xdit.launcher.processes import LAUNCH_MARK
 from otil_xdit.xdit.launcher.quiet import QUIET_MARK, say_little
+from otil_xdit.xdit.launcher.saving import save_somewhere
 from otil_xdit.xdit.models.unets import register_folder
 from otil_xdit.xdit.plugin.register import register
+
+EXPECTED = (ValueError, AssertionError, NotImplementedError, OSError, ExchangeTimeout, NotFinite)
+"""Errors whose message is meant for whoever started the ranks; others come with their traceback."""
 
 
 def main() -> int:
     """Run xfuser's runner on this rank.
 
     Returns:
-        The exit code: 2 for flags that cannot be run, of which rank 0 says one line.
+        The exit code: 2 for flags that cannot be run, 1 for other errors that one line says.
     """
     rank = int(os.environ.get("RANK") or 0)
     if rank != 0:
@@ -36,15 +42,26 @@ def main() -> int:
     register()
     try:
         runner = importlib.import_module("xfuser.runner")
+        # The launcher takes no abbreviations, and they would be other flags here.
+        runner.FlexibleArgumentParser = partial(runner.FlexibleArgumentParser, allow_abbrev=False)
         _take_folders(runner.xFuserModelRunner)
+        save_somewhere(runner.xFuserModelRunner)
         if QUIET_MARK in os.environ:
             say_little(runner.xFuserModelRunner)
         run_main_block(runner)
-    except FlagError as error:
-        if rank == 0:
-            print(f"xfuser: error: {error}", file=sys.stderr)
-        return 2
+    except EXPECTED as error:
+        _say(error, rank)
+        return 2 if isinstance(error, FlagError) else 1
     return 0
+
+
+def _say(error: BaseException, rank: int) -> None:
+    """Leave an error to the launcher, which says that of the rank that failed first; without it rank 0 says its own."""
+    if QUIET_MARK not in os.environ and not isinstance(error, FlagError):
+        traceback.print_exception(error)
+    is_left = leave_error(error)
+    if rank == 0 and not (is_left and LAUNCH_MARK in os.environ):
+        print(f"xfuser: error: {one_line(error)}", file=sys.stderr)
 
 
 def run_main_block(module: ModuleType) -> None:

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from otil_xdit.xdit.cpu import enable_cpu_ranks
-from otil_xdit.xdit.plugin.register import register
 
 
 def model_registry() -> dict[str, Any]:
     """Return xfuser's models by name, with ours among them; the plugin is hooked in."""
+    from otil_xdit.xdit.plugin.register import register  # imports diffusers: not before a flag is wrong
+
     enable_cpu_ranks()
     with _quiet():
         base_model = importlib.import_module("xfuser.model_executor.models.runner_models.base_model")
