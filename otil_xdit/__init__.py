@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from otil_xdit.method.config import OtilConfig
     from otil_xdit.runtime.strategies import Strategy, get_strategy, register_strategy, strategies
     from otil_xdit.xdit.api import parallelize, restore
+    from otil_xdit.xdit.generation import generation
     from otil_xdit.xdit.plugin.register import register
     from otil_xdit.xdit.summary import report, summary
 
@@ -27,6 +28,7 @@ _HOMES = {
     "OtilConfig": "otil_xdit.method.config",
     "Report": "otil_xdit.exchange.report",
     "Strategy": "otil_xdit.runtime.strategies",
+    "generation": "otil_xdit.xdit.generation",
     "get_strategy": "otil_xdit.runtime.strategies",
     "parallelize": "otil_xdit.xdit.api",
     "register": "otil_xdit.xdit.plugin.register",
@@ -45,6 +47,7 @@ __all__ = [
     "OtilConfig",
     "Report",
     "Strategy",
+    "generation",
     "get_strategy",
     "parallelize",
     "register",
