@@ -39,7 +39,7 @@ def _watch(check: Check, job: Job) -> Finding:
     job.resume()
     for connection in job.connections.values():
         connection.send(Call(draw_and_die, {"steps": check.settings.steps, "timeout": timeout, "victim": victim}))
-    psutil.wait_procs([family[victim]], check.seconds - timeout)
+    psutil.wait_procs([family[victim]], max(ENDING_SECONDS, check.seconds - timeout))
     killed = time.time()
     deadline = time.monotonic() + timeout + ENDING_SECONDS
     seen = [_heard(job, rank, deadline) for rank in range(victim)]
