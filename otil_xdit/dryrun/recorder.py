@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
-from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Neighbours, Pending, Traffic, Transfer
+from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Neighbours, Pending, Traffic
 from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.comm.host_copies import Transfer
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -77,7 +77,7 @@ def _both(pipe: Any, steps: int) -> tuple[torch.Tensor | None, torch.Tensor | No
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Compute float32 in float32 on cards, which round convolutions' factors to TF32 otherwise."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    backends: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:

@@ -69,4 +69,4 @@ def busy_and_span(intervals: Sequence[tuple[int, int]]) -> tuple[int, int]:
 def _is_kernel(event: Any) -> bool:
     """Tell whether the device did this; annotations of the host stand on its timeline, too."""
     is_annotation = event.is_user_annotation() if hasattr(event, "is_user_annotation") else False
-    return event.device_type() == torch.autograd.DeviceType.CUDA and not is_annotation
+    return event.device_type().name == "CUDA" and not is_annotation
