@@ -236,11 +236,14 @@ class KVGroup:
             values = self._scratch("gathered", (ranks, *self.shape), self.dtype)
             self._collectives.all_gather(fresh, values, self._label_of(slice(layer, layer + 1), label)).wait()
             out.copy_(values)
-            values = self._in_coordinates(layer, values, "predicted")
+            self._measure(layer, values)
+            values = self._in_coordinates(layer, values)
         else:
             values = self._gather_changes(layer, self._coded(layer, fresh), codec, label)
             self._write(layer, values, out)
-        values, fresh = self._measured(layer, values), self._coded(layer, fresh)
+            if self._measure(layer, values):
+                values = self._in_coordinates(layer, values)
+        fresh = self._coded(layer, fresh)
         if self._predictor is not None:
             self._predictor.set_values(layer, values)
         elif self._config.freshness != "sync":
@@ -317,20 +320,25 @@ class KVGroup:
         self._coordinates[layer][0].into(fresh[None], out[None], self._scratch)
         return out
 
-    def _in_coordinates(self, layer: int, values: torch.Tensor, name: str) -> torch.Tensor:
-        """Return everybody's keys and values of a layer, [N, 2, B, S, C], in its coordinates; in scratch, by name."""
+    def _in_coordinates(self, layer: int, values: torch.Tensor) -> torch.Tensor:
+        """Return everybody's keys and values of a layer, [N, 2, B, S, C], in its coordinates; in scratch."""
         if not self._coordinates:
             return values
-        out = self._scratch(name, tuple(values.shape), torch.float32)
+        out = self._scratch("predicted", tuple(values.shape), torch.float32)
         self._coordinates[layer][0].into(values, out, self._scratch)
         return out
 
-    def _measured(self, layer: int, values: torch.Tensor) -> torch.Tensor:
-        """Return everybody's values of a layer, [N, 2, B, S, C], in coordinates that follow from the first of them."""
+    def _measure(self, layer: int, values: torch.Tensor) -> bool:
+        """Have a layer's coordinates follow from everybody's first values, [N, 2, B, S, C], if nothing else says them.
+
+        Returns:
+            Whether they have: until then they were the values themselves.
+        """
         if not self._coordinates or self.num_calls[layer] or not self._coordinates[layer][1]:
-            return values
-        self._coordinates[layer][0].measure(values)
-        return self._in_coordinates(layer, values, "measured")
+            return False
+        squares = self._scratch("predicted", tuple(values.shape), torch.float32).copy_(values).square_()
+        self._coordinates[layer][0].measure(squares)
+        return True
 
     def _write(self, layer: int, values: torch.Tensor, out: torch.Tensor) -> None:
         """Write keys and values that are in a layer's coordinates to `out`, both [N, 2, B, S, C]; not this rank's."""

@@ -77,7 +77,7 @@ class AdaptiveCodec(Codec):
         scale_bytes, spectrum, *codes = self._split(out, count, width)
         parts = vectors.unflatten(-2, (_parts(count), -1))
         write_scales(torch.linalg.vector_norm(parts, dim=-2).div_(parts.shape[-2] ** 0.5), spectrum)
-        plan = _plan_of(spectrum, self.row_bytes(count, width))
+        plan = _plan_of(spectrum, self.row_bytes(count, width), scratch)
         parts.mul_(plan.inverse)
         write_scales(torch.linalg.vector_norm(parts, dim=-1).div_(plan.weight), scale_bytes)
         parts.mul_(scales_of(scale_bytes)[..., None].reciprocal_()).div_(plan.steps.clamp_min(1e-9)).add_(plan.middle)
@@ -132,7 +132,7 @@ class AdaptiveCodec(Codec):
         self, codes: torch.Tensor, spectrum: torch.Tensor, rows: tuple[int, ...], scratch: ScratchBuffers
     ) -> torch.Tensor:
         """Return the numbers of codes, uint8 [..., 2, v, R], at their vectors' scale 1; float32 [..., V, C]."""
-        plan = _plan_of(spectrum, rows)
+        plan = _plan_of(spectrum, rows, scratch)
         shape = (*codes.shape[:-1], spectrum.shape[-1])
         found = scratch("codec.found", shape, torch.uint8)
         torch.gather(codes, -1, plan.byte.expand(shape), out=found)
@@ -147,13 +147,13 @@ def _parts(vectors: int) -> int:
     return 2 if vectors % 2 == 0 else 1
 
 
-def _plan_of(spectrum: torch.Tensor, rows: tuple[int, ...]) -> _Plan:
+def _plan_of(spectrum: torch.Tensor, rows: tuple[int, ...], scratch: ScratchBuffers) -> _Plan:
     """Share out the bits of `rows`, the bytes of a key's and of a value's codes, by features' sizes, uint8 [..., 2, C].
 
     Whole numbers throughout, so that everybody finds the same.
     """
-    bits = _bits_of(spectrum, _budgets(spectrum.device, rows))
-    byte, shift = _places_of(bits)
+    bits = _bits_of(spectrum, _budgets(spectrum.device, rows), scratch)
+    byte, shift = _places_of(bits, scratch)
     steps, middle, highest = (table[bits][..., None, :] for table in _tables(spectrum.device))
     has_bits = bits > 0
     inverse = scales_of(spectrum).reciprocal_().mul_(has_bits)[..., None, :]
@@ -161,37 +161,48 @@ def _plan_of(spectrum: torch.Tensor, rows: tuple[int, ...]) -> _Plan:
     return _Plan(inverse, steps, middle, highest, byte[..., None, :], shift[..., None, :], weight)
 
 
-def _bits_of(spectrum: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
-    """Return the bits of each feature, int64 [..., 2, C], by features' sizes, uint8 of that shape.
+def _bits_of(spectrum: torch.Tensor, budgets: torch.Tensor, scratch: ScratchBuffers) -> torch.Tensor:
+    """Return the bits of each feature, int32 [..., 2, C], by features' sizes, uint8 of that shape.
 
-    Upgrades are bought by what they gain, as long as all are within the budgets, int64 [2, 1].
+    Upgrades are bought by what they gain, as long as all are within the budgets, int32 [2, 1].
     """
     costs, gains, order = _prices(spectrum.device, spectrum.shape[-1])
+    shape = (*spectrum.shape[:-1], order.numel())
+    worth = scratch("codec.worth", (*spectrum.shape, len(gains)), torch.int32)
     # No two are equal: of equal gains the feature with the lower index is first.
-    worth = ((spectrum.int()[..., None] + gains).flatten(-2) * order.numel() + order).sort(dim=-1, descending=True)
-    bought = costs.expand(worth.indices.shape).gather(-1, worth.indices)
-    bought = bought * (bought.cumsum(dim=-1) <= budgets)
-    return torch.zeros_like(bought).scatter_(-1, worth.indices, bought).unflatten(-1, (-1, len(_UPGRADES))).sum(dim=-1)
+    torch.add(spectrum[..., None], gains, out=worth)
+    worth.mul_(order.numel()).add_(order.view(-1, len(gains)))
+    ranked = scratch("codec.ranked", shape, torch.int32)
+    best = scratch("codec.best", shape, torch.int64)
+    torch.sort(worth.view(shape), dim=-1, descending=True, out=(ranked, best))
+    bought = scratch("codec.bought", shape, torch.int32)
+    torch.gather(costs.expand(shape), -1, best, out=bought)
+    torch.cumsum(bought, dim=-1, dtype=torch.int32, out=ranked)
+    bought.mul_(ranked <= budgets)
+    worth.view(shape).scatter_(-1, best, bought)
+    return worth.sum(dim=-1, dtype=torch.int32)
 
 
-def _places_of(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the byte, int64, and the lowest bit's place in it, uint8, of the codes of `bits`, int64 [..., C]."""
+def _places_of(bits: torch.Tensor, scratch: ScratchBuffers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the byte, int64, and the lowest bit's place in it, uint8, of the codes of `bits`, int32 [..., C]."""
     classes = _classes(bits.device)
     members = bits[..., None] == classes
-    before = members.cumsum(dim=-2) - 1
-    whole = (before[..., -1:, :] + 1) * classes
-    places = ((whole.cumsum(dim=-1) - whole + before * classes) * members).sum(dim=-1)
-    return places >> 3, (places & 7).to(torch.uint8)
+    places = scratch("codec.worth", tuple(members.shape), torch.int32)
+    torch.cumsum(members, dim=-2, dtype=torch.int32, out=places)
+    whole = places[..., -1:, :] * classes
+    places.sub_(1).mul_(classes).add_(whole.cumsum(dim=-1, dtype=torch.int32).sub_(whole)).mul_(members)
+    found = places.sum(dim=-1, dtype=torch.int32)
+    return (found >> 3).long(), found.bitwise_and_(7).to(torch.uint8)
 
 
 @cache
 def _budgets(device: torch.device, rows: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor([[8 * row] for row in rows], device=device)
+    return torch.tensor([[8 * row] for row in rows], dtype=torch.int32, device=device)
 
 
 @cache
 def _classes(device: torch.device) -> torch.Tensor:
-    return torch.tensor(_CLASSES, device=device)
+    return torch.tensor(_CLASSES, dtype=torch.int32, device=device)
 
 
 @cache
@@ -208,11 +219,11 @@ def _prices(device: torch.device, width: int) -> tuple[torch.Tensor, torch.Tenso
     """Return what upgrades cost and how they are put in order.
 
     Returns:
-        Bits of each upgrade of each feature, int64 [C * 4]; log2 of what a bit of each gains, in steps of a feature's
+        Bits of each upgrade of each feature, int32 [C * 4]; log2 of what a bit of each gains, in steps of a feature's
         byte (which is of an amplitude, half of a variance), int32 [4]; and a number for each that falls with its
         place, int32 [C * 4].
     """
-    costs = torch.tensor([after - before for before, after, _ in _UPGRADES]).repeat(width)
+    costs = torch.tensor([after - before for before, after, _ in _UPGRADES], dtype=torch.int32).repeat(width)
     gains = torch.tensor([gain for *_, gain in _UPGRADES]).log2().mul(OCTAVE / 2).round().int()
     order = torch.arange(len(costs) - 1, -1, -1, dtype=torch.int32)
     return costs.to(device), gains.to(device), order.to(device)

@@ -87,7 +87,7 @@ class OtilConfig:
         parse=parse_ratio,
     )
     codec: str = setting(
-        "2bit",
+        "adaptive",
         "HOW",
         "Payload format: raw sends the values themselves, the others what the prediction lacks, in as few bits as they "
         "say, adaptive in 2 on average and more for features that vary more. Halo rows that nobody waits for are sent "
@@ -95,7 +95,7 @@ class OtilConfig:
         choices=lambda: CODECS,
     )
     coordinates: CoordinatesFrom = setting(
-        "none",
+        "weights",
         "HOW",
         "In what coordinates keys and values are compared and coded: weights, in each head's own, in which errors of "
         "equal size do equal harm by the layer's weights, so that networks that draw the same do as well; none, as the "

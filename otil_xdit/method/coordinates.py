@@ -95,9 +95,13 @@ class Coordinates:
         into, back = (matrix[:, first : first + count].contiguous().to(device) for matrix in self.matrices)
         return Coordinates(into, back)
 
-    def measure(self, values: torch.Tensor) -> None:
-        """Divide each feature by its size in all ranks' keys and values, [N, 2, B, S, C], rounded to a power of 2."""
-        sizes = values.float().square().mean(dim=(0, 2, 3)).sqrt_().clamp_min_(2.0**-60)
+    def measure(self, squares: torch.Tensor) -> None:
+        """Divide each feature by its size, rounded to a power of 2.
+
+        Args:
+            squares: of all ranks' keys and values, float32 [N, 2, B, S, C].
+        """
+        sizes = squares.mean(dim=(0, 2, 3)).sqrt_().clamp_min_(2.0**-60)
         self.scale(sizes.log2_().round_().exp2_())
 
     def scale(self, sizes: torch.Tensor) -> None:

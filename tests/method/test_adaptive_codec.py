@@ -68,12 +68,12 @@ def test_keys_and_values_have_bits_of_their_own() -> None:
 )
 def test_bits_fill_the_row_and_no_code_crosses_a_byte(sizes: list[int], row: int) -> None:
     row = min(row, len(sizes))
-    bits = _bits_of(torch.tensor(sizes, dtype=torch.uint8), torch.tensor(8 * row))
+    bits = _bits_of(torch.tensor(sizes, dtype=torch.uint8), torch.tensor(8 * row), ROOM)
     assert set(bits.tolist()) <= {0, 1, 2, 4, 8}
     assert 8 * row - 4 < bits.sum() <= 8 * row or (bits == 8).all()
     larger = torch.tensor(sizes)[:, None] > torch.tensor(sizes)[None]
     assert (bits[:, None] >= bits[None])[larger].all()
-    byte, shift = _places_of(bits)
+    byte, shift = _places_of(bits, ROOM)
     taken = [
         place
         for start, low, width in zip(byte.tolist(), shift.tolist(), bits.tolist(), strict=True)
@@ -84,9 +84,9 @@ def test_bits_fill_the_row_and_no_code_crosses_a_byte(sizes: list[int], row: int
 
 
 def test_a_feature_of_equal_size_comes_first_by_its_place() -> None:
-    bits = _bits_of(torch.full((2, 8), 100, dtype=torch.uint8), torch.tensor(8))
+    bits = _bits_of(torch.full((2, 8), 100, dtype=torch.uint8), torch.tensor(8), ROOM)
     assert bits.tolist() == [[1] * 8] * 2
-    assert _bits_of(torch.full((6,), 100, dtype=torch.uint8), torch.tensor(8)).tolist() == [2, 2, 1, 1, 1, 1]
+    assert _bits_of(torch.full((6,), 100, dtype=torch.uint8), torch.tensor(8), ROOM).tolist() == [2, 2, 1, 1, 1, 1]
 
 
 def test_layers_and_ranks_are_coded_at_once() -> None:

@@ -140,7 +140,7 @@ def test_the_state_of_weights_changes_when_they_are_written_to() -> None:
 def test_measured_coordinates_have_features_of_like_size() -> None:
     values = torch.randn(2, 2, 1, 50, HEADS * SIZE) * torch.logspace(-3, 3, HEADS * SIZE)
     found = Coordinates.unknown(HEADS, SIZE, torch.device("cpu"))
-    found.measure(values)
+    found.measure(values.square())
     out = torch.empty_like(values)
     found.into(values, out, ROOM)
     sizes = out.square().mean(dim=(0, 2, 3)).sqrt()

@@ -29,7 +29,7 @@ def test_every_field_is_a_flag_but_the_one_that_the_strategy_sets() -> None:
 
 
 def test_help_tells_choices_and_default() -> None:
-    assert SETTINGS["codec"].help.endswith("Choose from raw, int8, int4, 2bit, 1bit, adaptive. Default: 2bit.")
+    assert SETTINGS["codec"].help.endswith("Choose from raw, int8, int4, 2bit, 1bit, adaptive. Default: adaptive.")
     assert SETTINGS["timeout"].help.endswith("gives up. Default: 300.")
     assert "Default" not in SETTINGS["check"].help
     assert SETTINGS["select"].choices[0] == "latent-cosine" and SETTINGS["select"].choices[-1] == "random"
