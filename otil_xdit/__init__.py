@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from otil_xdit.errors import ExchangeTimeout, FlagError, NotFinite, NotInStages
+    from otil_xdit.errors import ExchangeTimeout, FlagError, NotFinite, NotInStages, PipelineBusyError
     from otil_xdit.exchange.report import Report
     from otil_xdit.method.config import OtilConfig
     from otil_xdit.runtime.strategies import Strategy, get_strategy, register_strategy, strategies
@@ -25,6 +25,7 @@ _HOMES = {
     "FlagError": "otil_xdit.errors",
     "NotFinite": "otil_xdit.errors",
     "NotInStages": "otil_xdit.errors",
+    "PipelineBusyError": "otil_xdit.errors",
     "OtilConfig": "otil_xdit.method.config",
     "Report": "otil_xdit.exchange.report",
     "Strategy": "otil_xdit.runtime.strategies",
@@ -45,6 +46,7 @@ __all__ = [
     "NotFinite",
     "NotInStages",
     "OtilConfig",
+    "PipelineBusyError",
     "Report",
     "Strategy",
     "generation",

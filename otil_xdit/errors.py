@@ -20,6 +20,10 @@ class NotFinite(RuntimeError):
         self.order = order
 
 
+class PipelineBusyError(ValueError):
+    """A call that cannot have its turn, as others are under way on this rank or another one; nothing is broken by it."""
+
+
 class NotInStages(ValueError):
     """A network that cannot be cut."""
 

@@ -21,7 +21,10 @@ from contextlib import contextmanager
 from otil_xdit.comm.peer_status import PeerStatus, StatusKind, describe_culprits, describe_error
 from otil_xdit.comm.status_board import StatusBoard
 from otil_xdit.comm.store import Store
-from otil_xdit.errors import ExchangeTimeout, NotFinite
+from otil_xdit.errors import ExchangeTimeout, NotFinite, PipelineBusyError
+
+REFUSAL = "a refusal"
+"""The fact, of a rank that has one, by which the others know why it will not go on."""
 
 _START = "the start of the generation"
 
@@ -152,19 +155,37 @@ class FailureDetector:
         """Return every rank's facts for this generation, by rank; wait until all have begun it.
 
         Raises:
+            PipelineBusyError: when a lower rank waits in another session's generation, which comes later here. What
+                this rank leaves in place of its facts refuses the generation on the others, when they come to it.
             ExchangeTimeout: when a rank does not come, or has given up.
         """
         board = self._board
         board.post_facts(facts)
         deadline = time.monotonic() + self.timeout
         while (found := board.facts()) is None:
+            other = board.rank_elsewhere()
+            if other is not None:
+                raise self._out_of_order(other)
             if self.is_alarmed or board.is_silent:
                 raise ExchangeTimeout(f"rank {self.rank}: before the first step: {self.diagnose()}")
             self._check_not_broken(board.why_broken())
             if time.monotonic() > deadline:
                 raise ExchangeTimeout(f"rank {self.rank}: {self._give_up_on_missing()}")
+        board.wait_no_more()
         board.forget_last_generation()
         return {self.rank: dict(facts), **found}
+
+    def _out_of_order(self, other: int) -> PipelineBusyError:
+        """Leave the generation, of which nothing has been sent; return the error that says why."""
+        error = PipelineBusyError(
+            f"rank {other} waits in a call of another pipeline, which rank {self.rank} has not begun: call the "
+            "pipelines in the same order on all ranks"
+        )
+        self._board.post(PeerStatus("failed", self.where, self.calls, describe_error(error)))
+        self._board.post_facts({REFUSAL: str(error)})
+        self._board.wait_no_more()
+        self._board.stop_polling()
+        return error
 
     def _give_up_on_missing(self) -> str:
         """Break the connections because of the ranks that have not begun; return who they are."""

@@ -117,8 +117,33 @@ class StatusBoard:
     # ---- facts ---------------------------------------------------------------------------------------------------
 
     def post_facts(self, facts: Mapping[str, str]) -> None:
-        """Write this rank's facts for this generation."""
-        self._thread.ask(lambda store: store.set(self._key(self._rank, "facts"), json.dumps(dict(facts))))
+        """Write this rank's facts for this generation, and that it waits for the others'."""
+
+        def post(store: Store) -> None:
+            store.set(self._key(self._rank, "facts"), json.dumps(dict(facts)))
+            store.set(_turn_of(self._rank), self._key())
+
+        self._thread.ask(post)
+
+    def wait_no_more(self) -> None:
+        """Write that this rank does not wait for facts any more."""
+        self._thread.submit(lambda store: store.set(_turn_of(self._rank), ""))
+
+    def rank_elsewhere(self) -> int | None:
+        """Return a lower rank that waits for facts of another session's generation, which this rank has not begun.
+
+        Both would wait for ever. Only the higher one of two is told, so that one of the two generations goes on.
+        """
+
+        def find(store: Store) -> int | None:
+            for other in self.others:
+                turn = (read(store, _turn_of(other)) or b"").decode() if other < self._rank else ""
+                is_elsewhere = bool(turn) and turn.rpartition("/")[0] != self._key().rpartition("/")[0]
+                if is_elsewhere and not store.check([f"{turn}/{self._rank}/facts"]):
+                    return other
+            return None
+
+        return self._thread.ask(find)
 
     def facts(self) -> dict[int, dict[str, str]] | None:
         """Return the others' facts by rank; None while a rank's are missing, after a poll's time."""
@@ -153,3 +178,8 @@ class StatusBoard:
     def _key(self, *what: object, generation: int | None = None) -> str:
         number = self.generation if generation is None else generation
         return "/".join(["otil", self._name, str(number), *map(str, what)])
+
+
+def _turn_of(rank: int) -> str:
+    """Return the key under which a rank writes which generation of which session it waits in; all sessions share it."""
+    return f"otil/turn/{rank}"

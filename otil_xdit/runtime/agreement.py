@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from otil_xdit.comm.failure_detector import FailureDetector
+from otil_xdit.comm.failure_detector import REFUSAL, FailureDetector
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.runtime.callbacks import IS_GIVEN, LEGACY, STEP_END
 from otil_xdit.runtime.versions import package_versions
@@ -37,9 +37,6 @@ _OWN_MATTER = ("output_type", "return_dict", "callback")
 
 RANDOM_STATE = "the random state (no generator is given)"
 """A fact of calls that draw from torch's own generator."""
-
-_REFUSAL = "a refusal"
-"""The fact, of a rank that has one, by which the others know why it will not go on."""
 
 _PACKAGES = ("otil-xdit", "xfuser", "torch", "diffusers")
 
@@ -63,11 +60,11 @@ def check_agreement(detector: FailureDetector | None, facts: Facts, refusal: Val
         if refusal is not None:
             raise refusal
         return {0: facts}
-    by_rank = detector.exchange_facts(facts if refusal is None else {**facts, _REFUSAL: str(refusal)})
+    by_rank = detector.exchange_facts(facts if refusal is None else {**facts, REFUSAL: str(refusal)})
     if refusal is not None:
         raise refusal
     # What a rank refuses is often what is different there: the better message of the two.
-    refused = [f"rank {rank} refuses: {found[_REFUSAL]}" for rank, found in by_rank.items() if _REFUSAL in found]
+    refused = [f"rank {rank} refuses: {found[REFUSAL]}" for rank, found in by_rank.items() if REFUSAL in found]
     if refused:
         raise ValueError(f"rank {detector.rank}: {'; '.join(refused)}")
     found = differences(by_rank)

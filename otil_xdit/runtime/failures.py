@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from otil_xdit.comm.failure_detector import FailureDetector
 from otil_xdit.comm.groups import is_lost_connection, reason_of
 from otil_xdit.comm.peer_status import PeerStatus
-from otil_xdit.errors import ExchangeTimeout, NotFinite
+from otil_xdit.errors import ExchangeTimeout, NotFinite, PipelineBusyError
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def tell_failures(detector: FailureDetector | None) -> Iterator[None]:
     detector.begin()
     try:
         yield
-    except ExchangeTimeout:
+    except (ExchangeTimeout, PipelineBusyError):  # which the detector has told
         raise
     except NotFinite as error:
         raise _with_origin(error, detector.failed(error), detector.rank) from error

@@ -9,6 +9,7 @@ Over 300 lines: what brackets a generation and what its layers ask for while it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -46,7 +47,7 @@ from otil_xdit.runtime.failures import tell_failures
 from otil_xdit.runtime.network_hooks import NetworkHooks, device_of, networks_of
 from otil_xdit.runtime.steps import arguments_of, check_scheduler_step, planned_steps, track_steps
 from otil_xdit.runtime.summary import Summary, summarize
-from otil_xdit.runtime.turns import TURNS
+from otil_xdit.runtime.turns import TURN_TIMEOUTS, TURNS
 from otil_xdit.runtime.vae_sharing import VaeSharing
 
 _ACTIVE: ContextVar[PatchSession | None] = ContextVar("otil_xdit_session", default=None)
@@ -218,7 +219,7 @@ class PatchSession:
         if self.is_active:
             yield None
             return
-        with TURNS.take() if _ACTIVE.get() is None else nullcontext():
+        with self._turn(pipe) if _ACTIVE.get() is None else nullcontext():
             token = _ACTIVE.set(self)
             self._pipe = pipe
             try:
@@ -239,6 +240,11 @@ class PatchSession:
                 self.group.detector.done()
             if self._finished is not None:
                 self._finished(self)
+
+    def _turn(self, pipe: Any) -> AbstractContextManager[None]:
+        """Return a bracket that waits for this call's turn."""
+        timeout = self.group.detector.timeout if self.group.detector is not None else math.inf
+        return TURNS.take(type(pipe).__name__, TURN_TIMEOUTS * timeout)
 
     def _agree(
         self, networks: Mapping[str, nn.Module], call: Facts, check: Callable[[], object]

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from otil_xdit.errors import PipelineBusyError
 from otil_xdit.runtime.turns import Turns
 from tests.support.torchrun import lines_of
 
@@ -19,7 +20,7 @@ def test_threads_make_what_they_make_alone() -> None:
 
 def test_callers_are_served_in_the_order_in_which_they_came() -> None:
     turns, served, threads = Turns(), list[int](), list[threading.Thread]()
-    with turns.take():
+    with turns.take("Pipe", 10):
         for number in range(5):
             queued = len(turns._callers)
             threads.append(threading.Thread(target=lambda number=number: served_in(turns, served, number)))
@@ -34,12 +35,32 @@ def test_callers_are_served_in_the_order_in_which_they_came() -> None:
 
 def test_a_caller_that_raises_ends_its_turn() -> None:
     turns = Turns()
-    with pytest.raises(KeyError), turns.take():
+    with pytest.raises(KeyError), turns.take("Pipe", 10):
         raise KeyError
-    with turns.take():
+    with turns.take("Pipe", 10):
         pass
 
 
+def test_a_caller_that_waits_too_long_names_who_is_at_work() -> None:
+    turns = Turns()
+    with turns.take("First", 10):
+        with (
+            pytest.raises(PipelineBusyError, match=r"this call of Second waited 0\.1 s for a call of First"),
+            turns.take("Second", 0.1),
+        ):
+            pass
+        assert len(turns._callers) == 1, "it is out of the queue"
+
+
+def test_pipelines_called_in_different_order_are_refused_and_nothing_breaks() -> None:
+    (line,) = lines_of(2, "order.py")
+    assert line["first"] == [
+        [True, "ValueError: rank 0: rank 1 refuses: rank 0 waits in a call of another pipeline"],
+        [True, "PipelineBusyError: rank 0 waits in a call of another pipeline"],
+    ]
+    assert line["seconds"] < 20 and line["afterwards"] == [[True, True]] * 2
+
+
 def served_in(turns: Turns, served: list[int], number: int) -> None:
-    with turns.take():
+    with turns.take("Pipe", 10):
         served.append(number)

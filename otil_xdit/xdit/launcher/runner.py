@@ -43,7 +43,7 @@ def main() -> int:
     try:
         runner = importlib.import_module("xfuser.runner")
         # The launcher takes no abbreviations, and they would be other flags here.
-        runner.FlexibleArgumentParser = partial(runner.FlexibleArgumentParser, allow_abbrev=False)
+        vars(runner)["FlexibleArgumentParser"] = partial(runner.FlexibleArgumentParser, allow_abbrev=False)
         _take_folders(runner.xFuserModelRunner)
         save_somewhere(runner.xFuserModelRunner)
         if QUIET_MARK in os.environ:
