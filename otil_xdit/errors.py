@@ -21,7 +21,7 @@ class NotFinite(RuntimeError):
 
 
 class PipelineBusyError(ValueError):
-    """A call that cannot have its turn, as others are under way on this rank or another one; nothing is broken by it."""
+    """A call that cannot have its turn, as others are under way here or on another rank; nothing is broken by it."""
 
 
 class NotInStages(ValueError):

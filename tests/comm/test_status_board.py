@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from otil_xdit.comm.status_board import StatusBoard
 
 
 @pytest.fixture
-def store() -> dist.TCPStore:
-    return dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=10))
+def store() -> TCPStore:
+    return TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=10))
 
 
 @pytest.fixture
-def board(store: dist.TCPStore) -> Iterator[StatusBoard]:
+def board(store: TCPStore) -> Iterator[StatusBoard]:
     made = StatusBoard("s", "g", (0, 1), 0, store, lambda store: None)
     made.begin()
     yield made
@@ -34,7 +34,7 @@ def test_waiting_for_a_late_rank_writes_nothing(board: StatusBoard, capfd: pytes
     assert capfd.readouterr().err == "", "torch warns of a timeout that is none"
 
 
-def test_facts_are_seen_soon_after_they_come(board: StatusBoard, store: dist.TCPStore) -> None:
+def test_facts_are_seen_soon_after_they_come(board: StatusBoard, store: TCPStore) -> None:
     come: list[float] = []
 
     def post() -> None:
