@@ -55,6 +55,10 @@ class UnetRecord(ModelRecord):
         return model in self.names
 
 
+DOWN_BLOCKS = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+HEADS = 8
+"""What diffusers takes where a config has no ``down_block_types`` or ``attention_head_dim``."""
+
 _CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 UNETS = (
@@ -179,15 +183,18 @@ def read_folder(folder: str) -> UnetRecord:
     preset = TEXT_TO_IMAGE[pipeline]
     unet, vae = _read(path / "unet" / "config.json", folder), _read(path / "vae" / "config.json", folder)
     factor = 2 ** (len(vae.get("block_out_channels") or (0,) * 4) - 1)
-    sample = unet.get("sample_size") or preset.sample
-    rows, cols = sample if isinstance(sample, list) else (sample, sample)
+    try:
+        rows, cols = _sample_size(unet, preset)
+        heads = heads_of(unet)
+    except ValueError as error:
+        raise FlagError(f"--model {folder}: unet/config.json: {error}") from error
     return UnetRecord(
         names=(folder,),
         source=folder,
         pipeline=pipeline,
         vae=factor,
-        levels=len(unet["down_block_types"]),
-        heads=heads_of(unet),
+        levels=len(unet.get("down_block_types") or DOWN_BLOCKS),
+        heads=heads,
         height=rows * factor,
         width=cols * factor,
         guidance=preset.guidance,
@@ -199,14 +206,31 @@ def heads_of(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Attention heads of the levels of a `UNet2DConditionModel` that have attention, the middle one among them.
 
     ``attention_head_dim`` is the number of heads: diffusers named it so by mistake and kept it.
+
+    Raises:
+        ValueError: where there is not one number for all levels, or one for each.
     """
-    blocks = config["down_block_types"]
-    heads = config.get("num_attention_heads") or config["attention_head_dim"]
-    by_level = [heads] * len(blocks) if isinstance(heads, int) else list(heads)
+    blocks = config.get("down_block_types") or DOWN_BLOCKS
+    name = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
+    heads = config.get(name) or HEADS
+    by_level = [heads] * len(blocks) if isinstance(heads, int) else heads
+    if not isinstance(by_level, (list, tuple)) or not all(isinstance(count, int) for count in by_level):
+        raise ValueError(f"{name} is {heads!r}; it must be a number, or one for each of down_block_types")
+    if len(by_level) != len(blocks):
+        raise ValueError(f"{name} has {len(by_level)} numbers for {len(blocks)} down_block_types")
     found = {count for count, block in zip(by_level, blocks, strict=True) if "Attn" in block}
     if "Attn" in (config.get("mid_block_type", "UNetMidBlock2DCrossAttn") or ""):
         found.add(by_level[-1])
     return tuple(sorted(found))
+
+
+def _sample_size(config: Mapping[str, Any], preset: Preset) -> tuple[int, int]:
+    """Return latent rows and columns; raise `ValueError` where the config gives something else."""
+    sample = config.get("sample_size") or preset.sample
+    sides = tuple(sample) if isinstance(sample, list) else (sample, sample)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"sample_size is {sample!r}; it must be a number of latent pixels, or two")
+    return sides
 
 
 def _class_name(folder: Path) -> str | None:
@@ -215,7 +239,8 @@ def _class_name(folder: Path) -> str | None:
         index = json.loads((folder / "model_index.json").read_text())
     except (OSError, ValueError):
         return None
-    return index.get("_class_name") if isinstance(index, dict) else None
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _read(path: Path, folder: str) -> dict[str, Any]:

@@ -38,6 +38,8 @@ GRACE_SECONDS = 2.0
 class FailureDetector:
     """One session's talk with the other ranks of its images.
 
+    Over 200 lines: who may go on, who is to blame and what is told to whom follow from one another in a generation.
+
     Args:
         name: the session's; the same on its ranks, and no other session's.
         groups: name of the connections that the session shares with others: who breaks them breaks those, too.

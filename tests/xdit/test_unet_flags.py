@@ -67,7 +67,7 @@ def test_wrong_input_is_one_line_before_anything_starts(line: str, message: str,
     ],
 )
 def test_what_may_be_combined(line: str, processes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "check_source", lambda model: None)
+    monkeypatch.setattr(cli, "check_source", lambda *args: None)
     command = cli.plan(["--prompt", "a red circle", "--model", *line.split()], {}).command
     assert f"--nproc_per_node={processes}" in command
 

@@ -122,7 +122,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
         world_size = int(torchrun["nproc_per_node"]) * _whole("nnodes", torchrun.get("nnodes", "1"))
     check_backends(values)
     check_by_xdit(model_registry()[values["model"]], values, choice, world_size)
-    check_source(values["model"])
+    check_source(values["model"], bool(values.get("allow_pickle")))
     command = (
         sys.executable,
         *("-m", AGENT),

@@ -15,6 +15,7 @@ from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.catalog.schedulers import make_scheduler
 from otil_xdit.catalog.trust import add_trust_args, check_trust
 from otil_xdit.catalog.unets import UnetRecord, read_folder
+from otil_xdit.catalog.weight_files import check_weights, variant_of
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.flags.options import add_unet_args
@@ -60,17 +61,18 @@ def source_of(model: str, record: UnetRecord) -> str:
     return model if "/" in model else record.source
 
 
-def check_source(model: str) -> None:
+def check_source(model: str, allow_pickle: bool = False) -> None:
     """Refuse a U-Net that can be neither read from the disk nor fetched, before any rank starts; others pass.
 
     Raises:
-        FlagError: with what the hub, or its cache, says.
+        FlagError: with what the hub, or its cache, says, or the file that is missing or cut off.
     """
     record = find_unet(model)
     if record is None:
         return
     source = source_of(model, record)
     if Path(source).is_dir():
+        check_weights(source, allow_pickle)
         return
     if record.source in BUNDLED_UNETS:
         raise FlagError(f"--model {model}: {source} is missing; install otil-xdit again")
@@ -86,6 +88,8 @@ def check_source(model: str) -> None:
 
 def _not_found(model: str, source: str, error: Exception) -> FlagError:
     reason = " ".join(str(error).split())
+    if Path(source).is_dir():
+        return FlagError(f"--model {model}: {source} cannot be loaded ({reason[:200]})")
     return FlagError(
         f"--model {model}: {source} is neither in the hub's cache nor can it be fetched; "
         f"give a folder in diffusers format, or download it with `hf download {source}` ({reason[:200]})"
@@ -156,6 +160,7 @@ def _runner_class() -> Any:
                 pipe = DiffusionPipeline.from_pretrained(
                     name,
                     torch_dtype=dtype,
+                    variant=variant_of(name) if Path(name).is_dir() else None,
                     use_safetensors=None if values.get("allow_pickle") else True,
                     trust_remote_code=bool(values.get("trust_remote_code")),
                 )
