@@ -127,11 +127,28 @@ def _check_transformers(pipe: Any, allow_untested: bool) -> None:
         if not isinstance(network, torch.nn.Module) or is_unet(getattr(network, "_orig_mod", network)):
             continue
         check_architecture(name, network, allow_untested)
+        _check_no_adapters(name, network)
         if getattr(network.config, "dual_attention_layers", ()):
             raise ValueError(
                 f"--parallel does not support {type(network).__name__} (the pipeline's {name}) with "
                 "dual_attention_layers, as SD3.5-medium has: xfuser cannot run them on several ranks"
             )
+
+
+def _check_no_adapters(name: str, network: torch.nn.Module) -> None:
+    """Refuse a transformer with adapters of PEFT, fused or not: xDiT's wrappers take plain linear layers only.
+
+    Raises:
+        ValueError: naming a layer, and what to do.
+    """
+    adapted = next(
+        (path for path, layer in network.named_modules() if type(layer).__module__.startswith("peft.")), None
+    )
+    if adapted is not None:
+        raise ValueError(
+            f"--parallel does not support adapters (LoRA) on the pipeline's {name} ({adapted}): xDiT takes plain "
+            "linear layers; call pipe.fuse_lora() and pipe.unload_lora_weights() before parallelize"
+        )
 
 
 def check_strategy(strategy: Strategy | str) -> Strategy:

@@ -149,3 +149,21 @@ def test_a_pipeline_that_nobody_parallelized_has_a_summary_and_no_report() -> No
     pipe = pipeline_around(build_unet("sd1.5"))
     assert otil_xdit.report(pipe) is None
     assert otil_xdit.summary(pipe) == f"one rank: {type(pipe).__name__} runs whole, nothing is exchanged"
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["loaded", "fused"])
+def test_a_transformer_with_adapters_is_refused_in_words(fused: bool) -> None:
+    from diffusers import DiffusionPipeline
+    from peft import LoraConfig
+
+    from otil_xdit.catalog.bundled import absent_parts, model_folder
+
+    folder = model_folder("tiny-dit")
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent_parts(folder))
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    if fused:
+        pipe.fuse_lora()
+    with pytest.raises(
+        ValueError, match=r"call pipe.fuse_lora\(\) and pipe.unload_lora_weights\(\) before parallelize"
+    ):
+        otil_xdit.parallelize(pipe)
