@@ -221,7 +221,8 @@ class BlockSelector:
             segments = self.layout.segments(tokens)
             table = block_table(segments, self._side(self.layout))
             image_token = image_positions(segments)
-            found = _Geometry(table.to(device), image_token.to(device), int(image_token.max()) + 1)
+            image_tokens = sum(segment.tokens for segment in segments if segment.is_image)
+            found = _Geometry(table.to(device), image_token.to(device), image_tokens)
             self._geometries[self.layout, tokens] = found
         return found
 

@@ -157,4 +157,4 @@ def _kept_keys(counts: tuple[int, ...], chunk: int, device: torch.device) -> tor
 
 @lru_cache(maxsize=64)
 def _row_shares(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.float32, device=device) / sum(rows)
+    return (torch.tensor(rows, dtype=torch.float32) / sum(rows)).to(device)

@@ -63,9 +63,9 @@ def connect(choice: ParallelChoice) -> PatchSession:
     )
     cfg_rank = parallel_state.get_classifier_free_guidance_rank()
     cfg_degree = parallel_state.get_classifier_free_guidance_world_size()
-    places: list[Any] = [None] * replica.world_size
-    dist.all_gather_object(places, (cfg_rank, place), group=replica.cpu_group)
-    unets = UnetGroups(rows, choice.ulysses_degree, cfg_degree, cfg_rank, tuple(places))
+    places = tuple(divmod(number, sequence.world_size) for number in range(replica.world_size))
+    assert places[replica.rank_in_group] == (cfg_rank, place), "xDiT's replicas are expected in the order CFG x rows"
+    unets = UnetGroups(rows, choice.ulysses_degree, cfg_degree, cfg_rank, places)
     communicator = choice.strategy.connect(choice.config, group)
     limit_waits(connections, timeout)
     facts = {

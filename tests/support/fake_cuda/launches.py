@@ -1,0 +1,215 @@
+"""Counts what code asks of a CUDA device: launches, bytes that they move, copies to the host, messages; by call site."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import otil_xdit
+from otil_xdit.comm.collectives import Collectives, Pending
+from tests.support.fake_cuda.machine import LISTENERS
+
+_PACKAGE = str(Path(otil_xdit.__file__).parent) + "/"
+
+NETWORK = "network"
+"""The site of what the network itself, diffusers and xDiT launch."""
+
+_NO_LAUNCH = frozenset(
+    "view _unsafe_view expand permute transpose t slice select unsqueeze squeeze as_strided detach alias split "
+    "split_with_sizes unbind unfold diagonal _reshape_alias empty empty_like new_empty empty_strided "
+    "new_empty_strided lift_fresh view_as_real view_as_complex resize_ set_ real imag device".split()
+)
+"""Operators that only make another view, or memory; by the name of the overload packet."""
+
+_LAUNCHES = {"native_group_norm": 3, "topk": 2, "sort": 2}
+"""Operators that are more than one kernel in eager CUDA, and how many; all others count as one."""
+
+_COPIES = ("_to_copy", "copy_", "_copy_from")
+
+Site = str
+"""``file:function`` below the package, or `NETWORK`."""
+
+
+@dataclass
+class Launches:
+    """What was counted.
+
+    Attributes:
+        launches: by site.
+        nbytes: that the launches read and write, by site; an expanded operand counts as far as it is distinct.
+        host: copies between host and device, and the host's waits for the device, by what they are and their site.
+        collectives: by operator and site.
+        messages: by kind, and whether the network launched something before they were waited for: "kv awaited", "kv
+            displaced"; one that nobody has waited for is displaced.
+    """
+
+    launches: Counter[Site] = field(default_factory=Counter)
+    nbytes: Counter[Site] = field(default_factory=Counter)
+    host: Counter[tuple[str, Site]] = field(default_factory=Counter)
+    collectives: Counter[tuple[str, Site]] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        """Number of launches."""
+        return sum(self.launches.values())
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes that this project's own launches move."""
+        return sum(count for site, count in self.nbytes.items() if site != NETWORK)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.nbytes.values())
+
+    def count_of(self, awaited: bool) -> int:
+        """Return the number of messages that were awaited, or that were not."""
+        how = "awaited" if awaited else "displaced"
+        return sum(count for kind, count in self.messages.items() if kind.endswith(how))
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts while it is entered.
+
+    Args:
+        device: "cuda" for fake tensors, "meta" to count by shapes alone.
+
+    Attributes:
+        found: since `take` was called last.
+
+    Raises:
+        AssertionError: at an operator between tensors of different devices, unless it is a copy or the other is one
+            number. What gives a shape that depends on numbers is refused by fake tensors themselves.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__()
+        self.found = Launches()
+        self._device = device
+        self._open: list[tuple[Pending[Any], str, int]] = []
+        self._of_network = 0
+
+    def __enter__(self) -> LaunchCounter:
+        LISTENERS.append(self._waited)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        LISTENERS.remove(self._waited)
+        super().__exit__(*error)
+
+    def take(self) -> Launches:
+        """Return what was found so far, and begin anew."""
+        for _, kind, _ in self._open:
+            self.found.messages[f"{kind} displaced"] += 1
+        self._open.clear()
+        found, self.found = self.found, Launches()
+        return found
+
+    @contextmanager
+    def watching_messages(self) -> Iterator[None]:
+        """Count messages of `Collectives`, and whether they were awaited."""
+        init, wait = Pending.__init__, Pending.wait
+        counter = self
+
+        def started(self: Any, collectives: Collectives, works: list[Any], output: Any, label: Any) -> None:
+            init(self, collectives, works, output, label)
+            counter._open.append((self, label.kind, counter._of_network))
+
+        def waited(self: Any) -> Any:
+            for one in [one for one in counter._open if one[0] is self]:
+                counter._open.remove(one)
+                how = "awaited" if one[2] == counter._of_network else "displaced"
+                counter.found.messages[f"{one[1]} {how}"] += 1
+            return wait(self)
+
+        Pending.__init__, Pending.wait = started, waited  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Pending.__init__, Pending.wait = init, wait  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        name, space = func._overloadpacket.__name__, func.namespace
+        if name == "_local_scalar_dense":
+            return self._read_number(args[0])
+        out = func(*args, **given)
+        if space == "prim" or name in _NO_LAUNCH:
+            return out
+        tensors = list({id(one): one for one in _tensors((args, tuple(given.values()), out))}.values())
+        if space == "c10d":
+            self.found.collectives[name, _site()] += 1
+        elif any(one.device.type == self._device for one in tensors):
+            self._count(name, tensors, args)
+        return out
+
+    def _count(self, name: str, tensors: list[torch.Tensor], args: tuple[Any, ...]) -> None:
+        site = _site()
+        if len({one.device.type for one in tensors}) > 1:
+            self._check_mix(name, site, tensors, args)
+        in_place = name.endswith("_") and name not in ("copy_", "zero_", "fill_")
+        read_again = _distinct_bytes(args[0]) if in_place and isinstance(args[0], torch.Tensor) else 0
+        self.found.launches[site] += _LAUNCHES.get(name, 1)
+        self._of_network += site == NETWORK or site.startswith("networks/")
+        self.found.nbytes[site] += sum(map(_distinct_bytes, tensors)) + read_again
+
+    def _check_mix(self, name: str, site: Site, tensors: list[torch.Tensor], args: tuple[Any, ...]) -> None:
+        others = [one for one in tensors if one.device.type != self._device]
+        if name in _COPIES:
+            source = args[1] if name == "copy_" else args[0]
+            self.found.host[f"copy from {source.device.type}", site] += 1
+        elif any(one.ndim > 0 for one in others):
+            devices = ", ".join(str(one.device) for one in tensors)
+            raise AssertionError(f"{name} at {site} mixes devices: {devices}")
+
+    def _waited(self, what: str) -> None:
+        self.found.host[what, _site()] += 1
+
+    def _read_number(self, tensor: torch.Tensor) -> Any:
+        site = _site()
+        if tensor.device.type == self._device:
+            self.found.host[f"number from {tensor.device.type}", site] += 1
+        return True if tensor.dtype == torch.bool else 0.5 if tensor.is_floating_point() else 1
+
+
+def _tensors(given: Any) -> Iterator[torch.Tensor]:
+    if isinstance(given, torch.Tensor):
+        yield given
+    elif isinstance(given, (list, tuple)):
+        for one in given:
+            yield from _tensors(one)
+
+
+def _distinct_bytes(tensor: torch.Tensor) -> int:
+    found = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        found *= size if stride else 1
+    return found
+
+
+def _site() -> Site:
+    for frame in _frames():
+        path = frame.f_code.co_filename
+        if path.startswith(_PACKAGE):
+            code = frame.f_code
+            return f"{path.removeprefix(_PACKAGE)}:{getattr(code, 'co_qualname', code.co_name)}"  # Python 3.11
+        if "/diffusers/" in path or "/torch/nn/modules/" in path or "/xfuser/" in path:
+            return NETWORK
+    return NETWORK
+
+
+def _frames() -> Iterable[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -1,0 +1,156 @@
+"""Whole images of one rank on fake CUDA tensors, through `otil_xdit.parallelize` and xDiT's own pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import otil_xdit
+from otil_xdit import get_strategy
+from otil_xdit.method.schedule import Clock
+from otil_xdit.runtime import session as session_module
+from otil_xdit.xdit.plugin import groups
+from tests.support.fake_cuda.launches import LaunchCounter, Launches
+from tests.support.fake_cuda.machine import DEVICE, join
+
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+"""One for the whole process: what is kept from image to image is of it."""
+
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sync": ("sync", {}),
+    "naive": ("naive", {"warmup_steps": 1}),
+    "distrifusion": ("distrifusion", {"warmup_steps": 1}),
+    "otil-paper": ("otil-paper", {"warmup_steps": 1, "select": "kv-cosine"}),
+    "compact-2bit": ("compact-2bit", {"warmup_steps": 1}),
+    "otil waiting": ("otil", {"warmup_steps": 1, "fresh_share": 1.0}),
+    "otil displaced": ("otil", {"warmup_steps": 1, "fresh_share": 0.0}),
+}
+"""Strategies with a short warm-up, so that a few steps hold every kind of theirs; ``otil`` as what its steps are."""
+
+STEPS = 5
+"""A warm-up, the first step after it that finds nothing under way, and two more until moments are fitted."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One rank of an image.
+
+    Attributes:
+        pipeline: key of `tests.support.fake_cuda.pipelines.PIPELINES`.
+        strategy: key of `STRATEGIES`; "plain" for the pipeline on one card alone.
+        world_size, rank: of this process.
+        dtype: of the network, as torch names it.
+        ulysses, cfg: degrees; the rest of the ranks are patches.
+        settings: of the strategy, besides its own.
+    """
+
+    pipeline: str
+    strategy: str
+    world_size: int = 2
+    rank: int = 0
+    dtype: str = "float16"
+    ulysses: int = 1
+    cfg: int = 1
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        degrees = "".join(f", {name} {n}" for name, n in (("ulysses", self.ulysses), ("cfg", self.cfg)) if n > 1)
+        return f"{self.pipeline}, {self.strategy}, rank {self.rank} of {self.world_size}{degrees}, {self.dtype}"
+
+
+def run(scene: Scene, steps: int = STEPS) -> list[Launches]:
+    """Make an image on fake tensors, and return what each step asked of the device."""
+    from tests.support.fake_cuda.pipelines import PIPELINES  # it imports diffusers' pipelines, after the machine
+
+    made = PIPELINES[scene.pipeline]()
+    put_on_device(made.pipe, getattr(torch, scene.dtype))
+    join(scene.rank, scene.world_size)
+    counter = LaunchCounter()
+    try:
+        with _stand_ins(), counter.watching_messages(), _steps(counter) as found:
+            pipe = made.pipe if scene.strategy == "plain" else _parallelized(scene, made.pipe)
+            with FAKE, torch.no_grad():
+                call = made.call(getattr(torch, scene.dtype), DEVICE)
+                with counter:
+                    pipe(**call, num_inference_steps=steps)
+        return found
+    finally:
+        leave()
+
+
+def put_on_device(pipe: Any, dtype: torch.dtype) -> None:
+    """Give a pipeline's modules fake parameters and buffers on the device, floating ones of that type."""
+    for part in pipe.components.values():
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        held[name] = _like(tensor, dtype)
+
+
+def leave() -> None:
+    """Let the next image have other ranks."""
+    from xfuser.core.distributed import parallel_state, runtime_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state._WORLD = None
+    runtime_state._RUNTIME = None
+    dist.destroy_process_group()
+
+
+def _like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with FAKE:
+        made = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=DEVICE)
+        return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _parallelized(scene: Scene, pipe: Any) -> Any:
+    name, settings = STRATEGIES[scene.strategy]
+    strategy = get_strategy(name)
+    config = strategy.make_config({**settings, **scene.settings})
+    return otil_xdit.parallelize(
+        pipe, strategy, config=config, ulysses_degree=scene.ulysses, use_cfg_parallel=scene.cfg > 1
+    )
+
+
+@contextmanager
+def _steps(counter: LaunchCounter) -> Iterator[list[Launches]]:
+    """Take what was counted at each tick of the clock."""
+    found: list[Launches] = []
+    tick = Clock.tick
+
+    def ticked(self: Clock) -> None:
+        tick(self)
+        found.append(counter.take())
+
+    Clock.tick = ticked  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Clock.tick = tick  # type: ignore[method-assign]
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Leave out what needs other ranks' answers or real numbers: none of it is part of a step."""
+    patched = {
+        (groups, "_make_detector"): lambda *args: None,
+        (session_module, "share_random_state"): lambda *args: None,
+        (session_module, "facts_of_call"): lambda *args: {},
+    }
+    before = {key: getattr(*key) for key in patched}
+    for (module, name), stand_in in patched.items():
+        setattr(module, name, stand_in)
+    try:
+        yield
+    finally:
+        for (module, name), value in before.items():
+            setattr(module, name, value)

@@ -1,0 +1,105 @@
+"""Whole steps of single ranks on fake CUDA tensors: nothing waits for the device, no operator mixes devices.
+
+What a GPU would be asked is traced on a machine that has none (tests/support/fake_cuda). An operator whose result's
+shape depends on numbers, or between two devices, stops the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import cycle
+from typing import Any
+
+import pytest
+
+from tests.support.fake_cuda.guard import why_no_guard
+
+WORKER = "tests/workers/fake_cuda.py"
+NETWORKS = ("sdxl", "sd3", "flux")
+STRATEGIES = ("sync", "naive", "distrifusion", "otil-paper", "compact-2bit", "otil waiting", "otil displaced")
+RANKS = ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (4, 0), (4, 1), (4, 3))
+"""World size and rank: first, middle and last ones."""
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+LATE_CHECK = {
+    "copy from cuda at comm/finite_check.py:_Copied.__init__": 1,
+    "Event.synchronize at comm/finite_check.py:_Copied.check": 1,
+}
+"""What a step may do with the host: copy the sums of its numbers, and look at those of the step before."""
+
+ONCE = (
+    "copy from cpu at comm/finite_check.py",
+    "copy from cpu at method/",
+    "copy from cpu at networks/unet/sharding.py",
+    "copy from cuda at comm/finite_check.py",
+    "copy from cpu at network",
+    "numbers from c",
+    "number from cuda at runtime/steps.py:_steps_of",
+)
+"""Beginnings of what the first step may do besides: tables and the timesteps, once an image or a size."""
+
+TABLES = ("copy from cpu at method/codec.py:_scales", "copy from cpu at method/codec.py:_table")
+"""What the first step after warm-up may do besides, once a process: the codec's tables."""
+
+pytestmark = pytest.mark.skipif(bool(why_no_guard()), reason=why_no_guard())
+
+
+def made(scenes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the worker says of each scene."""
+    command = [sys.executable, WORKER, json.dumps(scenes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def reduced() -> list[dict[str, Any]]:
+    """Return every strategy with every network, over all ranks and types in turn."""
+    ranks = cycle(RANKS)
+    return [
+        {"pipeline": network, "strategy": strategy, "world_size": size, "rank": rank, "dtype": dtype}
+        for turn, strategy in enumerate(STRATEGIES)
+        for place, network in enumerate(NETWORKS)
+        for dtype, (size, rank) in [(DTYPES[(turn + place) % len(DTYPES)], next(ranks))]
+    ]
+
+
+def whole(network: str, dtype: str) -> list[dict[str, Any]]:
+    return [
+        {"pipeline": network, "strategy": strategy, "world_size": size, "rank": rank, "dtype": dtype}
+        for strategy in STRATEGIES
+        for size, rank in RANKS
+    ]
+
+
+def check(outcome: dict[str, Any]) -> None:
+    """Check what one scene did with the host."""
+    assert outcome["error"] is None, f"{outcome['scene']}: {outcome['error']} at {outcome['at'][-8:]}"
+    first, *steps = outcome["steps"]
+    beyond = [what for what in first["host"] if not what.startswith(ONCE) and what not in LATE_CHECK]
+    assert not beyond, f"{outcome['scene']}: at its first step {beyond}"
+    for number, step in enumerate(steps, 1):
+        found = {what: count for what, count in step["host"].items() if what not in TABLES or number > 1}
+        assert found == LATE_CHECK, f"{outcome['scene']}: at step {number} {found}"
+
+
+def test_no_step_waits_for_the_device() -> None:
+    """Every strategy with every network, each on one of the ranks and in one of the types."""
+    scenes = reduced()
+    outcomes = made(scenes)
+    assert len(outcomes) == len(scenes)
+    for outcome in outcomes:
+        check(outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_no_rank_waits_for_the_device(network: str, dtype: str) -> None:
+    """Every strategy on every rank."""
+    for outcome in made(whole(network, dtype)):
+        check(outcome)
