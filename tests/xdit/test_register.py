@@ -22,6 +22,10 @@ HOOKED: dict[str, tuple[str, str]] = {
         "xfuser.core.distributed.runtime_state",
         "RuntimeState._check_if_backend_compatible_with_current_configuration",
     ),
+    "`RuntimeState._select_attention_backend`": (
+        "xfuser.core.distributed.runtime_state",
+        "RuntimeState._select_attention_backend",
+    ),
     "`xFuserPipelineBaseWrapper.__init__`": (
         "xfuser.model_executor.pipelines.base_pipeline",
         "xFuserPipelineBaseWrapper.__init__",

@@ -43,6 +43,7 @@ WRONG = [
     ("SDXL --pipefusion_parallel_degree 2", "--pipefusion_parallel_degree 2 are not supported together"),
     ("SDXL --scheduler dpm", "'dpm' is not a scheduler; choose from ddim, .*unipc"),
     ("SDXL --data_parallel_degree 2", "--data_parallel_degree 2 needs as many prompts, and 1 given"),
+    ("SD1.5 --parallel otil --attention_backend CUDNN", "CUDNN takes float16 or .* SD1.5 has heads of 160; give SDPA"),
     ("FLUX.1-dev --scheduler ddim", "--scheduler ddim is for U-Nets; --model FLUX.1-dev is none"),
 ]
 """What follows ``--model``, and what is said about it."""

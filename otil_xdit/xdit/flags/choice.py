@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from otil_xdit.catalog.attention_backends import check_backend, head_sizes
 from otil_xdit.catalog.geometry import check_geometry
-from otil_xdit.catalog.models import find_unet
+from otil_xdit.catalog.models import find_record, find_unet
 from otil_xdit.catalog.numbers import FLAG_NUMBERS, check_numbers
 from otil_xdit.catalog.unets import UnetRecord
 from otil_xdit.errors import FlagError
@@ -108,6 +109,7 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     config = _flag_errors(lambda: strategy.make_config(given))
     _check_selector(config, ulysses_degree)
     _check_call(values, config)
+    _check_backend(values)
     _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block_size")))
     _check_report(values.get("otil_report"))
     _warn_of_unet_settings(given, unet)
@@ -185,6 +187,13 @@ def _check_call(values: Mapping[str, Any], config: Any) -> None:
     if isinstance(config, OtilConfig):
         steps, scale = values.get("num_inference_steps"), values.get("guidance_scale")
         _flag_errors(lambda: config.check_call(steps, scale, "--guidance_scale"))
+
+
+def _check_backend(values: Mapping[str, Any]) -> None:
+    for flag in ("attention_backend", "cross_attention_backend"):
+        if values.get(flag):
+            heads = head_sizes(find_record(values.get("model")))
+            _flag_errors(lambda name=values[flag]: check_backend(name, values["model"], None, heads))
 
 
 def _warn_of_unet_settings(given: Mapping[str, Any], unet: UnetRecord | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from otil_xdit.catalog.attention_backends import check_backend, head_sizes_of_config
 from otil_xdit.catalog.dits import DitRecord
 from otil_xdit.catalog.models import find_record
 from otil_xdit.catalog.pipelines import check_unet_pipeline
@@ -71,6 +72,8 @@ def hook_runtime_state() -> None:
     def initialize_runtime_state(pipeline: Any = None, engine_config: Any = None) -> None:
         initialize(pipeline, engine_config)
         session = _session_for(engine_config, pipeline)
+        if session is not None and choice_of(engine_config.parallel_config) is None:
+            _use_sdpa_unless_named(runtime_state.get_runtime_state(), engine_config)
         if session is not None and pipeline is not None:
             state = runtime_state._RUNTIME
             session.surroundings = partial(_in_state, runtime_state, state)
@@ -95,7 +98,25 @@ def hook_runtime_state() -> None:
             self.input_config.height = height
 
     runtime_state.DiTRuntimeState._calc_patches_metadata = calculate_patches
-    check = runtime_state.RuntimeState._check_if_backend_compatible_with_current_configuration
+    hook_backends(runtime_state.RuntimeState)
+
+
+def hook_backends(state_class: Any) -> None:
+    """Let attention be SDPA's where nobody names a backend, and lift the limits of ring attention on those named."""
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+    select = state_class._select_attention_backend
+
+    @wraps(select)
+    def select_backend(self: Any, engine_config: Any = None) -> Any:
+        named = engine_config is not None and engine_config.runtime_config.attention_backend
+        # xDiT would pick cuDNN's wherever torch has it and call it past torch's checks, for float32 and any head too.
+        if named or choice_of(self.parallel_config) is None:
+            return select(self, engine_config)
+        return AttentionBackendType.SDPA
+
+    state_class._select_attention_backend = select_backend
+    check = state_class._check_if_backend_compatible_with_current_configuration
 
     @wraps(check)
     def check_backend(self: Any, attention_backend: Any) -> None:
@@ -108,7 +129,13 @@ def hook_runtime_state() -> None:
         without_ring.parallel_config.ring_degree = 1
         return check(without_ring, attention_backend)
 
-    runtime_state.RuntimeState._check_if_backend_compatible_with_current_configuration = check_backend
+    state_class._check_if_backend_compatible_with_current_configuration = check_backend
+
+
+def _use_sdpa_unless_named(state: Any, engine_config: Any) -> None:
+    """Do what `hook_backends` does for a U-Net that shares an image without a strategy."""
+    if not engine_config.runtime_config.attention_backend:
+        state.set_attention_backend("SDPA")
 
 
 def _check_dense(attention_backend: Any) -> None:
@@ -206,6 +233,7 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
         check_architecture(name, network, choice.allow_untested)
         if choice.strategy.requires_cfg_parallel:
             check_stages(network)
+    _check_backends(engine_config.runtime_config, pipeline)
     if getattr(parallel, _SESSION, None) is None:
         _warn_of_untested(pipeline)
         setattr(parallel, _SESSION, connect(choice))
@@ -220,6 +248,19 @@ def _warn_of_untested(pipeline: Any) -> None:
                 "nobody has compared %s on patches with one process; the images may be wrong",
                 getattr(network, "module_type", type(network)).__name__,
             )
+
+
+def _check_backends(runtime_config: Any, pipeline: Any) -> None:
+    """Check that the attention backends that are named can serve the pipeline's networks.
+
+    Raises:
+        ValueError: naming backend and network.
+    """
+    for name, network in networks_of(pipeline).items():
+        heads = head_sizes_of_config(network.config) if hasattr(network, "config") else set()
+        dtype = str(getattr(network, "dtype", "")).removeprefix("torch.") or None
+        for backend in (runtime_config.attention_backend, runtime_config.cross_attention_backend):
+            check_backend(backend, f"the pipeline's {name}", dtype, heads)
 
 
 def _check_groups(parallel: Any) -> None:
