@@ -224,10 +224,17 @@ class Collectives:
 
     def _start(self, label: CollectiveLabel, start: Callable[[], list[dist.Work]]) -> list[dist.Work]:
         """Tell the failure detector, and start; an error has the label."""
-        if self.group.detector is not None:
-            self.group.detector.on_collective(str(label))
+        detector = self.group.detector
+        if detector is not None:
+            detector.on_collective(str(label))
         try:
-            return start()
+            if detector is None or self._host_waits:
+                return start()
+            reached = torch.cuda.Event()
+            reached.record()
+            works = start()
+            detector.on_enqueued(reached, works)
+            return works
         except RuntimeError as error:
             raise self.timed_out(label, error) from error
 
@@ -235,7 +242,7 @@ class Collectives:
 
     def _waits_on_host(self) -> bool:
         # gloo waits on the host and takes a deadline per wait. NCCL's wait only queues a dependency on the stream;
-        # given a deadline it would block the host in every layer, so there the process group's own timeout rules.
+        # given a deadline it would block the host in every layer, so there the failure detector keeps the deadline.
         return bool(dist.get_backend(self.group.process_group) == "gloo")
 
     def _start_gather(self, payload: torch.Tensor, output: torch.Tensor) -> list[dist.Work]:

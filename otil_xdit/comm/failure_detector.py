@@ -6,7 +6,10 @@ writes how far the rank is. A rank that fails by itself, or whose wait fails, wr
 breaks its connections, so that nobody waits for the timeout; every other rank's thread answers with its own status and
 does the same. A rank that has written nothing is the one that died or hangs.
 
-Nothing here runs on a device, and a step costs the main thread nothing but an assignment a message.
+Messages of a device are not waited for by the host. The thread that polls also looks for how long the oldest of them
+has been under way (`otil_xdit.comm.deadlines`), and raises the alarm where it takes longer than the timeout.
+
+Nothing here runs on a device, and a step costs the main thread little more than an assignment a message.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from otil_xdit.comm.deadlines import Deadlines, Reached, Transfer
 from otil_xdit.comm.peer_status import PeerStatus, StatusKind, describe_culprits, describe_error
 from otil_xdit.comm.status_board import StatusBoard
 from otil_xdit.comm.store import Store
@@ -45,7 +49,7 @@ class FailureDetector:
         groups: name of the connections that the session shares with others: who breaks them breaks those, too.
         ranks: all ranks that work on one image, by their global number.
         rank: this one.
-        timeout: seconds that a rank waits for the others to begin a generation.
+        timeout: seconds that a rank waits for the others to begin a generation, and for a message of a device.
         store: where the ranks found each other; `FailureDetector` uses a connection of its own to it.
         host: who keeps it, for messages.
         sever: breaks this rank's connections, so that every wait on them, here and there, ends at once.
@@ -74,6 +78,8 @@ class FailureDetector:
         self._board = StatusBoard(name, groups, ranks, rank, store, self._poll)
         self._host, self._sever = host, sever
         self._alarmed_in = 0
+        self._deadlines = Deadlines(timeout)
+        self._overdue = ""
 
     # ---- a generation ----------------------------------------------------------------------------------------------
 
@@ -85,12 +91,18 @@ class FailureDetector:
         """
         self._check_not_broken(self.why_broken)
         self.where, self.calls, self.waiting = _START, 0, False
+        self._overdue = ""
+        self._deadlines.clear()
         self._board.begin()
 
     def on_collective(self, where: str) -> None:
         """Record that a message has been begun, "layer ... at step ..."."""
         self.where = where
         self.calls += 1
+
+    def on_enqueued(self, reached: Reached, works: Sequence[Transfer]) -> None:
+        """Watch the message that has been begun last, for which the host does not wait; see `Deadlines.watch`."""
+        self._deadlines.watch(self.where, reached, works)
 
     def done(self) -> None:
         """Record that the generation ended, and nothing of it is under way."""
@@ -149,7 +161,7 @@ class FailureDetector:
     @property
     def is_alarmed(self) -> bool:
         """Return whether another rank raised the alarm in this generation."""
-        return self._alarmed_in == self._board.generation
+        return self._alarmed_in == self._board.generation  # by this one's own overdue message, too
 
     # ---- agreement -------------------------------------------------------------------------------------------------
 
@@ -210,9 +222,16 @@ class FailureDetector:
             self._alarmed_in = at
             self._board.answer_alarm(store, at, self._status("waits" if self.waiting else "computes"))
             self._sever()
+        overdue = None if self._alarmed_in == at else self._deadlines.overdue()
+        if overdue is not None:
+            self._overdue, self._alarmed_in = overdue, at
+            own = self._status("waits")
+            self._board.answer_alarm(store, at, own)
+            self._board.set_alarm(store, at, f"rank {self.rank} {own}")
+            self._sever()
 
     def _status(self, kind: StatusKind) -> PeerStatus:
-        return PeerStatus(kind, self.where, self.calls)
+        return PeerStatus(kind, self._overdue or self.where, self.calls)
 
     def _give_up(self, own: PeerStatus, reason: str) -> None:
         """Allow no more generations: tell the others, and end their waits."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,12 @@ from otil_xdit.comm.failure_detector import FailureDetector
 
 _NEVER_SENT = 2**20 + 1
 """A tag that no message has."""
+
+NCCL_SECONDS = 6 * 3600.0
+"""NCCL's own timeout, at least; see `limit_waits`."""
+
+ABORT_SECONDS = 10.0
+"""How long aborts may take together."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +67,43 @@ def break_connections(groups: Iterable[dist.ProcessGroup]) -> None:
     """End every wait on these groups at once, on this rank and on those that it is connected to.
 
     gloo has no call for that. A wait that runs into its own timeout closes all connections of its group, so this
-    makes one do that. NCCL's abort ends what this rank has under way; the other ranks must do the same.
+    makes one do that. NCCL's abort ends what this rank has under way; the other ranks must do the same. One
+    communicator's abort may wait for another's kernel, which ends when that is aborted: so all are aborted together.
 
     Args:
         groups: those that the image's collectives run on.
     """
+    aborts = []
     for group in groups:
-        with suppress(RuntimeError):
-            if dist.get_backend(group) == "gloo":
-                other = dist.get_global_rank(group, (dist.get_rank(group) + 1) % dist.get_world_size(group))
-                never = dist.irecv(torch.zeros(1), other, group, _NEVER_SENT)
-                assert never is not None, "this rank is in the group"
-                never.wait(timedelta(milliseconds=1))
-            elif hasattr(group, "abort"):
-                group.abort()
+        if dist.get_backend(group) == "gloo":
+            with suppress(RuntimeError):
+                _break_gloo(group)
+        elif hasattr(group, "abort"):
+            aborts.append(Thread(target=_abort, args=(group,), name="otil-xdit abort", daemon=True))
+    for abort in aborts:
+        abort.start()
+    deadline = time.monotonic() + ABORT_SECONDS
+    for abort in aborts:
+        abort.join(max(0.0, deadline - time.monotonic()))
+
+
+def _break_gloo(group: dist.ProcessGroup) -> None:
+    other = dist.get_global_rank(group, (dist.get_rank(group) + 1) % dist.get_world_size(group))
+    never = dist.irecv(torch.zeros(1), other, group, _NEVER_SENT)
+    assert never is not None, "this rank is in the group"
+    never.wait(timedelta(milliseconds=1))
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    with suppress(RuntimeError):
+        group.abort()
 
 
 def limit_waits(groups: Iterable[dist.ProcessGroup], seconds: float) -> None:
     """Give every collective of these groups a timeout, also those that other packages start.
 
-    Idle groups are not concerned.
+    Idle groups are not concerned. NCCL's counts from when the host enqueues a message, and ends the process: it is made
+    so long that no healthy step reaches it, and `otil_xdit.comm.deadlines` keeps the real one.
 
     Args:
         groups: to be limited.
@@ -87,7 +112,8 @@ def limit_waits(groups: Iterable[dist.ProcessGroup], seconds: float) -> None:
     for group in groups:
         set_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)  # torch has no public way
         if set_timeout is not None:
-            set_timeout(timedelta(seconds=seconds), group)
+            at_least = 0.0 if dist.get_backend(group) == "gloo" else NCCL_SECONDS
+            set_timeout(timedelta(seconds=max(seconds, at_least)), group)
 
 
 @dataclass(frozen=True)

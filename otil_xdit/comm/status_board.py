@@ -96,6 +96,11 @@ class StatusBoard:
         self._thread.ask(lambda store: store.set(self._key("alarm"), ""))
         self._thread.ask(lambda store: store.set(self._broken_key, reason))
 
+    def set_alarm(self, store: Store, generation: int, reason: str) -> None:
+        """Do what `raise_alarm` does, in the store's thread."""
+        store.set(self._key("alarm", generation=generation), "")
+        store.set(self._broken_key, reason)
+
     def why_broken(self) -> str:
         """Return why a session gave up the connections; empty while none did."""
         return (self._thread.ask(lambda store: read(store, self._broken_key)) or b"").decode()

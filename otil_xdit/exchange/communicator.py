@@ -32,6 +32,7 @@ from otil_xdit.exchange.small_layers import SmallLayers
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.coordinates import AttentionWeights
 from otil_xdit.method.grid import TokenLayout
+from otil_xdit.method.inference import keeps_tensors
 from otil_xdit.method.schedule import Clock
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
@@ -44,9 +45,13 @@ T = TypeVar("T")
 
 
 def _timed(call: Callable[Concatenate[OtilCommunicator, P], T]) -> Callable[Concatenate[OtilCommunicator, P], T]:
-    """Wrap a method of `OtilCommunicator`: add its time up, and say what to do where buffers find no memory."""
+    """Wrap a method of `OtilCommunicator`: add its time up, and say what to do where buffers find no memory.
+
+    Buffers are made in it, so it leaves `torch.inference_mode`.
+    """
 
     @wraps(call)
+    @keeps_tensors
     def timed(run: OtilCommunicator, *args: P.args, **kwargs: P.kwargs) -> T:
         started = time.perf_counter()
         try:
@@ -96,6 +101,7 @@ class OtilCommunicator:
         self.kv = KVGroups(self.collectives, config, self.selector, self._scratch, self._coordinates)
         self._small = SmallLayers(rows, config, self._modes, self.clock, self._scratch)
 
+    @keeps_tensors
     def begin(self) -> None:
         """Start a generation: nothing of the last one may show in it."""
         self.end()
@@ -108,6 +114,7 @@ class OtilCommunicator:
         self.kv.begin()
         self._small.begin()
 
+    @keeps_tensors
     def end(self) -> None:
         """Finish what is still under way; also after an exception, before buffers are used again."""
         self._small.drop_bucket()
@@ -124,6 +131,7 @@ class OtilCommunicator:
         self.selector.clear()
         self._scratch_buffers.clear()
 
+    @keeps_tensors
     def set_weights(self, layers: Mapping[str, AttentionWeights]) -> str:
         """Take the weights of attention layers for what their keys and values are coded in, before a generation.
 
@@ -141,6 +149,7 @@ class OtilCommunicator:
             self.kv.clear()
         return digest
 
+    @keeps_tensors
     def observe(self, latent: torch.Tensor | None, layout: TokenLayout) -> None:
         """Take note of what the network is called with.
 

@@ -75,7 +75,8 @@ class HaloLayer(BucketedLayer):
             label: of the rows.
 
         Returns:
-            [B, C, above + rows + below, W], in scratch: valid until the next call of any layer.
+            [B, C, above + rows + below, W] in the memory format of `x`, in scratch: valid until the next call of any
+            layer.
         """
         self.apply_pending()
         if mode == "sync":
@@ -149,8 +150,12 @@ class HaloLayer(BucketedLayer):
 
     def _padded(self, x: torch.Tensor, halo: Neighbours) -> torch.Tensor:
         batch, channels, rows, width = x.shape
-        shape = (batch, channels, self._above + rows + self._below, width)
-        return torch.cat([halo[0], x, halo[1]], dim=2, out=self._scratch("wide", shape, x.dtype))
+        height = self._above + rows + self._below
+        if is_channels_last(x):
+            wide = self._scratch("wide", (batch, height, width, channels), x.dtype).permute(0, 3, 1, 2)
+        else:
+            wide = self._scratch("wide", (batch, channels, height, width), x.dtype)
+        return torch.cat([halo[0], x, halo[1]], dim=2, out=wide)
 
     def _send(self, x: torch.Tensor, output: Neighbours, label: CollectiveLabel) -> Pending[Neighbours]:
         up, down = self.rows_to_send(x)
@@ -163,6 +168,11 @@ class HaloLayer(BucketedLayer):
         if rows is None:
             return self._scratch(name, (0,), like.dtype)
         return self._scratch(name, tuple(rows.shape), rows.dtype).copy_(rows)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Tell whether a map lies in memory pixel by pixel, as convolutions of a card's tensor cores want it."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def halo_key(like: torch.Tensor, above: int, below: int) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ import torch
 
 from otil_xdit.comm.collectives import Pending
 from otil_xdit.hybridiff.tracing import Form
+from otil_xdit.method.inference import keeps_tensors
 
 _ALIGNMENT = 16
 """Bytes; where a tensor may begin in a message, whatever its dtype."""
@@ -25,6 +26,7 @@ class Boundary:
         tensors: views of it, one for each of `forms`.
     """
 
+    @keeps_tensors
     def __init__(self, forms: Sequence[Form]) -> None:
         ends = [0, *accumulate(-(-form.nbytes // _ALIGNMENT) * _ALIGNMENT for form in forms)]
         self.memory = torch.zeros(ends[-1], dtype=torch.uint8, device=forms[0].device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch.distributed as dist
 
 from otil_xdit.comm.collectives import CounterKey
 from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.dryrun.job import ParallelDegrees
+from otil_xdit.dryrun.recorder import Log, RecordedCollectives
+from otil_xdit.dryrun.stand_ins import patch_group
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.method.config import OtilConfig
 from tests.support.ranks import run_ranks
@@ -327,3 +331,14 @@ def test_halo_and_moments_are_counted_where_they_are_sent() -> None:
     halo = [halo for halo, _ in run_ranks(3, check_bytes)]
     # Two steps after warm-up: `above` = 2 rows to the next rank, `below` = 1 to the previous.
     assert halo == [2 * 2 * row, 2 * 3 * row, 2 * 1 * row]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_padded_map_keeps_its_memory_format(batch: int) -> None:
+    group = patch_group(ParallelDegrees(patches=2), 0)
+    run = OtilCommunicator(OtilConfig(), group, partial(RecordedCollectives, log=Log()))
+    x = torch.randn(batch, 4, 6, 5)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        padded = run.halo("c", x.contiguous(memory_format=memory_format), 1, 1)
+        assert padded.is_contiguous(memory_format=memory_format)
+        assert torch.equal(padded[:, :, 1:-1], x)

@@ -37,7 +37,12 @@ def empty_unet(levels: int) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def on_patches(layer: nn.Module, whole: torch.Tensor, grid: LevelGrid) -> list[torch.Tensor]:
+def on_patches(
+    layer: nn.Module,
+    whole: torch.Tensor,
+    grid: LevelGrid,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> list[torch.Tensor]:
     """What each rank computes where a U-Net that is nothing but `layer` is called with the whole map."""
     ranks, parts = len(grid.rows[0]), []
     for rank in range(ranks):
@@ -48,7 +53,7 @@ def on_patches(layer: nn.Module, whole: torch.Tensor, grid: LevelGrid) -> list[t
         wrap_layer(patched, LayerContext(unet, "layer", 0))
 
         def call(latent: torch.Tensor, patched: nn.Module = patched) -> tuple[torch.Tensor]:
-            parts.append(patched(latent))
+            parts.append(patched(latent.contiguous(memory_format=memory_format)))
             return (latent,)
 
         unet.forward(call, whole)
@@ -99,6 +104,16 @@ def test_half_precision_keeps_its_type_and_takes_moments_in_float32() -> None:
     seen = torch.cat(on_patches(norm, whole, grid), dim=2)
     assert seen.dtype == torch.bfloat16
     assert torch.allclose(seen.float(), norm(whole).float(), atol=0.05)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_group_norm_keeps_the_memory_format(batch: int) -> None:
+    """A card's tensor cores want channels last; copies there and back would cost more than the norm."""
+    norm, whole, grid = nn.GroupNorm(4, 8), torch.randn(batch, 8, 6, 5), LevelGrid.build(6, 5, 1, 2)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    plain, last = on_patches(norm, whole, grid), on_patches(norm, whole, grid, torch.channels_last)
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in last)
+    assert all(map(torch.equal, plain, last))
 
 
 def test_a_layer_stays_what_it_was() -> None:

@@ -1,6 +1,6 @@
 """Makes images of single ranks on fake CUDA tensors and prints one JSON object a line: what each step asked for.
 
-    python tests/workers/fake_cuda.py '[{"pipeline": "sdxl", "strategy": "otil displaced", "rank": 1}, ...]'
+python tests/workers/fake_cuda.py '[{"pipeline": "sdxl", "strategy": "otil displaced", "rank": 1}, ...]'
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
 def outcome(given: dict[str, Any], steps: int) -> dict[str, Any]:
     scene, started = Scene(**given), time.perf_counter()
     try:
-        found = run(scene, steps)
+        found, backend = run(scene, steps)
     except Exception as error:  # a scene that fails is a result, and must not stop the next
         message = str(error).partition("\n")[0][:300]
         places = [f"{Path(at.filename).name}:{at.lineno}" for at in traceback.extract_tb(error.__traceback__)]
@@ -46,6 +46,7 @@ def outcome(given: dict[str, Any], steps: int) -> dict[str, Any]:
     return {
         "scene": str(scene),
         "error": None,
+        "backend": backend,
         "seconds": round(time.perf_counter() - started, 2),
         "steps": [described(step) for step in found],
     }

@@ -39,6 +39,7 @@ ONCE = (
     "copy from cpu at network",
     "numbers from c",
     "number from cuda at runtime/steps.py:_steps_of",
+    "copy from cuda at xdit/plugin/schedulers.py",
 )
 """Beginnings of what the first step may do besides: tables and the timesteps, once an image or a size."""
 
@@ -79,6 +80,7 @@ def whole(network: str, dtype: str) -> list[dict[str, Any]]:
 def check(outcome: dict[str, Any]) -> None:
     """Check what one scene did with the host."""
     assert outcome["error"] is None, f"{outcome['scene']}: {outcome['error']} at {outcome['at'][-8:]}"
+    assert outcome["backend"] == "SDPA", f"{outcome['scene']}: attention is {outcome['backend']}'s"
     first, *steps = outcome["steps"]
     beyond = [what for what in first["host"] if not what.startswith(ONCE) and what not in LATE_CHECK]
     assert not beyond, f"{outcome['scene']}: at its first step {beyond}"

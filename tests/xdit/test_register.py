@@ -46,6 +46,10 @@ HOOKED: dict[str, tuple[str, str]] = {
         "xFuserModel._post_load_and_state_initialization",
     ),
     "`GroupCoordinator.all_gather`": ("xfuser.core.distributed.group_coordinator", "GroupCoordinator.all_gather"),
+    "`xFuserFlowMatchEulerDiscreteSchedulerWrapper.step`": (
+        "xfuser.model_executor.schedulers.scheduling_flow_match_euler_discrete",
+        "xFuserFlowMatchEulerDiscreteSchedulerWrapper.step",
+    ),
 }
 """Where the name that a row begins with is found."""
 

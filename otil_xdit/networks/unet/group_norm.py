@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from otil_xdit.exchange.halo import HaloRows
+from otil_xdit.exchange.halo import HaloRows, is_channels_last
 from otil_xdit.networks.class_swap import subclass_of
 from otil_xdit.networks.unet.context import CONTEXT, LayerContext, check_forward, running_context
 
@@ -92,9 +92,17 @@ def _affine(norm: nn.GroupNorm, mean: torch.Tensor, var: torch.Tensor) -> Normal
     def normalise(x: torch.Tensor) -> torch.Tensor:
         kind = torch.promote_types(x.dtype, torch.float32)
         scale, shift = (None if one is None else one.to(kind) for one in (weight, bias))
-        channels = x.reshape(1, -1, *x.shape[2:])
-        out = functional.batch_norm(channels, means.to(kind), variances.to(kind), scale, shift, eps=norm.eps)
-        return out.view(x.shape)
+        moments = means.to(kind), variances.to(kind)
+
+        def apply(part: torch.Tensor, at: slice) -> torch.Tensor:
+            given = (None if one is None else one[at] for one in (scale, shift))
+            return functional.batch_norm(part, moments[0][at], moments[1][at], *given, eps=norm.eps)
+
+        if len(x) > 1 and is_channels_last(x):
+            # Images cannot be joined to B * C channels without a copy into the other memory format.
+            size = norm.num_channels
+            return torch.cat([apply(x[n : n + 1], slice(n * size, (n + 1) * size)) for n in range(len(x))])
+        return apply(x.reshape(1, -1, *x.shape[2:]), slice(None)).view(x.shape)
 
     return normalise
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -190,10 +191,10 @@ def _check_call(values: Mapping[str, Any], config: Any) -> None:
 
 
 def _check_backend(values: Mapping[str, Any]) -> None:
-    for flag in ("attention_backend", "cross_attention_backend"):
-        if values.get(flag):
-            heads = head_sizes(find_record(values.get("model")))
-            _flag_errors(lambda name=values[flag]: check_backend(name, values["model"], None, heads))
+    named = [values[flag] for flag in ("attention_backend", "cross_attention_backend") if values.get(flag)]
+    heads = head_sizes(find_record(values.get("model"))) if named else set()
+    for name in named:
+        _flag_errors(partial(check_backend, name, str(values.get("model")), None, heads))
 
 
 def _warn_of_unet_settings(given: Mapping[str, Any], unet: UnetRecord | None) -> None:

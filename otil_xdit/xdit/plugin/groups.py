@@ -52,13 +52,16 @@ def connect(choice: ParallelChoice) -> PatchSession:
     rows = PatchGroup(sequence.device_group, sequence.rank_in_group, sequence.world_size, detector=detector)
     place = dist.get_rank(ring) * choice.ulysses_degree + sequence.ulysses_rank
     assert rows.rank == place, "xDiT's sequence ranks are expected in the order ring x Ulysses"
+    # Keys and values have the ring's communicator, and what is waited for must not queue behind them. Where the same
+    # ranks hold the rows and the image, one more is enough for rows, moments and output: each takes memory on a card.
+    urgent = sequence if sequence.ranks == replica.ranks else replica
     group = PatchGroup(
         ring,
         dist.get_rank(ring),
         dist.get_world_size(ring),
         choice.ulysses_degree,
         rows,
-        PatchGroup(replica.device_group, replica.rank_in_group, replica.world_size, detector=detector),
+        PatchGroup(urgent.device_group, replica.rank_in_group, replica.world_size, detector=detector),
         detector,
     )
     cfg_rank = parallel_state.get_classifier_free_guidance_rank()

@@ -16,6 +16,7 @@
 | `xFuserModel._validate_config` (runner_models/base_model.py) | no ring limits | `sessions` |
 | `xFuserModel`'s last step of loading (same file) | a second pipeline's calls are generations | `sessions` |
 | `GroupCoordinator.all_gather` (core/distributed) | shows the predictions of CFG parallelism | `attention` |
+| `xFuserFlowMatchEulerDiscreteSchedulerWrapper.step` (model_executor) | sigmas on the CPU | `schedulers` |
 
 Without ``--parallel`` none of them changes anything. What is wrong in xfuser itself is put right in
 `otil_xdit.xdit.plugin.shims`.
@@ -26,6 +27,7 @@ from __future__ import annotations
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.plugin.args import hook_args
 from otil_xdit.xdit.plugin.attention import hook_attention, hook_guidance
+from otil_xdit.xdit.plugin.schedulers import hook_flow_match
 from otil_xdit.xdit.plugin.sessions import hook_models, hook_pipelines, hook_runtime_state
 from otil_xdit.xdit.plugin.shims import install_shims
 from otil_xdit.xdit.versions import warn_if_untested
@@ -51,6 +53,7 @@ def register() -> None:
     hook_guidance()
     hook_models()
     install_shims()
+    hook_flow_match()
     from otil_xdit.xdit.models.tiny_dit import register_models
 
     register_models()

@@ -257,7 +257,8 @@ def _check_backends(runtime_config: Any, pipeline: Any) -> None:
         ValueError: naming backend and network.
     """
     for name, network in networks_of(pipeline).items():
-        heads = head_sizes_of_config(network.config) if hasattr(network, "config") else set()
+        config: Any = getattr(network, "config", {})
+        heads = head_sizes_of_config(config)
         dtype = str(getattr(network, "dtype", "")).removeprefix("torch.") or None
         for backend in (runtime_config.attention_backend, runtime_config.cross_attention_backend):
             check_backend(backend, f"the pipeline's {name}", dtype, heads)

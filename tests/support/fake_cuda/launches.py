@@ -1,4 +1,4 @@
-"""Counts what code asks of a CUDA device: launches, bytes that they move, copies to the host, messages; by call site."""
+"""Counts what code asks of a CUDA device: launches, bytes moved, copies to the host, messages; by call site."""
 
 from __future__ import annotations
 

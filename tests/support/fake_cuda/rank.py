@@ -65,8 +65,8 @@ class Scene:
         return f"{self.pipeline}, {self.strategy}, rank {self.rank} of {self.world_size}{degrees}, {self.dtype}"
 
 
-def run(scene: Scene, steps: int = STEPS) -> list[Launches]:
-    """Make an image on fake tensors, and return what each step asked of the device."""
+def run(scene: Scene, steps: int = STEPS) -> tuple[list[Launches], str]:
+    """Make an image on fake tensors; return what each step asked of the device, and the attention backend."""
     from tests.support.fake_cuda.pipelines import PIPELINES  # it imports diffusers' pipelines, after the machine
 
     made = PIPELINES[scene.pipeline]()
@@ -80,7 +80,7 @@ def run(scene: Scene, steps: int = STEPS) -> list[Launches]:
                 call = made.call(getattr(torch, scene.dtype), DEVICE)
                 with counter:
                     pipe(**call, num_inference_steps=steps)
-        return found
+        return found, attention_backend()
     finally:
         leave()
 
@@ -93,6 +93,13 @@ def put_on_device(pipe: Any, dtype: torch.dtype) -> None:
                 for name, tensor in held.items():
                     if tensor is not None:
                         held[name] = _like(tensor, dtype)
+
+
+def attention_backend() -> str:
+    """Return xDiT's name of the attention backend that is used; empty without xDiT."""
+    from xfuser.core.distributed import runtime_state
+
+    return "" if runtime_state._RUNTIME is None else runtime_state._RUNTIME.attention_backend.name
 
 
 def leave() -> None:
