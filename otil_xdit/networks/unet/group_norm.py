@@ -95,8 +95,8 @@ def _affine(norm: nn.GroupNorm, mean: torch.Tensor, var: torch.Tensor) -> Normal
         moments = means.to(kind), variances.to(kind)
 
         def apply(part: torch.Tensor, at: slice) -> torch.Tensor:
-            given = (None if one is None else one[at] for one in (scale, shift))
-            return functional.batch_norm(part, moments[0][at], moments[1][at], *given, eps=norm.eps)
+            factor, offset = (None if one is None else one[at] for one in (scale, shift))
+            return functional.batch_norm(part, moments[0][at], moments[1][at], factor, offset, eps=norm.eps)
 
         if len(x) > 1 and is_channels_last(x):
             # Images cannot be joined to B * C channels without a copy into the other memory format.
