@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 
 from otil_xdit.errors import NotFinite
@@ -16,20 +18,24 @@ class FiniteCheck:
     """
 
     def __init__(self) -> None:
-        self._sums: list[tuple[str, torch.Tensor]] = []
+        self._recorded: list[tuple[str, torch.Tensor]] = []
         self._late: _Copied | None = None
 
     def begin(self) -> None:
         """Forget an earlier generation."""
-        self._sums.clear()
+        self._recorded.clear()
         self._late = None
 
     def record(self, name: str, *values: torch.Tensor) -> None:
-        """Take note of numbers, floating point of any shape, that the layer `name` sends to others."""
+        """Take note of numbers, floating point of any shape, that the layer `name` sends to others.
+
+        Few numbers in float32 are kept as they are and must not be written to before `check`; of others the sum is.
+        """
         for one in values:
             if one.is_meta:  # the planner's networks have shapes only
                 return
-            self._sums.append((name, one.sum(dtype=torch.float32)))
+            is_small = one.dtype == torch.float32 and one.numel() <= _FEW
+            self._recorded.append((name, one if is_small else one.sum(dtype=torch.float32)))
 
     def check(self, step: int, rank: int, is_last: bool) -> None:
         """Look at the numbers of `step`, which is done.
@@ -42,10 +48,10 @@ class FiniteCheck:
             NotFinite: naming the rank, the first layer and the step.
         """
         late, self._late = self._late, None
-        if self._sums:
-            names = [name for name, _ in self._sums]
-            self._late = _Copied(step, names, torch.stack([total for _, total in self._sums]))
-            self._sums.clear()
+        if self._recorded:
+            names = [name for name, _ in self._recorded]
+            self._late = _Copied(step, names, *_summed([one for _, one in self._recorded]))
+            self._recorded.clear()
         if late is not None:
             late.check(rank)
         if self._late is not None and (is_last or self._late.is_here):
@@ -53,11 +59,34 @@ class FiniteCheck:
             late.check(rank)
 
 
-class _Copied:
-    """One step's sums on their way to the host."""
+_FEW = 4096
+"""Numbers that are kept until a step's end; those of equal shape are then summed at once."""
 
-    def __init__(self, step: int, names: list[str], sums: torch.Tensor) -> None:
-        self._step, self._names = step, names
+
+def _summed(recorded: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    """Return the sum of each tensor, float32 [n], and the place in the list of the tensor that each is of."""
+    by_shape = defaultdict[torch.Size, list[int]](list)
+    for place, one in enumerate(recorded):
+        by_shape[one.shape].append(place)
+    sums = []
+    for shape, places in by_shape.items():
+        together = torch.stack([recorded[place] for place in places])
+        sums.append(together.flatten(1).sum(1) if shape else together)
+    return torch.cat(sums), [place for places in by_shape.values() for place in places]
+
+
+class _Copied:
+    """One step's sums on their way to the host.
+
+    Args:
+        step: of the generation.
+        names: of the layers, in the order of their calls.
+        sums: float32 [n].
+        places: of which of the names each is.
+    """
+
+    def __init__(self, step: int, names: list[str], sums: torch.Tensor, places: list[int]) -> None:
+        self._step, self._names, self._places = step, names, places
         self.is_here = sums.device.type == "cpu"
         self._arrival: torch.cuda.Event | None = None
         if sums.device.type == "cuda":
@@ -74,6 +103,6 @@ class _Copied:
         good = torch.isfinite(self._sums)
         if good.all():
             return
-        first = int(good.logical_not().nonzero()[0])
+        first = min(self._places[number] for number in good.logical_not().nonzero().flatten().tolist())
         where = f"layer {self._names[first]} at step {self._step}"
         raise NotFinite(f"rank {rank}: NaN or Inf among this rank's numbers in {where}", (self._step, first))

@@ -175,7 +175,6 @@ class OtilCommunicator:
         Returns:
             Two [B, H, N * S, D], valid until the next call of any layer; this rank's part is fresh.
         """
-        self._finite.record(name, key, value)
         group, layer = self.kv.call(name, key)
         num_calls, step = group.num_calls[layer], self.clock.step
         mode = self._modes.of_kv(num_calls)
@@ -186,6 +185,7 @@ class OtilCommunicator:
             group.apply_pending()
             check_copies(self.collectives, group, layer, step)
         whole = group.gather(layer, key, value, mode, step, self._modes.phase(num_calls))
+        self._finite.record(name, group.own_values(layer))
         heads = whole.unflatten(3, (key.shape[1], -1)).transpose(2, 3)
         return heads[0], heads[1]
 

@@ -137,10 +137,14 @@ class HaloLayer(BucketedLayer):
         """Return the last rows, moved on as between the last two steps that are known."""
         if not self._gain or self._receptions < 2:
             return self._received
-        moved = self._scratch_rows()
-        for last, before, out in zip(self._received, self._received_before, moved, strict=True):
-            torch.lerp(before, last, 1 + self._gain, out=out)  # zeros stay zeros
-        return moved
+        above, below = self._received
+        moved_above, moved_below = self._scratch_rows()
+        # Beyond the image's edge there are zeros, which stay.
+        if not self._first:
+            above = torch.lerp(self._received_before[0], above, 1 + self._gain, out=moved_above)
+        if not self._last:
+            below = torch.lerp(self._received_before[1], below, 1 + self._gain, out=moved_below)
+        return above, below
 
     def _scratch_rows(self) -> Neighbours:
         """Return scratch for rows above and below that are not kept."""

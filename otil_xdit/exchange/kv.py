@@ -214,7 +214,7 @@ class KVGroup:
         if self._unsent and (layer in self._unsent or self._unsent_label != label):
             self.send_pending()
         self.apply_pending()
-        fresh = self._scratch("fresh", (len(self.names), *self.shape), self.dtype)[layer]
+        fresh = self.own_values(layer)
         for own, given in zip(fresh, (key, value), strict=True):
             own.unflatten(2, (key.shape[1], -1)).copy_(given.transpose(1, 2))
         whole = self._scratch("whole", (2, self.shape[1], self._ranks, *self.shape[2:]), self.dtype)
@@ -223,9 +223,14 @@ class KVGroup:
             self._gather_all(layer, fresh, by_rank, label)
         else:
             self._gather_sent(layer, self._coded(layer, fresh), mode, by_rank, label)
-        by_rank[self._rank] = fresh
+        if mode in ("sync", "fresh") or not self._predicts_fused:
+            by_rank[self._rank] = fresh
         self.num_calls[layer] += 1
         return whole.flatten(2, 3)
+
+    def own_values(self, layer: int) -> torch.Tensor:
+        """Return what this rank's layer was called with last, [2, B, S, C], until the next call of another group."""
+        return self._scratch("fresh", (len(self.names), *self.shape), self.dtype)[layer]
 
     def _gather_all(self, layer: int, fresh: torch.Tensor, out: torch.Tensor, label: CollectiveLabel) -> None:
         """Write everybody's values of this step to `out`, [N, 2, B, S, C], and keep them."""
@@ -294,6 +299,8 @@ class KVGroup:
             predicted = self._scratch("predicted", (self._ranks, *self.shape), torch.float32)
             predictor.predict(layer, gain, predicted)
             self._write(layer, predicted, out)
+        elif self._predicts_fused:
+            predictor.predict_fused(layer, gain, fresh, out)
         else:
             predictor.predict(layer, gain, out)
         if mode == "displaced":
@@ -303,6 +310,11 @@ class KVGroup:
             # Not all of the group's layers: those of another pass may not be called in this generation.
             if len(self._unsent) == sum(num_calls > 0 for num_calls in self.num_calls):
                 self.send_pending()
+
+    @property
+    def _predicts_fused(self) -> bool:
+        """Tell whether a kernel writes what attention reads, this rank's fresh values too."""
+        return not self._coordinates and self._predictor is not None and self._predictor.can_fuse
 
     # ---- coordinates -----------------------------------------------------------------------------------------------
 
@@ -397,6 +409,9 @@ class KVGroup:
     def _apply(self, run: slice, received: torch.Tensor) -> None:
         """Carry the copies of a run of layers a step forward with everybody's payloads, uint8 [N, l, size]."""
         assert self._predictor is not None, "see `_gather_sent`"
+        if self._payload_codec.can_fuse(received) and self._predictor.can_fuse:
+            self._payload_codec.apply_fused(self._predictor, run, received)
+            return
         received = received.transpose(0, 1)
         found = self._payload_codec.unpack(received)
         gains = found.gains

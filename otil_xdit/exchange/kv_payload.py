@@ -6,13 +6,17 @@ step, m = k * T tokens, V = 2 * B * m vectors of a layer's payload.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from otil_xdit.method.codec import Decoded
+from otil_xdit.method.codec import Decoded, Quantised
 from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.kernels import is_fused
+from otil_xdit.method.predictor import Predictor
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import blocks_to_send
 
@@ -168,6 +172,30 @@ class PayloadCodec:
             sent = self._scratch("sent", (*received.shape[:2], self._shape[2]), torch.float32).zero_()
             sent.scatter_(2, tokens, 1.0)
         return Unpacked(gains, errors, rows, sent, *self._decoded(received[..., self._coded], rows))
+
+    def can_fuse(self, received: torch.Tensor) -> bool:
+        """Tell whether `apply_fused` can take the place of `unpack`."""
+        return is_fused(received) and isinstance(self._codec, Quantised) and not self.layout.has_error
+
+    def apply_fused(
+        self, predictor: Predictor, run: slice, received: torch.Tensor, kernel: Callable[..., None] | None = None
+    ) -> None:
+        """Do what `unpack` and the predictor's `apply_residuals` do, in two launches.
+
+        Args:
+            predictor: whose copies are advanced.
+            run: layers.
+            received: everybody's payloads, uint8 [N, l, size].
+            kernel: that does it, where it is not CUDA's.
+        """
+        if kernel is None:
+            from otil_xdit.method.kernels.copies import correct_copies as kernel
+        layout, codec = self.layout, self._codec
+        assert isinstance(codec, Quantised), "see `can_fuse`"
+        levels, scales = codec.tables(received.device)
+        places = {"indices_at": layout.error, "coded_at": layout.coded, "count": layout.count}
+        tables = {"table": self._table, "levels": levels, "scales": scales}
+        predictor.apply_coded(run, partial(kernel, received=received, **tables, **places))
 
     @property
     def _coded(self) -> slice:

@@ -11,6 +11,7 @@ from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Pending
 from otil_xdit.exchange.bucket_buffers import Direction, TensorSpec
 from otil_xdit.exchange.buckets import BucketedLayer, Bucketer
 from otil_xdit.exchange.halo import HaloLayer, HaloRows
+from otil_xdit.method.kernels import is_fused
 from otil_xdit.method.schedule import Mode
 
 _NEVER = -2
@@ -82,8 +83,8 @@ class MomentsLayer(BucketedLayer):
             self._send(mean, var, label).wait()
             result = self._combined(weights)
         else:
-            torch.stack([mean, var], out=self._sent)
-            result = self._corrected(var, weights, extrapolate=mode == "displaced")
+            correct = self._corrected_by_kernel if is_fused(mean) else self._corrected
+            result = correct(mean, var, share, extrapolate=mode == "displaced")
         if mode == "displaced":
             self._slot = self._bucketer.append(self._specs, label, mean.device)
             self._slot.outgoing[0].copy_(self._sent)
@@ -132,13 +133,15 @@ class MomentsLayer(BucketedLayer):
         return whole, (weights * (variances + (means - whole).square())).sum(0)
 
     def _corrected(
-        self, var: torch.Tensor, weights: torch.Tensor, extrapolate: bool
+        self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, extrapolate: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and variance from the last moments and this rank's in `_sent`.
+        """Return mean and variance from the last moments and this rank's, which become those in `_sent`.
 
         Mean and mean square of all + weight (own fresh - own stale). Where the variance would be negative, this rank's
         own stands in.
         """
+        torch.stack([mean, var], out=self._sent)
+        weights = share[:, None, None]
         weight = self._fitted_weights(weights) if extrapolate and self._gain else 1.0
         assumed = _raw(self._extrapolated() if extrapolate else self._received, self._assumed)
         self._assumed_at = self._receptions
@@ -146,6 +149,21 @@ class MomentsLayer(BucketedLayer):
         whole, square = (weights[..., None] * assumed).sum(0) + weight * missing
         variance = square - whole.square()
         return whole, torch.where(variance < 0, var, variance)
+
+    def _corrected_by_kernel(
+        self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, extrapolate: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `_corrected` does, in one launch."""
+        from otil_xdit.method.kernels.moments import FITTED, ONE, SHARE, correct_moments
+
+        extrapolated = extrapolate and bool(self._gain) and self._receptions >= 2
+        answers = self._receptions == self._assumed_at + 1
+        weight = ONE if not (extrapolate and self._gain) else FITTED if answers else SHARE
+        self._assumed_at = self._receptions
+        whole = torch.empty_like(mean), torch.empty_like(var)
+        known = self._received, self._received_before, self._assumed, self._sent
+        correct_moments(mean, var, share, *known, self._own, self._gain, extrapolated, weight, *whole)
+        return whole
 
     def _extrapolated(self) -> torch.Tensor:
         """Return all ranks' last moments, [R, 2, B, G], moved on as far as this rank's own, in `_sent`, have moved.

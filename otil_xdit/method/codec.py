@@ -174,6 +174,10 @@ class Quantised(Codec):
         row = self.row_bytes(width)
         return coded[..., :vectors], coded[..., vectors : vectors * (1 + row)].unflatten(-1, (vectors, row))
 
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a code and a scale's byte stand for, float32 [2**bits] and [256]."""
+        return _level_table(self.bits, device), _scales(device)
+
     def levels(self, codes: torch.Tensor, width: int, scratch: ScratchBuffers) -> torch.Tensor:
         """Return the numbers that codes, uint8 [..., R], stand for at scale 1; float32 [..., C], in scratch."""
         table = _table(self.bits, codes.device)
@@ -255,6 +259,11 @@ def _levels(bits: int) -> torch.Tensor:
         return torch.cat([torch.arange(-127, 128) / 127, torch.zeros(1)])
     positive = torch.tensor(_GAUSSIAN[bits])
     return torch.cat([-positive.flip(0), positive])
+
+
+@cache
+def _level_table(bits: int, device: torch.device) -> torch.Tensor:
+    return _levels(bits).to(device)
 
 
 @cache

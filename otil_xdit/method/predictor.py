@@ -9,9 +9,12 @@ m tokens that a rank sends. Everything is computed in float32, whatever dtype th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.kernels import is_fused
 from otil_xdit.method.scratch import ScratchBuffers
 
 _MAX_GAIN = 1.25
@@ -59,6 +62,11 @@ class Predictor:
         """All state, which must be bit-identical on all ranks; the first dimension of each is L."""
         return [tensor for tensor in (self.value, self.velocity, self._age) if tensor is not None]
 
+    @property
+    def can_fuse(self) -> bool:
+        """Tell whether kernels read and write these copies: Triton has no 8-bit numbers on every card."""
+        return is_fused(self.value) and (self.velocity is None or self.velocity.dtype.itemsize > 1)
+
     def reset(self) -> None:
         """Start a generation: mark all values as unknown. Each layer needs `set_values` before it is predicted."""
         self._known = [False] * len(self._known)
@@ -100,6 +108,10 @@ class Predictor:
             return torch.zeros(2, device=fresh.device)
         if self._rule == "constant":
             return torch.full((2,), self._constant, device=fresh.device)
+        if self.can_fuse:
+            from otil_xdit.method.kernels.copies import fitted_gain
+
+            return fitted_gain(self.value[layer, self._rank], self.velocity[layer, self._rank], fresh)
         velocity = self._in_float32("velocity", self.velocity[layer, self._rank])
         change = self._scratch("change", tuple(fresh.shape), torch.float32).copy_(fresh)
         change.sub_(self.value[layer, self._rank])
@@ -111,6 +123,20 @@ class Predictor:
         """Write the prediction of all ranks' values for this step to `out`, [N, 2, B, S, C]; `gain` is [2]."""
         velocity = None if self.velocity is None else self.velocity[layer]
         self._moved(self.value[layer], velocity, gain.view(2, 1, 1, 1), out)
+
+    def predict_fused(self, layer: int, gain: torch.Tensor, fresh: torch.Tensor, out: torch.Tensor) -> None:
+        """Do what `predict` does in one launch, but for this rank's values, which are written as they are.
+
+        Args:
+            layer: of the L.
+            gain: float32 [2].
+            fresh: this rank's keys and values, [2, B, S, C].
+            out: [N, 2, B, S, C], a view of a contiguous [2, B, N, S, C].
+        """
+        from otil_xdit.method.kernels.copies import predict_copies
+
+        velocity = None if self.velocity is None else self.velocity[layer]
+        predict_copies(self.value[layer], velocity, gain, fresh, out.permute(1, 2, 0, 3, 4), self._rank)
 
     def predict_own(self, run: slice, gains: torch.Tensor, out: torch.Tensor) -> None:
         """Write the prediction that the other ranks make of this rank's values once they have its gains.
@@ -150,6 +176,25 @@ class Predictor:
             kept, share = self._kept(run, sent)
             velocity.mul_(moved * kept).addcmul_(levels, scales * share)
         self._store(run, value, velocity)
+
+    def apply_coded(self, run: slice, correct: Callable[..., None]) -> None:
+        """Advance the copies of some layers by one step by a kernel that reads the payloads itself.
+
+        Args:
+            run: layers.
+            correct: given values, velocities and ages of the run, which it advances, and how the velocities are used;
+                see `otil_xdit.method.kernels.copies.correct_copies`.
+        """
+        velocity = None if self.velocity is None else self.velocity[run]
+        constant = self._constant if self._rule == "constant" else 0.0
+        correct(
+            value=self.value[run],
+            velocity=velocity,
+            age=None if self._age is None else self._age[run],
+            fitted=self._rule == "fitted",
+            constant=constant,
+            damping=self._damping,
+        )
 
     def apply_values(
         self,

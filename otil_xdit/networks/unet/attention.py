@@ -115,4 +115,5 @@ def _norm_query_key(attention: Any, query: torch.Tensor, key: torch.Tensor) -> t
 def _project_out(attention: Any, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Join heads, [B, heads, S, d] to [B, S, D], and apply what follows attention in diffusers."""
     out = attention.to_out[1](attention.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype)))
-    return ((out + x) if attention.residual_connection else out) / attention.rescale_output_factor
+    out = (out + x) if attention.residual_connection else out
+    return out if attention.rescale_output_factor == 1 else out / attention.rescale_output_factor

@@ -111,6 +111,19 @@ class LayerExchange(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Affine:
+    """A group norm's weight and bias for every image of a batch, [B * C], in the type that it computes in.
+
+    Attributes:
+        key: what they follow from.
+    """
+
+    key: tuple[Any, ...]
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
 @dataclass
 class LayerContext:
     """Place of one layer in a network on patches.
@@ -121,6 +134,7 @@ class LayerContext:
         level: resolution that it works at; 0 is the finest, in a U-Net the latent's.
         pair: of a group norm, the convolution that reads its output; None where no convolution does.
         text_cache: of the text's keys and values; None in a network without cross-attention.
+        affine: of a group norm, its weights as they were needed last; None where they were not yet.
     """
 
     exchange: LayerExchange
@@ -128,6 +142,7 @@ class LayerContext:
     level: int
     pair: NormConvPair | None = None
     text_cache: TextCache | None = None
+    affine: Affine | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerContext:
         # A copied network may be wrapped anew; process groups cannot be copied.

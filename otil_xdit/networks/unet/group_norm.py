@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from otil_xdit.exchange.halo import HaloRows, is_channels_last
 from otil_xdit.networks.class_swap import subclass_of
-from otil_xdit.networks.unet.context import CONTEXT, LayerContext, check_forward, running_context
+from otil_xdit.networks.unet.context import CONTEXT, Affine, LayerContext, check_forward, running_context
+from otil_xdit.networks.unet.text_cache import tensor_state
 
 Normalise = Callable[[torch.Tensor], torch.Tensor]
 """Normalises any rows of a map, [B, C, rows, W], by moments that are known."""
@@ -50,7 +51,7 @@ def patched_group_norm(kind: type) -> type:
             mean, var = context.exchange.moments(context, mean, var)
         else:
             mean, var, halo = context.exchange.norm_halo(context, mean, var, input)
-        normalise = _affine(self, mean, var)
+        normalise = _normaliser(self, context, mean, var)
         if halo is not None:
             _prefetch(context, input, halo, normalise)
         return normalise(input)
@@ -79,24 +80,23 @@ def _moments_of_groups(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return mean.squeeze(2), (values - mean).square_().mean(2)
 
 
-def _affine(norm: nn.GroupNorm, mean: torch.Tensor, var: torch.Tensor) -> Normalise:
+def _normaliser(norm: nn.GroupNorm, context: LayerContext, mean: torch.Tensor, var: torch.Tensor) -> Normalise:
     """Return the function that `norm` is of a map with these moments, float32 [B, groups].
 
     A batch norm over B * C channels in inference mode: one operator, which computes in float32 (or float64).
     """
-    per_group = norm.num_channels // norm.num_groups
-    means, variances = (one.repeat_interleave(per_group, dim=1).flatten() for one in (mean, var))
-    affine = (norm.weight, norm.bias)
-    weight, bias = (None if one is None else one.expand(len(mean), -1).reshape(-1) for one in affine)
+    batch, groups = mean.shape
+    per_channel = batch, groups, norm.num_channels // groups
+    means, variances = (one[..., None].expand(per_channel).reshape(-1) for one in (mean, var))
 
     def normalise(x: torch.Tensor) -> torch.Tensor:
         kind = torch.promote_types(x.dtype, torch.float32)
-        scale, shift = (None if one is None else one.to(kind) for one in (weight, bias))
+        affine = _affine(norm, context, batch, kind)
         moments = means.to(kind), variances.to(kind)
 
         def apply(part: torch.Tensor, at: slice) -> torch.Tensor:
-            factor, offset = (None if one is None else one[at] for one in (scale, shift))
-            return functional.batch_norm(part, moments[0][at], moments[1][at], factor, offset, eps=norm.eps)
+            weight, bias = (None if one is None else one[at] for one in (affine.weight, affine.bias))
+            return functional.batch_norm(part, moments[0][at], moments[1][at], weight, bias, eps=norm.eps)
 
         if len(x) > 1 and is_channels_last(x):
             # Images cannot be joined to B * C channels without a copy into the other memory format.
@@ -105,6 +105,21 @@ def _affine(norm: nn.GroupNorm, mean: torch.Tensor, var: torch.Tensor) -> Normal
         return apply(x.reshape(1, -1, *x.shape[2:]), slice(None)).view(x.shape)
 
     return normalise
+
+
+def _affine(norm: nn.GroupNorm, context: LayerContext, batch: int, kind: torch.dtype) -> Affine:
+    """Return a norm's weights for so many images, in that type; made once, as they seldom change."""
+
+    def made(one: torch.Tensor | None) -> torch.Tensor | None:
+        return None if one is None else one.expand(batch, -1).reshape(-1).to(kind)
+
+    if torch.compiler.is_compiling():
+        return Affine((), made(norm.weight), made(norm.bias))
+    state = (None if one is None else tensor_state(one) for one in (norm.weight, norm.bias))
+    key = (batch, kind, *state)
+    if context.affine is None or context.affine.key != key:
+        context.affine = Affine(key, made(norm.weight), made(norm.bias))
+    return context.affine
 
 
 @torch.compiler.disable

@@ -37,14 +37,14 @@ class TextCache:
         """
         if text.is_inference() or torch.is_grad_enabled():
             return project()  # inference tensors do not count their changes; gradients want their own graph
-        key = (_state(text), text.shape, text.stride(), *map(_weights_state, layers))
+        key = (tensor_state(text), text.shape, text.stride(), *map(_weights_state, layers))
         kept = self._kept.get(name)
         if kept is None or kept[0] != key:
             kept = self._kept[name] = (key, text, project())
         return kept[2]
 
 
-def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
+def tensor_state(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return a key that changes when the tensor is replaced or written to."""
     version = 0 if tensor.is_inference() else tensor._version
     return (tensor.data_ptr(), version, tensor.dtype)
@@ -55,4 +55,4 @@ def _weights_state(layer: nn.Module) -> tuple[Any, ...]:
     adapters = tuple(
         repr(getattr(layer, name, None)) for name in ("active_adapters", "scaling", "merged", "disable_adapters")
     )
-    return (*adapters, *(_state(parameter) for parameter in layer.parameters()))
+    return (*adapters, *(tensor_state(parameter) for parameter in layer.parameters()))

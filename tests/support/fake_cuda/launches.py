@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otil_xdit
 from otil_xdit.comm.collectives import Collectives, Pending
+from otil_xdit.exchange.communicator import OtilCommunicator
 from tests.support.fake_cuda.machine import LISTENERS
 
 _PACKAGE = str(Path(otil_xdit.__file__).parent) + "/"
@@ -30,8 +31,8 @@ _NO_LAUNCH = frozenset(
 )
 """Operators that only make another view, or memory; by the name of the overload packet."""
 
-_LAUNCHES = {"native_group_norm": 3, "topk": 2, "sort": 2}
-"""Operators that are more than one kernel in eager CUDA, and how many; all others count as one."""
+_LAUNCHES = {"native_group_norm": 3, "topk": 2, "sort": 2, "correct_copies": 2, "fitted_gain": 2}
+"""Operators that are more than one kernel on CUDA, and how many; all others count as one."""
 
 _COPIES = ("_to_copy", "copy_", "_copy_from")
 
@@ -48,6 +49,7 @@ class Launches:
         nbytes: that the launches read and write, by site; an expanded operand counts as far as it is distinct.
         host: copies between host and device, and the host's waits for the device, by what they are and their site.
         collectives: by operator and site.
+        held: keys and values of all ranks that attention layers asked for, numbers.
         messages: by kind, and whether the network launched something before they were waited for: "kv awaited", "kv
             displaced"; one that nobody has waited for is displaced.
     """
@@ -57,6 +59,7 @@ class Launches:
     host: Counter[tuple[str, Site]] = field(default_factory=Counter)
     collectives: Counter[tuple[str, Site]] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
+    held: int = 0
 
     @property
     def total(self) -> int:
@@ -65,17 +68,21 @@ class Launches:
 
     @property
     def own_bytes(self) -> int:
-        """Bytes that this project's own launches move."""
-        return sum(count for site, count in self.nbytes.items() if site != NETWORK)
+        """Bytes that are moved beyond what the network's own layers move."""
+        return sum(count for site, count in self.nbytes.items() if not _is_of_network(site))
 
     @property
     def total_bytes(self) -> int:
         return sum(self.nbytes.values())
 
-    def count_of(self, awaited: bool) -> int:
-        """Return the number of messages that were awaited, or that were not."""
-        how = "awaited" if awaited else "displaced"
+    def count_of(self, how: str) -> int:
+        """Return the number of messages that were "awaited", or "displaced"."""
         return sum(count for kind, count in self.messages.items() if kind.endswith(how))
+
+
+def _is_of_network(site: Site) -> bool:
+    """Tell whether a site's launches are those of the network's own layers, on fewer rows."""
+    return site == NETWORK or site.startswith(("networks/unet/conv.py", "networks/unet/attention.py"))
 
 
 class LaunchCounter(TorchDispatchMode):
@@ -117,9 +124,13 @@ class LaunchCounter(TorchDispatchMode):
 
     @contextmanager
     def watching_messages(self) -> Iterator[None]:
-        """Count messages of `Collectives`, and whether they were awaited."""
-        init, wait = Pending.__init__, Pending.wait
+        """Count messages of `Collectives`, whether they were awaited, and the keys and values that are asked for."""
+        init, wait, gather = Pending.__init__, Pending.wait, OtilCommunicator.gather
         counter = self
+
+        def gathered(self: Any, name: str, key: torch.Tensor, value: torch.Tensor) -> Any:
+            counter.found.held += 2 * key.numel() * self.group.world_size
+            return gather(self, name, key, value)
 
         def started(self: Any, collectives: Collectives, works: list[Any], output: Any, label: Any) -> None:
             init(self, collectives, works, output, label)
@@ -132,11 +143,11 @@ class LaunchCounter(TorchDispatchMode):
                 counter.found.messages[f"{one[1]} {how}"] += 1
             return wait(self)
 
-        Pending.__init__, Pending.wait = started, waited  # type: ignore[method-assign]
+        Pending.__init__, Pending.wait, OtilCommunicator.gather = started, waited, gathered  # type: ignore[method-assign]
         try:
             yield
         finally:
-            Pending.__init__, Pending.wait = init, wait  # type: ignore[method-assign]
+            Pending.__init__, Pending.wait, OtilCommunicator.gather = init, wait, gather  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -155,12 +166,14 @@ class LaunchCounter(TorchDispatchMode):
 
     def _count(self, name: str, tensors: list[torch.Tensor], args: tuple[Any, ...]) -> None:
         site = _site()
+        if not any(one.numel() for one in tensors):
+            return
         if len({one.device.type for one in tensors}) > 1:
             self._check_mix(name, site, tensors, args)
         in_place = name.endswith("_") and name not in ("copy_", "zero_", "fill_")
         read_again = _distinct_bytes(args[0]) if in_place and isinstance(args[0], torch.Tensor) else 0
         self.found.launches[site] += _LAUNCHES.get(name, 1)
-        self._of_network += site == NETWORK or site.startswith("networks/")
+        self._of_network += _is_of_network(site)
         self.found.nbytes[site] += sum(map(_distinct_bytes, tensors)) + read_again
 
     def _check_mix(self, name: str, site: Site, tensors: list[torch.Tensor], args: tuple[Any, ...]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -75,7 +76,11 @@ def run(scene: Scene, steps: int = STEPS) -> tuple[list[Launches], str]:
     counter = LaunchCounter()
     try:
         with _stand_ins(), counter.watching_messages(), _steps(counter) as found:
-            pipe = made.pipe if scene.strategy == "plain" else _parallelized(scene, made.pipe)
+            if scene.strategy == "plain":
+                pipe = made.pipe
+                pipe.scheduler.step = _then(pipe.scheduler.step, lambda: found.append(counter.take()))
+            else:
+                pipe = _parallelized(scene, made.pipe)
             with FAKE, torch.no_grad():
                 call = made.call(getattr(torch, scene.dtype), DEVICE)
                 with counter:
@@ -128,17 +133,24 @@ def _parallelized(scene: Scene, pipe: Any) -> Any:
     )
 
 
+def _then(call: Callable[..., Any], follow: Callable[[], object]) -> Callable[..., Any]:
+    """Return a function that calls `follow` after `call`."""
+
+    @wraps(call)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        follow()
+        return result
+
+    return both
+
+
 @contextmanager
 def _steps(counter: LaunchCounter) -> Iterator[list[Launches]]:
     """Take what was counted at each tick of the clock."""
     found: list[Launches] = []
     tick = Clock.tick
-
-    def ticked(self: Clock) -> None:
-        tick(self)
-        found.append(counter.take())
-
-    Clock.tick = ticked  # type: ignore[method-assign]
+    Clock.tick = _then(tick, lambda: found.append(counter.take()))  # type: ignore[method-assign]
     try:
         yield found
     finally:

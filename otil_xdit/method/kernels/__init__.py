@@ -1,0 +1,25 @@
+"""The arithmetic of `otil_xdit.method` fused for CUDA, in Triton.
+
+A step launches thousands of small kernels in eager PyTorch, which takes the host longer than the device. Here one
+launch does what up to forty do. The eager code stays the reference, which tests compare with, and what the CPU runs.
+
+Each operator is a `torch.library.custom_op` under ``otil_xdit::``: `torch.compile` and fake tensors know what it writes
+to, and never look inside. All ranks of an image must take the same way, as their copies must be equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+def is_fused(tensor: torch.Tensor) -> bool:
+    """Tell whether what is computed of a tensor has kernels here: on CUDA, where Triton is installed."""
+    return tensor.device.type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

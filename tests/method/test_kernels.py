@@ -1,0 +1,33 @@
+"""The fused kernels against the eager code, in Triton's interpreter, and compiled for the cards that they are for.
+
+The interpreter is chosen when a kernel is defined, so each test is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+CASES = ("moments",)
+
+
+def worker(script: str, *arguments: str, **environment: str) -> list[dict[str, Any]]:
+    command = [sys.executable, f"tests/workers/{script}.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("kernel", CASES)
+def test_a_kernel_computes_what_the_eager_code_does(kernel: str) -> None:
+    found = worker("fused_kernels", kernel, TRITON_INTERPRET="1")
+    assert found
+    for case in found:
+        assert case["error"] <= case["bound"], case

@@ -1,0 +1,87 @@
+"""What a step may ask of the device: ceilings that are kept, and what they are to come down to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.fake_cuda.launches import Launches
+from tests.support.fake_cuda.rank import Scene
+
+FILE = Path(__file__).parents[2] / "budgets" / "launches.json"
+
+MODELS = ("SDXL", "FLUX", "SD3")
+STRATEGIES = ("sync", "distrifusion", "otil waiting", "otil displaced")
+RANKS = {2: 0, 4: 1}
+"""The rank that is counted, by their number: one with two neighbours where there is one."""
+
+STEPS = 4
+"""Warm-up, the first step after it, and two more: moments are fitted from the third on."""
+
+TARGET_RATIOS = {"sync": 1.15, "distrifusion": 1.2, "otil waiting": 1.25, "otil displaced": 1.25}
+"""Launches over those of the plain network."""
+
+TARGET_BYTES = 12.0
+"""Bytes moved beyond the network's for each number of the keys and values that are held."""
+
+TARGET_AWAITED = 3
+"""Messages that a displaced step waits for."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one step asked for.
+
+    Attributes:
+        launches: number of kernels.
+        own_bytes: moved beyond what the network's layers move.
+        held: numbers of all ranks' keys and values.
+        awaited, displaced: messages that were waited for at once, and that travelled while something was computed.
+    """
+
+    launches: int
+    own_bytes: int
+    held: int
+    awaited: int
+    displaced: int
+
+    @classmethod
+    def of(cls, step: Launches) -> Figures:
+        counts = step.count_of("awaited"), step.count_of("displaced")
+        return cls(step.total, step.own_bytes, step.held, *counts)
+
+    @property
+    def bytes_per_number(self) -> float:
+        return self.own_bytes / self.held if self.held else 0.0
+
+
+def scenes(models: tuple[str, ...] = MODELS) -> Iterator[Scene]:
+    """Yield everything that has a budget, and the plain network of each model."""
+    for model in models:
+        yield Scene(model, "plain", 1)
+        for ranks, rank in RANKS.items():
+            yield from (Scene(model, strategy, ranks, rank) for strategy in STRATEGIES)
+
+
+def key_of(scene: Scene) -> str:
+    """Return what the budget of a scene is called."""
+    return f"{scene.pipeline}, {scene.strategy}" + (f", {scene.world_size} ranks" if scene.strategy != "plain" else "")
+
+
+def budgets() -> dict[str, dict[str, Any]]:
+    """Return the ceilings by `key_of`."""
+    found: dict[str, dict[str, Any]] = json.loads(FILE.read_text())["budgets"]
+    return found
+
+
+def excesses(scene: Scene, found: Figures) -> list[str]:
+    """Return in what a step is beyond its budget."""
+    budget = budgets()[key_of(scene)]
+    return [
+        f"{key_of(scene)}: {name} is {value}, and the budget {budget[name]}"
+        for name, value in vars(found).items()
+        if name != "held" and value > budget[name]
+    ]

@@ -1,0 +1,139 @@
+"""Counts what a step of published networks asks of a GPU, on fake CUDA tensors, and writes the tables.
+
+    python tests/workers/launches.py [--models SDXL FLUX SD3] [--before launches.json] [--write]
+
+Prints a table for each model. ``--write`` makes docs/results/launches.md of them, and of what was counted the ceilings
+in tests/budgets/launches.json, which a test holds. ``--before`` names such a file of an earlier commit, for its numbers
+to stand beside. Needs no GPU, and g++ where torch is a CPU build; takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.support.fake_cuda.machine import become_cuda_machine  # noqa: E402
+
+become_cuda_machine(8)
+
+import otil_xdit  # noqa: E402
+
+otil_xdit.register()
+
+from tests.support.fake_cuda.budgets import (  # noqa: E402
+    FILE,
+    MODELS,
+    RANKS,
+    STEPS,
+    STRATEGIES,
+    TARGET_AWAITED,
+    TARGET_BYTES,
+    TARGET_RATIOS,
+    Figures,
+    key_of,
+    scenes,
+)
+from tests.support.fake_cuda.rank import run  # noqa: E402
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "launches.md"
+
+CARDS = {"RTX 4090": (6.0, 1008.0), "H100 SXM": (5.0, 3350.0)}
+"""Microseconds of the host for a launch in eager PyTorch (assumed), and the memory's GB/s (NVIDIA's data sheets)."""
+
+HEAD = """# Launches: what a step asks of a GPU
+
+Counted on fake CUDA tensors, on a machine without a GPU: the published networks at 1024 x 1024, float16, batch 2 with
+guidance (FLUX: 1), one rank's step with the scheduler's. **Nothing here was measured on a GPU**; the milliseconds are
+estimates: a launch costs the host {launch}, and bytes move at {speed}. A step takes what the device computes
+or what the host launches, whichever is more.
+
+- *launches*: kernels; in brackets, over those of the plain network on one card, and the aim.
+- *bytes a number*: bytes moved beyond what the network's layers move, for each number of all ranks' keys and values;
+  the aim is {target:g}.
+- *messages*: waited for at once + travelling while something is computed. Of a displaced step at most {awaited} are to
+  be waited for.
+
+`python tests/workers/launches.py --write` makes this page, and the ceilings that a test holds
+(tests/budgets/launches.json).
+"""
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    arguments = parse_arguments()
+    before = json.loads(arguments.before.read_text())["budgets"] if arguments.before else {}
+    found: dict[str, Figures] = {}
+    for scene in scenes(tuple(arguments.models)):
+        steps, _ = run(scene, 2 if scene.strategy == "plain" else STEPS)
+        found[key_of(scene)] = Figures.of(steps[-1])
+        print(f"{key_of(scene)}: {vars(found[key_of(scene)])}", file=sys.stderr, flush=True)
+    tables = "\n".join(table(model, found, before) for model in arguments.models)
+    print(tables)
+    if arguments.write:
+        write(found, tables)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--write", action="store_true")
+    return parser.parse_args()
+
+
+def table(model: str, found: dict[str, Figures], before: dict[str, Any]) -> str:
+    """Return a model's table, in Markdown."""
+    plain = found[f"{model}, plain"]
+    cards = " | ".join(f"own work on {card}, ms (estimate)" for card in CARDS)
+    lines = [
+        f"\n## {model}\n",
+        f"Plain: {plain.launches} launches.\n",
+        f"| ranks | step | launches | bytes a number | messages | {cards} |",
+        "|---|---|---|---|---|" + "---|" * len(CARDS),
+    ]
+    for ranks in RANKS:
+        for strategy in STRATEGIES:
+            key = f"{model}, {strategy}, {ranks} ranks"
+            lines.append(f"| {ranks} | {strategy} | {row(found[key], plain, strategy, before.get(key))} |")
+    return "\n".join(lines) + "\n"
+
+
+def row(now: Figures, plain: Figures, strategy: str, before: dict[str, Any] | None) -> str:
+    old = None if before is None else Figures(**before)
+    launches = f"{_and(old and old.launches, now.launches)} ({now.launches / plain.launches:.2f}, aim "
+    cells = [
+        f"{launches}{TARGET_RATIOS[strategy]:g})",
+        _and(old and f"{old.bytes_per_number:.0f}", f"{now.bytes_per_number:.0f}"),
+        _and(old and f"{old.awaited} + {old.displaced}", f"{now.awaited} + {now.displaced}"),
+    ]
+    for launch, speed in CARDS.values():
+        host = 1e-3 * launch * max(now.launches - plain.launches, 0)
+        cells.append(f"host {host:.1f}, memory {1e-6 * now.own_bytes / speed:.1f}")
+    return " | ".join(cells)
+
+
+def _and(old: Any, now: Any) -> str:
+    return str(now) if old is None or str(old) == str(now) else f"{old} -> {now}"
+
+
+def write(found: dict[str, Figures], tables: str) -> None:
+    """Write the page and the ceilings."""
+    launch = " and ".join(f"{launch:g} us ({card})" for card, (launch, _) in CARDS.items())
+    speed = " and ".join(f"{speed:,.0f} GB/s" for _, speed in CARDS.values())
+    head = HEAD.format(launch=launch, speed=speed, target=TARGET_BYTES, awaited=TARGET_AWAITED)
+    PAGE.write_text(head + tables)
+    targets = {"launches_over_plain": TARGET_RATIOS, "bytes_per_number": TARGET_BYTES, "awaited": TARGET_AWAITED}
+    document = {"targets": targets, "budgets": {key: vars(figures) for key, figures in found.items()}}
+    FILE.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
