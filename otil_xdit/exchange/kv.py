@@ -27,7 +27,8 @@ from otil_xdit.method.selection import BlockSelector
 MOST_LAYERS, MOST_VALUES = 4, 2**23
 """Bounds of a group: that many layers, and that many values of one rank (but one layer at least). Layers that travel
 together leave with the last of them and are waited for by the first: a group of a quarter of a network's layers has
-three quarters of a step to travel, one of all of them has nothing. And what is computed of all at once takes memory.
+three quarters of a step to travel, one of all of them has nothing. And what is computed of all at once takes memory,
+unless kernels compute it in one pass: then the number of layers is the only bound.
 
 Besides, a message is never larger than one layer's slice as it is: payloads that are not coded leave layer by layer.
 Small ones save latencies and operations by travelling together; large ones would leave the link idle while they wait
@@ -381,6 +382,10 @@ class KVGroup:
         assert predictor is not None, "see `_gather_sent`"
         name, dtype = self._coded_as
         fresh = self._scratch(name, (len(self.names), *self.shape), dtype)[run]
+        if codec.can_fuse(payload) and predictor.can_fuse and self._selects_fused:
+            selected = self._select_fused(run, fresh) if self._layout.count else None
+            codec.encode_fused(predictor, run, fresh, self._gains[run], payload, selected)
+            return
         codec.pack_gains(payload, self._gains[run])
         tokens, own, residual = fresh, fresh, None
         if codec.of_residuals or self._layout.has_error or (self._layout.count and self._previous is None):
@@ -405,6 +410,22 @@ class KVGroup:
         reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
         layers = self.names[0], len(self.names)
         return self._selector.select(layers, self.table, fresh, reference, difference, run)
+
+    @property
+    def _selects_fused(self) -> bool:
+        """Tell whether a kernel finds the sub-blocks to send, or they are the same for all layers, or all are sent."""
+        compared = self._selector.compares_by_l2 and self._previous is None
+        return self._layout.count == 0 or self._selected is not None or compared
+
+    def _select_fused(self, run: slice, fresh: torch.Tensor) -> torch.Tensor:
+        """Return what `_select` does, contiguous."""
+        from otil_xdit.method.kernels.payloads import block_changes
+
+        assert self._predictor is not None, "see `_gather_sent`"
+        if self._selected is not None:
+            return self._selected.expand(len(fresh), -1).contiguous()
+        changes = block_changes(*self._predictor.own_copies(run), fresh, self._gains[run], self.table)
+        return self._selector.select_scored((self.names[0], len(self.names)), self.table, changes, run)
 
     def _apply(self, run: slice, received: torch.Tensor) -> None:
         """Carry the copies of a run of layers a step forward with everybody's payloads, uint8 [N, l, size]."""

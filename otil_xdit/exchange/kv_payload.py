@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import torch
 
 from otil_xdit.method.codec import Decoded, Quantised
 from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
-from otil_xdit.method.kernels import is_fused
+from otil_xdit.method.kernels import MOST_FEATURES, is_fused
 from otil_xdit.method.predictor import Predictor
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import blocks_to_send
@@ -173,9 +174,40 @@ class PayloadCodec:
             sent.scatter_(2, tokens, 1.0)
         return Unpacked(gains, errors, rows, sent, *self._decoded(received[..., self._coded], rows))
 
+    def encode_fused(
+        self,
+        predictor: Predictor,
+        run: slice,
+        fresh: torch.Tensor,
+        gains: torch.Tensor,
+        payload: torch.Tensor,
+        selected: torch.Tensor | None,
+        kernel: Callable[..., None] | None = None,
+    ) -> None:
+        """Fill payloads in one launch.
+
+        Args:
+            predictor: whose copies everybody has.
+            run: layers.
+            fresh: what they were called with, [l, 2, B, S, C].
+            gains: this rank's, float32 [l, 2].
+            payload: uint8 [l, size].
+            selected: sub-blocks that are sent, int64 [l, k]; None for all tokens.
+            kernel: that does it, where it is not CUDA's.
+        """
+        if kernel is None:
+            kernel = import_module("otil_xdit.method.kernels.payloads").encode_residuals
+        layout, codec = self.layout, self._codec
+        assert isinstance(codec, Quantised), "see `can_fuse`"
+        value, velocity = predictor.own_copies(run)
+        places = {"indices_at": layout.error, "coded_at": layout.coded, "fitted": layout.has_gains}
+        own = {"value": value, "velocity": velocity, "fresh": fresh, "gains": gains}
+        kernel(**own, payload=payload, selected=selected, table=self._table, **places, **codec.encoding(fresh.device))
+
     def can_fuse(self, received: torch.Tensor) -> bool:
-        """Tell whether `apply_fused` can take the place of `unpack`."""
-        return is_fused(received) and isinstance(self._codec, Quantised) and not self.layout.has_error
+        """Tell whether `apply_fused` and `encode_fused` can take the place of the other methods, on that device."""
+        fits = isinstance(self._codec, Quantised) and self._shape[-1] <= MOST_FEATURES
+        return is_fused(received) and fits and not self.layout.has_error
 
     def apply_fused(
         self, predictor: Predictor, run: slice, received: torch.Tensor, kernel: Callable[..., None] | None = None
@@ -189,7 +221,7 @@ class PayloadCodec:
             kernel: that does it, where it is not CUDA's.
         """
         if kernel is None:
-            from otil_xdit.method.kernels.copies import correct_copies as kernel
+            kernel = import_module("otil_xdit.method.kernels.copies").correct_copies
         layout, codec = self.layout, self._codec
         assert isinstance(codec, Quantised), "see `can_fuse`"
         levels, scales = codec.tables(received.device)

@@ -77,11 +77,10 @@ class MomentsLayer(BucketedLayer):
             Two float32 [B, G].
         """
         self.apply_pending()
-        weights = share[:, None, None]
         if mode == "sync":
             self._begin_reception()
             self._send(mean, var, label).wait()
-            result = self._combined(weights)
+            result = self._combined(share)
         else:
             correct = self._corrected_by_kernel if is_fused(mean) else self._corrected
             result = correct(mean, var, share, extrapolate=mode == "displaced")
@@ -124,10 +123,16 @@ class MomentsLayer(BucketedLayer):
                 message.wait()
             rows = halo.requested_rows()
         self.num_calls += 1
-        return *self._combined(share[:, None, None]), rows
+        return *self._combined(share), rows
 
-    def _combined(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and variance of all ranks' rows together, from the moments of each; `weights` is [R, 1, 1]."""
+    def _combined(self, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and variance of all ranks' rows together, from the moments of each."""
+        if is_fused(share):
+            from otil_xdit.method.kernels.group_norm import combine_moments
+
+            mean, var = combine_moments(self._received, share)
+            return mean, var
+        weights = share[:, None, None]
         means, variances = self._received[:, 0], self._received[:, 1]
         whole = (weights * means).sum(0)
         return whole, (weights * (variances + (means - whole).square())).sum(0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -178,6 +179,34 @@ class Quantised(Codec):
         """Return what a code and a scale's byte stand for, float32 [2**bits] and [256]."""
         return _level_table(self.bits, device), _scales(device)
 
+    def encoding(self, device: torch.device) -> dict[str, Any]:
+        """Return what a kernel that encodes needs; see `otil_xdit.method.kernels.payloads.encode_residuals`."""
+        step, middle, highest = self._spacing
+        return {
+            "scales": _scales(device),
+            "borders": _borders(4, device),
+            "bits": self.bits,
+            "octave": float(_OCTAVE),
+            "zero": float(_ZERO),
+            "step": step,
+            "middle": middle,
+            "highest": highest + 0.5,
+        }
+
+    @property
+    def _spacing(self) -> tuple[float, float, float]:
+        """Return the borders' distance at scale 1, the place of 0 among codes, and the highest code.
+
+        8 bits have a code for 0, the others a border there. Of 4 bits, whose borders are not evenly spaced, nothing is
+        read.
+        """
+        is_byte = self.bits == 8
+        return (
+            _STEPS.get(self.bits, 1.0),
+            127.5 if is_byte else 2 ** (self.bits - 1),
+            2**self.bits - (2 if is_byte else 1),
+        )
+
     def levels(self, codes: torch.Tensor, width: int, scratch: ScratchBuffers) -> torch.Tensor:
         """Return the numbers that codes, uint8 [..., R], stand for at scale 1; float32 [..., C], in scratch."""
         table = _table(self.bits, codes.device)
@@ -197,9 +226,8 @@ class Quantised(Codec):
             borders = _borders(self.bits, vectors.device)
             codes.copy_(torch.bucketize(vectors.div_(scales), borders, out_int32=True, out=found))
             return
-        # The conversion to whole numbers cuts off. 8 bits have a code for 0, the others a border there.
-        highest = 2**self.bits - (2 if self.bits == 8 else 1)
-        middle = 127.5 if self.bits == 8 else 2 ** (self.bits - 1)
+        # The conversion to whole numbers cuts off.
+        _, middle, highest = self._spacing
         codes.copy_(vectors.mul_((scales * step).reciprocal_()).add_(middle).clamp_(0, highest + 0.5))
 
     def _pack(self, codes: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers) -> None:

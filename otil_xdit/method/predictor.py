@@ -149,6 +149,10 @@ class Predictor:
         velocity = None if self.velocity is None else self.velocity[run, self._rank]
         self._moved(self.value[run, self._rank], velocity, gains[:, :, None, None, None], out)
 
+    def own_copies(self, run: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return this rank's values and velocities of some layers, each [l, 2, B, S, C], as views."""
+        return self.value[run, self._rank], None if self.velocity is None else self.velocity[run, self._rank]
+
     def apply_residuals(
         self,
         run: slice,

@@ -215,6 +215,17 @@ class BlockSelector:
             scores = torch.stack([score(new, old, table) for new, old in zip(fresh, reference, strict=True)])
         return self._selector(*layers, table).select(scores, run)
 
+    @property
+    def compares_by_l2(self) -> bool:
+        """Tell whether sub-blocks are selected by the squared distance of a layer's keys and values."""
+        return self._source == "kv" and self._criterion == "l2"
+
+    def select_scored(
+        self, layers: tuple[str, int], table: torch.Tensor, scores: torch.Tensor, run: slice
+    ) -> torch.Tensor:
+        """Return what `select` does, int64 [l, k], from scores, float32 [l, K]."""
+        return self._selector(*layers, table).select(scores, run)
+
     def _geometry(self, tokens: int, device: torch.device) -> _Geometry:
         found = self._geometries.get((self.layout, tokens))
         if found is None:

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = ("moments",)
+CASES = ("moments", "copies", "payloads", "group_norm")
 
 
 def worker(script: str, *arguments: str, **environment: str) -> list[dict[str, Any]]:

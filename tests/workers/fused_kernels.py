@@ -1,4 +1,6 @@
-"""Compares the fused kernels with the eager code over random shapes; TRITON_INTERPRET=1 python tests/workers/fused_kernels.py
+"""Compares the fused kernels with the eager code over random shapes, in Triton's interpreter.
+
+    TRITON_INTERPRET=1 python tests/workers/fused_kernels.py moments copies payloads group_norm
 
 Prints a JSON object for each comparison: the largest difference relative to the largest value, and its bound.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -25,8 +28,11 @@ from otil_xdit.exchange.kv_payload import PayloadCodec  # noqa: E402
 from otil_xdit.exchange.moments import MomentsLayer  # noqa: E402
 from otil_xdit.method.config import OtilConfig  # noqa: E402
 from otil_xdit.method.kernels import copies as copies_kernels  # noqa: E402
+from otil_xdit.method.kernels import group_norm as norm_kernels  # noqa: E402
 from otil_xdit.method.kernels import moments as moments_kernels  # noqa: E402
+from otil_xdit.method.kernels import payloads as payload_kernels  # noqa: E402
 from otil_xdit.method.predictor import Predictor  # noqa: E402
+from otil_xdit.method.scores import l2_of_difference  # noqa: E402
 from otil_xdit.method.scratch import ScratchBuffers  # noqa: E402
 
 FLOAT32 = 2e-6
@@ -124,6 +130,44 @@ def copies_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig) 
     return max(relative(*pair) for pair in pairs), bound
 
 
+def payloads_cases() -> Iterator[tuple[str, float, float]]:
+    """Payloads as the others read them, of the same sub-blocks; their scores; and the share of bytes that differ."""
+    shapes = ((2, 2, 1, 12, 24), (1, 3, 2, 20, 48), (3, 2, 1, 16, 20))
+    codecs = (("2bit", 0.5), ("int4", 0.5), ("1bit", 1.0), ("int8", 0.6), ("2bit", 1.0))
+    for shape, dtype, (codec, ratio), rule in product(
+        shapes, (torch.float32, torch.float16), codecs, ("fitted", "constant", "none")
+    ):
+        config = OtilConfig(codec=codec, ratio=ratio, extrapolation=rule, block_size=2)
+        yield f"{shape}, {dtype}, {codec}, {ratio}, {rule}", *payloads_case(shape, dtype, config)
+
+
+def payloads_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig) -> tuple[float, float]:
+    layers, ranks, batch, tokens, width = shape
+    scratch = ScratchBuffers(torch.device("cpu"))
+    own, one, run = ranks - 1, torch.Size((2, batch, tokens, width)), slice(0, layers)
+    table = torch.randperm(tokens).view(-1, 4)
+    codec = PayloadCodec(one, dtype, table, config, scratch)
+    codec.allocate(layers, ranks)
+    predictor = Predictor(torch.empty(layers, *one, dtype=dtype), ranks, own, config, scratch)
+    for tensor in predictor.tensors:
+        tensor.copy_(torch.randn(tensor.shape))
+    fresh, gains = torch.randn(layers, *one).to(dtype), torch.rand(layers, 2)
+    fresh[0, 0, 0, 3] = predictor.value[0, own, 0, 0, 3]  # with no gain, nothing to send
+    expected, found = (torch.zeros(layers, codec.layout.size, dtype=torch.uint8) for _ in range(2))
+    own_copy = torch.empty(layers, *one)
+    predictor.predict_own(run, gains, own_copy)
+    residual = fresh.float() - own_copy
+    changes = payload_kernels.launch_block_changes(*predictor.own_copies(run), fresh, gains, table)
+    error = relative(changes, l2_of_difference(residual, table))
+    selected = changes.topk(codec.layout.count).indices.contiguous() if codec.layout.count else None
+    codec.encode_fused(predictor, run, fresh, gains, found, selected, payload_kernels.launch_encode_residuals)
+    codec.pack_gains(expected, gains)
+    tokens_sent = residual if selected is None else codec.pack_selected(expected, selected, residual)
+    codec.pack_tokens(expected, tokens_sent.clone())
+    differing = (expected != found).float().mean().item()  # numbers beside a border may fall to its other side
+    return max(error, differing), 2e-3
+
+
 def payloads(codec: PayloadCodec, ranks: int, layers: int, one: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """Random residuals of every rank, uint8 [N, l, size]."""
     layout = codec.layout
@@ -142,6 +186,32 @@ def payloads(codec: PayloadCodec, ranks: int, layers: int, one: torch.Size, dtyp
 def constant_gains(layers: int, ranks: int, config: OtilConfig) -> torch.Tensor:
     constant = config.extrapolation_gain if config.extrapolation == "constant" else 0.0
     return torch.full((layers, ranks, 2), constant)
+
+
+def group_norm_cases() -> Iterator[tuple[str, float, float]]:
+    """Moments, their combination, and what is normalised, of maps in either memory format."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    for batch, (channels, groups), dtype, memory_format, affine in product(
+        (1, 2), ((16, 4), (24, 8)), (torch.float32, torch.float16), formats, (True, False)
+    ):
+        x = (torch.randn(batch, channels, 6, 10) + 3).to(dtype).contiguous(memory_format=memory_format)
+        norm = nn.GroupNorm(groups, channels, affine=affine).to(dtype)
+        if affine:
+            nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+        mean, var = norm_kernels.launch_group_moments(x, groups)
+        values = x.reshape(batch, groups, -1).float()
+        found = norm_kernels.launch_normalise(x, mean, var, norm.weight, norm.bias, norm.eps)
+        assert found.stride() == x.stride() and found.dtype == dtype
+        error = max(relative(mean, values.mean(2)), relative(var, values.var(2, correction=0)))
+        yield f"moments of {tuple(x.shape)}, {dtype}, {memory_format}", error, FLOAT32
+        bound = FLOAT32 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        with torch.no_grad():
+            yield f"norm of {tuple(x.shape)}, {dtype}, {memory_format}, {affine}", relative(found, norm(x)), bound
+    for ranks in (2, 3, 5):
+        layer, share = late_layer(ranks, 0, 2, 6, 0.0), torch.rand(ranks)
+        layer._received.copy_(torch.rand(ranks, 2, 2, 6))
+        pairs = zip(norm_kernels.launch_combine_moments(layer._received, share), layer._combined(share), strict=True)
+        yield f"combined from {ranks} ranks", max(relative(*pair) for pair in pairs), FLOAT32
 
 
 def late_layer(ranks: int, own: int, batch: int, groups: int, gain: float) -> Any:

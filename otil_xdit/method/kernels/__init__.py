@@ -14,6 +14,9 @@ from importlib.util import find_spec
 
 import torch
 
+MOST_FEATURES = 8192
+"""Of a vector that is encoded: one program holds it whole."""
+
 
 def is_fused(tensor: torch.Tensor) -> bool:
     """Tell whether what is computed of a tensor has kernels here: on CUDA, where Triton is installed."""

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from otil_xdit.exchange.halo import HaloRows, is_channels_last
+from otil_xdit.method.kernels import is_fused
 from otil_xdit.networks.class_swap import subclass_of
 from otil_xdit.networks.unet.context import CONTEXT, Affine, LayerContext, check_forward, running_context
 from otil_xdit.networks.unet.text_cache import tensor_state
@@ -64,6 +65,11 @@ def moments_of(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor
 
     In two passes: torch.var_mean takes 0.85 ms in place of 0.04 ms for 2 x 8 groups of 10240 on one core of a CPU.
     """
+    if is_fused(x):
+        from otil_xdit.method.kernels.group_norm import group_moments
+
+        mean, var = group_moments(x, groups)
+        return mean, var
     values = x.reshape(x.shape[0], groups, -1)
     if x.numel() <= AT_ONCE:
         return _moments_of_groups(values)
@@ -85,6 +91,10 @@ def _normaliser(norm: nn.GroupNorm, context: LayerContext, mean: torch.Tensor, v
 
     A batch norm over B * C channels in inference mode: one operator, which computes in float32 (or float64).
     """
+    if is_fused(mean) and (norm.weight is None) == (norm.bias is None):
+        from otil_xdit.method.kernels import group_norm as kernels
+
+        return lambda x: kernels.normalise(x, mean, var, norm.weight, norm.bias, norm.eps)
     batch, groups = mean.shape
     per_channel = batch, groups, norm.num_channels // groups
     means, variances = (one[..., None].expand(per_channel).reshape(-1) for one in (mean, var))

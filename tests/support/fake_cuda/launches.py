@@ -31,7 +31,7 @@ _NO_LAUNCH = frozenset(
 )
 """Operators that only make another view, or memory; by the name of the overload packet."""
 
-_LAUNCHES = {"native_group_norm": 3, "topk": 2, "sort": 2, "correct_copies": 2, "fitted_gain": 2}
+_LAUNCHES = {"native_group_norm": 3, "topk": 2, "sort": 2, "correct_copies": 2, "fitted_gain": 2, "block_changes": 2}
 """Operators that are more than one kernel on CUDA, and how many; all others count as one."""
 
 _COPIES = ("_to_copy", "copy_", "_copy_from")

@@ -1,0 +1,180 @@
+"""A group norm's moments, their combination over ranks, and its application: one launch each.
+
+Maps stay in their memory format, channels last or first.
+
+Shapes: B batch, C channels, h rows of this rank, W columns, G groups, R ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(index, group, pixels, C: tl.constexpr, PER: tl.constexpr, LAST: tl.constexpr):
+    """Return where a group's numbers lie in an image."""
+    if LAST:
+        return (index // PER) * C + group * PER + index % PER
+    return group * PER * pixels + index
+
+
+@triton.jit
+def _group_moments(
+    x, mean, var, pixels, C: tl.constexpr, G: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One group of one image, in two passes: squares of half precision's numbers would lose what is between them."""
+    image, group = tl.program_id(0), tl.program_id(1)
+    PER: tl.constexpr = C // G
+    base = x + image.to(tl.int64) * C * pixels
+    count = PER * pixels
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        index = start + lane
+        at = base + _place(index, group, pixels, C, PER, LAST)
+        total += tl.load(at, mask=index < count, other=0.0).to(tl.float32)
+    middle = tl.sum(total, 0) / count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        index = start + lane
+        at = base + _place(index, group, pixels, C, PER, LAST)
+        off = tl.load(at, mask=index < count, other=0.0).to(tl.float32) - middle
+        total += tl.where(index < count, off * off, 0.0)
+    tl.store(mean + image * G + group, middle)
+    tl.store(var + image * G + group, tl.sum(total, 0) / count)
+
+
+@triton.jit
+def _normalise(
+    x, mean, var, weight, bias, out, count, pixels, eps,
+    C: tl.constexpr, G: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A part of a map, in the order of its memory; weight and bias: [C] of any image."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    image = index // (C * pixels)
+    channel = index % C if LAST else (index // pixels) % C
+    group = image * G + channel // (C // G)
+    numbers = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
+    middle = tl.load(mean + group, mask=inside, other=0.0)
+    spread = tl.load(var + group, mask=inside, other=1.0)
+    numbers = (numbers - middle) * (1.0 / tl.sqrt(spread + eps))
+    if AFFINE:
+        factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        numbers = numbers * factor + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + index, numbers.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _combine_moments(received, share, mean, var, SIZE, R: tl.constexpr, BLOCK: tl.constexpr):
+    """received: float32 [R, 2, B, G]; share: [R]; mean, var: [B, G]."""
+    at = tl.arange(0, BLOCK)
+    inside = at < SIZE
+    middle = tl.zeros((BLOCK,), tl.float32)
+    for rank in tl.static_range(R):
+        middle += tl.load(share + rank) * tl.load(received + rank * 2 * SIZE + at, mask=inside, other=0.0)
+    spread = tl.zeros((BLOCK,), tl.float32)
+    for rank in tl.static_range(R):
+        off = tl.load(received + rank * 2 * SIZE + at, mask=inside, other=0.0) - middle
+        within = tl.load(received + (rank * 2 + 1) * SIZE + at, mask=inside, other=0.0)
+        spread += tl.load(share + rank) * (within + off * off)
+    tl.store(mean + at, middle, mask=inside)
+    tl.store(var + at, spread, mask=inside)
+
+
+def _is_last(x: torch.Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def launch_group_moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `group_moments` does."""
+    batch, channels, height, width = x.shape
+    mean, var = (torch.empty(batch, groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    x = x if _is_last(x) else x.contiguous()
+    _group_moments[(batch, groups)](
+        x, mean, var, height * width, C=channels, G=groups, LAST=_is_last(x), BLOCK=4096, num_warps=8
+    )
+    return mean, var
+
+
+@torch.library.custom_op("otil_xdit::group_moments", mutates_args=())
+def group_moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and biased variance of each group of a map, [B, C, h, W]; float32 [B, G]."""
+    return launch_group_moments(x, groups)
+
+
+@group_moments.register_fake
+def _(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(len(x), groups, dtype=torch.float32), x.new_empty(len(x), groups, dtype=torch.float32)
+
+
+def launch_normalise(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """Do what `normalise` does."""
+    x = x if _is_last(x) else x.contiguous()
+    out = torch.empty_like(x)
+    affine = (x, x) if weight is None or bias is None else (weight, bias)
+    _normalise[(triton.cdiv(x.numel(), 1024),)](
+        x, mean, var, *affine, out, x.numel(), x.shape[2] * x.shape[3], eps,
+        C=x.shape[1], G=mean.shape[1], LAST=_is_last(x), AFFINE=weight is not None, BLOCK=1024,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("otil_xdit::normalise", mutates_args=())
+def normalise(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """Return a map normalised by moments that are known.
+
+    Args:
+        x: [B, C, rows, W].
+        mean, var: float32 [B, G].
+        weight, bias: [C]; both or neither.
+        eps: added to the variance.
+    """
+    return launch_normalise(x, mean, var, weight, bias, eps)
+
+
+@normalise.register_fake
+def _(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    return torch.empty_like(x if _is_last(x) else x.contiguous())
+
+
+def launch_combine_moments(received: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `combine_moments` does."""
+    mean, var = torch.empty_like(received[0, 0]), torch.empty_like(received[0, 0])
+    size = mean.numel()
+    _combine_moments[(1,)](received, share, mean, var, size, R=len(received), BLOCK=triton.next_power_of_2(size))
+    return mean, var
+
+
+@torch.library.custom_op("otil_xdit::combine_moments", mutates_args=())
+def combine_moments(received: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the moments of whole maps, float32 [B, G], from everybody's, [R, 2, B, G], and shares of rows, [R]."""
+    return launch_combine_moments(received, share)
+
+
+@combine_moments.register_fake
+def _(received: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(received[0, 0]), torch.empty_like(received[0, 0])

@@ -1,0 +1,229 @@
+"""What a rank sends of its keys and values: which sub-blocks changed most, and their residuals, quantised and packed.
+
+`block_changes` does what `Predictor.predict_own` and `l2_of_difference` do, `encode_residuals` what `PayloadCodec` and
+`Quantised` do to fill a payload. Residuals are computed twice, which moves less than to write and read them.
+
+Shapes: l layers of a run; B batch, S tokens of this rank, C features, K sub-blocks of T tokens, k sent, m = k * T
+tokens, R bytes of a vector's codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_LARGEST_STEP = tl.constexpr(127.0)
+_SMALLEST_STEP = tl.constexpr(-128.0)
+"""Bounds of a scale's byte, less the byte of scale 1."""
+
+
+@triton.jit
+def _residual(value, velocity, fresh, gain, at, fresh_at, inside, MOVES: tl.constexpr):
+    """Return fresh - (value + gain * velocity), float32."""
+    predicted = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
+    if MOVES:
+        predicted += tl.load(velocity + at, mask=inside, other=0.0).to(tl.float32) * gain
+    return tl.load(fresh + fresh_at, mask=inside, other=0.0).to(tl.float32) - predicted
+
+
+@triton.jit
+def _token_changes(
+    value, velocity, fresh, gains, changes, layer_stride, batch, tokens,
+    C: tl.constexpr, COLUMNS: tl.constexpr, MOVES: tl.constexpr,
+):  # fmt: skip
+    """The squared residual of one token's key, or value: changes, float32 [l, 2 * B, S]."""
+    token, kv_image, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = (kv_image.to(tl.int64) * tokens + token) * C
+    size = tl.num_programs(1).to(tl.int64) * tokens * C
+    gain = tl.load(gains + layer * 2 + kv_image // batch)
+    column = tl.arange(0, COLUMNS)
+    at = layer.to(tl.int64) * layer_stride + row + column
+    found = _residual(value, velocity, fresh, gain, at, layer * size + row + column, column < C, MOVES)
+    tl.store(changes + (layer * tl.num_programs(1) + kv_image) * tokens + token, tl.sum(found * found, 0))
+
+
+@triton.jit
+def _block_changes(changes, table, out, parts, tokens, T: tl.constexpr, SIDE: tl.constexpr):
+    """The sum of one sub-block's token changes: out, float32 [l, K]."""
+    block, layer, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    lane = tl.arange(0, SIDE)
+    token = tl.load(table + block * T + lane, mask=lane < T, other=0)
+    total = tl.zeros((SIDE,), tl.float32)
+    for part in range(0, parts):
+        total += tl.load(changes + (layer * parts + part) * tokens + token, mask=lane < T, other=0.0)
+    tl.store(out + layer * blocks + block, tl.sum(total, 0))
+
+
+@triton.jit
+def _encode(
+    value, velocity, fresh, gains, payload, selected, table, scales, borders,
+    layer_stride, batch, tokens, size, indices_at, coded_at, count, octave, zero, width_root,
+    step, middle, highest,
+    C: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, R: tl.constexpr,
+    MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+):  # fmt: skip
+    """One vector of a payload: payload, uint8 [l, size]; selected, int64 [l, k]."""
+    slot, kv_image, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    out = payload + layer.to(tl.int64) * size
+    gain = tl.load(gains + layer * 2 + kv_image // batch)
+    if FITTED:
+        if slot == 0 and kv_image % batch == 0:
+            tl.store(out.to(tl.pointer_type(tl.float32)) + kv_image // batch, gain)
+    token = slot.to(tl.int64)
+    if SELECTED:
+        block = tl.load(selected + layer * count + slot // T)
+        token = tl.load(table + block * T + slot % T)
+        if slot % T == 0 and kv_image == 0:
+            tl.store((out + indices_at).to(tl.pointer_type(tl.int32)) + slot // T, block.to(tl.int32))
+    PER: tl.constexpr = 8 // BITS
+    lane = tl.arange(0, PER)[None, :]
+    column = tl.arange(0, BYTES)[:, None] * PER + lane
+    inside = column < C
+    row = (kv_image.to(tl.int64) * tokens + token) * C
+    at = layer.to(tl.int64) * layer_stride + row + column
+    fresh_at = layer * tl.num_programs(1).to(tl.int64) * tokens * C + row + column
+    residual = _residual(value, velocity, fresh, gain, at, fresh_at, inside, MOVES)
+    if BITS == 8:
+        spread = tl.max(tl.max(tl.abs(residual), 1), 0)
+        steps = tl.ceil(tl.log2(spread) * octave)
+    else:
+        spread = tl.sqrt(tl.sum(tl.sum(residual * residual, 1), 0)) / width_root
+        steps = tl.floor(tl.log2(spread) * octave + 0.5)
+    steps = tl.where(spread > 0, tl.minimum(tl.maximum(steps, _SMALLEST_STEP), _LARGEST_STEP), _SMALLEST_STEP)
+    byte = (steps + zero).to(tl.int32)
+    vectors = tl.num_programs(1) * tl.num_programs(0)
+    vector = kv_image * tl.num_programs(0) + slot
+    tl.store(out + coded_at + vector, byte.to(tl.uint8))
+    scale = tl.load(scales + byte)
+    if BITS == 4:
+        code = tl.zeros((BYTES, PER), tl.int32)
+        for border in tl.static_range(15):
+            code += (residual / scale > tl.load(borders + border)).to(tl.int32)
+    else:
+        places = residual * (1.0 / (scale * step)) + middle
+        code = tl.minimum(tl.maximum(places, 0.0), highest).to(tl.int32)
+    code = tl.where(inside, code, 0) << (lane * BITS)
+    packed = tl.sum(code, 1)
+    place = tl.arange(0, BYTES)
+    tl.store(out + coded_at + vectors + vector * R + place, packed.to(tl.uint8), mask=place < R)
+
+
+def launch_block_changes(
+    value: torch.Tensor, velocity: torch.Tensor | None, fresh: torch.Tensor, gains: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """Do what `block_changes` does."""
+    layers, _, batch, tokens, width = fresh.shape
+    blocks, side = table.shape
+    changes = torch.empty(layers, 2 * batch, tokens, dtype=torch.float32, device=fresh.device)
+    found = torch.empty(layers, blocks, dtype=torch.float32, device=fresh.device)
+    _token_changes[(tokens, 2 * batch, layers)](
+        value, value if velocity is None else velocity, fresh, gains, changes, value.stride(0), batch, tokens,
+        C=width, COLUMNS=triton.next_power_of_2(width), MOVES=velocity is not None,
+    )  # fmt: skip
+    _block_changes[(blocks, layers)](
+        changes, table, found, 2 * batch, tokens, T=side, SIDE=triton.next_power_of_2(side)
+    )
+    return found
+
+
+@torch.library.custom_op("otil_xdit::block_changes", mutates_args=())
+def block_changes(
+    value: torch.Tensor, velocity: torch.Tensor | None, fresh: torch.Tensor, gains: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """Return each sub-block's squared distance from what the others predict of it, float32 [l, K].
+
+    Args:
+        value, velocity: this rank's copies of a run of layers, [l, 2, B, S, C], each layer's contiguous; no velocity
+            where nothing is extrapolated.
+        fresh: what the layers were called with, [l, 2, B, S, C], contiguous.
+        gains: this rank's, float32 [l, 2].
+        table: the tokens of each sub-block, int64 [K, T].
+    """
+    return launch_block_changes(value, velocity, fresh, gains, table)
+
+
+@block_changes.register_fake
+def _(
+    value: torch.Tensor, velocity: torch.Tensor | None, fresh: torch.Tensor, gains: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    return fresh.new_empty(len(fresh), len(table), dtype=torch.float32)
+
+
+def launch_encode_residuals(
+    value: torch.Tensor,
+    velocity: torch.Tensor | None,
+    fresh: torch.Tensor,
+    gains: torch.Tensor,
+    payload: torch.Tensor,
+    selected: torch.Tensor | None,
+    table: torch.Tensor,
+    scales: torch.Tensor,
+    borders: torch.Tensor,
+    indices_at: int,
+    coded_at: int,
+    fitted: bool,
+    bits: int,
+    octave: float,
+    zero: float,
+    step: float,
+    middle: float,
+    highest: float,
+) -> None:
+    """Do what `encode_residuals` does."""
+    layers, _, batch, tokens, width = fresh.shape
+    count = 0 if selected is None else selected.shape[1]
+    side = table.shape[1]
+    row = -(-width * bits // 8)
+    _encode[(count * side or tokens, 2 * batch, layers)](
+        value, value if velocity is None else velocity, fresh, gains, payload,
+        table if selected is None else selected, table, scales, borders,
+        value.stride(0), batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
+        step, middle, highest,
+        C=width, T=side, BITS=bits, BYTES=triton.next_power_of_2(row), R=row,
+        MOVES=velocity is not None, FITTED=fitted, SELECTED=selected is not None,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("otil_xdit::encode_residuals", mutates_args=("payload",))
+def encode_residuals(
+    value: torch.Tensor,
+    velocity: torch.Tensor | None,
+    fresh: torch.Tensor,
+    gains: torch.Tensor,
+    payload: torch.Tensor,
+    selected: torch.Tensor | None,
+    table: torch.Tensor,
+    scales: torch.Tensor,
+    borders: torch.Tensor,
+    indices_at: int,
+    coded_at: int,
+    fitted: bool,
+    bits: int,
+    octave: float,
+    zero: float,
+    step: float,
+    middle: float,
+    highest: float,
+) -> None:
+    """Fill the payloads of a run of layers: gains, the numbers of sub-blocks, scales and codes of residuals.
+
+    Args:
+        value, velocity, fresh, gains, table: as for `block_changes`.
+        payload: uint8 [l, size].
+        selected: sub-blocks that are sent, int64 [l, k], contiguous; None for all tokens.
+        scales: what the bytes of scales stand for, float32 [256].
+        borders: between codes of 4 bits, float32 [15].
+        indices_at, coded_at: where in a payload the sub-blocks' numbers and the coded tokens begin.
+        fitted: whether gains travel.
+        bits, octave, zero, step, middle, highest: of the codec; see `otil_xdit.method.codec.Quantised`.
+    """
+    launch_encode_residuals(
+        value, velocity, fresh, gains, payload, selected, table, scales, borders,
+        indices_at, coded_at, fitted, bits, octave, zero, step, middle, highest,
+    )  # fmt: skip
+
+
+@encode_residuals.register_fake
+def _(*args: object) -> None:
+    """Nothing is returned."""
