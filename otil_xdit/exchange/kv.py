@@ -89,7 +89,8 @@ class KVGroup:
         """Tell whether a layer of these may join now."""
         same = self.shape == shape and self.dtype == dtype and self.table is table
         layers, values = len(self.names) + 1, self.shape.numel()
-        small = layers <= MOST_LAYERS and layers * values <= MOST_VALUES
+        one_pass = self._payload_codec.can_fuse(table) and self._config.kv_cache_dtype != "float8"
+        small = layers <= MOST_LAYERS and (one_pass or layers * values <= MOST_VALUES)
         light = layers * self._layout.size <= values * self.dtype.itemsize
         return same and small and light and not self._is_allocated
 

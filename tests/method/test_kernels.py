@@ -31,3 +31,21 @@ def test_a_kernel_computes_what_the_eager_code_does(kernel: str) -> None:
     assert found
     for case in found:
         assert case["error"] <= case["bound"], case
+
+
+def check_compiled(*cards: str) -> None:
+    """No kernel keeps numbers in local memory, and each fits an SM at two blocks or more of it."""
+    found = worker("compiled_kernels", "--cards", *cards)
+    assert len({case["kernel"] for case in found}) >= 11
+    for case in found:
+        print(case)
+        assert case["spilled"] == 0 and case["registers"] <= 128 and case["shared"] <= 48 * 1024, case
+
+
+def test_kernels_compile_for_a_card() -> None:
+    check_compiled("86")
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_every_card() -> None:
+    check_compiled("80", "86", "89", "90", "120")

@@ -24,6 +24,7 @@ import otil_xdit  # noqa: E402
 
 otil_xdit.register()
 
+from tests.support.fake_cuda.budgets import Figures, excesses  # noqa: E402
 from tests.support.fake_cuda.launches import Launches  # noqa: E402
 from tests.support.fake_cuda.rank import STEPS, Scene, run  # noqa: E402
 
@@ -49,6 +50,7 @@ def outcome(given: dict[str, Any], steps: int) -> dict[str, Any]:
         "backend": backend,
         "seconds": round(time.perf_counter() - started, 2),
         "steps": [described(step) for step in found],
+        "excesses": excesses(scene, Figures.of(found[-1])),
     }
 
 

@@ -105,3 +105,31 @@ def test_no_rank_waits_for_the_device(network: str, dtype: str) -> None:
     """Every strategy on every rank."""
     for outcome in made(whole(network, dtype)):
         check(outcome)
+
+
+def budgeted(*published: str, ranks: int = 2) -> list[dict[str, Any]]:
+    """Return scenes of published networks at their size, by "model, strategy"."""
+    named = (one.split(", ") for one in published)
+    return [
+        {"pipeline": model, "strategy": strategy, "world_size": ranks, "rank": int(ranks > 2), "steps": 4}
+        for model, strategy in named
+    ]
+
+
+def check_budget(scenes: list[dict[str, Any]]) -> None:
+    outcomes = made(scenes)
+    assert [outcome["error"] for outcome in outcomes] == [None] * len(scenes)
+    assert [excess for outcome in outcomes for excess in outcome["excesses"]] == []
+
+
+def test_a_step_of_a_published_network_keeps_its_budget() -> None:
+    """What it launches, the bytes that move, the messages (tests/budgets/launches.json; docs/results/launches.md)."""
+    check_budget(budgeted("SDXL, otil displaced", "SD3, otil waiting"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("model", ["SDXL", "FLUX", "SD3"])
+def test_every_step_of_published_networks_keeps_its_budget(model: str, ranks: int) -> None:
+    strategies = ("sync", "distrifusion", "otil waiting", "otil displaced")
+    check_budget(budgeted(*(f"{model}, {strategy}" for strategy in strategies), ranks=ranks))

@@ -78,8 +78,8 @@ def budgets() -> dict[str, dict[str, Any]]:
 
 
 def excesses(scene: Scene, found: Figures) -> list[str]:
-    """Return in what a step is beyond its budget."""
-    budget = budgets()[key_of(scene)]
+    """Return in what a step is beyond its budget, where it has one."""
+    budget = budgets().get(key_of(scene), vars(found))
     return [
         f"{key_of(scene)}: {name} is {value}, and the budget {budget[name]}"
         for name, value in vars(found).items()
