@@ -21,6 +21,8 @@ _NEVER = -2
 class MomentsLayer(BucketedLayer):
     """The moments of one group normalisation.
 
+    Over 200 lines: what came, what was assumed and what that tells of this rank's weight are one state.
+
     DistriFusion (CVPR 2024, section 4.3) adds this rank's change to the global moments with weight 1: it assumes that
     every patch changes like this one. The more ranks, the less that holds, and images diverge. With a gain the weight
     is fitted instead: least squares of the global error on this rank's error in the previous step, clamped to [this

@@ -3,6 +3,8 @@
 A codec turns vectors into bytes and back; every rank that decodes the same bytes gets the same numbers, bit for bit,
 because decoding is table look-ups and one product per number.
 
+Over 300 lines, of which kernels (`otil_xdit.method.kernels.payloads`) need what stands in `Quantised.encoding`.
+
 Shapes: V vectors (one for each token, key or value, and image), C numbers of a vector, R bytes of its codes; ``...``
 layers and ranks.
 """
@@ -186,7 +188,7 @@ class Quantised(Codec):
             "scales": _scales(device),
             "borders": _borders(4, device),
             "bits": self.bits,
-            "octave": float(_OCTAVE),
+            "octave": float(OCTAVE),
             "zero": float(_ZERO),
             "step": step,
             "middle": middle,

@@ -4,6 +4,8 @@
 `Predictor.predict` does, `fitted_gain` what `Predictor.gain` does. Copies are read and written once. A scale for each
 channel of a payload would be one more factor of `residual` in `_correct`.
 
+Over 300 lines, as each kernel has a launcher and an operator, whose arguments stand in both.
+
 Shapes: l layers of a run; N patches, B batch, S tokens of one patch, C features, K sub-blocks of T tokens, k sent a
 step, m = k * T tokens, V = 2 * B * m vectors of a layer's payload, R bytes of a vector's codes.
 """
