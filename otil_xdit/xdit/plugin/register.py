@@ -6,9 +6,9 @@
 | `xFuserArgs.from_runner_args`, `.from_cli_args` (same file) | validate them; patches take the ring slot | `args` |
 | `xFuserArgs.create_config` (same file) | the choice travels with the parallel config | `args` |
 | `runtime_state.initialize_runtime_state` (core/distributed) | connects the strategy to the pipeline | `sessions` |
-| `RuntimeState`'s check of attention backends (same folder) | no ring limits | `sessions` |
+| `RuntimeState`'s check of attention backends (same folder) | no ring limits | `backends` |
 | `DiTRuntimeState._calc_patches_metadata` (same folder) | any height for networks that cut tokens | `sessions` |
-| `RuntimeState._select_attention_backend` (same folder) | SDPA unless another is named | `sessions` |
+| `RuntimeState._select_attention_backend` (same folder) | SDPA unless another is named | `backends` |
 | `xFuserPipelineBaseWrapper.__init__` (model_executor/pipelines) | its calls are generations | `sessions` |
 | `usp.ring_attn` (model_executor/layers/usp.py) | gathers over the patches while a generation runs | `attention` |
 | `usp._get_attention_function` (same file) | its backends leave out keys that are padding | `attention` |

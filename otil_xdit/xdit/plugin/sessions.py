@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from otil_xdit.catalog.attention_backends import check_backend, head_sizes_of_config
 from otil_xdit.catalog.dits import DitRecord
 from otil_xdit.catalog.models import find_record
 from otil_xdit.catalog.pipelines import check_unet_pipeline
@@ -27,6 +25,7 @@ from otil_xdit.runtime.session import PatchSession
 from otil_xdit.runtime.strategies import SYNC
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.plugin.args import carried_by, choice_of
+from otil_xdit.xdit.plugin.backends import check_backends, hook_backends, use_sdpa_unless_named
 from otil_xdit.xdit.plugin.groups import connect
 from otil_xdit.xdit.plugin.shims import without_ring
 from otil_xdit.xdit.plugin.unwrap import parts_of, unwrap
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _SESSION = "otil_session"
 _UNDO = "_otil_undo"
-_SPARSE = {"SPARGE", "SPARSE", "VSA", "BLOCK"}
-"""Words in the names of xDiT's backends that skip blocks of keys."""
 _ANY_HEIGHT = "_otil_any_height"
 
 
@@ -73,7 +70,7 @@ def hook_runtime_state() -> None:
         initialize(pipeline, engine_config)
         session = _session_for(engine_config, pipeline)
         if session is not None and choice_of(engine_config.parallel_config) is None:
-            _use_sdpa_unless_named(runtime_state.get_runtime_state(), engine_config)
+            use_sdpa_unless_named(runtime_state.get_runtime_state(), engine_config)
         if session is not None and pipeline is not None:
             state = runtime_state._RUNTIME
             session.surroundings = partial(_in_state, runtime_state, state)
@@ -99,57 +96,6 @@ def hook_runtime_state() -> None:
 
     runtime_state.DiTRuntimeState._calc_patches_metadata = calculate_patches
     hook_backends(runtime_state.RuntimeState)
-
-
-def hook_backends(state_class: Any) -> None:
-    """Let attention be SDPA's where nobody names a backend, and lift the limits of ring attention on those named."""
-    from xfuser.core.distributed.attention_backend import AttentionBackendType
-
-    select = state_class._select_attention_backend
-
-    @wraps(select)
-    def select_backend(self: Any, engine_config: Any = None) -> Any:
-        named = engine_config is not None and engine_config.runtime_config.attention_backend
-        # xDiT would pick cuDNN's wherever torch has it and call it past torch's checks, for float32 and any head too.
-        if named or choice_of(self.parallel_config) is None:
-            return select(self, engine_config)
-        return AttentionBackendType.SDPA
-
-    state_class._select_attention_backend = select_backend
-    check = state_class._check_if_backend_compatible_with_current_configuration
-
-    @wraps(check)
-    def check_backend(self: Any, attention_backend: Any) -> None:
-        if choice_of(getattr(self, "parallel_config", None)) is None:
-            return check(self, attention_backend)
-        _check_dense(attention_backend)
-        # Nothing is merged by log-sum-exp under a strategy, so the limits of ring_degree > 1 do not hold.
-        without_ring = copy.copy(self)
-        without_ring.parallel_config = copy.copy(self.parallel_config)
-        without_ring.parallel_config.ring_degree = 1
-        return check(without_ring, attention_backend)
-
-    state_class._check_if_backend_compatible_with_current_configuration = check_backend
-
-
-def _use_sdpa_unless_named(state: Any, engine_config: Any) -> None:
-    """Do what `hook_backends` does for a U-Net that shares an image without a strategy."""
-    if not engine_config.runtime_config.attention_backend:
-        state.set_attention_backend("SDPA")
-
-
-def _check_dense(attention_backend: Any) -> None:
-    """Check that an attention backend looks at every key.
-
-    Raises:
-        ValueError: naming it.
-    """
-    name = attention_backend.name
-    if _SPARSE.intersection(name.split("_")):
-        raise ValueError(
-            f"--attention_backend {name} is not supported with --parallel: it lays blocks over the whole image, and a "
-            "rank has a part of it; choose a dense one"
-        )
 
 
 def hook_pipelines() -> None:
@@ -233,7 +179,7 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
         check_architecture(name, network, choice.allow_untested)
         if choice.strategy.requires_cfg_parallel:
             check_stages(network)
-    _check_backends(engine_config.runtime_config, pipeline)
+    check_backends(engine_config.runtime_config, pipeline)
     if getattr(parallel, _SESSION, None) is None:
         _warn_of_untested(pipeline)
         setattr(parallel, _SESSION, connect(choice))
@@ -248,20 +194,6 @@ def _warn_of_untested(pipeline: Any) -> None:
                 "nobody has compared %s on patches with one process; the images may be wrong",
                 getattr(network, "module_type", type(network)).__name__,
             )
-
-
-def _check_backends(runtime_config: Any, pipeline: Any) -> None:
-    """Check that the attention backends that are named can serve the pipeline's networks.
-
-    Raises:
-        ValueError: naming backend and network.
-    """
-    for name, network in networks_of(pipeline).items():
-        config: Any = getattr(network, "config", {})
-        heads = head_sizes_of_config(config)
-        dtype = str(getattr(network, "dtype", "")).removeprefix("torch.") or None
-        for backend in (runtime_config.attention_backend, runtime_config.cross_attention_backend):
-            check_backend(backend, f"the pipeline's {name}", dtype, heads)
 
 
 def _check_groups(parallel: Any) -> None:
