@@ -197,12 +197,12 @@ def _places_of(bits: torch.Tensor, scratch: ScratchBuffers) -> tuple[torch.Tenso
 
 @cache
 def _budgets(device: torch.device, rows: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor([[8 * row] for row in rows], dtype=torch.int32, device=device)
+    return torch.tensor([[8 * row] for row in rows], dtype=torch.int32).to(device)
 
 
 @cache
 def _classes(device: torch.device) -> torch.Tensor:
-    return torch.tensor(_CLASSES, dtype=torch.int32, device=device)
+    return torch.tensor(_CLASSES, dtype=torch.int32).to(device)
 
 
 @cache

@@ -19,7 +19,17 @@ from tests.support.fake_cuda.guard import why_no_guard
 
 WORKER = "tests/workers/fake_cuda.py"
 NETWORKS = ("sdxl", "sd3", "flux")
-STRATEGIES = ("sync", "naive", "distrifusion", "otil-paper", "compact-2bit", "otil waiting", "otil displaced")
+STRATEGIES = (
+    "sync",
+    "naive",
+    "distrifusion",
+    "otil-paper",
+    "compact-2bit",
+    "otil waiting",
+    "otil displaced",
+    "otil adaptive waiting",
+    "otil adaptive displaced",
+)
 RANKS = ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (4, 0), (4, 1), (4, 3))
 """World size and rank: first, middle and last ones."""
 
@@ -39,12 +49,14 @@ ONCE = (
     "copy from cpu at network",
     "numbers from c",
     "number from cuda at runtime/steps.py:_steps_of",
+    "copy from cuda at method/coordinates.py",
     "copy from cuda at xdit/plugin/schedulers.py",
 )
-"""Beginnings of what the first step may do besides: tables and the timesteps, once an image or a size."""
+"""Beginnings of what the first step may do besides, once an image, a size or a set of weights: tables, timesteps,
+coordinates."""
 
-TABLES = "copy from cpu at method/codec.py:"
-"""What the first step after warm-up may do besides, once a process: the codec's tables."""
+TABLES = ("copy from cpu at method/codec.py:", "copy from cpu at method/adaptive_codec.py:")
+"""What the first step after warm-up may do besides, once a process: the codecs' tables."""
 
 pytestmark = pytest.mark.skipif(bool(why_no_guard()), reason=why_no_guard())
 

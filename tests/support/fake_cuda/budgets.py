@@ -14,14 +14,15 @@ from tests.support.fake_cuda.rank import Scene
 FILE = Path(__file__).parents[2] / "budgets" / "launches.json"
 
 MODELS = ("SDXL", "FLUX", "SD3")
-STRATEGIES = ("sync", "distrifusion", "otil waiting", "otil displaced")
+ADAPTIVE = ("otil adaptive waiting", "otil adaptive displaced")
+STRATEGIES = ("sync", "distrifusion", "otil waiting", "otil displaced", *ADAPTIVE)
 RANKS = {2: 0, 4: 1}
 """The rank that is counted, by their number: one with two neighbours where there is one."""
 
 STEPS = 4
 """Warm-up, the first step after it, and two more: moments are fitted from the third on."""
 
-TARGET_RATIOS = {"sync": 1.15, "distrifusion": 1.2, "otil waiting": 1.25, "otil displaced": 1.25}
+TARGET_RATIOS = {"sync": 1.15, "distrifusion": 1.2, **dict.fromkeys(STRATEGIES[2:], 1.25)}
 """Launches over those of the plain network."""
 
 TARGET_BYTES = 12.0
