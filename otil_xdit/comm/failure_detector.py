@@ -10,6 +10,8 @@ Messages of a device are not waited for by the host. The thread that polls also 
 has been under way (`otil_xdit.comm.deadlines`), and raises the alarm where it takes longer than the timeout.
 
 Nothing here runs on a device, and a step costs the main thread little more than an assignment a message.
+
+Over 300 lines, half of them documentation: what ranks tell each other and what follows from it is one protocol.
 """
 
 from __future__ import annotations
