@@ -243,7 +243,8 @@ class Collectives:
     def _waits_on_host(self) -> bool:
         # gloo waits on the host and takes a deadline per wait. NCCL's wait only queues a dependency on the stream;
         # given a deadline it would block the host in every layer, so there the failure detector keeps the deadline.
-        return bool(dist.get_backend(self.group.process_group) == "gloo")
+        # A group that was made without a backend's name has gloo for the CPU, and where there is no card nothing else.
+        return bool(dist.get_backend(self.group.process_group) == "gloo" or not torch.cuda.is_available())
 
     def _start_gather(self, payload: torch.Tensor, output: torch.Tensor) -> list[dist.Work]:
         group = self.group
