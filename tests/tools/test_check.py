@@ -41,6 +41,7 @@ def broken(check: Check) -> Finding:
     return Finding("not reached", {})
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,13 +71,11 @@ def made(scenes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def reduced() -> list[dict[str, Any]]:
-    """Return every strategy with every network, over all ranks and types in turn."""
-    ranks = cycle(RANKS)
+    """Return every strategy with one network, over all networks, ranks and types in turn."""
+    turns = zip(STRATEGIES, cycle(NETWORKS), cycle(RANKS), cycle(DTYPES[1:] + DTYPES), strict=False)
     return [
         {"pipeline": network, "strategy": strategy, "world_size": size, "rank": rank, "dtype": dtype}
-        for turn, strategy in enumerate(STRATEGIES)
-        for place, network in enumerate(NETWORKS)
-        for dtype, (size, rank) in [(DTYPES[(turn + place) % len(DTYPES)], next(ranks))]
+        for strategy, network, (size, rank), dtype in turns
     ]
 
 
@@ -102,7 +100,7 @@ def check(outcome: dict[str, Any]) -> None:
 
 
 def test_no_step_waits_for_the_device() -> None:
-    """Every strategy with every network, each on one of the ranks and in one of the types."""
+    """Every strategy, each with one of the networks, on one of the ranks and in one of the types."""
     scenes = reduced()
     outcomes = made(scenes)
     assert len(outcomes) == len(scenes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from otil_xdit.xdit.plugin import sessions, shims
+from otil_xdit.xdit.plugin import backends, shims
 from otil_xdit.xdit.plugin.register import register
 
 
@@ -26,7 +26,7 @@ def test_backends_that_skip_keys_are_refused() -> None:
 
     for backend in AttentionBackendType:
         if backend.name in ("SDPA", "FLASH", "SAGE", "AITER"):
-            sessions._check_dense(backend)
+            backends.check_dense(backend)
     for name in ("AITER_SPARGE", "FLEX_BLOCK_ATTN", "AITER_VSA", "AITER_SPARSE_SAGE"):
         with pytest.raises(ValueError, match=f"{name} is not supported with --parallel"):
-            sessions._check_dense(AttentionBackendType[name])
+            backends.check_dense(AttentionBackendType[name])

@@ -35,7 +35,7 @@ def hook_backends(state_class: Any) -> None:
     def check_backend(self: Any, attention_backend: Any) -> None:
         if choice_of(getattr(self, "parallel_config", None)) is None:
             return check(self, attention_backend)
-        _check_dense(attention_backend)
+        check_dense(attention_backend)
         # Nothing is merged by log-sum-exp under a strategy, so the limits of ring_degree > 1 do not hold.
         without_ring = copy.copy(self)
         without_ring.parallel_config = copy.copy(self.parallel_config)
@@ -65,7 +65,7 @@ def check_backends(runtime_config: Any, pipeline: Any) -> None:
             check_backend(backend, f"the pipeline's {name}", dtype, heads)
 
 
-def _check_dense(attention_backend: Any) -> None:
+def check_dense(attention_backend: Any) -> None:
     """Check that an attention backend looks at every key.
 
     Raises:
