@@ -10,6 +10,7 @@ import torch
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Neighbours, Pending
 from otil_xdit.exchange.bucket_buffers import Direction, TensorSpec
 from otil_xdit.exchange.buckets import BucketedLayer, Bucketer
+from otil_xdit.method.memory_format import is_channels_last
 from otil_xdit.method.schedule import Mode
 from otil_xdit.method.scratch import ScratchBuffers
 
@@ -172,11 +173,6 @@ class HaloLayer(BucketedLayer):
         if rows is None:
             return self._scratch(name, (0,), like.dtype)
         return self._scratch(name, tuple(rows.shape), rows.dtype).copy_(rows)
-
-
-def is_channels_last(x: torch.Tensor) -> bool:
-    """Tell whether a map lies in memory pixel by pixel, as convolutions of a card's tensor cores want it."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def halo_key(like: torch.Tensor, above: int, below: int) -> tuple[object, ...]:

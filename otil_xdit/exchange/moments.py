@@ -82,7 +82,7 @@ class MomentsLayer(BucketedLayer):
         if mode == "sync":
             self._begin_reception()
             self._send(mean, var, label).wait()
-            result = self._combined(share)
+            result = combined_moments(self._received, share)
         else:
             correct = self._corrected_by_kernel if is_fused(mean) else self._corrected
             result = correct(mean, var, share, extrapolate=mode == "displaced")
@@ -125,19 +125,7 @@ class MomentsLayer(BucketedLayer):
                 message.wait()
             rows = halo.requested_rows()
         self.num_calls += 1
-        return *self._combined(share), rows
-
-    def _combined(self, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and variance of all ranks' rows together, from the moments of each."""
-        if is_fused(share):
-            from otil_xdit.method.kernels.group_norm import combine_moments
-
-            mean, var = combine_moments(self._received, share)
-            return mean, var
-        weights = share[:, None, None]
-        means, variances = self._received[:, 0], self._received[:, 1]
-        whole = (weights * means).sum(0)
-        return whole, (weights * (variances + (means - whole).square())).sum(0)
+        return *combined_moments(self._received, share), rows
 
     def _corrected(
         self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, extrapolate: bool
@@ -284,3 +272,21 @@ class _SwapBuffers:
 def moments_key(like: torch.Tensor) -> tuple[object, ...]:
     """Return what a `MomentsLayer`'s buffers depend on."""
     return (like.shape, like.device)
+
+
+def combined_moments(received: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and biased variance of all ranks' rows together, float32 [B, G].
+
+    Args:
+        received: the moments of each rank's rows, float32 [R, 2, B, G].
+        share: float32 [R], every rank's share of the rows.
+    """
+    if is_fused(share):
+        from otil_xdit.method.kernels.group_norm import combine_moments
+
+        mean, var = combine_moments(received, share)
+        return mean, var
+    weights = share[:, None, None]
+    means, variances = received[:, 0], received[:, 1]
+    whole = (weights * means).sum(0)
+    return whole, (weights * (variances + (means - whole).square())).sum(0)

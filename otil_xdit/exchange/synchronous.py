@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives
+from otil_xdit.exchange.moments import combined_moments
 
 
 class SynchronousExchange:
@@ -62,10 +63,7 @@ class SynchronousExchange:
             mean, var: of this rank's rows.
             share: [R], every rank's share of the rows.
         """
-        means, variances = self.gather(f"the moments of layer {name}", torch.stack([mean, var])).unbind(1)
-        share = share[:, None, None]
-        whole = (share * means).sum(0)
-        return whole, (share * (variances + (means - whole).square())).sum(0)
+        return combined_moments(self.gather(f"the moments of layer {name}", torch.stack([mean, var])), share)
 
     def gather(self, what: str, part: torch.Tensor) -> torch.Tensor:
         """Return every rank's tensor of this shape, [R, *part.shape]; errors name `what`."""

@@ -25,7 +25,7 @@ from otil_xdit.dryrun.recorder import Log, RecordedCollectives  # noqa: E402
 from otil_xdit.dryrun.stand_ins import patch_group  # noqa: E402
 from otil_xdit.exchange.buckets import Bucketer  # noqa: E402
 from otil_xdit.exchange.kv_payload import PayloadCodec  # noqa: E402
-from otil_xdit.exchange.moments import MomentsLayer  # noqa: E402
+from otil_xdit.exchange.moments import MomentsLayer, combined_moments  # noqa: E402
 from otil_xdit.method.config import OtilConfig  # noqa: E402
 from otil_xdit.method.kernels import copies as copies_kernels  # noqa: E402
 from otil_xdit.method.kernels import group_norm as norm_kernels  # noqa: E402
@@ -205,10 +205,19 @@ def group_norm_cases() -> Iterator[tuple[str, float, float]]:
         bound = 2 * FLOAT32 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
         with torch.no_grad():
             yield f"norm of {tuple(x.shape)}, {dtype}, {memory_format}, {affine}", relative(found, norm(x)), bound
+    tokens, norm = torch.randn(2, 15, 16).transpose(1, 2), nn.GroupNorm(4, 16)  # as a VAE's attention normalises
+    mean, var = norm_kernels.launch_group_moments(tokens, 4)
+    found = norm_kernels.launch_normalise(tokens, mean, var, norm.weight, norm.bias, norm.eps)
+    with torch.no_grad():
+        yield "norm of tokens", relative(found, norm(tokens)), 2 * FLOAT32
     for ranks in (2, 3, 5):
         layer, share = late_layer(ranks, 0, 2, 6, 0.0), torch.rand(ranks)
         layer._received.copy_(torch.rand(ranks, 2, 2, 6))
-        pairs = zip(norm_kernels.launch_combine_moments(layer._received, share), layer._combined(share), strict=True)
+        pairs = zip(
+            norm_kernels.launch_combine_moments(layer._received, share),
+            combined_moments(layer._received, share),
+            strict=True,
+        )
         yield f"combined from {ranks} ranks", max(relative(*pair) for pair in pairs), FLOAT32
 
 

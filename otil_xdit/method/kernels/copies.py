@@ -179,7 +179,19 @@ def launch_correct_copies(
     constant: float,
     damping: float,
 ) -> None:
-    """Do what `correct_copies` does."""
+    """Advance the copies of a run of layers by one step, with everybody's payloads of residuals.
+
+    Args:
+        value, velocity: [l, N, 2, B, S, C]; no velocity where nothing is extrapolated.
+        age: steps since a token was sent, float32 [l, N, S]; None where all always are.
+        received: uint8 [N, l, size], a multiple of 16 bytes each.
+        table: the tokens of each sub-block, int64 [K, T].
+        levels, scales: what codes and scales' bytes stand for, float32 [2**bits] and [256].
+        indices_at, coded_at: where in a payload the sub-blocks' numbers and the coded tokens begin.
+        count: sub-blocks sent, k; 0 for all tokens.
+        fitted: whether the payloads begin with the senders' gains; otherwise they are `constant`.
+        damping: what is left of the velocity of a token that was not sent.
+    """
     layers, ranks, _, batch, tokens, width = value.shape
     size, block_tokens = received.shape[-1], table.shape[1]
     bits = levels.numel().bit_length() - 1
@@ -200,38 +212,10 @@ def launch_correct_copies(
     )  # fmt: skip
 
 
-@torch.library.custom_op("otil_xdit::correct_copies", mutates_args=("value", "velocity", "age"))
-def correct_copies(
-    value: torch.Tensor,
-    velocity: torch.Tensor | None,
-    age: torch.Tensor | None,
-    received: torch.Tensor,
-    table: torch.Tensor,
-    levels: torch.Tensor,
-    scales: torch.Tensor,
-    indices_at: int,
-    coded_at: int,
-    count: int,
-    fitted: bool,
-    constant: float,
-    damping: float,
-) -> None:
-    """Advance the copies of a run of layers by one step, with everybody's payloads of residuals.
-
-    Args:
-        value, velocity: [l, N, 2, B, S, C]; no velocity where nothing is extrapolated.
-        age: steps since a token was sent, float32 [l, N, S]; None where all always are.
-        received: uint8 [N, l, size], a multiple of 16 bytes each.
-        table: the tokens of each sub-block, int64 [K, T].
-        levels, scales: what codes and scales' bytes stand for, float32 [2**bits] and [256].
-        indices_at, coded_at: where in a payload the sub-blocks' numbers and the coded tokens begin.
-        count: sub-blocks sent, k; 0 for all tokens.
-        fitted: whether the payloads begin with the senders' gains; otherwise they are `constant`.
-        damping: what is left of the velocity of a token that was not sent.
-    """
-    launch_correct_copies(
-        value, velocity, age, received, table, levels, scales, indices_at, coded_at, count, fitted, constant, damping
-    )
+correct_copies = torch.library.custom_op(
+    "otil_xdit::correct_copies", launch_correct_copies, mutates_args=("value", "velocity", "age")
+)
+"""`launch_correct_copies`, as an operator of torch."""
 
 
 @correct_copies.register_fake
@@ -240,23 +224,6 @@ def _(*args: object) -> None:
 
 
 def launch_predict_copies(
-    value: torch.Tensor,
-    velocity: torch.Tensor | None,
-    gain: torch.Tensor,
-    fresh: torch.Tensor,
-    out: torch.Tensor,
-    own: int,
-) -> None:
-    """Do what `predict_copies` does."""
-    ranks, _, batch, tokens, width = value.shape
-    _predict[(tokens, 2 * batch, ranks)](
-        value, value if velocity is None else velocity, gain, fresh, out, batch, tokens, own,
-        C=width, COLUMNS=min(_COLUMNS, triton.next_power_of_2(width)), MOVES=velocity is not None,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("otil_xdit::predict_copies", mutates_args=("out",))
-def predict_copies(
     value: torch.Tensor,
     velocity: torch.Tensor | None,
     gain: torch.Tensor,
@@ -273,7 +240,15 @@ def predict_copies(
         out: [2, B, N, S, C], contiguous.
         own: this rank.
     """
-    launch_predict_copies(value, velocity, gain, fresh, out, own)
+    ranks, _, batch, tokens, width = value.shape
+    _predict[(tokens, 2 * batch, ranks)](
+        value, value if velocity is None else velocity, gain, fresh, out, batch, tokens, own,
+        C=width, COLUMNS=min(_COLUMNS, triton.next_power_of_2(width)), MOVES=velocity is not None,
+    )  # fmt: skip
+
+
+predict_copies = torch.library.custom_op("otil_xdit::predict_copies", launch_predict_copies, mutates_args=("out",))
+"""`launch_predict_copies`, as an operator of torch."""
 
 
 @predict_copies.register_fake
@@ -282,7 +257,12 @@ def _(*args: object) -> None:
 
 
 def launch_fitted_gain(value: torch.Tensor, velocity: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-    """Do what `fitted_gain` does."""
+    """Return how far this rank's keys and values have moved in velocities, float32 [2].
+
+    Args:
+        value, velocity: this rank's copies of one layer, [2, B, S, C], contiguous.
+        fresh: what it is called with, [2, B, S, C], contiguous.
+    """
     partial = torch.empty(2, _PARTS, 2, dtype=torch.float32, device=value.device)
     gain = torch.empty(2, dtype=torch.float32, device=value.device)
     _sum_moves[(2, _PARTS)](fresh, value, velocity, partial, value.numel() // 2, BLOCK=1024)
@@ -290,15 +270,8 @@ def launch_fitted_gain(value: torch.Tensor, velocity: torch.Tensor, fresh: torch
     return gain
 
 
-@torch.library.custom_op("otil_xdit::fitted_gain", mutates_args=())
-def fitted_gain(value: torch.Tensor, velocity: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-    """Return how far this rank's keys and values have moved in velocities, float32 [2].
-
-    Args:
-        value, velocity: this rank's copies of one layer, [2, B, S, C], contiguous.
-        fresh: what it is called with, [2, B, S, C], contiguous.
-    """
-    return launch_fitted_gain(value, velocity, fresh)
+fitted_gain = torch.library.custom_op("otil_xdit::fitted_gain", launch_fitted_gain, mutates_args=())
+"""`launch_fitted_gain`, as an operator of torch."""
 
 
 @fitted_gain.register_fake

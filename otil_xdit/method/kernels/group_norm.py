@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from otil_xdit.method.memory_format import is_channels_last
+
 
 @triton.jit
 def _place(index, group, pixels, C: tl.constexpr, PER: tl.constexpr, LAST: tl.constexpr):
@@ -84,25 +86,19 @@ def _combine_moments(received, share, mean, var, SIZE, R: tl.constexpr, BLOCK: t
     tl.store(var + at, spread, mask=inside)
 
 
-def _is_last(x: torch.Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def launch_group_moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `group_moments` does."""
-    batch, channels, height, width = x.shape
+    """Return mean and biased variance of each group of a map, [B, C, h, W], or of tokens, [B, C, S]; float32 [B, G]."""
+    batch, channels = x.shape[:2]
     mean, var = (torch.empty(batch, groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    x = x if _is_last(x) else x.contiguous()
+    x = x if is_channels_last(x) else x.contiguous()
     _group_moments[(batch, groups)](
-        x, mean, var, height * width, C=channels, G=groups, LAST=_is_last(x), BLOCK=4096, num_warps=8
+        x, mean, var, x.shape[2:].numel(), C=channels, G=groups, LAST=is_channels_last(x), BLOCK=4096, num_warps=8
     )
     return mean, var
 
 
-@torch.library.custom_op("otil_xdit::group_moments", mutates_args=())
-def group_moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and biased variance of each group of a map, [B, C, h, W]; float32 [B, G]."""
-    return launch_group_moments(x, groups)
+group_moments = torch.library.custom_op("otil_xdit::group_moments", launch_group_moments, mutates_args=())
+"""`launch_group_moments`, as an operator of torch."""
 
 
 @group_moments.register_fake
@@ -118,35 +114,26 @@ def launch_normalise(
     bias: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """Do what `normalise` does."""
-    x = x if _is_last(x) else x.contiguous()
-    out = torch.empty_like(x)
-    affine = (x, x) if weight is None or bias is None else (weight, bias)
-    _normalise[(triton.cdiv(x.numel(), 1024),)](
-        x, mean, var, *affine, out, x.numel(), x.shape[2] * x.shape[3], eps,
-        C=x.shape[1], G=mean.shape[1], LAST=_is_last(x), AFFINE=weight is not None, BLOCK=1024,
-    )  # fmt: skip
-    return out
-
-
-@torch.library.custom_op("otil_xdit::normalise", mutates_args=())
-def normalise(
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
     """Return a map normalised by moments that are known.
 
     Args:
-        x: [B, C, rows, W].
+        x: [B, C, rows, W], or tokens, [B, C, S].
         mean, var: float32 [B, G].
         weight, bias: [C]; both or neither.
         eps: added to the variance.
     """
-    return launch_normalise(x, mean, var, weight, bias, eps)
+    x = x if is_channels_last(x) else x.contiguous()
+    out = torch.empty_like(x)
+    affine = (x, x) if weight is None or bias is None else (weight, bias)
+    _normalise[(triton.cdiv(x.numel(), 1024),)](
+        x, mean, var, *affine, out, x.numel(), x.shape[2:].numel(), eps,
+        C=x.shape[1], G=mean.shape[1], LAST=is_channels_last(x), AFFINE=weight is not None, BLOCK=1024,
+    )  # fmt: skip
+    return out
+
+
+normalise = torch.library.custom_op("otil_xdit::normalise", launch_normalise, mutates_args=())
+"""`launch_normalise`, as an operator of torch."""
 
 
 @normalise.register_fake
@@ -158,21 +145,19 @@ def _(
     bias: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    return torch.empty_like(x if _is_last(x) else x.contiguous())
+    return torch.empty_like(x if is_channels_last(x) else x.contiguous())
 
 
 def launch_combine_moments(received: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `combine_moments` does."""
+    """Return the moments of whole maps, float32 [B, G], from everybody's, [R, 2, B, G], and shares of rows, [R]."""
     mean, var = torch.empty_like(received[0, 0]), torch.empty_like(received[0, 0])
     size = mean.numel()
     _combine_moments[(1,)](received, share, mean, var, size, R=len(received), BLOCK=triton.next_power_of_2(size))
     return mean, var
 
 
-@torch.library.custom_op("otil_xdit::combine_moments", mutates_args=())
-def combine_moments(received: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the moments of whole maps, float32 [B, G], from everybody's, [R, 2, B, G], and shares of rows, [R]."""
-    return launch_combine_moments(received, share)
+combine_moments = torch.library.custom_op("otil_xdit::combine_moments", launch_combine_moments, mutates_args=())
+"""`launch_combine_moments`, as an operator of torch."""
 
 
 @combine_moments.register_fake

@@ -130,29 +130,6 @@ def launch_correct_moments(
     whole_mean: torch.Tensor,
     whole_var: torch.Tensor,
 ) -> None:
-    """Do what `correct_moments` does."""
-    ranks, _, batch, groups = received.shape
-    constants = {"ROWS": triton.next_power_of_2(batch), "COLS": triton.next_power_of_2(groups), "num_warps": 1}
-    pointers = (mean, var, share, received, before, assumed, sent, whole_mean, whole_var)
-    _correct_moments[(1,)](*pointers, own, gain, ranks, batch, groups, extrapolated, weight, **constants)
-
-
-@torch.library.custom_op("otil_xdit::correct_moments", mutates_args=("assumed", "sent", "whole_mean", "whole_var"))
-def correct_moments(
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    share: torch.Tensor,
-    received: torch.Tensor,
-    before: torch.Tensor,
-    assumed: torch.Tensor,
-    sent: torch.Tensor,
-    own: int,
-    gain: float,
-    extrapolated: bool,
-    weight: int,
-    whole_mean: torch.Tensor,
-    whole_var: torch.Tensor,
-) -> None:
     """Write the whole maps' moments, from those that came last and this rank's of now.
 
     Args:
@@ -167,9 +144,16 @@ def correct_moments(
         weight: of this rank's error: `ONE`, its `SHARE` of the rows, or `FITTED` to the error of the last step.
         whole_mean, whole_var: become the moments, [B, G].
     """
-    launch_correct_moments(
-        mean, var, share, received, before, assumed, sent, own, gain, extrapolated, weight, whole_mean, whole_var
-    )
+    ranks, _, batch, groups = received.shape
+    constants = {"ROWS": triton.next_power_of_2(batch), "COLS": triton.next_power_of_2(groups), "num_warps": 1}
+    pointers = (mean, var, share, received, before, assumed, sent, whole_mean, whole_var)
+    _correct_moments[(1,)](*pointers, own, gain, ranks, batch, groups, extrapolated, weight, **constants)
+
+
+correct_moments = torch.library.custom_op(
+    "otil_xdit::correct_moments", launch_correct_moments, mutates_args=("assumed", "sent", "whole_mean", "whole_var")
+)
+"""`launch_correct_moments`, as an operator of torch."""
 
 
 @correct_moments.register_fake

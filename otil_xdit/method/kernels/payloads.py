@@ -112,7 +112,15 @@ def _encode(
 def launch_block_changes(
     value: torch.Tensor, velocity: torch.Tensor | None, fresh: torch.Tensor, gains: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
-    """Do what `block_changes` does."""
+    """Return each sub-block's squared distance from what the others predict of it, float32 [l, K].
+
+    Args:
+        value, velocity: this rank's copies of a run of layers, [l, 2, B, S, C], each layer's contiguous; no velocity
+            where nothing is extrapolated.
+        fresh: what the layers were called with, [l, 2, B, S, C], contiguous.
+        gains: this rank's, float32 [l, 2].
+        table: the tokens of each sub-block, int64 [K, T].
+    """
     layers, _, batch, tokens, width = fresh.shape
     blocks, side = table.shape
     changes = torch.empty(layers, 2 * batch, tokens, dtype=torch.float32, device=fresh.device)
@@ -127,20 +135,8 @@ def launch_block_changes(
     return found
 
 
-@torch.library.custom_op("otil_xdit::block_changes", mutates_args=())
-def block_changes(
-    value: torch.Tensor, velocity: torch.Tensor | None, fresh: torch.Tensor, gains: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
-    """Return each sub-block's squared distance from what the others predict of it, float32 [l, K].
-
-    Args:
-        value, velocity: this rank's copies of a run of layers, [l, 2, B, S, C], each layer's contiguous; no velocity
-            where nothing is extrapolated.
-        fresh: what the layers were called with, [l, 2, B, S, C], contiguous.
-        gains: this rank's, float32 [l, 2].
-        table: the tokens of each sub-block, int64 [K, T].
-    """
-    return launch_block_changes(value, velocity, fresh, gains, table)
+block_changes = torch.library.custom_op("otil_xdit::block_changes", launch_block_changes, mutates_args=())
+"""`launch_block_changes`, as an operator of torch."""
 
 
 @block_changes.register_fake
@@ -151,42 +147,6 @@ def _(
 
 
 def launch_encode_residuals(
-    value: torch.Tensor,
-    velocity: torch.Tensor | None,
-    fresh: torch.Tensor,
-    gains: torch.Tensor,
-    payload: torch.Tensor,
-    selected: torch.Tensor | None,
-    table: torch.Tensor,
-    scales: torch.Tensor,
-    borders: torch.Tensor,
-    indices_at: int,
-    coded_at: int,
-    fitted: bool,
-    bits: int,
-    octave: float,
-    zero: float,
-    step: float,
-    middle: float,
-    highest: float,
-) -> None:
-    """Do what `encode_residuals` does."""
-    layers, _, batch, tokens, width = fresh.shape
-    count = 0 if selected is None else selected.shape[1]
-    side = table.shape[1]
-    row = -(-width * bits // 8)
-    _encode[(count * side or tokens, 2 * batch, layers)](
-        value, value if velocity is None else velocity, fresh, gains, payload,
-        table if selected is None else selected, table, scales, borders,
-        value.stride(0), batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
-        step, middle, highest,
-        C=width, T=side, BITS=bits, BYTES=triton.next_power_of_2(row), R=row,
-        MOVES=velocity is not None, FITTED=fitted, SELECTED=selected is not None,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("otil_xdit::encode_residuals", mutates_args=("payload",))
-def encode_residuals(
     value: torch.Tensor,
     velocity: torch.Tensor | None,
     fresh: torch.Tensor,
@@ -218,10 +178,24 @@ def encode_residuals(
         fitted: whether gains travel.
         bits, octave, zero, step, middle, highest: of the codec; see `otil_xdit.method.codec.Quantised`.
     """
-    launch_encode_residuals(
-        value, velocity, fresh, gains, payload, selected, table, scales, borders,
-        indices_at, coded_at, fitted, bits, octave, zero, step, middle, highest,
+    layers, _, batch, tokens, width = fresh.shape
+    count = 0 if selected is None else selected.shape[1]
+    side = table.shape[1]
+    row = -(-width * bits // 8)
+    _encode[(count * side or tokens, 2 * batch, layers)](
+        value, value if velocity is None else velocity, fresh, gains, payload,
+        table if selected is None else selected, table, scales, borders,
+        value.stride(0), batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
+        step, middle, highest,
+        C=width, T=side, BITS=bits, BYTES=triton.next_power_of_2(row), R=row,
+        MOVES=velocity is not None, FITTED=fitted, SELECTED=selected is not None,
     )  # fmt: skip
+
+
+encode_residuals = torch.library.custom_op(
+    "otil_xdit::encode_residuals", launch_encode_residuals, mutates_args=("payload",)
+)
+"""`launch_encode_residuals`, as an operator of torch."""
 
 
 @encode_residuals.register_fake

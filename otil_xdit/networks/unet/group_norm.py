@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from otil_xdit.exchange.halo import HaloRows, is_channels_last
+from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.method.kernels import is_fused
+from otil_xdit.method.memory_format import is_channels_last
 from otil_xdit.networks.class_swap import subclass_of
 from otil_xdit.networks.unet.context import CONTEXT, Affine, LayerContext, check_forward, running_context
 from otil_xdit.networks.unet.text_cache import tensor_state

@@ -130,7 +130,7 @@ class UNetSharding:
 
     def row_shares(self, level: int, device: torch.device) -> torch.Tensor:
         """Return each rank's share of the rows of a level, float32 [N]."""
-        return _row_shares(self.grid.rows[level], device)
+        return row_shares_of(self.grid, level, device)
 
     def token_layout(self, level: int) -> TokenLayout:
         """Return the layout of a rank's tokens at a level, where ranks with fewer rows than others pad theirs."""
@@ -139,10 +139,7 @@ class UNetSharding:
 
     def kept_keys(self, level: int, device: torch.device) -> torch.Tensor | None:
         """Return the positions, int64, of real keys among all ranks' padded ones; None where none are padding."""
-        if self.grid.is_even(level):
-            return None
-        rows, cols = self.grid.rows[level], self.grid.widths[level]
-        return _kept_keys(tuple(count * cols for count in rows), max(rows) * cols, device)
+        return kept_keys_of(self.grid, level, device)
 
 
 @lru_cache(maxsize=64)
@@ -151,10 +148,16 @@ def _grid(height: int, width: int, levels: int, ranks: int) -> LevelGrid:
 
 
 @lru_cache(maxsize=64)
-def _kept_keys(counts: tuple[int, ...], chunk: int, device: torch.device) -> torch.Tensor:
-    return kept_tokens(counts, chunk).to(device)
+def kept_keys_of(grid: LevelGrid, level: int, device: torch.device) -> torch.Tensor | None:
+    """Return the positions, int64, of real keys among all ranks' padded ones; None where none are padding."""
+    if grid.is_even(level):
+        return None
+    rows, cols = grid.rows[level], grid.widths[level]
+    return kept_tokens([count * cols for count in rows], max(rows) * cols).to(device)
 
 
 @lru_cache(maxsize=64)
-def _row_shares(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def row_shares_of(grid: LevelGrid, level: int, device: torch.device) -> torch.Tensor:
+    """Return each rank's share of the rows of a level, float32 [N]."""
+    rows = grid.rows[level]
     return (torch.tensor(rows, dtype=torch.float32) / sum(rows)).to(device)

@@ -21,10 +21,11 @@ from torch.nn import functional
 
 from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.exchange.synchronous import SynchronousExchange
-from otil_xdit.method.grid import LevelGrid, kept_tokens
+from otil_xdit.method.grid import LevelGrid
 from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
 from otil_xdit.networks.unet.context import CONTEXT, LayerContext
 from otil_xdit.networks.unet.layers import is_spatial, unwrap_layer, wrap_layer
+from otil_xdit.networks.unet.sharding import kept_keys_of, row_shares_of
 from otil_xdit.networks.vae.downsampling import pads_below, patched_downsampling
 from otil_xdit.networks.vae.levels import CoderLevels
 
@@ -110,8 +111,7 @@ class PatchedCoder:
     def moments(
         self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self._current_grid().rows[context.level]
-        share = torch.tensor(rows, dtype=torch.float32, device=mean.device) / sum(rows)
+        share = row_shares_of(self._current_grid(), context.level, mean.device)
         return self._exchange.moments(context.name, mean, var, share)
 
     def norm_halo(
@@ -126,11 +126,12 @@ class PatchedCoder:
         self, context: LayerContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         grid, level = self._current_grid(), context.level
-        counts = [rows * grid.widths[level] for rows in grid.rows[level]]
-        own = functional.pad(torch.stack([key, value]), (0, 0, 0, max(counts) - key.shape[2]))
+        most = max(grid.rows[level]) * grid.widths[level]
+        own = functional.pad(torch.stack([key, value]), (0, 0, 0, most - key.shape[2]))
         whole = self._exchange.gather(f"layer {context.name}", own).permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
-        if not grid.is_even(level):
-            whole = whole[:, :, :, kept_tokens(counts, max(counts)).to(whole.device)]
+        kept_keys = kept_keys_of(grid, level, whole.device)
+        if kept_keys is not None:
+            whole = whole[:, :, :, kept_keys]
         return functional.scaled_dot_product_attention(query, whole[0], whole[1])
 
     def _current_grid(self) -> LevelGrid:
