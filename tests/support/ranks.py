@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 import time
 import traceback
@@ -48,7 +49,7 @@ def _collect(ranks: list[Any], queue: Any, deadline: float) -> dict[int, tuple[i
     while len(outcomes) < len(ranks):
         assert time.monotonic() < deadline, f"ranks {sorted(set(range(len(ranks))) - set(outcomes))} are not done"
         while not queue.empty():
-            outcome = queue.get()
+            outcome = pickle.loads(queue.get())
             outcomes[outcome[0]] = outcome
         for rank, process in enumerate(ranks):
             if not process.is_alive() and process.exitcode and rank not in outcomes and queue.empty():
@@ -67,10 +68,19 @@ def _rank(rank: int, world_size: int, folder: str, body: Callable[..., Any], arg
             world_size=world_size,
             timeout=timedelta(seconds=30),
         )
-        queue.put((rank, "", body(*args)))
+        queue.put(_by_value(rank, "", body(*args)))
         dist.barrier()
     except BaseException:
-        queue.put((rank, f"rank {rank}: {traceback.format_exc()}", None))
+        queue.put(_by_value(rank, f"rank {rank}: {traceback.format_exc()}", None))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _by_value(rank: int, failure: str, result: Any) -> bytes:
+    """Pickle what a rank says, tensors included.
+
+    A queue of `torch.multiprocessing` hands over a tensor's file descriptor instead, which is lost when the rank has
+    ended before its result is read.
+    """
+    return pickle.dumps((rank, failure, result))
