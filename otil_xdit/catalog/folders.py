@@ -105,18 +105,19 @@ def find_model(name: str) -> Model:
     return Model(name, str(folder), False, factor, patch=int(transformer["patch_size"]))
 
 
-def load_pipe(folder: str, sampler: str, lora: str | None) -> Any:
-    """The diffusers pipeline of a folder, float32, on this process's device, without a progress bar.
+def load_pipe(folder: str, sampler: str, lora: str | None, dtype: torch.dtype = torch.float32) -> Any:
+    """The diffusers pipeline of a folder, on this process's device, without a progress bar.
 
     Args:
         folder: in diffusers format.
         sampler: `OWN`, or a name in `otil_xdit.catalog.schedulers.SCHEDULERS`.
         lora: a file of LoRA weights, or None.
+        dtype: of all weights.
     """
     diffusers = importlib.import_module("diffusers")
     check_folder(folder)
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=True, **absent_parts(folder)
+        folder, torch_dtype=dtype, use_safetensors=True, **absent_parts(folder)
     )
     if sampler != OWN:
         pipe.scheduler = make_scheduler(sampler, pipe.scheduler)

@@ -48,20 +48,27 @@ class Variant:
         """Whether the passes with and without the prompt are on different halves of the ranks."""
         return get_strategy(self.preset).requires_cfg_parallel
 
-    def patches(self, ranks: int) -> int:
-        """Return how many patches there are on so many ranks, which `check_ranks` accepts."""
-        return ranks // 2 if self.requires_cfg_parallel else ranks
+    def patches(self, ranks: int, cfg_parallel: bool = False) -> int:
+        """Return how many patches there are on so many ranks, which `check_ranks` accepts.
 
-    def check_ranks(self, ranks: int) -> None:
-        """Refuse a number of ranks that cannot be shared out.
+        Args:
+            ranks: that share an image.
+            cfg_parallel: whether the two passes are on different halves of them, whatever the strategy.
+        """
+        return ranks // 2 if cfg_parallel or self.requires_cfg_parallel else ranks
+
+    def check_ranks(self, ranks: int, cfg_parallel: bool = False) -> None:
+        """Refuse a number of ranks, as in `patches`, that cannot be shared out.
 
         Raises:
             ValueError: naming the flag and what would be accepted.
         """
-        if self.requires_cfg_parallel and ranks % 2:
+        if (cfg_parallel or self.requires_cfg_parallel) and ranks % 2:
             raise ValueError(f"--ranks {ranks}: {self.text} has two halves of the ranks; give an even number")
 
-    def check_image(self, model: Model, size: int, ranks: int, steps: int, guidance: float) -> None:
+    def check_image(
+        self, model: Model, size: int, ranks: int, steps: int, guidance: float, cfg_parallel: bool = False
+    ) -> None:
         """Refuse an image that the variant cannot make.
 
         Args:
@@ -70,12 +77,13 @@ class Variant:
             ranks: that share it.
             steps: denoising steps.
             guidance: guidance scale.
+            cfg_parallel: as in `patches`.
 
         Raises:
             ValueError: naming setting or flag and what would be accepted.
         """
-        self.check_ranks(ranks)
-        model.check_size(size, self.patches(ranks), self.block)
+        self.check_ranks(ranks, cfg_parallel)
+        model.check_size(size, self.patches(ranks, cfg_parallel), self.block)
         self.check_call(steps, guidance)
 
     def check_call(self, steps: int, guidance: float) -> None:

@@ -70,12 +70,14 @@ class ImageCache:
             "sampler": str(case.sampler),
             "guidance": self._matrix.guidance,
             "size": self._matrix.size,
+            "dtype": str(self._matrix.dtype),
             "prompt": call.prompt,
             "seed": call.seed,
         }
         if case.variant is not None:
             settings = {name: value for name, value in case.variant.settings.items() if name != "timeout"}
             facts |= {"preset": case.variant.preset, "settings": settings, "ranks": case.ranks}
+            facts |= {"cfg_parallel": case.cfg_parallel}
             facts |= {**package_versions("xfuser"), "code": code_fingerprint()}
         if case.equivalent is not None:
             facts |= {"equivalent": case.equivalent.text, "changes": code_fingerprint(CHANGERS)}

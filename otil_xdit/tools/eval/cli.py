@@ -12,9 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from otil_xdit.catalog.folders import MODELS_HELP, OWN, Model, find_model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.catalog.trust import check_folder, check_lora
+from otil_xdit.dryrun.networks import DTYPES
 from otil_xdit.runtime.strategies import strategies
 from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.jobs import Interrupted, jobs_of_a_run
@@ -43,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = f"presets are {', '.join(strategies())}; settings are {', '.join(variant_settings())}"
     about = f"variants, say otil:ratio=1/4,select=kv-l2; {about}"
     add("--presets", about, ["distrifusion", "otil", "naive"], "PRESET[:SETTING=VALUE,...]")
-    add("--ranks", "numbers of patches", [2], "N")
+    add("--ranks", "numbers of ranks: of patches, or with --use_cfg_parallel twice as many", [2], "N")
+    parser.add_argument(
+        "--use_cfg_parallel",
+        action="store_true",
+        help="compute the passes with and without the prompt on different halves of the ranks",
+    )
     about = f"{OWN} (the model's), {', '.join(SCHEDULERS)}; DiTs have only their own and skip the others"
     add("--samplers", about, ["dpm-solver:15"], "NAME:STEPS")
     add("--prompts", "take the first N prompts", 2, "N")
@@ -51,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", "images of each prompt, seeds 0 to N - 1", 1, "N")
     add("--guidance", "guidance scale", 4.0, "G")
     add("--size", "height and width", 128, "PIXELS")
+    about = "of weights and images; 16 bits bring a row of what the order of sums leaves undecided (default float32)"
+    add("--dtype", about, "float32", choices=DTYPES)
     about = "LoRA weights: a file, or a folder with one .safetensors; one model only; fused into a DiT"
     add("--lora", about, None, "PATH")
     about = f"{', '.join(CHANGES)}, each with a number, say outliers:32"
@@ -127,6 +137,8 @@ def read_matrix(arguments: argparse.Namespace) -> Matrix:
         size=arguments.size,
         equivalents=(None, *_each(parse_equivalent, arguments.variant or [])),
         lora=None if arguments.lora is None else str(lora_file(Path(arguments.lora))),
+        cfg_parallel=arguments.use_cfg_parallel,
+        dtype=getattr(torch, arguments.dtype),
     )
 
 
@@ -173,7 +185,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 def all_cases(matrix: Matrix) -> list[Case]:
     """Return all cases, those of one process first."""
-    return [*matrix.references, *(case for ranks in matrix.ranks for case in matrix.cases(ranks))]
+    alone = [*matrix.references, *matrix.floors(1)]
+    return [*alone, *(case for ranks in matrix.ranks for case in matrix.cases(ranks))]
 
 
 def describe(matrix: Matrix) -> str:
@@ -189,7 +202,8 @@ def command_of(arguments: argparse.Namespace) -> str:
     for name in ("models", "presets", "ranks", "samplers"):
         words += [f"--{name}", *map(str, getattr(arguments, name))]
     words += [word for text in arguments.variant or [] for word in ("--variant", text)]
-    for name in ("prompts", "prompt_file", "seeds", "guidance", "size", "lora"):
+    words += ["--use_cfg_parallel"] if arguments.use_cfg_parallel else []
+    for name in ("prompts", "prompt_file", "seeds", "guidance", "size", "dtype", "lora"):
         value = getattr(arguments, name)
         words += [] if value is None else [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(words)

@@ -64,9 +64,10 @@ def write_sheets(out: Path, matrix: Matrix, cache: ImageCache, rows: Mapping[Cas
             if done:
                 changed = "" if equivalent is None else f"-{equivalent.text.replace(':', '-')}"
                 label, sampler = f"{reference.model.label}{changed}", reference.sampler
+                halves = "-cfg" if matrix.cfg_parallel else ""
                 title = f"{label}, {ranks} ranks, {sampler.name}, {sampler.steps} steps"
                 page = sheet(title, labels, _images(cache, reference, count), [_column(*one) for one in done])
-                page.save(out / f"sheet-{label}-{ranks}-{sampler.name}-{sampler.steps}.png")
+                page.save(out / f"sheet-{label}-{ranks}{halves}-{sampler.name}-{sampler.steps}.png")
 
 
 def _images(cache: ImageCache, case: Case, count: int) -> tuple[torch.Tensor, ...]:

@@ -61,6 +61,17 @@ def _rotated(sigma: float) -> Change:
     return change
 
 
+def _reordered(seed: float) -> Change:
+    """Put the channels of each head in another order, which changes nothing but the order of sums."""
+
+    def change(heads: int, size: int, chance: torch.Generator) -> torch.Tensor:
+        orders = torch.Generator().manual_seed(int(seed))
+        rows = [torch.eye(size, dtype=torch.float64)[torch.randperm(size, generator=orders)] for _ in range(heads)]
+        return torch.stack(rows)
+
+    return change
+
+
 def _normal(shape: tuple[int, ...], chance: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=chance, dtype=torch.float64)
 
@@ -70,8 +81,9 @@ CHANGES: dict[str, Callable[[float], Change]] = {
     "outliers": _outliers,
     "heads": _heads,
     "rotated": _rotated,
+    "reordered": _reordered,
 }
-"""Kinds of change by name, each with one number: a sigma or a factor."""
+"""Kinds of change by name, each with one number: a sigma, a factor or a seed."""
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,12 @@ class ImageMaker:
         Raises:
             Interrupted: after a signal.
         """
-        failures = self._make(self._matrix.references, processes)
+        failures = self._make((*self._matrix.references, *self._matrix.floors(1)), processes)
         for ranks in self._matrix.ranks:
+            for reference, alone, floor in zip(
+                self._matrix.references, self._matrix.floors(1), self._matrix.floors(ranks), strict=False
+            ):
+                failures |= {floor: failures[failed] for failed in (reference, alone) if failed in failures}
             cases = []
             for case in self._matrix.cases(ranks):
                 if case.reference in failures:
@@ -94,5 +98,6 @@ class ImageMaker:
         matrix, sampler = self._matrix, case.sampler
         variant = None if case.variant is None else case.variant.text
         changed = None if case.equivalent is None else case.equivalent.text
-        spec = PipelineSpec(case.model.folder, sampler.name, sampler.steps, matrix.lora, variant, changed)
+        parts = case.model.folder, sampler.name, sampler.steps, matrix.lora
+        spec = PipelineSpec(*parts, variant, changed, case.cfg_parallel, matrix.dtype)
         return Question(spec, call.prompt, call.seed, matrix.guidance, matrix.size)

@@ -11,13 +11,19 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+import torch
+
 from otil_xdit.catalog.folders import OWN, Model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.tools.common.variants import Variant, check_guidance
-from otil_xdit.tools.eval.equivalents import Equivalent
+from otil_xdit.tools.eval.equivalents import Equivalent, parse_equivalent
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 """One prompt a line, of the kind that the shipped models were trained on."""
+
+
+REORDERED = parse_equivalent("reordered:0")
+"""The change of a network whose image is at the noise floor: nothing but the order of sums is another."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,9 @@ class Case:
     """One row: the images of a variant; of plain diffusers in one process where the variant is None.
 
     Attributes:
+        ranks: that share an image; of one process, those of the rows that it stands among.
         equivalent: what the network is changed to; None for the model as it is.
+        cfg_parallel: whether the passes with and without the prompt are on different halves of the ranks.
     """
 
     model: Model
@@ -52,6 +60,7 @@ class Case:
     variant: Variant | None = None
     ranks: int = 1
     equivalent: Equivalent | None = None
+    cfg_parallel: bool = False
 
     @property
     def reference(self) -> Case:
@@ -61,10 +70,11 @@ class Case:
     @property
     def patches(self) -> int:
         """How many the image is cut into."""
-        return 1 if self.variant is None else self.variant.patches(self.ranks)
+        return 1 if self.variant is None else self.variant.patches(self.ranks, self.cfg_parallel)
 
     def __str__(self) -> str:
-        name = "one process" if self.variant is None else f"{self.variant.text} on {self.ranks} ranks"
+        halves = " in two halves" if self.cfg_parallel else ""
+        name = "one process" if self.variant is None else f"{self.variant.text} on {self.ranks} ranks{halves}"
         changed = "" if self.equivalent is None else f" {self.equivalent.text}"
         return f"{self.model.label}{changed}, {self.sampler}, {name}"
 
@@ -80,6 +90,8 @@ class Matrix:
         size: height and width in pixels.
         lora: a file of LoRA weights, or None.
         equivalents: what each model's network is changed to in turn; None for the model as it is.
+        cfg_parallel: whether the passes with and without the prompt are on different halves of the ranks.
+        dtype: of the weights and of all that is computed with them.
 
     Raises:
         ValueError: for a combination that cannot run, naming the flag and what would be accepted.
@@ -94,6 +106,8 @@ class Matrix:
     size: int = 128
     lora: str | None = None
     equivalents: tuple[Equivalent | None, ...] = (None,)
+    cfg_parallel: bool = False
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         for model in self.models:
@@ -102,7 +116,12 @@ class Matrix:
                 raise ValueError(f"--samplers {given}: {model.name} is a DiT and has its own only; add {OWN}:STEPS")
             check_guidance(model, self.guidance)
             for ranks, variant, sampler in product(self.ranks, self.variants, self.samplers_of(model)):
-                variant.check_image(model, self.size, ranks, sampler.steps, self.guidance)
+                variant.check_image(model, self.size, ranks, sampler.steps, self.guidance, self.cfg_parallel)
+        if self.cfg_parallel and self.guidance <= 1:
+            raise ValueError(
+                f"--guidance {self.guidance:g}: --use_cfg_parallel has a half of the ranks for the pass without the "
+                "prompt, which only guidance needs; give more than 1"
+            )
         if self.lora is not None and len(self.models) > 1:
             names = " ".join(model.name for model in self.models)
             raise ValueError(f"--lora fits one architecture, and --models {names} are several; give one model")
@@ -116,10 +135,19 @@ class Matrix:
         """The cases of one process."""
         return tuple(Case(model, sampler) for model in self.models for sampler in self.samplers_of(model))
 
+    def floors(self, ranks: int) -> tuple[Case, ...]:
+        """Return the cases of one process that differ from the references in the order of sums only.
+
+        In float32 their images are one process's to a hundred decibels, so there are none.
+        """
+        if self.dtype == torch.float32:
+            return ()
+        return tuple(replace(reference, ranks=ranks, equivalent=REORDERED) for reference in self.references)
+
     def cases(self, ranks: int) -> tuple[Case, ...]:
         """Return all variants of every model, equivalent and sampler on `ranks` ranks."""
         return tuple(
-            replace(reference, variant=variant, ranks=ranks, equivalent=equivalent)
+            replace(reference, variant=variant, ranks=ranks, equivalent=equivalent, cfg_parallel=self.cfg_parallel)
             for reference, equivalent, variant in product(self.references, self.equivalents, self.variants)
         )
 

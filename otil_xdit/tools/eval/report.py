@@ -34,7 +34,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 """What the table has of a row that did not fail, by title."""
 
 HEADER = """\
-PSNR and SSIM against plain diffusers in one process with the same prompt and seed, float32, images as floats in 0..1;
+PSNR and SSIM against plain diffusers in one process with the same prompt, seed and dtype, images as floats in 0..1;
 mean over the images (the worst one), and the standard deviation over them. kB: 1000 bytes that the last rank hands to
 collectives: keys, values and what tells their places, in a step (mean over the steps after warm-up) and in all steps,
 warm-up included; halo rows and moments of U-Nets. Share: of the row `{yardstick}` in the same table. Seam: how much
@@ -65,13 +65,18 @@ def table(rows: Sequence[Row], command: str, absent: Sequence[str]) -> str:
 
 def _by_place(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """Return the rows of each place, under what is said above them."""
-    groups: defaultdict[tuple[str, int, str, int, str], list[Row]] = defaultdict(list)
+    groups: defaultdict[tuple[object, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.place].append(row)
-    return [
-        (f"{f'{Path(model).name} {network}'.rstrip()}, {ranks} ranks, {sampler}, {steps} steps", group)
-        for (model, ranks, sampler, steps, network), group in groups.items()
-    ]
+    return [(_title(group[0]), group) for group in groups.values()]
+
+
+def _title(row: Row) -> str:
+    """Return what a row has in common with those that it stands among."""
+    network = f"{Path(row.model).name} {row.network}".rstrip()
+    halves = " in two halves" if row.cfg_parallel else ""
+    dtype = "" if row.dtype == "float32" else f", {row.dtype}"
+    return f"{network}, {row.ranks} ranks{halves}, {row.sampler}, {row.steps} steps{dtype}"
 
 
 def _cells(row: Row, weighted: Sequence[str]) -> list[str]:

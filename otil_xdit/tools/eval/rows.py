@@ -17,6 +17,9 @@ from otil_xdit.tools.eval.perceptual_metrics import weighted_figures
 YARDSTICK = "distrifusion"
 """The variant whose bytes of keys and values the others' are given a share of."""
 
+FLOOR = "one process, sums in another order"
+"""The row of what arithmetic in 16 bits leaves undecided."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -25,6 +28,8 @@ class Row:
     Attributes:
         model, variant, preset, ranks, sampler, steps: the case.
         network: what the model's network was changed to (`otil_xdit.tools.eval.equivalents`); empty for as it is.
+        cfg_parallel: whether the passes with and without the prompt were on different halves of the ranks.
+        dtype: of the weights, as torch names it.
         settings: all settings of the strategy.
         images: how many.
         psnr, psnr_min, psnr_std: in dB, over the images; the standard deviation is that of these very images.
@@ -48,6 +53,8 @@ class Row:
     sampler: str
     steps: int
     network: str = ""
+    cfg_parallel: bool = False
+    dtype: str = "float32"
     images: int = 0
     psnr: float | None = None
     psnr_min: float | None = None
@@ -69,9 +76,10 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def place(self) -> tuple[str, int, str, int, str]:
+    def place(self) -> tuple[str, int, str, int, str, bool, str]:
         """Rows of the same place are compared with each other."""
-        return self.model, self.ranks, self.sampler, self.steps, self.network
+        where = self.model, self.ranks, self.sampler, self.steps, self.network
+        return *where, self.cfg_parallel, self.dtype
 
 
 def make_rows(matrix: Matrix, cache: ImageCache, failures: Failures) -> dict[Case, Row]:
@@ -82,7 +90,7 @@ def make_rows(matrix: Matrix, cache: ImageCache, failures: Failures) -> dict[Cas
         cache: has the images of all cases that did not fail, and of those that they are compared with.
         failures: what went wrong.
     """
-    cases = [case for ranks in matrix.ranks for case in matrix.cases(ranks)]
+    cases = [case for ranks in matrix.ranks for case in (*matrix.floors(ranks), *matrix.cases(ranks))]
     cases.sort(key=lambda case: matrix.models.index(case.model))
     rows = [make_row(case, matrix, cache, failures.get(case)) for case in cases]
     return dict(zip(cases, with_shares(rows), strict=True))
@@ -90,16 +98,18 @@ def make_rows(matrix: Matrix, cache: ImageCache, failures: Failures) -> dict[Cas
 
 def make_row(case: Case, matrix: Matrix, cache: ImageCache, error: str | None) -> Row:
     """Return the row of a case; `error` is why it failed, if it did."""
-    assert case.variant is not None, "one process is what the others are compared with"
+    variant = case.variant
     row = Row(
         model=case.model.name,
-        variant=case.variant.text,
-        preset=case.variant.preset,
+        variant=FLOOR if variant is None else variant.text,
+        preset=FLOOR if variant is None else variant.preset,
         ranks=case.ranks,
         sampler=case.sampler.name,
         steps=case.sampler.steps,
-        network="" if case.equivalent is None else case.equivalent.text,
-        settings=case.variant.settings,
+        network="" if case.equivalent is None or variant is None else case.equivalent.text,
+        cfg_parallel=matrix.cfg_parallel,
+        dtype=str(matrix.dtype).removeprefix("torch."),
+        settings={} if variant is None else variant.settings,
     )
     if error is not None:
         return replace(row, error=error)
@@ -121,8 +131,7 @@ def with_figures(row: Row, made: Sequence[DrawnImage], references: Sequence[Draw
     """
     pairs = [(drawn.image, best.image) for drawn, best in zip(made, references, strict=True)]
     psnrs = tuple(psnr(image, best) for image, best in pairs)
-    reports = [drawn.report or {} for drawn in made]
-    totals = [sum(report["sent_bytes"].get("kv", {}).values()) for report in reports]
+    row = _with_bytes(row, [drawn.report for drawn in made if drawn.report is not None])
     return replace(
         row,
         images=len(made),
@@ -131,12 +140,22 @@ def with_figures(row: Row, made: Sequence[DrawnImage], references: Sequence[Draw
         psnr_std=pstdev(psnrs),
         ssim=fmean(ssim(image, best) for image, best in pairs),
         seam=fmean(seam(image, best, borders) for image, best in pairs) if borders else None,
+        seconds=fmean(drawn.seconds for drawn in made),
+        psnrs=psnrs,
+    )
+
+
+def _with_bytes(row: Row, reports: Sequence[dict[str, Any]]) -> Row:
+    """Return the row with what the reports of its images count; one process has none."""
+    if not reports:
+        return row
+    totals = [sum(report["sent_bytes"].get("kv", {}).values()) for report in reports]
+    return replace(
+        row,
         kv_bytes=fmean(report["kv_bytes_per_step"] for report in reports),
         small_bytes=fmean(report["small_bytes_per_step"] for report in reports),
         kv_total=fmean(totals),
         kv_range=None if min(totals) == max(totals) else (min(totals), max(totals)),
-        seconds=fmean(drawn.seconds for drawn in made),
-        psnrs=psnrs,
         windows=tuple(report.get("window") for report in reports),
         discrepancies=tuple(report.get("discrepancy", []) for report in reports),
     )

@@ -32,6 +32,8 @@ class PipelineSpec:
         lora: a file of LoRA weights, or None.
         variant: its text, or None for plain diffusers in one process.
         equivalent: text of what the network is changed to, or None for the model as it is.
+        cfg_parallel: whether the passes with and without the prompt are on different halves of the ranks.
+        dtype: of the weights.
     """
 
     folder: str
@@ -40,6 +42,8 @@ class PipelineSpec:
     lora: str | None
     variant: str | None
     equivalent: str | None = None
+    cfg_parallel: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,13 @@ class _Pipelines:
         self._spec = self._pipe = self._session = None
         if spec.variant is not None:
             otil_xdit.register()
-        pipe = load_pipe(spec.folder, spec.sampler, spec.lora)
+        pipe = load_pipe(spec.folder, spec.sampler, spec.lora, spec.dtype)
         if spec.equivalent is not None:
             for network in networks_of(pipe).values():
                 parse_equivalent(spec.equivalent).apply(network)
         if spec.variant is not None:
-            pipe = otil_xdit.parallelize(pipe, parse_variant(spec.variant).strategy)
+            strategy = parse_variant(spec.variant).strategy
+            pipe = otil_xdit.parallelize(pipe, strategy, use_cfg_parallel=spec.cfg_parallel)
             pipe.set_progress_bar_config(disable=True)
             self._session = session_of(pipe)
             assert self._session is not None, "parallelize attaches a session on more than one rank"
