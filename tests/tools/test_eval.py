@@ -25,7 +25,7 @@ from otil_xdit.tools.eval import cli as tool
 from otil_xdit.tools.eval import metrics
 from otil_xdit.tools.eval.cache import DrawnImage, ImageCache, load_image
 from otil_xdit.tools.eval.generate import Failures, ImageMaker
-from otil_xdit.tools.eval.matrix import Call, Case, Matrix, Sampler, parse_sampler
+from otil_xdit.tools.eval.matrix import REORDERED, Call, Case, Matrix, Sampler, parse_sampler
 from otil_xdit.tools.eval.tasks import PipelineTask, Question
 
 REFUSED = {
@@ -52,6 +52,10 @@ REFUSED = {
         "--ranks 3: hybridiff has two halves of the ranks; give an even number",
     ),
     "window": ("--presets hybridiff:window=12:20", "window is '12:20', which a run of 15 steps has no room for"),
+    "an odd half": ("--ranks 3 --use_cfg_parallel", "--ranks 3: distrifusion has two halves of the ranks"),
+    "guidance of halves": ("--use_cfg_parallel --guidance 1 --ranks 4", "--guidance 1: --use_cfg_parallel has a half"),
+    "type": ("--dtype int8", "invalid choice: 'int8'"),
+    "statistics of nothing": ("--stats nowhere", "--stats nowhere: no model_index.json there"),
     "guidance of a window": ("--presets otil:window=auto --guidance 1", "otil:window=auto: --guidance is 1; "),
     "prompts": ("--prompts 9", "--prompts 9: there are 8; give 1 to 8"),
     "prompt file": ("--prompt_file none.txt", "--prompt_file none.txt: No such file"),
@@ -136,6 +140,9 @@ def test_a_key_changes_with_all_that_determines_a_image(tmp_path: Path, monkeypa
         key(matrix(guidance=5.0)),
         key(matrix(size=64)),
         key(matrix(lora=__file__)),
+        key(matrix(dtype=torch.bfloat16)),
+        key(case=replace(case, cfg_parallel=True)),
+        key(case=replace(case.reference, equivalent=REORDERED)),
     ]
     assert len(set(keys)) == len(keys)
     assert key(case=replace(case, variant=parse_variant("otil:ratio=0.125"))) == keys[0], "the same settings"
@@ -220,7 +227,7 @@ def test_a_lora_is_in_every_image(model: str, part: str, tmp_path: Path) -> None
 class FakeJobs:
     """Answers at once; an image of `failing` fails. `launched` has the variants that each job was asked for."""
 
-    def __init__(self, failing: str = "") -> None:
+    def __init__(self, failing: str | None = "") -> None:
         self.failing, self.launched, self.alive = failing, list[list[str | None]](), 0
         self.asked: list[list[Question]] = []
 
@@ -269,6 +276,27 @@ def test_variants_with_other_patches_have_ranks_of_their_own(tmp_path: Path) -> 
     assert make(three, ImageCache(tmp_path, three), jobs) == {}
     assert jobs.launched == [[None], [names[0], names[2]], [names[1], names[3]]]
     assert [case.patches for case in three.cases(4)] == [4, 2, 4, 2]
+
+
+def test_in_16_bits_one_process_draws_with_sums_in_another_order_too(tmp_path: Path) -> None:
+    jobs, low = FakeJobs(), matrix(dtype=torch.bfloat16, calls=(Call("a circle", 0),), cfg_parallel=True, ranks=(4,))
+    assert make(low, ImageCache(tmp_path, low), jobs) == {}
+    asked = [(one.variant, one.equivalent, one.dtype, one.cfg_parallel) for (one, *_) in map(specs, jobs.asked)]
+    known = [(None, None), (None, "reordered:0"), ("otil:ratio=1/8", None)]
+    assert asked == [(*pair, torch.bfloat16, pair[0] is not None) for pair in known]
+    assert [case.patches for case in low.cases(4)] == [2] and not matrix().floors(4)
+    (floor,) = low.floors(4)
+    assert floor.ranks == 4 and not ImageCache(tmp_path, low).missing(floor)
+
+
+def test_no_floor_without_what_it_is_compared_with(tmp_path: Path) -> None:
+    low = matrix(dtype=torch.float16)
+    failures = make(low, ImageCache(tmp_path, low), FakeJobs(failing=None))
+    assert failures[low.floors(2)[0]] == "rank 1: Error: 1"
+
+
+def specs(questions: list[Question]) -> list[Any]:
+    return [question.pipeline for question in questions]
 
 
 def test_one_processs_images_are_shared_out(tmp_path: Path) -> None:

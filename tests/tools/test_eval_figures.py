@@ -110,6 +110,17 @@ def test_the_table_says_what_was_measured() -> None:
     assert {line.replace("\\|", "").count("|") for line in table_lines} == {11}
 
 
+def test_a_title_says_how_ranks_and_numbers_are_used() -> None:
+    text = table([replace(made_up_rows()[0], cfg_parallel=True, dtype="float16")], "", [])
+    assert "### tiny-sd, 2 ranks in two halves, ddim, 4 steps, float16, 2 images" in text
+
+
+def test_one_process_has_no_bytes() -> None:
+    best = [DrawnImage(torch.full((3, 16, 16), 0.5), None, 1.0)]
+    row = with_figures(ROW, [replace(best[0], image=best[0].image + 0.1)], best, [8])
+    assert row.psnr == pytest.approx(20.0, abs=1e-2) and row.kv_bytes is row.kv_total is None
+
+
 def test_rows_are_written_as_json() -> None:
     (first, *_) = json.loads(json.dumps(as_json(made_up_rows(), "the command")))
     assert first["variant"] == "distrifusion" and first["versions"]["otil-xdit"] and first["command"] == "the command"

@@ -8,5 +8,7 @@ metrics.py             PSNR, SSIM, seam
 perceptual_metrics.py  metrics that need weights
 rows.py                one row of figures for each variant
 report.py              the table and the plot
+attention_observer.py  sees a network's self-attention in one process
+statistics.py          how uneven its keys and values are, and how well they are predicted
 contact_sheets.py      images beside each other
 """

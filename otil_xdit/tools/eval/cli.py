@@ -22,6 +22,7 @@ from otil_xdit.runtime.strategies import strategies
 from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.jobs import Interrupted, jobs_of_a_run
 from otil_xdit.tools.common.variants import parse_variant, variant_settings
+from otil_xdit.tools.eval.attention_observer import Drawing, write_statistics
 from otil_xdit.tools.eval.cache import ImageCache
 from otil_xdit.tools.eval.contact_sheets import write_sheets
 from otil_xdit.tools.eval.equivalents import CHANGES, parse_equivalent
@@ -35,6 +36,9 @@ from otil_xdit.xdit.launcher.processes import caught_signals, visible_devices
 
 EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplotlib"}
 """Modules that are not among the plugin's own dependencies, and their packages."""
+
+DEFAULT_SIZE = 128
+"""Height and width of an image, which the bundled models were trained for."""
 
 T = TypeVar("T")
 
@@ -58,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt_file", "a prompt a line, in place of the eight that ship", None, "FILE", type=Path)
     add("--seeds", "images of each prompt, seeds 0 to N - 1", 1, "N")
     add("--guidance", "guidance scale", 4.0, "G")
-    add("--size", "height and width", 128, "PIXELS")
+    about = "height and width (default 128; with --stats the pipeline's own)"
+    add("--size", about, None, "PIXELS", type=int)
     about = "of weights and images; 16 bits bring a row of what the order of sums leaves undecided (default float32)"
     add("--dtype", about, "float32", choices=DTYPES)
     about = "LoRA weights: a file, or a folder with one .safetensors; one model only; fused into a DiT"
@@ -66,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = f"{', '.join(CHANGES)}, each with a number, say outliers:32"
     about = f"make the rows of an equivalent network too, which draws the same; repeatable; {about}"
     add("--variant", about, None, "NAME", action="append")
+    about = (
+        "instead of all this, draw one image with the pipeline of each folder in this process and say how uneven its "
+        "keys and values are, and those of each --variant of it; takes the first of --samplers, --prompts and --dtype"
+    )
+    add("--stats", about, None, "FOLDER", nargs="+")
     add("--out", "for all results", Path("eval-out"), "FOLDER")
     add("--sheet_rows", "images of a case on its contact sheet", 4, "N")
     add("--timeout", "give a case up when no image is finished for so long", 600.0, "SECONDS")
@@ -86,6 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: for arguments that cannot be run, before anything is started or written.
     """
+    if arguments.stats:
+        print(measure_statistics(arguments))
+        return 0
     _check_numbers(arguments)
     matrix = read_matrix(arguments)
     missing = [package for module, package in EXTRAS.items() if find_spec(module) is None]
@@ -134,12 +147,26 @@ def read_matrix(arguments: argparse.Namespace) -> Matrix:
         samplers=_each(parse_sampler, arguments.samplers),
         calls=make_calls(read_prompts(arguments.prompt_file), arguments.prompts, arguments.seeds),
         guidance=arguments.guidance,
-        size=arguments.size,
+        size=arguments.size or DEFAULT_SIZE,
         equivalents=(None, *_each(parse_equivalent, arguments.variant or [])),
         lora=None if arguments.lora is None else str(lora_file(Path(arguments.lora))),
         cfg_parallel=arguments.use_cfg_parallel,
         dtype=getattr(torch, arguments.dtype),
     )
+
+
+def measure_statistics(arguments: argparse.Namespace) -> str:
+    """Write `stats.json`, and return its tables.
+
+    Raises:
+        ValueError: naming the flag, its value and what is accepted.
+    """
+    sampler, prompts = parse_sampler(arguments.samplers[0]), read_prompts(arguments.prompt_file)
+    (call,) = make_calls(prompts, 1, 1)
+    dtype = getattr(torch, arguments.dtype)
+    drawing = Drawing(call.prompt, sampler.name, sampler.steps, arguments.size, arguments.guidance, dtype)
+    equivalents = (None, *_each(parse_equivalent, arguments.variant or []))
+    return write_statistics(arguments.stats, equivalents, drawing, arguments.out / "stats.json")
 
 
 def _each(parse: Callable[[str], T], texts: Iterable[str]) -> tuple[T, ...]:
@@ -204,6 +231,6 @@ def command_of(arguments: argparse.Namespace) -> str:
     words += [word for text in arguments.variant or [] for word in ("--variant", text)]
     words += ["--use_cfg_parallel"] if arguments.use_cfg_parallel else []
     for name in ("prompts", "prompt_file", "seeds", "guidance", "size", "dtype", "lora"):
-        value = getattr(arguments, name)
+        value = DEFAULT_SIZE if name == "size" and arguments.size is None else getattr(arguments, name)
         words += [] if value is None else [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(words)

@@ -43,10 +43,9 @@ class ImageMaker:
         """
         failures = self._make((*self._matrix.references, *self._matrix.floors(1)), processes)
         for ranks in self._matrix.ranks:
-            for reference, alone, floor in zip(
-                self._matrix.references, self._matrix.floors(1), self._matrix.floors(ranks), strict=False
-            ):
-                failures |= {floor: failures[failed] for failed in (reference, alone) if failed in failures}
+            for alone, floor in zip(self._matrix.floors(1), self._matrix.floors(ranks), strict=True):
+                reason = failures.get(floor.reference) or failures.get(alone)
+                failures |= {} if reason is None else {floor: reason}
             cases = []
             for case in self._matrix.cases(ranks):
                 if case.reference in failures:
