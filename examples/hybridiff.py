@@ -42,7 +42,9 @@ Image = tuple[str, int]
 
 def main() -> None:
     """Make every row of the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["tiny-sd", "tiny-sdxl", "tiny-dit"], metavar="MODEL")
     parser.add_argument("--steps", nargs="+", type=int, default=[30, 50], metavar="N")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="PRESET[:SETTING=VALUE,...]")

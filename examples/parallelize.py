@@ -19,7 +19,9 @@ from otil_xdit.catalog.bundled import model_folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=model_folder("tiny-sd"), help="pipeline folder or name on the hub")
     parser.add_argument("--prompt", default="a large red circle on the left, striped background")
     parser.add_argument("--cfg", action="store_true", help="passes with and without the prompt on different ranks")

@@ -19,7 +19,7 @@ from xfuser.core.distributed import get_world_group  # noqa: E402
 
 
 def main() -> None:
-    parser = FlexibleArgumentParser(description=__doc__)
+    parser = FlexibleArgumentParser(allow_abbrev=False, description=__doc__)
     args = xFuserArgs.add_cli_args(parser).parse_args()
     engine_config, input_config = xFuserArgs.from_cli_args(args).create_config()
     engine_config.runtime_config.dtype = torch.float32

@@ -26,7 +26,9 @@ from otil_xdit.method.checks import parse_ratio
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study, write its files and print its tables; a wrong flag is one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     try:
         run(parser.parse_args(arguments))

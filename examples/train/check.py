@@ -55,7 +55,9 @@ def print_table(steps: int, table: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="pipeline folder, say otil_xdit/weights/tiny-dit")
     parser.add_argument("--count", type=int, default=200, help="prompts; the first half name one shape, the rest two")
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 15])

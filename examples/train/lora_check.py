@@ -75,7 +75,9 @@ def without_yellow(rng: np.random.Generator, count: int) -> list[Scene]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="with pytorch_lora_weights.safetensors")
     parser.add_argument("--count", type=int, default=40, help="scenes and prompts")
     parser.add_argument("--steps", type=int, default=20)

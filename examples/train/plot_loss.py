@@ -14,7 +14,9 @@ import numpy as np
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("losses", type=Path, help="FOLDER-losses.json")
     parser.add_argument("--out", type=Path, default=Path("loss.png"))
     parser.add_argument("--window", type=int, default=25, help="steps of the running mean")

@@ -246,7 +246,9 @@ def contact_sheet(images: np.ndarray, captions: list[str], columns: int = 4) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of random scenes and test the reader on many.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Draw a contact sheet of random scenes and test the reader on many."
+    )
     parser.add_argument("--out", type=Path, default=Path("/tmp/scenes.png"))
     parser.add_argument("--count", type=int, default=1000, help="scenes to draw and read")
     parser.add_argument("--seed", type=int, default=0)

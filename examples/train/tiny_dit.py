@@ -160,7 +160,9 @@ class DitTrainer(Trainer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_training_args(parser, coarse=8.0, fine=11.0, batch=48, lr=1.5e-3)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

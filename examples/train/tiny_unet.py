@@ -161,7 +161,9 @@ class UnetTrainer(Trainer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=sorted(BUILDERS))
     add_training_args(parser, coarse=10.0, fine=20.0, batch=32, lr=1e-3)
     args = parser.parse_args()

@@ -114,7 +114,9 @@ def report(vae: AutoencoderKL, seed: int, sheet: Path, count: int = 200) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny"), help="where vae/ and latents.pt are written")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time")
     parser.add_argument("--scenes", type=int, default=12000, help="scenes to draw, train on and encode")

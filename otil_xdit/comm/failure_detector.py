@@ -25,14 +25,10 @@ from contextlib import contextmanager
 
 from otil_xdit.comm.deadlines import Deadlines, Reached, Transfer
 from otil_xdit.comm.peer_status import PeerStatus, StatusKind, describe_culprits, describe_error
+from otil_xdit.comm.rendezvous import START, Rendezvous
 from otil_xdit.comm.status_board import StatusBoard
 from otil_xdit.comm.store import Store
-from otil_xdit.errors import ExchangeTimeout, NotFinite, PipelineBusyError
-
-REFUSAL = "a refusal"
-"""The fact, of a rank that has one, by which the others know why it will not go on."""
-
-_START = "the start of the generation"
+from otil_xdit.errors import ExchangeTimeout, NotFinite
 
 ANSWER_SECONDS = 1.5
 """How long a rank that looks for the culprit waits for the others' statuses: a few polls."""
@@ -75,9 +71,10 @@ class FailureDetector:
         sever: Callable[[], None],
     ) -> None:
         self.rank, self.timeout = rank, timeout
-        self.where, self.calls, self.waiting = _START, 0, False
+        self.where, self.calls, self.waiting = START, 0, False
         self.why_broken = ""
         self._board = StatusBoard(name, groups, ranks, rank, store, self._poll)
+        self._rendezvous = Rendezvous(self._board, rank, timeout, self._check_before_first_step)
         self._host, self._sever = host, sever
         self._alarmed_in = 0
         self._deadlines = Deadlines(timeout)
@@ -92,7 +89,7 @@ class FailureDetector:
             ExchangeTimeout: when an earlier one broke the connections.
         """
         self._check_not_broken(self.why_broken)
-        self.where, self.calls, self.waiting = _START, 0, False
+        self.where, self.calls, self.waiting = START, 0, False
         self._overdue = ""
         self._deadlines.clear()
         self._board.begin()
@@ -171,48 +168,16 @@ class FailureDetector:
         """Return every rank's facts for this generation, by rank; wait until all have begun it.
 
         Raises:
-            PipelineBusyError: when a lower rank waits in another session's generation, which comes later here. What
-                this rank leaves in place of its facts refuses the generation on the others, when they come to it.
-            ExchangeTimeout: when a rank does not come, or has given up.
+            PipelineBusyError: see `Rendezvous.meet`.
+            ExchangeTimeout: when a rank fails meanwhile, or has given the connections up.
         """
-        board = self._board
-        board.post_facts(facts)
-        deadline = time.monotonic() + self.timeout
-        while (found := board.facts()) is None:
-            other = board.rank_elsewhere()
-            if other is not None:
-                raise self._out_of_order(other)
-            if self.is_alarmed or board.is_silent:
-                raise ExchangeTimeout(f"rank {self.rank}: before the first step: {self.diagnose()}")
-            self._check_not_broken(board.why_broken())
-            if time.monotonic() > deadline:
-                raise ExchangeTimeout(f"rank {self.rank}: {self._give_up_on_missing()}")
-        board.wait_no_more()
-        board.forget_last_generation()
-        return {self.rank: dict(facts), **found}
+        return self._rendezvous.meet(facts)
 
-    def _out_of_order(self, other: int) -> PipelineBusyError:
-        """Leave the generation, of which nothing has been sent; return the error that says why."""
-        error = PipelineBusyError(
-            f"rank {other} waits in a call of another pipeline, which rank {self.rank} has not begun: call the "
-            "pipelines in the same order on all ranks"
-        )
-        self._board.post(PeerStatus("failed", self.where, self.calls, describe_error(error)))
-        self._board.post_facts({REFUSAL: str(error)})
-        self._board.wait_no_more()
-        self._board.stop_polling()
-        return error
-
-    def _give_up_on_missing(self) -> str:
-        """Break the connections because of the ranks that have not begun; return who they are."""
-        missing = ", ".join(map(str, self._board.ranks_without_facts()))
-        reason = (
-            f"rank {missing} did not begin generation {self._board.generation} within {self.timeout:g} s: "
-            "busy with something else, dead or stopped"
-        )
-        self._give_up(self._status("waits"), reason)
-        self._board.stop_polling()
-        return reason
+    def _check_before_first_step(self) -> None:
+        """Raise `ExchangeTimeout` where nobody need be waited for any more."""
+        if self.is_alarmed or self._board.is_silent:
+            raise ExchangeTimeout(f"rank {self.rank}: before the first step: {self.diagnose()}")
+        self._check_not_broken(self._board.why_broken())
 
     # ---- the parts of it -------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class StatusBoard:
         store: Store,
         on_poll: Callable[[Store], None],
     ) -> None:
-        self.generation = 0
+        self.generation, self._forgotten = 0, 0
         self.others = [other for other in ranks if other != rank]
         self._rank, self._name, self._broken_key = rank, name, f"otil/broken/{groups}"
         self._on_poll = on_poll
@@ -169,14 +169,31 @@ class StatusBoard:
         )
         return [other for other in self.others if other not in (come or [])]
 
-    def forget_last_generation(self) -> None:
-        """Delete what this rank wrote in the last generation; all have begun this one, so nobody reads it any more."""
-        last = self.generation - 1
+    def facts_of_anyone(self) -> dict[str, str] | None:
+        """Return the facts of the first of the other ranks that has begun this generation; None where none has."""
+        keys = [self._key(other, "facts") for other in self.others]
+        found = self._thread.ask(lambda store: [text for key in keys if (text := read(store, key)) is not None][:1])
+        return None if not found else dict(json.loads(found[0]))
+
+    def outcome(self) -> str:
+        """Return what `settle` has made of this generation; empty where it is still open."""
+        return (self._thread.ask(lambda store: read(store, self._key("outcome"))) or b"").decode()
+
+    def settle(self, outcome: str) -> str:
+        """Write what becomes of this generation, unless another rank has; return what stands there now."""
+        key = self._key("outcome")
+        return (self._thread.ask(lambda store: store.compare_set(key, "", outcome)) or b"").decode()
+
+    def forget_last_generations(self) -> None:
+        """Delete what this rank wrote in earlier ones; all have begun this one, so nobody reads it any more."""
+        past, self._forgotten = range(self._forgotten + 1, self.generation), self.generation - 1
+        written = ((self._rank,), (self._rank, "facts"), (self._rank, "at"), ("outcome",))
 
         def delete(store: Store) -> None:
-            for what in ((), ("facts",), ("at",)):
-                with suppress(RuntimeError):
-                    store.delete_key(self._key(self._rank, *what, generation=last))
+            for generation in past:
+                for what in written:
+                    with suppress(RuntimeError):
+                        store.delete_key(self._key(*what, generation=generation))
 
         self._thread.submit(delete)
 

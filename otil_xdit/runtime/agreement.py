@@ -18,7 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from otil_xdit.comm.failure_detector import REFUSAL, FailureDetector
+from otil_xdit.comm.failure_detector import FailureDetector
+from otil_xdit.comm.rendezvous import REFUSAL
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.runtime.callbacks import IS_GIVEN, LEGACY, STEP_END
 from otil_xdit.runtime.versions import package_versions
@@ -54,7 +55,8 @@ def check_agreement(detector: FailureDetector | None, facts: Facts, refusal: Val
 
     Raises:
         ValueError: on every rank, where one of them refuses, or what must be equal is not.
-        ExchangeTimeout: when another rank fails or does not answer.
+        PipelineBusyError: on every rank that came, where another did not come in time.
+        ExchangeTimeout: when another rank fails.
     """
     if detector is None:
         if refusal is not None:

@@ -115,15 +115,6 @@ def test_who_says_nothing_is_named_and_who_computes_is_not(monkeypatch: pytest.M
     assert time.monotonic() - started < 5 and 2 in ranks.severed
 
 
-def test_a_rank_that_does_not_begin_is_named_after_the_timeout() -> None:
-    first = Ranks(2, timeout=0.5).all[0]
-    first.begin()
-    with pytest.raises(ExchangeTimeout, match="rank 1 did not begin generation 1 within 0.5 s"):
-        first.exchange_facts({})
-    with pytest.raises(ExchangeTimeout, match="start all processes again"):
-        first.begin()
-
-
 def test_an_alarm_of_the_last_generation_is_none_of_this(two: Ranks) -> None:
     first, second = two.all
     alone = two.pool.submit(failing(second))

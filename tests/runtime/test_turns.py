@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -52,13 +53,25 @@ def test_a_caller_that_waits_too_long_names_who_is_at_work() -> None:
         assert len(turns._callers) == 1, "it is out of the queue"
 
 
-def test_pipelines_called_in_different_order_are_refused_and_nothing_breaks() -> None:
-    (line,) = lines_of(2, "order.py")
+@pytest.fixture(scope="module")
+def line() -> dict[str, Any]:
+    """What two ranks saw whose calls do not fit."""
+    (found,) = lines_of(2, "order.py")
+    return found
+
+
+def test_pipelines_called_in_different_order_are_refused_and_nothing_breaks(line: dict[str, Any]) -> None:
     assert line["first"] == [
         [True, "ValueError: rank 0: rank 1 refuses: rank 0 waits in a call of another pipeline"],
         [True, "PipelineBusyError: rank 0 waits in a call of another pipeline"],
     ]
     assert line["seconds"] < 20 and line["afterwards"] == [[True, True]] * 2
+
+
+def test_a_call_that_one_rank_makes_late_or_not_at_all_is_refused_and_the_next_is_served(line: dict[str, Any]) -> None:
+    missing = "rank 1 did not come to this call within 1 s: busy with something else, dead or stopped"
+    alone, late = f"PipelineBusyError: rank 0: {missing}", f"PipelineBusyError: rank 1: {missing}"
+    assert line["missed"] == [[alone, True, alone, True], [f"{late}; this rank has come since", True, True]]
 
 
 def served_in(turns: Turns, served: list[int], number: int) -> None:

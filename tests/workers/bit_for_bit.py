@@ -458,13 +458,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("make", help="make the images and print a document")
+    making = commands.add_parser("make", allow_abbrev=False, help="make the images and print a document")
     making.add_argument("--only", default="", metavar="WORD", help="cases whose name contains it")
-    comparing = commands.add_parser("compare", help="compare two documents")
+    comparing = commands.add_parser("compare", allow_abbrev=False, help="compare two documents")
     comparing.add_argument("documents", nargs=2, type=Path, metavar="FILE")
-    running = commands.add_parser("run", help="what the ranks of a torchrun run")
+    running = commands.add_parser("run", allow_abbrev=False, help="what the ranks of a torchrun run")
     running.add_argument("--into", type=Path, required=True)
     running.add_argument("names", nargs="+")
     given = parser.parse_args()

@@ -152,7 +152,9 @@ def compiled(kernel: Kernel, card: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cards", nargs="+", type=int, default=list(CARDS))
     parser.add_argument("--widths", nargs="+", type=int, default=[1280, 3072])
     arguments = parser.parse_args()

@@ -57,7 +57,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--degrees", nargs="+", type=degrees, required=True, help="patch,ulysses,cfg")
     parser.add_argument("--exchange", nargs="+", choices=list(EXCHANGES), default=["gather"])

@@ -2,7 +2,7 @@
 
     python tests/workers/faults.py                     # all cases, as a Markdown table
     python tests/workers/faults.py --only kill --ranks 2
-    python tests/workers/faults.py --launcher          # those that go through `xfuser`
+    python tests/workers/faults.py --launcher          # those that go through `xfuser`; --only chooses by their names
 
 Each case starts fresh ranks, which make a good image first and must make the same one as everybody; then one rank has
 its fault in the second. The ranks are forked from this process, which has imported everything already: a start costs a
@@ -24,24 +24,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.workers.faulty_ranks import DIFFERING, HANGING, KINDS, STEPS, Case, Outcome, load, run_case, run_launched
-
-LAUNCHED = [
-    Case("kill", "tiny-sd", 2, {}, 1, 3, 0.4),
-    Case("kill", "tiny-dit", 2, {}, 0, 2, 0.7),
-    Case("stop", "tiny-sd", 2, {}, 1, 4, 0.2),
-    Case("layer", "tiny-dit", 2, {}, 1, 3, 0.5),
-    Case("layer", "tiny-sd", 4, {"use_cfg_parallel": True}, 2, 5, 0.8),
-    Case("nan", "tiny-sd", 2, {}, 0, 3, 0.3),
-    Case("ratio", "tiny-sd", 2, {}, 1, 0, 0.0),
-    Case("seed", "tiny-dit", 2, {}, 1, 0, 0.0),
-    Case("interrupt", "tiny-sd", 2, {}, 0, 3, 0.5),
-    Case("terminate", "tiny-dit", 2, {}, 0, 3, 0.5),
-]
+from tests.workers.faulty_ranks import DIFFERING, HANGING, KINDS, MISSING, STEPS, Case, Outcome, load, run_case
+from tests.workers.launched_faults import LAUNCHED, run_launched
+from tests.workers.launched_faults import judged as judged_launch
 
 
 def cases(seed: int = 0) -> list[Case]:
-    """52 cases, the same every time."""
+    """57 cases, the same every time."""
     draw = random.Random(seed)
     found = []
     shapes: tuple[tuple[int, dict[str, Any]], ...] = (
@@ -61,6 +50,9 @@ def cases(seed: int = 0) -> list[Case]:
             if (kind == "LoRA" or kind == "scheduler") and model == "tiny-dit":
                 continue
             found.append(Case(kind, model, ranks, {}, draw.randrange(ranks), 0, 0.0))
+    for kind in MISSING:
+        for ranks, model in ((2, "tiny-sd"), (2, "tiny-dit"), (4, "tiny-sd"))[: 3 if kind == "absent" else 2]:
+            found.append(Case(kind, model, ranks, {}, draw.randrange(ranks), 0, 0.0))
     return found
 
 
@@ -70,22 +62,30 @@ def cases(seed: int = 0) -> list[Case]:
 def row(number: int, outcome: Outcome, wrong: str) -> str:
     case = outcome.case
     layout = f"{case.ranks}" + "".join(f", {key.removesuffix('_degree')}" for key in case.degrees)
-    at = f"rank {case.victim}" + (f", step {case.step}" if case.kind not in DIFFERING else "")
-    if outcome.through == "xfuser":
-        detected, seconds = "", "" if case.kind in DIFFERING else f"{outcome.seconds:.1f}"
-        codes = {str(code) for code in outcome.codes.values()}
-        message, next_run = shortened(outcome.text), f"exit {', '.join(sorted(codes))}"
-    else:
-        by = [rank for rank, seen in outcome.seen.items() if "error" in seen]
-        detected = ", ".join(map(str, by))
-        victim = {case.victim} if case.kind in HANGING else set()
-        times = [seen["seconds"] for rank, seen in outcome.seen.items() if "seconds" in seen and rank not in victim]
-        seconds = f"{max(times):.1f}" if times else ""
-        others = [seen["error"] for rank, seen in outcome.seen.items() if "error" in seen and rank != case.victim]
-        message = shortened((others or [""])[0])
-        next_run = "same image" if all(seen.get("usable") for seen in outcome.seen.values()) else "refused"
-    end = wrong or next_run
-    cells = (number, KINDS[case.kind], case.model, layout, at, detected, seconds, message, outcome.left, end)
+    has_step = case.kind not in (*DIFFERING, *MISSING)
+    at = f"rank {case.victim}" + (f", step {case.step}" if has_step else "")
+    by = [rank for rank, seen in outcome.seen.items() if "error" in seen]
+    victim = {case.victim} if case.kind in HANGING else set()
+    times = [seen["seconds"] for rank, seen in outcome.seen.items() if "seconds" in seen and rank not in victim]
+    others = [seen["error"] for rank, seen in outcome.seen.items() if "error" in seen and rank != case.victim]
+    next_run = "same image" if all(seen.get("usable") for seen in outcome.seen.values()) else "refused"
+    seconds = f"{max(times):.1f}" if times else ""
+    said = shortened((others or [""])[0])
+    seen_by = ", ".join(map(str, by))
+    return table_row(
+        number, KINDS[case.kind], case.model, layout, at, seen_by, seconds, said, outcome.left, wrong or next_run
+    )
+
+
+def row_of_launch(number: int, name: str, outcome: Outcome, wrong: str) -> str:
+    ranks = outcome.seen[0]["ranks"]
+    images = "yes" if outcome.seen[0]["images"] else ""
+    end = wrong or f"exit {outcome.codes[-1]}"
+    said = shortened(outcome.text)
+    return table_row(number, name, outcome.case.model, ranks, f"{outcome.seconds:.1f}", said, images, outcome.left, end)
+
+
+def table_row(*cells: object) -> str:
     return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
 
 
@@ -103,13 +103,6 @@ def shortened(text: str) -> str:
 def judged(outcome: Outcome) -> str:
     """What is wrong with an outcome; empty where nothing is."""
     case, faults = outcome.case, [f"{outcome.left} processes left"] if outcome.left else []
-    if outcome.through == "xfuser":
-        codes = {"interrupt": 130, "terminate": 143}
-        right = all(code == codes.get(case.kind, code) != 0 for code in outcome.codes.values())
-        names = {"interrupt": "SIGINT, all processes", "terminate": "SIGTERM, all processes"}
-        named = names.get(case.kind, f"rank {case.victim}") in shortened(outcome.text)
-        faults += ([] if right and outcome.codes else ["exit code"]) + ([] if named else ["what is said"])
-        return "; ".join(faults)
     for rank in range(case.ranks):
         if case.kind != "kill" or rank != case.victim:
             seen = outcome.seen.get(rank)
@@ -129,7 +122,7 @@ def _wrong(case: Case, rank: int, seen: dict[str, Any]) -> Iterator[str]:
     if is_other and f"rank {case.victim}" not in seen["error"]:
         yield f"does not name rank {case.victim}"
     if not seen["usable"]:
-        if case.kind in (*DIFFERING, "callbacks"):
+        if case.kind in (*DIFFERING, *MISSING, "callbacks"):
             yield "is broken"
         if not seen.get("refused after", 9) < 1:
             yield f"did not refuse: {seen.get('again')}"
@@ -148,36 +141,58 @@ def other_images(outcome: Outcome, known: dict[str, str]) -> str:
 
 
 HEADER = "| | fault | model | ranks | at | seen by ranks | seconds | what another rank says | left | afterwards |"
+LAUNCH_HEADER = "| | fault | model | ranks | seconds | what `xfuser` says | image | left | end |"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=[*KINDS], help="Kinds of faults.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", help="Kinds of faults.")
     parser.add_argument("--ranks", type=int, help="Cases of that many ranks only.")
     parser.add_argument("--model", choices=["tiny-sd", "tiny-dit"])
     parser.add_argument("--each", type=int, default=1000, help="So many cases of a kind.")
     parser.add_argument("--launcher", action="store_true", help="The cases that go through `xfuser`.")
     parser.add_argument("--verbose", action="store_true", help="What the ranks wrote, too.")
     args = parser.parse_args()
+    unknown = {*(args.only or ())} - {*(LAUNCHED if args.launcher else KINDS)}
+    if unknown:
+        parser.error(f"--only: no such kind: {', '.join(sorted(unknown))}")
+    return launches(args) if args.launcher else on_ranks(args)
+
+
+def launches(args: argparse.Namespace) -> int:
+    print(LAUNCH_HEADER + "\n|" + "---|" * LAUNCH_HEADER[1:].count("|"), flush=True)
+    bad = 0
+    for number, name in enumerate(args.only or LAUNCHED, 1):
+        case, expected = LAUNCHED[name]
+        outcome = run_launched(case)
+        wrong = judged_launch(outcome, expected)
+        print(row_of_launch(number, name, outcome, wrong), flush=True)
+        bad += bool(wrong)
+        if args.verbose or wrong:
+            print(f"{wrong}\n{outcome.text[-6000:]}", file=sys.stderr, flush=True)
+    return min(bad, 100)
+
+
+def on_ranks(args: argparse.Namespace) -> int:
+    import otil_xdit
+
     found = [
         case
-        for case in (LAUNCHED if args.launcher else cases())
+        for case in cases()
         if (not args.only or case.kind in args.only)
         and args.ranks in (None, case.ranks)
         and args.model in (None, case.model)
     ]
     chosen = [case for kind in KINDS for case in [case for case in found if case.kind == kind][: args.each]]
     torch.set_num_threads(1)
-    pipes: dict[str, Any] = {}
-    if not args.launcher:
-        import otil_xdit
-
-        otil_xdit.register()
-        pipes = {model: load(model) for model in {case.model for case in chosen}}
+    otil_xdit.register()
+    pipes = {model: load(model) for model in {case.model for case in chosen}}
     print(HEADER + "\n|" + "---|" * HEADER[1:].count("|"), flush=True)
     bad, images = 0, dict[str, str]()
     for number, case in enumerate(chosen, 1):
-        outcome = run_launched(case) if args.launcher else run_case(case, pipes[case.model])
+        outcome = run_case(case, pipes[case.model])
         wrong = "; ".join(filter(None, (judged(outcome), other_images(outcome, images))))
         print(row(number, outcome, wrong), flush=True)
         bad += bool(wrong)

@@ -1,27 +1,21 @@
-"""Ranks one of which has a fault: forked from this process, or started by `xfuser`.
-
-As a module that `xfuser` starts in place of `otil_xdit.xdit.launcher.runner` it is such a rank.
-"""
+"""Ranks one of which has a fault, forked from this process; `tests.workers.launched_faults` has those of `xfuser`."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -40,6 +34,7 @@ DEADLINE = 60.0
 """Seconds after which ranks that are still there count as left behind."""
 
 HANGING = ("kill", "stop", "layer", "callback", "nan")
+MISSING = ("absent", "late")
 DIFFERING = ("ratio", "seed", "size", "LoRA", "weights", "steps", "scheduler", "forward")
 KINDS = {
     "kill": "SIGKILL",
@@ -56,8 +51,8 @@ KINDS = {
     "steps": "another number of steps",
     "scheduler": "another scheduler",
     "forward": "a step cache on one rank",
-    "interrupt": "Ctrl-C to the launcher",
-    "terminate": "SIGTERM to the launcher",
+    "absent": "a call that this rank does not make",
+    "late": "a call that this rank makes after the others' timeout",
 }
 
 
@@ -177,8 +172,11 @@ def rank_main(case: Case, pipe: Any, rank: int, folder: Path) -> int:
             seen["first"] = image(pipe)
         changes = changed(case, pipe, mine, folder)
         began = time.time()
-        image(pipe, **changes)
-        seen["missed"] = True
+        if mine and case.kind in MISSING:
+            time.sleep(1.5 * TIMEOUT)
+        if not (mine and case.kind == "absent"):
+            image(pipe, **changes)
+            seen["missed"] = True
     except BaseException as error:
         seen["seconds"] = time.time() - (float((folder / "happened").read_text()) if happened(folder) else began)
         seen["error"] = f"{type(error).__name__}: {error}"
@@ -211,6 +209,8 @@ def changed(case: Case, pipe: Any, mine: bool, folder: Path) -> dict[str, Any]:
             return given
 
         return {"callback_on_step_end": callback}
+    if case.kind in MISSING:
+        return {"seed": 4}
     if not mine:
         return {}
     network = getattr(pipe, "unet", None) or pipe.transformer
@@ -317,90 +317,3 @@ def run_case(case: Case, pipe: Any) -> Outcome:
         seen = {rank: json.loads(path.read_text()) for rank, path in files.items() if path.exists()}
         logs = "\n".join(path.read_text()[-1500:] for path in sorted(folder.glob("log-*")))
         return Outcome(case, seen, codes, text=logs)
-
-
-# ---- through the launcher --------------------------------------------------------------------------------------------
-
-ENVIRONMENT = "OTIL_XDIT_TEST_FAULT"
-
-
-def launched_rank() -> int:
-    """What a rank of the launcher runs in place of `otil_xdit.xdit.launcher.runner`."""
-    told = json.loads(os.environ[ENVIRONMENT])
-    case, folder, rank = Case(**told["case"]), Path(told["folder"]), int(os.environ["RANK"])
-    (folder / f"pid-{os.getpid()}").touch()
-    if rank == case.victim and case.kind in ("ratio", "seed"):
-        sys.argv += {"ratio": ["--otil_ratio", "1/2"], "seed": ["--seed", "7"]}[case.kind]
-    if case.kind in ("interrupt", "terminate"):
-        case = Case(**{**told["case"], "kind": "layer", "victim": -1})
-        prepare = NetworkHooks.prepare
-
-        def noted(hooks: NetworkHooks, networks: Mapping[str, nn.Module], pipes: Iterable[Any]) -> None:
-            prepare(hooks, networks, pipes)
-            (folder / "happened").write_text(repr(time.time()))
-
-        NetworkHooks.prepare = noted  # type: ignore[method-assign]  # to know when it began
-    arm(case, rank, folder, 0)
-    from otil_xdit.xdit.launcher import runner
-
-    return runner.main()
-
-
-@contextlib.contextmanager
-def launched(case: Case, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    flags = ["--model", case.model, "--parallel", "otil", "--prompt", PROMPT, "--otil_timeout", str(TIMEOUT)]
-    flags += ["--num_inference_steps", str(STEPS if case.kind not in ("interrupt", "terminate") else 400)]
-    flags += ["--output_directory", str(folder), "--height", "128", "--width", "128", "--seed", "3"]
-    flags += ["--use_cfg_parallel"] if case.degrees else []
-    flags += ["--patch_degree", "2"]
-    launch = "import sys; from otil_xdit.xdit.launcher import main as launcher; launcher.RUNNER = {!r}; "
-    start = launch.format("tests.workers.faulty_ranks") + f"sys.exit(launcher.main({flags!r}))"
-    fault = json.dumps({"case": asdict(case), "folder": str(folder)})
-    environment = {**os.environ, ENVIRONMENT: fault, "PYTHONPATH": str(ROOT)}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-c", start], env=environment, stdout=log, stderr=log)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-
-
-def run_launched(case: Case) -> Outcome:
-    """The case through `xfuser`; `seconds` are from the fault to the launcher's end."""
-    with tempfile.TemporaryDirectory() as name, launched(case, Path(name)) as process:
-        folder = Path(name)
-        while case.kind in ("stop", "interrupt", "terminate") and process.poll() is None:
-            time.sleep(0.1)
-            if not happened(folder):
-                continue
-            since = time.time() - float((folder / "happened").read_text())
-            if case.kind == "stop" and since > 2 * TIMEOUT:
-                for path in folder.glob("pid-*"):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(path.name[4:]), signal.SIGCONT)
-                break
-            if case.kind != "stop" and since > 1:
-                process.send_signal(signal.SIGINT if case.kind == "interrupt" else signal.SIGTERM)
-                (folder / "happened").write_text(repr(time.time()))
-                break
-        process.wait(180)
-        ended, text = time.time(), (folder / "log").read_text()
-        since = float((folder / "happened").read_text()) if happened(folder) else float("nan")
-        codes: dict[int, int | None] = dict.fromkeys(range(len([*folder.glob("pid-*")])), process.returncode)
-        left = [found for found in psutil.process_iter() if found.pid != process.pid and _belongs_to(found, folder)]
-        codes |= {-found.pid: None for found in left}
-        for found in left:
-            found.kill()
-        return Outcome(case, {}, codes, "xfuser", text, ended - since)
-
-
-def _belongs_to(process: psutil.Process, folder: Path) -> bool:
-    """Whether it was started, by whomever, for the case in that folder: torchrun and its ranks."""
-    with contextlib.suppress(psutil.Error, OSError):
-        return str(folder) in process.environ().get(ENVIRONMENT, "") and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-if __name__ == "__main__":
-    sys.exit(launched_rank())

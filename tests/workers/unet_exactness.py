@@ -38,7 +38,9 @@ PATIENCE = 60
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trials", nargs="+", type=Trial.parse)
     trials: list[Trial] = parser.parse_args().trials
     torch.set_num_threads(1)

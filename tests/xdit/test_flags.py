@@ -21,7 +21,7 @@ from otil_xdit.xdit.flags.options import add_otil_args, options
 
 def parser() -> argparse.ArgumentParser:
     """A parser with the part of xfuser's flags that matters here."""
-    made = argparse.ArgumentParser(exit_on_error=False)
+    made = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     made.add_argument("--model")
     made.add_argument("--use_cfg_parallel", action="store_true")
     for degree in ("data_parallel", "ulysses", "ring", "pipefusion_parallel", "tensor_parallel"):
@@ -166,7 +166,7 @@ def test_every_number_of_xdits_flags_has_a_range() -> None:
     enable_cpu_ranks()
     importlib.import_module("otil_xdit").register()
     config = importlib.import_module("xfuser.config")
-    known = config.FlexibleArgumentParser()
+    known = config.FlexibleArgumentParser(allow_abbrev=False)
     config.xFuserArgs.add_runner_args(known)
     own = {"patch_degree", "ring_degree", *(option.flag for option in options())}
     theirs = ("fp8_", "spargeattn_", "vsa_", "num_hybrid_")

@@ -143,7 +143,7 @@ def runner_lines(monkeypatch: pytest.MonkeyPatch) -> st.SearchStrategy[list[str]
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", start)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
     model_registry()
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     import_module("xfuser.config").xFuserArgs.add_runner_args(parser)
     flags = flags_of(parser)
     for name in cli.TORCHRUN_FLAGS:
@@ -231,7 +231,7 @@ def fuzz_tools(count: int) -> dict[str, dict[int | None, int]]:
     found: dict[str, dict[int | None, int]] = {tool: {} for tool in BEGINS}
     lines = {}
     for tool in BEGINS:
-        parser = argparse.ArgumentParser()
+        parser = argparse.ArgumentParser(allow_abbrev=False)
         import_module(f"otil_xdit.tools.{tool}.cli").add_arguments(parser)
         flags = flags_of(parser)
         lines[tool] = lines_of(flags, TOOL_LIKELY) if flags else st.lists(st.sampled_from(VALUES), max_size=2)

@@ -37,7 +37,7 @@ def test_help_tells_choices_and_default() -> None:
 
 def test_a_registered_codec_is_in_the_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CODECS, "mine", CODECS["raw"])
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     add_otil_args(parser)
     assert "1bit, adaptive, mine." in " ".join(parser.format_help().split())
     assert given_settings(vars(parser.parse_args(["--otil_codec", "mine", "--otil_seed", "3"]))) == {

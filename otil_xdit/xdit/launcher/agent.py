@@ -15,8 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from otil_xdit.xdit.launcher.orphans import PARENT, end_with_parent
+
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable in which torchrun names the file for a rank's error."""
+
+STOP_SECONDS = 40.0
+"""What torchrun may take to end its ranks: it kills them when they are still there after 30 s."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code of the first rank that failed, as a shell gives it.
     """
+    end_with_parent(STOP_SECONDS)
+    os.environ[PARENT] = str(os.getpid())  # of the ranks
     run = importlib.import_module("torch.distributed.run")
     errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
+    signals = importlib.import_module("torch.distributed.elastic.multiprocessing.api")
     logging.disable(logging.ERROR)  # torchrun's tables of failures; ranks write to stderr themselves
     try:
         run.run(run.parse_args(arguments))
@@ -34,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line, code = first_failure(error.failures)
         print(f"xfuser: error: {line}", file=sys.stderr)
         return code
+    except signals.SignalException as error:
+        return 128 + int(error.sigval)  # who sent the signal knows
     except (RuntimeError, OSError, ValueError) as error:
         print(f"xfuser: error: torchrun: {one_line(error)}", file=sys.stderr)
         return 1

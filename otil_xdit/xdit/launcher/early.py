@@ -72,7 +72,7 @@ def check_flags(arguments: Iterable[str], ours: Iterable[str]) -> None:
     known = {*_names_in_xfuser("config", r'"--([\w-]+)"'), *ours}
     if len(known) < 20:
         return  # another xfuser, whose parser will say it
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     add_otil_args(parser)
     add_unet_args(parser)
     known |= {option[2:] for action in parser._actions for option in action.option_strings}

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from otil_xdit.xdit.launcher.orphans import PARENT
+
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # glibc would give large tensors back to the system and fetch them again at every step.
@@ -44,7 +46,8 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     mark = uuid.uuid4().hex
     with caught_signals() as caught:
-        process = subprocess.Popen(command, env={**environment, LAUNCH_MARK: mark}, start_new_session=True)
+        marks = {LAUNCH_MARK: mark, PARENT: str(os.getpid())}
+        process = subprocess.Popen(command, env={**environment, **marks}, start_new_session=True)
         try:
             while process.poll() is None and not caught:
                 with suppress(subprocess.TimeoutExpired):
@@ -55,6 +58,8 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
         print(f"xfuser: {signal.Signals(caught[0]).name}, all processes stopped", file=sys.stderr)
         return 128 + caught[0]
     ended = process.returncode
+    if ended < 0:
+        print(f"xfuser: torchrun was ended by {signal.Signals(-ended).name}, all processes stopped", file=sys.stderr)
     return ended if ended >= 0 else 128 - ended
 
 

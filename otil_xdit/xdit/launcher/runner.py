@@ -18,7 +18,8 @@ from typing import Any
 
 from otil_xdit.errors import ExchangeTimeout, FlagError, NotFinite
 from otil_xdit.xdit.launcher.agent import leave_error, one_line
-from otil_xdit.xdit.launcher.processes import LAUNCH_MARK
+from otil_xdit.xdit.launcher.orphans import end_with_parent
+from otil_xdit.xdit.launcher.processes import LAUNCH_MARK, PATIENCE_SECONDS
 from otil_xdit.xdit.launcher.quiet import QUIET_MARK, say_little
 from otil_xdit.xdit.launcher.saving import save_somewhere
 from otil_xdit.xdit.models.unets import register_folder
@@ -34,6 +35,7 @@ def main() -> int:
     Returns:
         The exit code: 2 for flags that cannot be run, 1 for other errors that one line says.
     """
+    end_with_parent(PATIENCE_SECONDS)
     rank = int(os.environ.get("RANK") or 0)
     if rank != 0:
         logging.getLogger("otil_xdit").setLevel(logging.WARNING)

@@ -78,7 +78,7 @@ def _image_flags(case: Case, folder: Path) -> list[str]:
 def _parsed(flags: list[str]) -> dict[str, Any]:
     from xfuser.config import FlexibleArgumentParser, xFuserArgs
 
-    return vars(xFuserArgs.add_runner_args(FlexibleArgumentParser()).parse_args(flags))
+    return vars(xFuserArgs.add_runner_args(FlexibleArgumentParser(allow_abbrev=False)).parse_args(flags))
 
 
 def _run_runner(case: Case, folder: Path, flags: list[str]) -> torch.Tensor:
