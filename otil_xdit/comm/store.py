@@ -13,6 +13,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
+from torch.distributed import distributed_c10d
+
 T = TypeVar("T")
 
 POLL_SECONDS = 0.25
@@ -33,6 +35,11 @@ class Store(Protocol):
     def check(self, keys: list[str]) -> bool: ...
     def delete_key(self, key: str) -> bool: ...
     def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+
+
+def default_store() -> Store:
+    """Return the store in which the ranks of the default process group found each other."""
+    return distributed_c10d._get_default_store()  # torch has no public way to it
 
 
 class StoreThread:
@@ -56,7 +63,7 @@ class StoreThread:
     def start_polling(self) -> None:
         """Start the thread where it does not run, and poll from now on."""
         if self._thread is None:
-            self._store = _own_connection(self._store)
+            self._store = own_connection(self._store)
             self._thread = threading.Thread(target=self._run, name="otil-xdit store", daemon=True)
             self._thread.start()
         self._is_polling = True
@@ -125,7 +132,7 @@ def wait_for_keys(store: Store, keys: list[str], seconds: float) -> bool:
     return True
 
 
-def _own_connection(store: Store) -> Store:
+def own_connection(store: Store) -> Store:
     """Return a connection to the same store that blocks nobody else; the store itself where torch cannot make one."""
     clone = getattr(store, "clone", None)
     return store if clone is None else clone()

@@ -93,12 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_to_end(launch.command, launch.environment)
 
 
-def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
+def plan(arguments: Sequence[str], environment: Mapping[str, str], runner: str | None = None) -> Launch:
     """Check all flags and find out what to start.
 
     Args:
         arguments: the command line, without the program.
         environment: all variables of this process, which overrule those that the ranks are given.
+        runner: the module that every rank runs, which understands the same flags; None for xfuser's runner.
 
     Raises:
         FlagError: for a command line that cannot be run.
@@ -127,7 +128,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
         sys.executable,
         *("-m", AGENT),
         *(f"--{name}={torchrun.get(name, default)}" for name, (default, _) in TORCHRUN_FLAGS.items()),
-        *("-m", RUNNER),
+        *("-m", runner or RUNNER),
         *runner_arguments,
     )
     is_quiet = values.get("parallel") is not None and not values["verbose"]

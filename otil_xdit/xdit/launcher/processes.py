@@ -44,7 +44,7 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
     Returns:
         The exit code as a shell gives it.
     """
-    mark = uuid.uuid4().hex
+    mark = new_mark()
     with caught_signals() as caught:
         marks = {LAUNCH_MARK: mark, PARENT: str(os.getpid())}
         process = subprocess.Popen(command, env={**environment, **marks}, start_new_session=True)
@@ -53,7 +53,7 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_SECONDS)
         finally:
-            _stop(process, mark)
+            stop(process, mark)
     if caught:
         print(f"xfuser: {signal.Signals(caught[0]).name}, all processes stopped", file=sys.stderr)
         return 128 + caught[0]
@@ -61,6 +61,11 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
     if ended < 0:
         print(f"xfuser: torchrun was ended by {signal.Signals(-ended).name}, all processes stopped", file=sys.stderr)
     return ended if ended >= 0 else 128 - ended
+
+
+def new_mark() -> str:
+    """Return a value of `LAUNCH_MARK` that no other launch has."""
+    return uuid.uuid4().hex
 
 
 def visible_devices() -> int:
@@ -92,7 +97,7 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
+def stop(process: subprocess.Popen[bytes], mark: str) -> None:
     """End the command and all that carries its mark, without torchrun's reports of dying ranks."""
     if process.poll() is None:
         with suppress(ProcessLookupError):

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from functools import partial, wraps
 from types import ModuleType
 from typing import Any
@@ -29,8 +30,12 @@ EXPECTED = (ValueError, AssertionError, NotImplementedError, OSError, ExchangeTi
 """Errors whose message is meant for whoever started the ranks; others come with their traceback."""
 
 
-def main() -> int:
+def main(work: Callable[[ModuleType], object] | None = None) -> int:
     """Run xfuser's runner on this rank.
+
+    Args:
+        work: what to do with xfuser's module ``runner``, with the plugin hooked in; None for its own main block, which
+            makes one image.
 
     Returns:
         The exit code: 2 for flags that cannot be run, 1 for other errors that one line says.
@@ -50,7 +55,7 @@ def main() -> int:
         save_somewhere(runner.xFuserModelRunner)
         if QUIET_MARK in os.environ:
             say_little(runner.xFuserModelRunner)
-        run_main_block(runner)
+        (work or run_main_block)(runner)
     except EXPECTED as error:
         _say(error, rank)
         return 2 if isinstance(error, FlagError) else 1

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from otil_xdit.comm.failure_detector import FailureDetector
 from otil_xdit.comm.groups import PatchGroup, UnetGroups, break_connections, limit_waits
+from otil_xdit.comm.store import default_store
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.agreement import facts_of_settings, versions
 from otil_xdit.runtime.session import PatchSession
@@ -105,10 +105,9 @@ def _make_detector(replica: Any, groups: list[dist.ProcessGroup], timeout: float
     names: list[Any] = [None] * replica.world_size
     dist.all_gather_object(names, uuid.uuid4().hex, group=replica.cpu_group)
     connections = replica.device_group.group_name
-    store = distributed_c10d._get_default_store()  # torch has no public way to it
     host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     sever = partial(break_connections, groups)
-    return FailureDetector(names[0], connections, replica.ranks, dist.get_rank(), timeout, store, host, sever)
+    return FailureDetector(names[0], connections, replica.ranks, dist.get_rank(), timeout, default_store(), host, sever)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

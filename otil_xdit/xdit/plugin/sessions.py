@@ -43,6 +43,13 @@ def session_of(pipe: Any) -> PatchSession | None:
     return vars(pipe).get("_otil_session")
 
 
+def share_session(pipe: Any, other: Any) -> None:
+    """Attach `other`, a pipeline of the same networks, to the session of `pipe`, where that has one."""
+    session = session_of(pipe)
+    if session is not None:
+        _attach(session, other)
+
+
 def undo(pipe: Any) -> Any:
     """Give the pipeline back as it was before xDiT wrapped it and a session took it; see `otil_xdit.restore`."""
     inner = vars(pipe).get("module", pipe)
