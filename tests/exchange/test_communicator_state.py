@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.dryrun.recorder import Log, RecordedCollectives
-from otil_xdit.exchange import kv
+from otil_xdit.exchange import kv_copies
 from otil_xdit.exchange.communicator import OtilCommunicator, OutOfMemory
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout
@@ -103,7 +103,7 @@ def test_where_copies_find_no_room_the_error_names_the_flag(
     def fail(*given: Any) -> None:
         raise error
 
-    monkeypatch.setattr(kv, "Predictor", fail)
+    monkeypatch.setattr(kv_copies, "Predictor", fail)
     nobody: Any = None
     run = OtilCommunicator(OtilConfig(), PatchGroup(nobody, 0, 2), partial(RecordedCollectives, log=Log()))
     run.begin()

@@ -1,0 +1,198 @@
+"""What a rank says of a group's layers at a step, and how the copies follow from what everybody says.
+
+`pack` and `apply` have two ways each: kernels, one or two launches on a GPU, and the eager code that is their
+reference.
+
+Shapes: L layers, l of them in a run; N patches, B batch, S tokens of one patch, C features, K sub-blocks of T tokens, k
+sent a step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from otil_xdit.exchange.kv_copies import KVCopies
+from otil_xdit.exchange.kv_payload import PayloadCodec
+from otil_xdit.exchange.kv_transform import KVTransform
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.scratch import ScratchBuffers
+from otil_xdit.method.selection import BlockSelector
+
+
+class KVCoder:
+    """Selects sub-blocks of a group's layers, codes what the others' copies lack there, and applies such payloads.
+
+    Args:
+        transform: has this rank's fresh values, and the layers' shape.
+        copies: of all ranks' values.
+        table: int64 [K, T], the tokens of each sub-block, on the layers' device.
+        config: the settings.
+        selector: says what to send.
+        scratch: for intermediate tensors.
+    """
+
+    def __init__(
+        self,
+        transform: KVTransform,
+        copies: KVCopies,
+        table: torch.Tensor,
+        config: OtilConfig,
+        selector: BlockSelector,
+        scratch: ScratchBuffers,
+    ) -> None:
+        self._transform, self._copies, self._table = transform, copies, table
+        self._config, self._selector, self._scratch = config, selector, scratch
+        self._codec = PayloadCodec(transform.shape, transform.dtype, table, config, scratch)
+        self._layout = self._codec.layout
+        self._layers = "", 0
+        self._first: dict[int, torch.Tensor] = {}
+        self._previous: torch.Tensor | None = None
+        self._errors: torch.Tensor | None = None
+        self._selected: torch.Tensor | None = None
+
+    def allocate(self, name: str, layers: int) -> None:
+        """Make the buffers of L layers, the first of which is called `name`."""
+        transform, device, self._layers = self._transform, self._scratch.device, (name, layers)
+        if self._keeps_previous:
+            self._previous = torch.zeros(layers, *transform.shape, dtype=transform.dtype, device=device)
+            for layer, fresh in self._first.items():
+                self._previous[layer] = fresh
+        self._first.clear()
+        self._gains = torch.zeros(layers, 2, device=device)
+        self._payload = torch.zeros(layers, self.payload_size, dtype=torch.uint8, device=device)
+        self._codec.allocate(layers, transform.ranks)
+
+    def begin(self) -> None:
+        """Start a generation."""
+        self._errors = None
+
+    @property
+    def payload_size(self) -> int:
+        """Bytes of one layer's payload."""
+        return self._layout.size
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Tell whether kernels compute in one pass what the eager code has buffers of all layers for."""
+        return self._codec.can_fuse(self._table) and self._config.kv_cache_dtype != "float8"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept on the device."""
+        kept = [*self._first.values()]
+        if self._copies.is_allocated:
+            kept += [self._gains, self._payload]
+        if self._previous is not None:
+            kept.append(self._previous)
+        return sum(tensor.nbytes for tensor in kept) + self._codec.nbytes
+
+    @property
+    def _keeps_previous(self) -> bool:
+        """Tell whether a layer's next sub-blocks are compared with what it was called with last."""
+        return (
+            self._layout.count > 0
+            and self._config.score_reference == "previous"
+            and self._config.select.startswith("kv")
+        )
+
+    def error(self, layer: int) -> float:
+        """Return the largest known prediction error of any rank, relative to its values: |fresh - p| / |fresh|.
+
+        Only with a tolerance; waits for the device.
+        """
+        return float("inf") if self._errors is None else float(self._errors[layer].max())
+
+    def set_previous(self, layer: int, fresh: torch.Tensor) -> None:
+        """Take note of a layer's values, coded [2, B, S, C], at a step where nothing was selected of them."""
+        if self._previous is not None:
+            self._previous[layer] = fresh
+        elif self._keeps_previous:
+            self._first[layer] = fresh.clone()
+
+    def measure_gain(self, layer: int) -> torch.Tensor:
+        """Return how far this rank's own values of a layer have moved, float32 [2]; its next payload says it."""
+        gain = self._gains[layer]
+        gain.copy_(self._copies.predictor.gain(layer, self._transform.code_own(layer)))
+        return gain
+
+    def select_shared(self) -> None:
+        """Select the sub-blocks that all layers send at this step; see `BlockSelector.select_shared` when to call."""
+        if self._layout.count:
+            self._selected = self._selector.select_shared(self._table, self._transform.shape[2])
+
+    def pack(self, run: slice) -> torch.Tensor:
+        """Fill the payloads of a run of layers from what they were called with, and return them, uint8 [l, size]."""
+        predictor, codec, payload = self._copies.predictor, self._codec, self._payload[run]
+        fresh = self._transform.coded_own(run)
+        if codec.can_fuse(payload) and predictor.can_fuse and self._selects_fused:
+            selected = self._select_fused(run, fresh) if self._layout.count else None
+            codec.encode_fused(predictor, run, fresh, self._gains[run], payload, selected)
+        else:
+            self._pack_by_eager(run, fresh, payload)
+        return payload
+
+    def apply(self, run: slice, received: torch.Tensor) -> None:
+        """Carry the copies of a run of layers a step forward with everybody's payloads, uint8 [N, l, size]."""
+        if self._codec.can_fuse(received) and self._copies.predictor.can_fuse:
+            self._codec.apply_fused(self._copies.predictor, run, received)
+        else:
+            self._apply_by_eager(run, received.transpose(0, 1))
+
+    def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor) -> None:
+        codec, layout = self._codec, self._layout
+        codec.pack_gains(payload, self._gains[run])
+        tokens, own, residual = fresh, fresh, None
+        if codec.of_residuals or layout.has_error or (layout.count and self._previous is None):
+            own = self._scratch("own", tuple(fresh.shape), torch.float32)
+            self._copies.predictor.predict_own(run, self._gains[run], own)
+            residual = self._scratch("residual", tuple(fresh.shape), torch.float32).copy_(fresh).sub_(own)
+            tokens = residual if codec.of_residuals else fresh
+        if layout.has_error and residual is not None:
+            codec.pack_error(payload, fresh, residual)
+        if layout.count:
+            tokens = codec.pack_selected(payload, self._select(run, fresh, own, residual), tokens)
+        if self._previous is not None:
+            self._previous[run] = fresh
+        codec.pack_tokens(payload, tokens)
+
+    def _select(
+        self, run: slice, fresh: torch.Tensor, own: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the sub-blocks that each layer of a run sends, int64 [l, k]."""
+        if self._selected is not None:
+            return self._selected.expand(len(fresh), -1)
+        reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
+        return self._selector.select(self._layers, self._table, fresh, reference, difference, run)
+
+    @property
+    def _selects_fused(self) -> bool:
+        """Tell whether a kernel finds the sub-blocks to send, or they are the same for all layers, or all are sent."""
+        compared = self._selector.compares_by_l2 and self._previous is None
+        return self._layout.count == 0 or self._selected is not None or compared
+
+    def _select_fused(self, run: slice, fresh: torch.Tensor) -> torch.Tensor:
+        """Return what `_select` does, contiguous."""
+        from otil_xdit.method.kernels.payloads import block_changes
+
+        if self._selected is not None:
+            return self._selected.expand(len(fresh), -1).contiguous()
+        changes = block_changes(*self._copies.predictor.own_copies(run), fresh, self._gains[run], self._table)
+        return self._selector.select_scored(self._layers, self._table, changes, run)
+
+    def _apply_by_eager(self, run: slice, received: torch.Tensor) -> None:
+        """Do what `apply` does; `received` is [l, N, size]."""
+        predictor, found = self._copies.predictor, self._codec.unpack(received)
+        gains = found.gains
+        if gains is None:
+            constant = self._config.extrapolation_gain if self._config.extrapolation == "constant" else 0.0
+            gains = torch.full((*received.shape[:2], 2), constant, device=received.device)
+        if found.errors is not None:
+            if self._errors is None:
+                shape = self._layers[1], self._transform.ranks
+                self._errors = torch.full(shape, float("inf"), device=received.device)
+            self._errors[run] = found.errors
+        if self._codec.of_residuals:
+            predictor.apply_residuals(run, gains, found.numbers, found.scales, found.sent)
+        else:
+            values = found.numbers if found.scales is None else found.numbers * found.scales
+            predictor.apply_values(run, gains, values, found.rows, found.sent)
