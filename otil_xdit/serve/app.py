@@ -29,6 +29,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.is_draining = False
         await engine.start()
         work = asyncio.create_task(service.jobs.run())
         try:

@@ -198,6 +198,7 @@ class Jobs:
                 self.current = self._waiting.popleft()
                 try:
                     await self._do(self.current)
+                    _log(self.current)
                 finally:
                     self.current = None
 
@@ -221,8 +222,8 @@ class Jobs:
                     self._mean_seconds += 0.3 * (image.seconds - self._mean_seconds)
                     self._on_image(image)
                     job.notify()
-        except Cancelled:
-            job.end(job._wanted_end or "cancelled", job.problem or "cancelled")
+        except Cancelled as error:
+            job.end(job._wanted_end or "cancelled", " ".join(filter(None, [job.problem or "cancelled", str(error)])))
         except Refused as error:
             job.end("refused", str(error))
         except EngineFailure as error:
@@ -232,3 +233,16 @@ class Jobs:
             job.end("failed", f"a fault of the server: {type(error).__name__}")
         else:
             job.end("done")
+
+
+def _log(job: Job) -> None:
+    """Log how a job that had its turn has ended."""
+    details = {
+        "request": job.id,
+        "stage": job.stage,
+        "images": len(job.images),
+        "waited": round(job.begun - job.accepted, 3),
+        "seconds": round(time.monotonic() - job.begun, 3),
+        "sent_bytes": sum(image.sent_bytes for image in job.images),
+    }
+    logger.info("images", extra={**details, **({"problem": job.problem} if job.problem else {})})

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from otil_xdit.serve.planning import RanksLaunch
-from otil_xdit.xdit.launcher.processes import LAUNCH_MARK, free_port, new_mark, stop
+from otil_xdit.xdit.launcher.processes import free_port, start, stop
 
 KEPT_LINES = 20
 """Of what the ranks write to stderr, for the reason of a loss."""
@@ -29,18 +29,13 @@ class RankProcesses:
     """
 
     def __init__(self, launch: RanksLaunch, environment: Mapping[str, str]) -> None:
-        self._mark = new_mark()
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         is_one_machine = "--nnodes=1" in launch.command
         command = [
             f"{_PORT}{free_port()}" if is_one_machine and part.startswith(_PORT) else part for part in launch.command
         ]
-        self._process = subprocess.Popen(
-            command,
-            env={**launch.environment, **environment, LAUNCH_MARK: self._mark},
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
+        self._process, self._mark = start(
+            command, {**launch.environment, **environment}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         self._reader = threading.Thread(target=self._forward, name="ranks' stderr", daemon=True)
         self._reader.start()

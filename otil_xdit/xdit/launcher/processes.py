@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import psutil
 
@@ -44,10 +45,8 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
     Returns:
         The exit code as a shell gives it.
     """
-    mark = new_mark()
     with caught_signals() as caught:
-        marks = {LAUNCH_MARK: mark, PARENT: str(os.getpid())}
-        process = subprocess.Popen(command, env={**environment, **marks}, start_new_session=True)
+        process, mark = start(command, environment)
         try:
             while process.poll() is None and not caught:
                 with suppress(subprocess.TimeoutExpired):
@@ -63,9 +62,22 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
     return ended if ended >= 0 else 128 - ended
 
 
-def new_mark() -> str:
-    """Return a value of `LAUNCH_MARK` that no other launch has."""
-    return uuid.uuid4().hex
+def start(
+    command: Sequence[str], environment: Mapping[str, str], **options: Any
+) -> tuple[subprocess.Popen[bytes], str]:
+    """Start torchrun, to be ended by `stop`, and together with this process.
+
+    Args:
+        command, environment: what to run.
+        options: of `subprocess.Popen`.
+
+    Returns:
+        The process, and the mark that all processes of this launch have.
+    """
+    mark = uuid.uuid4().hex
+    marks = {LAUNCH_MARK: mark, PARENT: str(os.getpid())}
+    process = subprocess.Popen(command, env={**environment, **marks}, start_new_session=True, **options)
+    return process, mark
 
 
 def visible_devices() -> int:
