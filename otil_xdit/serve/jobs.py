@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,21 +114,32 @@ class Jobs:
         limit: jobs that may wait.
         seconds: that a job may take, waiting included.
         on_image: called with each image that is done.
+        most: images to make in one call of the pipeline, where they go with each other.
     """
 
     def __init__(
-        self, engine: Engine, limit: int, seconds: float, on_image: Callable[[DrawnImage], None] = lambda image: None
+        self,
+        engine: Engine,
+        limit: int,
+        seconds: float,
+        on_image: Callable[[DrawnImage], None] = lambda image: None,
+        most: int = 1,
     ) -> None:
         self._engine, self._limit, self._seconds, self._on_image = engine, limit, seconds, on_image
+        self._most = most
         self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
         self._there_is_one = asyncio.Event()
         self._mean_seconds = SECONDS_UNKNOWN
-        self.current: Job | None = None
-        self.is_closed = False
 
     def __len__(self) -> int:
         """Return how many jobs wait."""
         return len(self._waiting)
+
+    @property
+    def current(self) -> Job | None:
+        """Return the job under way, the first one of a batch; None for none."""
+        return self._running[0] if self._running else None
 
     @property
     def waiting(self) -> tuple[Job, ...]:
@@ -141,7 +152,7 @@ class Jobs:
         Raises:
             QueueFull: when as many wait as may.
         """
-        if len(self._waiting) >= self._limit and (self._limit > 0 or self.current is not None):
+        if len(self._waiting) >= self._limit and (self._limit > 0 or self._running):
             raise QueueFull(self.seconds_ahead())
         job.accepted = time.monotonic()
         self._waiting.append(job)
@@ -153,31 +164,36 @@ class Jobs:
 
     def seconds_ahead(self) -> float:
         """Return how long the jobs that are here will probably take."""
-        jobs = [*self._waiting, *([self.current] if self.current is not None else [])]
+        jobs = (*self._waiting, *self._running)
         return sum(len(job.requests) - len(job.images) for job in jobs) * self._mean_seconds
 
     def end(self, job: Job, stage: Stage, problem: str) -> None:
-        """End a job that is not over: one that waits at once, the one under way between two steps."""
+        """End a job that is not over: one that waits at once, the one under way between two steps.
+
+        A job whose image is made together with another's gets no image, and that goes on.
+        """
         if job.is_over:
             return
-        if job is self.current:
-            if job._wanted_end is None:
-                job._wanted_end, job.problem = stage, problem
+        if job not in self._running:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            job.end(stage, problem)
+        elif job._wanted_end is None:
+            job._wanted_end, job.problem = stage, problem
+            if all(one.is_over or one._wanted_end is not None for one in self._running):
                 self._engine.cancel()
-            return
-        if job in self._waiting:
-            self._waiting.remove(job)
-        job.end(stage, problem)
+            else:
+                job.end(stage, problem)
 
     def end_all(self, problem: str) -> None:
         """End every job that is not over, as "unserved"."""
-        for job in (*self._waiting, *([self.current] if self.current is not None else [])):
+        for job in (*self._waiting, *self._running):
             self.end(job, "unserved", problem)
 
     async def wait_until_empty(self) -> None:
         """Wait until no job waits or is under way."""
-        while self.current is not None or self._waiting:
-            job = self.current or self._waiting[0]
+        while self._running or self._waiting:
+            job = (*self._running, *self._waiting)[0]
             await job.wait()
             await asyncio.sleep(0)
 
@@ -195,44 +211,80 @@ class Jobs:
                 await asyncio.sleep(0.1)
                 continue
             if self._waiting:
-                self.current = self._waiting.popleft()
+                self._running = self._take()
                 try:
-                    await self._do(self.current)
-                    _log(self.current)
+                    await self._do(self._running)
                 finally:
-                    self.current = None
+                    for job in self._running:
+                        _log(job)
+                    self._running = []
 
-    async def _do(self, job: Job) -> None:
-        job.stage, job.begun = "drawing", time.monotonic()
-        job.notify()
+    def _take(self) -> list[Job]:
+        """Take the next job out of the queue, and those of one image that go with it."""
+        first = self._waiting.popleft()
+        if len(first.requests) > 1:
+            return [first]
+        single = [job for job in self._waiting if len(job.requests) == 1]
+        alike = [job for job in single if job.requests[0].goes_with(first.requests[0])][: self._at_once - 1]
+        for job in alike:
+            self._waiting.remove(job)
+        return [first, *alike]
+
+    @property
+    def _at_once(self) -> int:
+        """Return how many images one call of the pipeline makes at most."""
+        facts = self._engine.facts
+        return self._most if facts is not None and facts.takes_batches else 1
+
+    async def _do(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            job.stage, job.begun = "drawing", time.monotonic()
+            job.notify()
+        try:
+            if len(jobs) > 1:
+                await self._draw([job.requests[0] for job in jobs], jobs)
+            else:
+                job, at_once = jobs[0], self._at_once if jobs[0].requests[0].image is None else 1
+                for start in range(0, len(job.requests), at_once):
+                    requests = job.requests[start : start + at_once]
+                    await self._draw(requests, [job] * len(requests))
+        except Cancelled as error:
+            for job in jobs:
+                problem = " ".join(filter(None, [job.problem or "cancelled", str(error)]))
+                job.end(job._wanted_end or "cancelled", problem)
+        except Refused as error:
+            _end_all(jobs, "refused", str(error))
+        except EngineFailure as error:
+            _end_all(jobs, "failed", str(error))
+        except Exception as error:
+            logger.exception("a fault of the server", extra={"request": jobs[0].id})
+            _end_all(jobs, "failed", f"a fault of the server: {type(error).__name__}")
+        else:
+            _end_all(jobs, "done")
+
+    async def _draw(self, requests: Sequence[ImageRequest], owners: Sequence[Job]) -> None:
+        """Have images made in one call, and give each to its job."""
+        if all(job._wanted_end is not None for job in owners):
+            raise Cancelled
 
         def on_step(step: StepDone) -> None:
-            job.progress = step
-            if step.preview is not None:
-                job.preview = step
+            for job in owners:
+                job.progress = step
+                job.preview = step if step.preview is not None else job.preview
+                job.notify()
+
+        for job in owners:
+            job.progress = job.preview = None
+        for job, image in zip(owners, await self._engine.draw(requests, on_step), strict=True):
+            job.images.append(image)
+            self._mean_seconds += 0.3 * (image.seconds - self._mean_seconds)
+            self._on_image(image)
             job.notify()
 
-        try:
-            for request in job.requests:
-                if job._wanted_end is not None:
-                    raise Cancelled
-                job.progress = job.preview = None
-                for image in await self._engine.draw([request], on_step):
-                    job.images.append(image)
-                    self._mean_seconds += 0.3 * (image.seconds - self._mean_seconds)
-                    self._on_image(image)
-                    job.notify()
-        except Cancelled as error:
-            job.end(job._wanted_end or "cancelled", " ".join(filter(None, [job.problem or "cancelled", str(error)])))
-        except Refused as error:
-            job.end("refused", str(error))
-        except EngineFailure as error:
-            job.end("failed", str(error))
-        except Exception as error:
-            logger.exception("a fault of the server", extra={"request": job.id})
-            job.end("failed", f"a fault of the server: {type(error).__name__}")
-        else:
-            job.end("done")
+
+def _end_all(jobs: Sequence[Job], stage: Stage, problem: str = "") -> None:
+    for job in jobs:
+        job.end(stage, problem)
 
 
 def _log(job: Job) -> None:

@@ -18,7 +18,7 @@ from otil_xdit.serve import wire
 from otil_xdit.serve.engine import Cancelled, EngineFailure, EngineStatus, Refused
 from otil_xdit.serve.planning import RanksLaunch
 from otil_xdit.serve.rank_processes import RankProcesses
-from otil_xdit.serve.requests import DrawnImage, ImageRequest, ModelFacts, Pixels, StepDone
+from otil_xdit.serve.requests import DrawnImage, ImageRequest, ModelFacts, StepDone, pixels_from_wire
 from otil_xdit.serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,14 @@ class RankEngine:
         assert self._drawing is None, "one image at a time"
         if self._status.state != "ready" or self._writer is None:
             raise EngineFailure(self._status.reason or f"the ranks are {self._status.state}")
-        return [await self._draw_one(request, on_step) for request in requests]
+        wired = [request.to_wire() for request in requests]
+        drawing = self._drawing = _Drawing(uuid.uuid4().hex, on_step)
+        try:
+            message = {"type": "generate", "id": drawing.number, "requests": [values for values, _ in wired]}
+            self._send(message, [blob for _, blobs in wired for blob in blobs])
+            return await drawing.done
+        finally:
+            self._drawing = None
 
     def cancel(self) -> None:
         drawing = self._drawing
@@ -108,15 +115,6 @@ class RankEngine:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ---- an image --------------------------------------------------------------------------------------------------
-
-    async def _draw_one(self, request: ImageRequest, on_step: Callable[[StepDone], None]) -> DrawnImage:
-        values, blobs = request.to_wire()
-        drawing = self._drawing = _Drawing(uuid.uuid4().hex, on_step)
-        try:
-            self._send({"type": "generate", "id": drawing.number, "request": values}, blobs)
-            return await drawing.done
-        finally:
-            self._drawing = None
 
     def _check_cancelled(self, drawing: _Drawing) -> None:
         if not drawing.done.done():
@@ -240,25 +238,25 @@ def _silent(rank: int, seconds: float, where: str) -> str:
 
 
 class _Drawing:
-    """The image under way."""
+    """The images under way, of one call of `RankEngine.draw`."""
 
     def __init__(self, number: str, on_step: Callable[[StepDone], None]) -> None:
         self.number, self._on_step = number, on_step
         self.is_cancelled = False
-        self.done: asyncio.Future[DrawnImage] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[list[DrawnImage]] = asyncio.get_running_loop().create_future()
 
     def hear(self, values: dict[str, Any], blobs: list[bytes]) -> None:
         """Take what rank 0 says of it."""
         if self.done.done():
             return
         kind = values["type"]
-        pixels = Pixels(**values["pixels"], data=blobs[0]) if blobs else None
+        pixels = pixels_from_wire(values, blobs)
         if kind == "step":
-            self._on_step(StepDone(values["step"], values["steps"], pixels))
+            self._on_step(StepDone(values["step"], values["steps"], pixels[0] if pixels else None))
         elif kind == "done":
-            assert pixels is not None, "rank 0 has taken the image over"
-            made = DrawnImage(pixels, values["seconds"], values["sent_bytes"], values["waited_seconds"])
-            self.done.set_result(made)
+            costs = (values[name] / len(pixels) for name in ("seconds", "sent_bytes", "waited_seconds"))
+            seconds, sent, waited = costs
+            self.done.set_result([DrawnImage(one, seconds, round(sent), waited) for one in pixels])
         elif kind == "refused":
             self.done.set_exception(Refused(values["message"]))
         elif kind == "cancelled":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,17 @@ class Pixels:
     height: int
     mode: str
     data: bytes = field(repr=False)
+
+
+def pixels_to_wire(images: Sequence[Pixels]) -> tuple[dict[str, Any], list[bytes]]:
+    """Return what JSON can hold of images, and their bytes."""
+    sizes = [{"width": one.width, "height": one.height, "mode": one.mode} for one in images]
+    return {"pixels": sizes}, [one.data for one in images]
+
+
+def pixels_from_wire(values: Mapping[str, Any], blobs: Sequence[bytes]) -> list[Pixels]:
+    """Return the images that `pixels_to_wire` wrote."""
+    return [Pixels(**one, data=data) for one, data in zip(values.get("pixels", ()), blobs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,16 @@ class ImageRequest:
                 blobs.append(pixels.data)
         return values, blobs
 
+    def goes_with(self, other: ImageRequest) -> bool:
+        """Return whether both can be made in one call of the pipeline: only prompts and seeds differ."""
+        if self.image is not None or other.image is not None:
+            return False
+        return self._without_prompt() == other._without_prompt()
+
+    def _without_prompt(self) -> ImageRequest:
+        negative = None if self.negative_prompt is None else ""
+        return replace(self, prompt="", negative_prompt=negative, seed=0, previews=0)
+
     @classmethod
     def from_wire(cls, values: Mapping[str, Any], blobs: list[bytes]) -> ImageRequest:
         """Return the request that `to_wire` wrote; takes its images' bytes from the front of `blobs`."""
@@ -114,8 +135,8 @@ class DrawnImage:
 
     Attributes:
         pixels: of it.
-        seconds: that the ranks took.
-        sent_bytes, waited_seconds: of one rank.
+        seconds: that the ranks took; of all images of a batch together, shared out evenly.
+        sent_bytes, waited_seconds: of one rank; shared out likewise.
     """
 
     pixels: Pixels
@@ -139,6 +160,7 @@ class ModelFacts:
         schedulers: names that an image may give; the model's own comes without a name.
         scheduler: the class of the model's own.
         takes_lora: whether LoRA can be applied for one image.
+        takes_batches: whether several images can be made in one call.
     """
 
     model: str
@@ -154,6 +176,7 @@ class ModelFacts:
     schedulers: tuple[str, ...] = ()
     scheduler: str = ""
     takes_lora: bool = False
+    takes_batches: bool = False
 
     @classmethod
     def from_wire(cls, values: Mapping[str, Any]) -> ModelFacts:

@@ -76,7 +76,8 @@ class Service:
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         self.engine, self.settings = engine, settings
         self.metrics = Metrics(engine)
-        self.jobs = Jobs(engine, settings.max_queue, settings.request_timeout, self.metrics.count)
+        limits = (settings.max_queue, settings.request_timeout)
+        self.jobs = Jobs(engine, *limits, self.metrics.count, settings.max_batch)
         self.metrics.follow(self.jobs)
         self.files, self.loras = Files(), LoraListing(settings.lora_dir)
         self.is_draining = False

@@ -21,12 +21,14 @@ def job(n: int = 1, steps: int = 4) -> Job:
     return Job(tuple(ImageRequest("a", seed, steps=steps) for seed in range(n)))
 
 
-def run(scene: Callable[[FakeEngine, Jobs], Awaitable[None]], limit: int = 2, seconds: float = LIMIT) -> None:
+def run(
+    scene: Callable[[FakeEngine, Jobs], Awaitable[None]], limit: int = 2, seconds: float = LIMIT, most: int = 1
+) -> None:
     """Play a scene with a queue that is at work."""
 
     async def play() -> None:
         engine = FakeEngine()
-        jobs = Jobs(engine, limit, seconds)
+        jobs = Jobs(engine, limit, seconds, most=most)
         work = asyncio.create_task(jobs.run())
         await asyncio.wait_for(scene(engine, jobs), LIMIT)
         work.cancel()
@@ -110,6 +112,27 @@ def test_waiting_jobs_go_on_after_a_restart_and_end_when_there_is_none() -> None
         assert (lost.stage, lost.problem) == ("unserved", "rank 1 was lost")
 
     run(scene)
+
+
+def test_alike_jobs_are_made_together_and_a_cancelled_one_does_not_stop_the_others() -> None:
+    async def scene(engine: FakeEngine, jobs: Jobs) -> None:
+        engine.gate.clear()
+        first = jobs.submit(job())
+        await until(lambda: jobs.current is first)
+        alike = [jobs.submit(Job((ImageRequest(text, number, steps=2),))) for number, text in enumerate("abcd")]
+        other = jobs.submit(job(steps=3))
+        engine.gate.set()
+        await first.wait()
+        engine.gate.clear()
+        await until(lambda: jobs.current is alike[0])
+        jobs.end(alike[1], "cancelled", "the client is gone")
+        assert alike[1].is_over and not engine.cancels
+        engine.gate.set()
+        await asyncio.gather(*(one.wait() for one in [*alike, other]))
+        assert [len(one) for one in engine.calls] == [1, 3, 1, 1], "three alike, the fourth, and the other one"
+        assert [one.images[0].pixels.data[0] for one in (alike[0], alike[2], alike[3])] == [0, 2, 3]
+
+    run(scene, limit=9, most=3)
 
 
 def test_followers_see_steps_and_every_image() -> None:

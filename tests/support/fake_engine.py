@@ -22,6 +22,7 @@ FACTS = ModelFacts(
     schedulers=("ddim", "euler"),
     scheduler="DDIMScheduler",
     takes_lora=True,
+    takes_batches=True,
 )
 
 
@@ -29,7 +30,7 @@ class FakeEngine:
     """An engine whose images show their seed as a colour.
 
     Attributes:
-        asked: all requests that came.
+        asked, calls: all requests that came; the same by call.
         gate: images wait for it before their last step.
         fault: what the next image raises, once.
     """
@@ -38,6 +39,7 @@ class FakeEngine:
         self.status = status or EngineStatus("ready")
         self.facts: ModelFacts | None = FACTS
         self.asked: list[ImageRequest] = []
+        self.calls: list[list[ImageRequest]] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.fault: Exception | None = None
@@ -55,6 +57,7 @@ class FakeEngine:
 
     async def draw(self, requests: Sequence[ImageRequest], on_step: Callable[[StepDone], None]) -> list[DrawnImage]:
         self.asked += requests
+        self.calls.append(list(requests))
         self._is_cancelled = False
         return [await self._draw_one(request, on_step) for request in requests]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -58,6 +58,7 @@ class Painter:
             schedulers=tuple(SCHEDULERS) if self._is_unet else (),
             scheduler=_own_name(getattr(inner, "scheduler", None)),
             takes_lora=self._is_unet,
+            takes_batches=self._is_unet,
         )
 
     def check(self, request: ImageRequest) -> None:
@@ -83,22 +84,31 @@ class Painter:
             raise ValueError(str(error).replace("--", "")) from error
         self._model._validate_args(values)
 
-    def draw(self, request: ImageRequest, control: StepControl, on_latent: Callable[..., Any] | None) -> Any:
-        """Make an image.
+    def draw(
+        self, requests: Sequence[ImageRequest], control: StepControl, on_latent: Callable[..., Any] | None
+    ) -> list[Any]:
+        """Make images in one call of the pipeline.
 
         Args:
-            control: of its steps.
+            requests: one, or several that go with each other.
+            control: of the steps.
             on_latent: for ``callback_on_step_end``; None for none.
 
         Returns:
-            The image, of Pillow's; None on a rank that xDiT leaves without.
+            The images, of Pillow's; none on a rank that xDiT leaves without.
 
         Raises:
             Cancelled: by `control`.
             ValueError: for what the pipeline, or the ranks, refuse.
         """
-        values = self._values_of(request)
-        extra = {} if on_latent is None else {"callback_on_step_end": on_latent}
+        request, values = requests[0], self._values_of(requests[0])
+        extra: dict[str, Any] = {} if on_latent is None else {"callback_on_step_end": on_latent}
+        if len(requests) > 1:
+            all_values = list(map(self._values_of, requests))
+            values |= {name: [one[name] for one in all_values] for name in ("prompt", "negative_prompt")}
+            if not any(values["negative_prompt"]):
+                values["negative_prompt"] = None
+            extra["generator"] = [self._model._make_generator(one["seed"]) for one in all_values]
         with ExitStack() as stack:
             if self._loras is not None:
                 self._loras.switch_to(request.loras)
@@ -110,9 +120,11 @@ class Painter:
             self._model._validate_args(values)
             self._model.prepare_run(values)
             output = self._model._run_pipe(values)
-            return output.images[0] if output.images else None
+            return list(output.images or ())
 
-    def _edit(self, request: ImageRequest, values: dict[str, Any], control: StepControl, extra: dict[str, Any]) -> Any:
+    def _edit(
+        self, request: ImageRequest, values: dict[str, Any], control: StepControl, extra: dict[str, Any]
+    ) -> list[Any]:
         assert self._editing is not None and request.image is not None, "check has been called"
         pipe = self._editing.get("image" if request.mask is None else "inpaint")
         pipe.scheduler = self.pipe.scheduler
@@ -131,7 +143,7 @@ class Painter:
                 **images,
                 **extra,
             )
-        return output.images[0]
+        return list(output.images)
 
     def _values_of(self, request: ImageRequest) -> dict[str, Any]:
         """Return the runner's flags for one image."""

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +20,7 @@ from otil_xdit.serve.ranks.drawing import Painter, pixels_of
 from otil_xdit.serve.ranks.previews import Previews
 from otil_xdit.serve.ranks.relay import Heartbeat, Relay
 from otil_xdit.serve.ranks.steps import StepControl
-from otil_xdit.serve.requests import ImageRequest, Pixels
+from otil_xdit.serve.requests import ImageRequest, Pixels, pixels_from_wire, pixels_to_wire
 from otil_xdit.serve.wire import SOCKET_VARIABLE, BlockingWire, Message, decode, encode
 from otil_xdit.xdit.launcher.agent import one_line
 from otil_xdit.xdit.launcher.quiet import what_runs
@@ -109,9 +109,9 @@ class Worker:
         """Make a first image, and find out which rank has it: all with a U-Net, the last one with most of xDiT's."""
         steps = min(values.get("num_inference_steps") or WARMUP_STEPS, WARMUP_STEPS)
         request = ImageRequest(prompt=_first(values["prompt"]), seed=0, steps=steps)
-        image = self._draw("", request, lambda step, steps: None, None)
+        images = self._draw("", [request], lambda step, steps: None, None)
         if self._relay is not None:
-            held = self._relay.exchange("holds", str(int(image is not None)), self._timeout)
+            held = self._relay.exchange("holds", str(int(bool(images))), self._timeout)
             self._holder = 0 if held[0] == "1" else held.index("1")
 
     def work(self) -> bool:
@@ -128,31 +128,34 @@ class Worker:
         values, blobs = message
         if values["type"] == "shutdown":
             return False
-        self._generate(values["id"], ImageRequest.from_wire(values["request"], blobs))
+        self._generate(values["id"], [ImageRequest.from_wire(one, blobs) for one in values["requests"]])
         return True
 
     def _is_possible(self, values: dict[str, Any], blobs: list[bytes]) -> bool:
         """Return whether the model can make the image; otherwise the server is told why not."""
         assert self._head is not None
+        blobs = list(blobs)
         try:
-            self.painter.check(ImageRequest.from_wire(values["request"], list(blobs)))
+            for one in values["requests"]:
+                self.painter.check(ImageRequest.from_wire(one, blobs))
         except (ValueError, AssertionError) as error:
             self._tell({"type": "refused", "id": values["id"], "message": str(error)})
             return False
         return True
 
-    def _generate(self, number: str, request: ImageRequest) -> None:
-        """Make an image, and tell the server of it."""
+    def _generate(self, number: str, requests: list[ImageRequest]) -> None:
+        """Make images in one call, and tell the server of them."""
         shown: list[Pixels] = []
 
         def on_step(step: int, steps: int) -> None:
-            preview = shown.pop() if shown else None
+            preview, shown[:] = shown[-1:], []
             self._tell({"type": "step", "id": number, "step": step, "steps": steps}, preview)
 
-        previews = Previews(request.previews, shown.append) if request.previews and self._head else None
+        count = requests[0].previews if len(requests) == 1 else 0
+        previews = Previews(count, shown.append) if count and self._head else None
         begun = time.monotonic()
         try:
-            image = self._draw(number, request, on_step, previews)
+            images = self._draw(number, requests, on_step, previews)
         except Cancelled as error:
             answer: dict[str, Any] = {"type": "cancelled", "message": str(error)}
         except (ValueError, AssertionError) as error:
@@ -163,7 +166,7 @@ class Worker:
                 raise
             return
         else:
-            pixels = self._hand_over(image)
+            pixels = self._hand_over(images)
             made = report(self.painter.pipe)
             answer = {
                 "type": "done",
@@ -179,25 +182,25 @@ class Worker:
         self._tell({**answer, "id": number})
 
     def _draw(
-        self, number: str, request: ImageRequest, on_step: Callable[[int, int], None], previews: Previews | None
-    ) -> Any:
+        self,
+        number: str,
+        requests: list[ImageRequest],
+        on_step: Callable[[int, int], None],
+        previews: Previews | None,
+    ) -> list[Any]:
         is_cancelled = bool if self._head is None else partial(self._head.is_cancelled, number)
         control = StepControl(self._relay, self._rank == 0, is_cancelled, on_step, self._timeout)
-        return self.painter.draw(request, control, previews)
+        return self.painter.draw(requests, control, previews)
 
-    def _hand_over(self, image: Any) -> Pixels | None:
-        """Bring the image to rank 0, where another rank has it."""
+    def _hand_over(self, images: list[Any]) -> list[Pixels]:
+        """Return the images on rank 0, to which another rank brings them where that has them."""
         if self._holder == self._rank == 0:
-            return pixels_of(image)
-        if self._relay is None or self._rank not in (0, self._holder):
-            return None
-        if self._rank == self._holder:
-            pixels = pixels_of(image)
-            head = {"width": pixels.width, "height": pixels.height, "mode": pixels.mode}
-            self._relay.hand_over(encode(head, [pixels.data]))
-            return None
-        values, blobs = decode(self._relay.take_over(self._timeout))
-        return Pixels(**values, data=blobs[0])
+            return list(map(pixels_of, images))
+        if self._relay is not None and self._rank == self._holder:
+            self._relay.hand_over(encode(*pixels_to_wire(list(map(pixels_of, images)))))
+        if self._relay is None or self._rank != 0:
+            return []
+        return pixels_from_wire(*decode(self._relay.take_over(self._timeout)))
 
     def _is_lost(self, error: BaseException | None) -> bool:
         """Return whether the ranks can make no more images after this."""
@@ -207,14 +210,12 @@ class Worker:
             return error is not None
         return bool(self._detector.why_broken) or isinstance(error, ExchangeTimeout)
 
-    def _tell(self, values: dict[str, Any], pixels: Pixels | None = None) -> None:
+    def _tell(self, values: dict[str, Any], images: Sequence[Pixels] = ()) -> None:
         """Send the server a message; nothing on other ranks, or where the server is gone."""
-        if self._head is None:
-            return
-        if pixels is not None:
-            values = {**values, "pixels": {"width": pixels.width, "height": pixels.height, "mode": pixels.mode}}
-        with suppress(OSError):
-            self._head.wire.send(values, [] if pixels is None else [pixels.data])
+        if self._head is not None:
+            sizes, blobs = pixels_to_wire(images)
+            with suppress(OSError):
+                self._head.wire.send({**values, **sizes}, blobs)
 
     # ---- signs of life ---------------------------------------------------------------------------------------------
 
