@@ -36,54 +36,6 @@ from tests.tools.test_bench_link import namespaces_of, no_link
 
 PATIENCE = 120.0  # seconds; a rank loads in 8 on an idle machine
 
-REFUSED = {
-    "model": ("--models tiny-sdd", "--models tiny-sdd: no such model; choose from tiny-sd"),
-    "strategy": ("--strategies oti", "--strategies oti: 'oti' is not a preset; choose from otil, "),
-    "peer": ("--strategies oti", ", or from one-process, cfg, ulysses, ring, pipefusion"),
-    "setting": ("--strategies otil:ratio=2", "--strategies otil:ratio=2: ratio=2: ratio is 2; give a number in (0, 1]"),
-    "block": ("--strategies otil:block_size=20", "block 20 is larger than a patch"),
-    "width": ("--width 0", "--width 0: give a whole number from 1 up"),
-    "latent": ("--latent 0", "--latent 0: give a whole number from 1 up"),
-    "latent and size": ("--latent 32 --sizes 128", "--sizes 128 and --latent 32 both say how large images are"),
-    "ranks": ("--ranks 0", "--ranks 0: give a whole number from 1 up"),
-    "one rank": ("--ranks 1 --strategies otil", "--ranks 1: only one-process runs on one rank"),
-    "rows": ("--ranks 5", "cannot be cut into 5 patches"),
-    "size": ("--sizes 100", "--size 100 is not possible with tiny-sd; give a multiple of 8"),
-    "steps": ("--steps 0", "--steps 0: give a whole number from 1 up"),
-    "rounds": ("--rounds 0", "--rounds 0: give a whole number from 1 up"),
-    "warm-up": ("--warmup_rounds -1", "--warmup_rounds -1: give a whole number from 0 up"),
-    "limit": ("--limit 0", "--limit 0: give a number of seconds above 0"),
-    "sampler": ("--sampler dpm", "--sampler dpm: no such sampler; choose from own, ddim"),
-    "guidance": ("--models tiny-dit --guidance 1", "--guidance 1: xDiT's SD3 pipeline needs guidance"),
-    "rate": ("--link fast", "--link fast: give a rate in kB/s, MB/s, GB/s, kbit, mbit, gbit, say 20MB/s, or ratio=R"),
-    "unit": ("--link 20mb/s", "--link 20mb/s: give a rate in"),
-    "no unit": ("--link 20", "--link 20: give a rate in"),
-    "slow": ("--link 1kbit", "--link 1kbit: give at least 10kB/s"),
-    "ratio": ("--link ratio=0", "--link ratio=0: give a ratio above 0"),
-    "several ranks": ("--link 1gbit --ranks 2 4", "--link 1gbit with --ranks 2 4: a link has one number of ranks"),
-    "several models": ("--link ratio=1 --models tiny-sd tiny-sdxl", "--link ratio=1 with several --models"),
-    "several latents": ("--link ratio=1 --latent 32 64", "--link ratio=1 with several --latent"),
-    "halves": (
-        "--ranks 3 --strategies hybridiff:window_steps=3",
-        "hybridiff:window_steps=3 has two halves of the ranks",
-    ),
-    "window": ("--strategies hybridiff:window=12:20", "window is '12:20', which a run of 15 steps has no room for"),
-    "window of otil": ("--strategies otil:window=auto --guidance 1", "otil:window=auto: --guidance is 1; "),
-    "few steps": ("--link ratio=1 --steps 2", "--link ratio=1 with --steps 2: give more than 2"),
-}
-
-
-@pytest.mark.usefixtures("cpu_machine", "no_start")
-@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
-def test_bad_input_is_refused_before_anything_starts(
-    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(SystemExit) as ended:
-        tools.main(["bench", "--out", str(out), *line.split()])
-    assert ended.value.code == 2 and not out.exists()
-    assert message in capsys.readouterr().err
-
 
 def plan(*strategies: str, **changes: Any) -> Plan:
     known: dict[str, Any] = {"models": (find_model("tiny-sd"),), "strategies": tuple(map(parse_strategy, strategies))}

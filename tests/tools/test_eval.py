@@ -28,59 +28,6 @@ from otil_xdit.tools.eval.generate import Failures, ImageMaker
 from otil_xdit.tools.eval.matrix import REORDERED, Call, Case, Matrix, Sampler, parse_sampler
 from otil_xdit.tools.eval.tasks import PipelineTask, Question
 
-REFUSED = {
-    "model": ("--models tiny-sdd", "--models tiny-sdd: no such model; choose from tiny-sd, tiny-sdxl, tiny-dit"),
-    "preset": ("--presets oti", "--presets oti: 'oti' is not a preset; choose from otil, "),
-    "setting": ("--presets otil:ration=1", "'ration=1' is not setting=value; settings are "),
-    "value": ("--presets otil:ratio=2", "--presets otil:ratio=2: ratio=2: ratio is 2; give a number in (0, 1]"),
-    "choice": ("--presets otil:select=best", "select is 'best'; choose from latent-cosine"),
-    "number": ("--presets otil:polling=half", "--presets otil:polling=half: polling=half: could not convert"),
-    "block": ("--presets otil:block_size=20", "block 20 is larger than a patch"),
-    "sampler": ("--samplers dpm:15", "--samplers dpm:15: 'dpm' is not a sampler; choose from own, ddim"),
-    "steps": ("--samplers ddim", "--samplers ddim: give the number of steps after a colon, say ddim:15"),
-    "sampler of a DiT": (
-        "--models tiny-dit --samplers ddim:9",
-        "tiny-dit is a DiT and has its own only; add own:STEPS",
-    ),
-    "one rank": ("--ranks 1", "--ranks 1: give 2 or more"),
-    "rows": ("--ranks 5", "cannot be cut into 5 patches"),
-    "rows of a DiT": ("--models tiny-dit --samplers own:9 --ranks 3", "--size 128 cannot be cut into 3 patches"),
-    "size": ("--size 100", "--size 100 is not possible with tiny-sd; give a multiple of 8"),
-    "guidance": ("--models tiny-dit --samplers own:9 --guidance 1", "--guidance 1: xDiT's SD3 pipeline needs guidance"),
-    "halves": (
-        "--ranks 3 --presets hybridiff",
-        "--ranks 3: hybridiff has two halves of the ranks; give an even number",
-    ),
-    "window": ("--presets hybridiff:window=12:20", "window is '12:20', which a run of 15 steps has no room for"),
-    "an odd half": ("--ranks 3 --use_cfg_parallel", "--ranks 3: distrifusion has two halves of the ranks"),
-    "guidance of halves": ("--use_cfg_parallel --guidance 1 --ranks 4", "--guidance 1: --use_cfg_parallel has a half"),
-    "type": ("--dtype int8", "invalid choice: 'int8'"),
-    "statistics of nothing": ("--stats nowhere", "--stats nowhere: no model_index.json there"),
-    "guidance of a window": ("--presets otil:window=auto --guidance 1", "otil:window=auto: --guidance is 1; "),
-    "prompts": ("--prompts 9", "--prompts 9: there are 8; give 1 to 8"),
-    "prompt file": ("--prompt_file none.txt", "--prompt_file none.txt: No such file"),
-    "seeds": ("--seeds 0", "--seeds 0: give a whole number from 1 up"),
-    "jobs": ("--jobs 0", "--jobs 0: give a whole number from 1 up"),
-    "timeout": ("--timeout 0", "--timeout 0: give a number of seconds above 0"),
-    "LoRA": ("--lora none", "--lora none: give a file of LoRA weights"),
-    "LoRA for two": (
-        "--lora otil_xdit/weights/tiny-sd-lora --models tiny-sd tiny-sdxl",
-        "--lora fits one architecture",
-    ),
-}
-
-
-@pytest.mark.usefixtures("cpu_machine", "no_start")
-@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
-def test_bad_input_is_refused_before_anything_starts(
-    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(SystemExit) as ended:
-        tools.main(["eval", "--out", str(out), *line.split()])
-    assert ended.value.code == 2 and not out.exists()
-    assert message in capsys.readouterr().err
-
 
 @pytest.mark.usefixtures("no_start")
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
