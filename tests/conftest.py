@@ -5,6 +5,12 @@ import subprocess
 import pytest
 
 from otil_xdit.xdit.launcher import main as cli
+from tests.support.fork_server import stop_servers
+
+
+def pytest_sessionfinish() -> None:
+    """End the processes that ranks are forked from."""
+    stop_servers()
 
 
 @pytest.fixture

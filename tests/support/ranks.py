@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -13,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.support.fork_server import ForkedProcess, kill_all, server
 
 DEADLINE = 120.0
 
@@ -24,63 +27,60 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, deadline: f
     `body` and its results must pickle. Raises `AssertionError` with the traceback of every rank that failed, or when
     the ranks are not done after `deadline` seconds.
     """
-    context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        queue = context.SimpleQueue()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "body").write_bytes(pickle.dumps((body, args)))
         ranks = [
-            context.Process(target=_rank, args=(rank, world_size, folder, body, args, queue), daemon=True)
+            server(rank).fork(_rank, rank, world_size, folder, environment=environment, path=sys.path)
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
         try:
-            outcomes = _collect(ranks, queue, time.monotonic() + deadline)
+            outcomes = _collect(ranks, folder, time.monotonic() + deadline)
         finally:
-            for process in ranks:
-                process.kill()
-                process.join()
-    failures = [text for _, text, _ in outcomes.values() if text]
+            kill_all(ranks)
+    failures = [text for text, _ in outcomes.values() if text]
     assert not failures, "\n".join(failures)
-    return [outcomes[rank][2] for rank in range(world_size)]
+    return [outcomes[rank][1] for rank in range(world_size)]
 
 
-def _collect(ranks: list[Any], queue: Any, deadline: float) -> dict[int, tuple[int, str, Any]]:
-    outcomes: dict[int, tuple[int, str, Any]] = {}
+def _collect(ranks: list[ForkedProcess], folder: Path, deadline: float) -> dict[int, tuple[str, Any]]:
+    """Return by rank what went wrong, or nothing, and the result."""
+    outcomes: dict[int, tuple[str, Any]] = {}
     while len(outcomes) < len(ranks):
         assert time.monotonic() < deadline, f"ranks {sorted(set(range(len(ranks))) - set(outcomes))} are not done"
-        while not queue.empty():
-            outcome = pickle.loads(queue.get())
-            outcomes[outcome[0]] = outcome
         for rank, process in enumerate(ranks):
-            if not process.is_alive() and process.exitcode and rank not in outcomes and queue.empty():
-                outcomes[rank] = (rank, f"rank {rank} died with exit code {process.exitcode}", None)
-        time.sleep(0.02)
+            exit_code = process.wait(0)  # before looking for its result, which it writes before it ends
+            if rank not in outcomes and (folder / str(rank)).exists():
+                outcomes[rank] = pickle.loads((folder / str(rank)).read_bytes())
+            elif rank not in outcomes and exit_code is not None:
+                outcomes[rank] = (f"rank {rank} died with exit code {exit_code}", None)
+        time.sleep(0.01)
     return outcomes
 
 
-def _rank(rank: int, world_size: int, folder: str, body: Callable[..., Any], args: tuple, queue: Any) -> None:
+def _rank(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{Path(folder) / 'store'}",
+            init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=30),
         )
-        queue.put(_by_value(rank, "", body(*args)))
+        body, args = pickle.loads((folder / "body").read_bytes())
+        _hand_over(folder / str(rank), "", body(*args))
         dist.barrier()
     except BaseException:
-        queue.put(_by_value(rank, f"rank {rank}: {traceback.format_exc()}", None))
+        _hand_over(folder / str(rank), f"rank {rank}: {traceback.format_exc()}", None)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _by_value(rank: int, failure: str, result: Any) -> bytes:
-    """Pickle what a rank says, tensors included.
-
-    A queue of `torch.multiprocessing` hands over a tensor's file descriptor instead, which is lost when the rank has
-    ended before its result is read.
-    """
-    return pickle.dumps((rank, failure, result))
+def _hand_over(place: Path, failure: str, result: Any) -> None:
+    """Write what a rank says, so that it is there as a whole or not at all."""
+    partial = place.with_suffix(".partial")
+    partial.write_bytes(pickle.dumps((failure, result)))
+    partial.replace(place)

@@ -74,6 +74,7 @@ WRONG = {
     "sharding": ("--fully_shard_degree 2", "--model tiny-dit is not supported together with --fully_shard_degree"),
     "float8": ("--use_fp8_gemms", "--model tiny-dit is not supported together with --use_fp8_gemms"),
     "attention": ("--attention_backend foo", "--attention_backend foo: no such backend; choose from sdpa, "),
+    "vae": ("--parallel otil --vae half", "argument --vae: WHERE is 'half'; choose from patches, whole"),
     "xDiT's degrees": ("--vae_tile_size_height 64 --enable_tiling", "--vae_tile_size_width"),
     "abbreviation": ("--batch 2", "unrecognized arguments: --batch"),
     "abbreviation of torchrun's": ("--parallel otil --nproc 2", "unrecognized arguments: --nproc"),

@@ -27,7 +27,7 @@ def parse_vae(text: str) -> str:
     Raises:
         ValueError: for anything but `VAE_CHOICES`.
     """
-    check_choice("--vae", text, VAE_CHOICES)
+    check_choice("WHERE", text, VAE_CHOICES)  # as --help calls it; argparse names the flag
     return text
 
 
