@@ -37,6 +37,7 @@ class PatchGroup:
         ulysses_degree: ranks that share a patch's heads; a patch's sequence is that many rows' chunks in turn.
         rows: the ranks that hold rows (patch x Ulysses), in the order of the rows; None where nobody needs them.
         replica: all ranks that work on the image (rows x CFG); None where nobody needs them.
+        passes: the ranks with the same rows, one for each pass of guidance; None where every rank computes all passes.
         detector: knows who failed when a wait does; None for nobody.
     """
 
@@ -46,6 +47,7 @@ class PatchGroup:
     ulysses_degree: int = 1
     rows: PatchGroup | None = None
     replica: PatchGroup | None = None
+    passes: PatchGroup | None = None
     detector: FailureDetector | None = None
 
 

@@ -178,8 +178,9 @@ def patch_group(degrees: ParallelDegrees, place: int) -> PatchGroup:
     """
     rows = PatchGroup(NO_PROCESS_GROUP, place, degrees.rows)
     replica = PatchGroup(NO_PROCESS_GROUP, place, degrees.ranks)
+    passes = PatchGroup(NO_PROCESS_GROUP, 0, degrees.cfg)
     patch = place // degrees.ulysses
-    return PatchGroup(NO_PROCESS_GROUP, patch, degrees.patches, degrees.ulysses, rows, replica)
+    return PatchGroup(NO_PROCESS_GROUP, patch, degrees.patches, degrees.ulysses, rows, replica, passes)
 
 
 def unet_groups(degrees: ParallelDegrees, place: int) -> UnetGroups:

@@ -27,6 +27,7 @@ from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.exchange.kv_coordinates import LayerCoordinates
 from otil_xdit.exchange.kv_groups import KVGroups, check_copies
 from otil_xdit.exchange.modes import StepModes
+from otil_xdit.exchange.pass_agreement import PassAgreement
 from otil_xdit.exchange.report import Report
 from otil_xdit.exchange.small_layers import SmallLayers
 from otil_xdit.method.config import OtilConfig
@@ -89,6 +90,9 @@ class OtilCommunicator:
         self.collectives = make_collectives(group, config.timeout)
         self.replica_collectives = make_collectives(group.replica or group, config.timeout, self.collectives.traffic)
         rows = make_collectives(group.rows or group, config.timeout, self.collectives.traffic)
+        agreement = None
+        if group.passes is not None and group.passes.world_size > 1 and PassAgreement.serves(config):
+            agreement = PassAgreement(make_collectives(group.passes, config.timeout, self.collectives.traffic))
         self._spent = 0.0
         self.clock = Clock()
         self.clock.after_step.append(self._after_step)
@@ -98,7 +102,7 @@ class OtilCommunicator:
         self._scratch_buffers: dict[torch.device, ScratchBuffers] = {}
         self.selector = BlockSelector(config, self.clock, group.rank, group.ulysses_degree)
         self._coordinates = LayerCoordinates(group) if config.uses_coordinates else None
-        self.kv = KVGroups(self.collectives, config, self.selector, self._scratch, self._coordinates)
+        self.kv = KVGroups(self.collectives, config, self.selector, self._scratch, self._coordinates, agreement)
         self._small = SmallLayers(rows, config, self._modes, self.clock, self._scratch)
 
     @keeps_tensors

@@ -6,6 +6,8 @@ tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Phase
@@ -13,6 +15,7 @@ from otil_xdit.exchange.kv_coder import KVCoder
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_messages import KVMessages
 from otil_xdit.exchange.kv_transform import KVTransform
+from otil_xdit.exchange.pass_agreement import PassAgreement
 from otil_xdit.method.codec import Codec
 from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
@@ -48,6 +51,7 @@ class KVGroup:
         config: the settings.
         selector: says what to send.
         scratch: for intermediate tensors and for results.
+        agreement: with the ranks of the other pass, at steps that wait; None where there is nothing to agree on.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class KVGroup:
         config: OtilConfig,
         selector: BlockSelector,
         scratch: ScratchBuffers,
+        agreement: PassAgreement | None = None,
     ) -> None:
         self.shape, self.dtype, self.table = shape, dtype, table
         self.num_calls: list[int] = []
@@ -67,7 +72,7 @@ class KVGroup:
         self._warmup_codec = make_codec(config.warmup_codec, dtype)
         self._transform = KVTransform(shape, dtype, collectives.group, scratch)
         self._copies = KVCopies(self._transform, config, scratch)
-        self._coder = KVCoder(self._transform, self._copies, table, config, selector, scratch)
+        self._coder = KVCoder(self._transform, self._copies, table, config, selector, scratch, agreement)
         self._messages = KVMessages(collectives, self._coder, self.names)
 
     # ---- layers and buffers ----------------------------------------------------------------------------------------
@@ -216,6 +221,7 @@ class KVGroup:
         self._coder.measure_gain(layer)
         self._coder.select_shared()
         self._messages.send_deferred()
+        self._coder.agree(layer, replace(label, layer=f"what layer {self.names[layer]} measures"))
         self._messages.send(slice(layer, layer + 1), label)
         self._messages.apply_pending()
         self._copies.write(layer, out)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import torch
 
+from otil_xdit.comm.collectives import CollectiveLabel
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_payload import PayloadCodec
 from otil_xdit.exchange.kv_transform import KVTransform
+from otil_xdit.exchange.pass_agreement import PassAgreement
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
@@ -29,6 +31,7 @@ class KVCoder:
         config: the settings.
         selector: says what to send.
         scratch: for intermediate tensors.
+        agreement: with the ranks of the other pass; None where there is nothing to agree on.
     """
 
     def __init__(
@@ -39,9 +42,11 @@ class KVCoder:
         config: OtilConfig,
         selector: BlockSelector,
         scratch: ScratchBuffers,
+        agreement: PassAgreement | None = None,
     ) -> None:
         self._transform, self._copies, self._table = transform, copies, table
         self._config, self._selector, self._scratch = config, selector, scratch
+        self._agreement = agreement
         self._codec = PayloadCodec(transform.shape, transform.dtype, table, config, scratch)
         self._layout = self._codec.layout
         self._layers = "", 0
@@ -49,6 +54,7 @@ class KVCoder:
         self._previous: torch.Tensor | None = None
         self._errors: torch.Tensor | None = None
         self._selected: torch.Tensor | None = None
+        self._agreed: torch.Tensor | None = None
 
     def allocate(self, name: str, layers: int) -> None:
         """Make the buffers of L layers, the first of which is called `name`."""
@@ -64,7 +70,7 @@ class KVCoder:
 
     def begin(self) -> None:
         """Start a generation."""
-        self._errors = None
+        self._errors = self._agreed = None
 
     @property
     def payload_size(self) -> int:
@@ -115,6 +121,22 @@ class KVCoder:
         gain.copy_(self._copies.predictor.gain(layer, self._transform.code_own(layer)))
         return gain
 
+    def agree(self, layer: int, label: CollectiveLabel) -> None:
+        """Have a layer's next payload follow from the mean of what the ranks of both passes measure; waits for it.
+
+        The gain that it says is their mean, and so are the scores that its sub-blocks are selected by. Scores are left
+        out where text is among the tokens: there may be more of it in one pass than in the other.
+        """
+        if self._agreement is None:
+            return
+        run = slice(layer, layer + 1)
+        measured = [self._gains[run]]
+        if self._config.selects_by_layer and self._selector.layout.is_image_only:
+            measured.append(self._scores(run))
+        gains, *scores = self._agreement.mean(measured, label)
+        self._gains[run] = gains
+        self._agreed = scores[0] if scores else None
+
     def select_shared(self) -> None:
         """Select the sub-blocks that all layers send at this step; see `BlockSelector.select_shared` when to call."""
         if self._layout.count:
@@ -161,8 +183,34 @@ class KVCoder:
         """Return the sub-blocks that each layer of a run sends, int64 [l, k]."""
         if self._selected is not None:
             return self._selected.expand(len(fresh), -1)
+        scores = self._take_agreed()
+        if scores is None:
+            scores = self._compared(run, fresh, own, residual)
+        return self._selector.select_scored(self._layers, self._table, scores, run)
+
+    def _compared(
+        self, run: slice, fresh: torch.Tensor, own: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return how much each sub-block has changed, float32 [l, K], from what the others predict or the last call."""
         reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
-        return self._selector.select(self._layers, self._table, fresh, reference, difference, run)
+        return self._selector.scores(self._table, fresh, reference, difference)
+
+    def _scores(self, run: slice) -> torch.Tensor:
+        """Return what sub-blocks of a run of layers are selected by, float32 [l, K], at this rank's own gains."""
+        predictor, fresh = self._copies.predictor, self._transform.coded_own(run)
+        if self._codec.can_fuse(self._payload) and predictor.can_fuse and self._selects_fused:
+            from otil_xdit.method.kernels.payloads import block_changes
+
+            return block_changes(*predictor.own_copies(run), fresh, self._gains[run], self._table)
+        own = self._scratch("own", tuple(fresh.shape), torch.float32)
+        predictor.predict_own(run, self._gains[run], own)
+        residual = self._scratch("residual", tuple(fresh.shape), torch.float32)
+        return self._compared(run, fresh, own, residual.copy_(fresh).sub_(own))
+
+    def _take_agreed(self) -> torch.Tensor | None:
+        """Return the scores that were agreed on for the payload that is packed, once."""
+        agreed, self._agreed = self._agreed, None
+        return agreed
 
     @property
     def _selects_fused(self) -> bool:
@@ -172,12 +220,12 @@ class KVCoder:
 
     def _select_fused(self, run: slice, fresh: torch.Tensor) -> torch.Tensor:
         """Return what `_select` does, contiguous."""
-        from otil_xdit.method.kernels.payloads import block_changes
-
         if self._selected is not None:
             return self._selected.expand(len(fresh), -1).contiguous()
-        changes = block_changes(*self._copies.predictor.own_copies(run), fresh, self._gains[run], self._table)
-        return self._selector.select_scored(self._layers, self._table, changes, run)
+        scores = self._take_agreed()
+        if scores is None:
+            scores = self._scores(run)
+        return self._selector.select_scored(self._layers, self._table, scores, run)
 
     def _apply_by_eager(self, run: slice, received: torch.Tensor) -> None:
         """Do what `apply` does; `received` is [l, N, size]."""

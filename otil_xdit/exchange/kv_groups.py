@@ -9,6 +9,7 @@ import torch
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives
 from otil_xdit.exchange.kv import KVGroup
 from otil_xdit.exchange.kv_coordinates import LayerCoordinates
+from otil_xdit.exchange.pass_agreement import PassAgreement
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
@@ -23,6 +24,7 @@ class KVGroups:
         selector: says what to send.
         scratch_of: returns a device's scratch buffers.
         coordinates: knows the layers' coordinates; None where they have none.
+        agreement: with the ranks of the other pass; None where there are none, or nothing to agree on.
     """
 
     def __init__(
@@ -32,11 +34,12 @@ class KVGroups:
         selector: BlockSelector,
         scratch_of: Callable[[torch.device], ScratchBuffers],
         coordinates: LayerCoordinates | None = None,
+        agreement: PassAgreement | None = None,
     ) -> None:
         self.groups: list[KVGroup] = []
         self._collectives, self._config = collectives, config
         self._selector, self._scratch_of = selector, scratch_of
-        self._coordinates = coordinates
+        self._coordinates, self._agreement = coordinates, agreement
         self._places: dict[str, tuple[KVGroup, int]] = {}
         self._called: KVGroup | None = None
 
@@ -93,7 +96,7 @@ class KVGroups:
     def _new_group(self, name: str, shape: torch.Size, dtype: torch.dtype, table: torch.Tensor) -> KVGroup:
         self._selector.discard(name)
         scratch = self._scratch_of(table.device)
-        group = KVGroup(self._collectives, shape, dtype, table, self._config, self._selector, scratch)
+        group = KVGroup(self._collectives, shape, dtype, table, self._config, self._selector, scratch, self._agreement)
         self.groups.append(group)
         return group
 

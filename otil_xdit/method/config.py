@@ -258,6 +258,11 @@ class OtilConfig:
         return self.coordinates != "none" and self.freshness != "sync" and by_feature
 
     @property
+    def selects_by_layer(self) -> bool:
+        """True where each layer's sub-blocks are selected by its own keys and values."""
+        return self.ratio < 1 and self.select.startswith("kv")
+
+    @property
     def needs_guidance(self) -> bool:
         """True where both predictions of classifier-free guidance are needed."""
         return self.requires_cfg_parallel or self.window == AUTO

@@ -161,6 +161,11 @@ class TokenLayout:
     def image_tokens(self) -> int:
         return self.rows * self.cols
 
+    @property
+    def is_image_only(self) -> bool:
+        """Tell whether the image's tokens are known to be all of the sequence, whatever the prompt is."""
+        return self.rows > 0 and self.text == "none"
+
     def segments(self, tokens: int) -> list[Segment]:
         """Cut a sequence of `tokens` tokens into its segments, in order."""
         chunk, rest = divmod(tokens, self.chunks)

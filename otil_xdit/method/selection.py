@@ -175,7 +175,7 @@ class BlockSelector:
             tokens: S.
 
         Returns:
-            int64 [1, k], the same for all calls of a step; None where layers differ, see `select`.
+            int64 [1, k], the same for all calls of a step; None where layers differ, see `scores`.
         """
         if self._source == "kv":
             return None
@@ -186,34 +186,24 @@ class BlockSelector:
             geometry.selected_at = self._clock.step
         return geometry.selected
 
-    def select(
-        self,
-        layers: tuple[str, int],
-        table: torch.Tensor,
-        fresh: torch.Tensor,
-        reference: torch.Tensor,
-        difference: torch.Tensor | None,
-        run: slice,
+    def scores(
+        self, table: torch.Tensor, fresh: torch.Tensor, reference: torch.Tensor, difference: torch.Tensor | None
     ) -> torch.Tensor:
-        """Select the sub-blocks that this rank sends now of some layers, by their keys and values.
+        """Score the sub-blocks of some layers by their keys and values.
 
         Args:
-            layers: a name for all L layers, and L.
             table: the layers' sub-blocks, as `table` returned them.
             fresh: this rank's keys and values, [l, 2, B, S, C].
             reference: what they are compared with: the step before, or what the other ranks predict; same shape.
             difference: fresh - reference, float32, where it is known.
-            run: which of the layers.
 
         Returns:
-            int64 [l, k].
+            float32 [l, K].
         """
         if self._criterion == "l2" and difference is not None:
-            scores = l2_of_difference(difference, table)
-        else:
-            score = CHANGE_SCORES[self._criterion]
-            scores = torch.stack([score(new, old, table) for new, old in zip(fresh, reference, strict=True)])
-        return self._selector(*layers, table).select(scores, run)
+            return l2_of_difference(difference, table)
+        score = CHANGE_SCORES[self._criterion]
+        return torch.stack([score(new, old, table) for new, old in zip(fresh, reference, strict=True)])
 
     @property
     def compares_by_l2(self) -> bool:
@@ -223,7 +213,17 @@ class BlockSelector:
     def select_scored(
         self, layers: tuple[str, int], table: torch.Tensor, scores: torch.Tensor, run: slice
     ) -> torch.Tensor:
-        """Return what `select` does, int64 [l, k], from scores, float32 [l, K]."""
+        """Select the sub-blocks that this rank sends now of some layers.
+
+        Args:
+            layers: a name for all L layers, and L.
+            table: the layers' sub-blocks, as `table` returned them.
+            scores: float32 [l, K].
+            run: which of the layers.
+
+        Returns:
+            int64 [l, k].
+        """
         return self._selector(*layers, table).select(scores, run)
 
     def _geometry(self, tokens: int, device: torch.device) -> _Geometry:

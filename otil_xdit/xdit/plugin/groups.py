@@ -55,6 +55,7 @@ def connect(choice: ParallelChoice) -> PatchSession:
     # Keys and values have the ring's communicator, and what is waited for must not queue behind them. Where the same
     # ranks hold the rows and the image, one more is enough for rows, moments and output: each takes memory on a card.
     urgent = sequence if sequence.ranks == replica.ranks else replica
+    cfg = parallel_state.get_cfg_group()
     group = PatchGroup(
         ring,
         dist.get_rank(ring),
@@ -62,6 +63,7 @@ def connect(choice: ParallelChoice) -> PatchSession:
         choice.ulysses_degree,
         rows,
         PatchGroup(urgent.device_group, replica.rank_in_group, replica.world_size, detector=detector),
+        PatchGroup(cfg.device_group, cfg.rank_in_group, cfg.world_size, detector=detector),
         detector,
     )
     cfg_rank = parallel_state.get_classifier_free_guidance_rank()
