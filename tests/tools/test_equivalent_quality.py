@@ -1,9 +1,13 @@
-"""A network's equivalent makes as good an image on two ranks as the network itself."""
+"""Images on patches are as near one process's from a network's equivalent, and with CFG parallelism."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from otil_xdit.tools import main as tools
 from tests.support.torchrun import lines_of
 
 LEAST = {"tiny-sd": 52.0, "tiny-sdxl": 50.0, "tiny-dit": 44.0}
@@ -23,3 +27,17 @@ def test_an_equivalent_loses_next_to_nothing(variant: str) -> None:
     for line in lines:
         assert line["shipped"] > LEAST[line["model"]], line
         assert line["changed"] > line["shipped"] - 1.5, line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "sampler"), [("tiny-sd", "dpm-solver:15"), ("tiny-dit", "own:15")])
+def test_halves_are_as_near_as_the_same_patches_alone(model: str, sampler: str, tmp_path: Path) -> None:
+    """Guidance multiplies the difference of the passes' errors, so these must be alike."""
+    run = ["eval", "--models", model, "--samplers", sampler, "--prompts", "4", "--presets", "otil"]
+    found = []
+    for ranks in (["2"], ["4", "--use_cfg_parallel"]):
+        assert tools.main([*run, "--ranks", *ranks, "--out", str(tmp_path)]) == 0
+        (row,) = json.loads((tmp_path / "rows.json").read_text())
+        found.append(row["psnr"])
+    patches, halves = found
+    assert halves > patches - 1.5

@@ -20,7 +20,7 @@ STEPS = 10
 
 MIXED = "otil:ratio=1/8,refresh=3,kv_cache_dtype=float8,select=latent-l2"
 FEW = ("distrifusion", "otil")
-OWN = "otil:coordinates=weights,codec=adaptive"
+BEFORE = "otil:coordinates=none,codec=2bit"
 
 
 def case(
@@ -44,7 +44,8 @@ ON_RANKS: dict[str, tuple[int, list[dict[str, Any]]]] = {
         [
             *(case("tiny-sd", strategy) for strategy in ("distrifusion", MIXED)),
             *(case(model, "otil") for model in ("tiny-sdxl", "tiny-dit")),
-            *(case(model, OWN) for model in ("tiny-sd", "tiny-dit")),
+            case("tiny-sd", "otil"),
+            case("tiny-dit", BEFORE),
             # 10 steps are too few for the window to begin before the last step at which it may.
             case("tiny-dit", "otil:window=auto"),
         ],
@@ -55,7 +56,7 @@ MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
     "others on two": (
         2,
         [
-            *(case("tiny-sd", strategy) for strategy in ("sync", "otil", "otil-paper", "naive")),
+            *(case("tiny-sd", strategy) for strategy in ("sync", BEFORE, "otil-paper", "naive")),
             *(case(model, "distrifusion") for model in ("tiny-sdxl", "tiny-dit")),
             case("tiny-dit", "otil:quality=draft"),
             case("tiny-sd", "otil:window=4:7"),
@@ -69,7 +70,7 @@ MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
         4,
         [
             case(model, strategy, cfg=2)
-            for strategy in ("otil", "hybridiff:window=4:6", "hybridiff")
+            for strategy in ("otil", MIXED, BEFORE, "hybridiff:window=4:6", "hybridiff")
             for model in ("tiny-sd", "tiny-dit")
         ],
     ),
@@ -80,7 +81,7 @@ MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
     ),
     "ulysses x patch": (
         4,
-        [case(model, strategy, ulysses=2) for strategy in ("otil", OWN) for model in ("tiny-sd", "tiny-dit")],
+        [case(model, strategy, ulysses=2) for strategy in ("otil", BEFORE) for model in ("tiny-sd", "tiny-dit")],
     ),
 }
 
