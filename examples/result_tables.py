@@ -1,7 +1,7 @@
 """Make all tables of docs/results/fidelity.md and docs/results/covariance.md anew.
 
-    python examples/fidelity.py --out eval-out
-    python examples/fidelity.py --out eval-out --only tiny-sd "4 ranks"
+    python examples/result_tables.py --out eval-out
+    python examples/result_tables.py --out eval-out --only tiny-sd "4 ranks"
 
 Each table is one or a few runs of `otil-xdit eval` over real gloo ranks. Images that the folder has are not made again.
 A table stands in its page between two comments that name it, under the commands that made it; the text round it is
