@@ -6,8 +6,6 @@ tokens.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Phase
@@ -221,9 +219,7 @@ class KVGroup:
         self._coder.measure_gain(layer)
         self._coder.select_shared()
         self._messages.send_deferred()
-        self._coder.agree(layer, replace(label, layer=f"what layer {self.names[layer]} measures"))
-        self._messages.send(slice(layer, layer + 1), label)
-        self._messages.apply_pending()
+        self._messages.exchange_now(layer, label)
         self._copies.write(layer, out)
 
     def _gather_late(self, layer: int, out: torch.Tensor, label: CollectiveLabel | None) -> None:

@@ -14,6 +14,7 @@ import torch
 from otil_xdit.comm.collectives import CollectiveLabel
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_payload import PayloadCodec
+from otil_xdit.exchange.kv_selection import KVSelection
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.exchange.pass_agreement import PassAgreement
 from otil_xdit.method.config import OtilConfig
@@ -22,7 +23,7 @@ from otil_xdit.method.selection import BlockSelector
 
 
 class KVCoder:
-    """Selects sub-blocks of a group's layers, codes what the others' copies lack there, and applies such payloads.
+    """Codes what the others' copies lack of a group's layers, where most is lacking, and applies such payloads.
 
     Args:
         transform: has this rank's fresh values, and the layers' shape.
@@ -45,32 +46,24 @@ class KVCoder:
         agreement: PassAgreement | None = None,
     ) -> None:
         self._transform, self._copies, self._table = transform, copies, table
-        self._config, self._selector, self._scratch = config, selector, scratch
-        self._agreement = agreement
+        self._config, self._scratch, self._agreement = config, scratch, agreement
+        self._selection = KVSelection(transform, copies, table, config, selector, scratch)
         self._codec = PayloadCodec(transform.shape, transform.dtype, table, config, scratch)
         self._layout = self._codec.layout
-        self._layers = "", 0
-        self._first: dict[int, torch.Tensor] = {}
-        self._previous: torch.Tensor | None = None
         self._errors: torch.Tensor | None = None
-        self._selected: torch.Tensor | None = None
-        self._agreed: torch.Tensor | None = None
 
     def allocate(self, name: str, layers: int) -> None:
         """Make the buffers of L layers, the first of which is called `name`."""
-        transform, device, self._layers = self._transform, self._scratch.device, (name, layers)
-        if self._keeps_previous:
-            self._previous = torch.zeros(layers, *transform.shape, dtype=transform.dtype, device=device)
-            for layer, fresh in self._first.items():
-                self._previous[layer] = fresh
-        self._first.clear()
+        device = self._scratch.device
+        self._selection.allocate(name, layers)
         self._gains = torch.zeros(layers, 2, device=device)
         self._payload = torch.zeros(layers, self.payload_size, dtype=torch.uint8, device=device)
-        self._codec.allocate(layers, transform.ranks)
+        self._codec.allocate(layers, self._transform.ranks)
 
     def begin(self) -> None:
         """Start a generation."""
-        self._errors = self._agreed = None
+        self._errors = None
+        self._selection.begin()
 
     @property
     def payload_size(self) -> int:
@@ -85,21 +78,8 @@ class KVCoder:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept on the device."""
-        kept = [*self._first.values()]
-        if self._copies.is_allocated:
-            kept += [self._gains, self._payload]
-        if self._previous is not None:
-            kept.append(self._previous)
-        return sum(tensor.nbytes for tensor in kept) + self._codec.nbytes
-
-    @property
-    def _keeps_previous(self) -> bool:
-        """Tell whether a layer's next sub-blocks are compared with what it was called with last."""
-        return (
-            self._layout.count > 0
-            and self._config.score_reference == "previous"
-            and self._config.select.startswith("kv")
-        )
+        own = self._gains.nbytes + self._payload.nbytes if self._copies.is_allocated else 0
+        return own + self._selection.nbytes + self._codec.nbytes
 
     def error(self, layer: int) -> float:
         """Return the largest known prediction error of any rank, relative to its values: |fresh - p| / |fresh|.
@@ -110,10 +90,7 @@ class KVCoder:
 
     def set_previous(self, layer: int, fresh: torch.Tensor) -> None:
         """Take note of a layer's values, coded [2, B, S, C], at a step where nothing was selected of them."""
-        if self._previous is not None:
-            self._previous[layer] = fresh
-        elif self._keeps_previous:
-            self._first[layer] = fresh.clone()
+        self._selection.set_previous(layer, fresh)
 
     def measure_gain(self, layer: int) -> torch.Tensor:
         """Return how far this rank's own values of a layer have moved, float32 [2]; its next payload says it."""
@@ -124,30 +101,29 @@ class KVCoder:
     def agree(self, layer: int, label: CollectiveLabel) -> None:
         """Have a layer's next payload follow from the mean of what the ranks of both passes measure; waits for it.
 
-        The gain that it says is their mean, and so are the scores that its sub-blocks are selected by. Scores are left
-        out where text is among the tokens: there may be more of it in one pass than in the other.
+        The gain that it says is their mean, and so are the scores that its sub-blocks are selected by.
         """
         if self._agreement is None:
             return
         run = slice(layer, layer + 1)
         measured = [self._gains[run]]
-        if self._config.selects_by_layer and self._selector.layout.is_image_only:
+        if self._selection.is_alike_in_both_passes:
             measured.append(self._scores(run))
         gains, *scores = self._agreement.mean(measured, label)
         self._gains[run] = gains
-        self._agreed = scores[0] if scores else None
+        if scores:
+            self._selection.agree(scores[0])
 
     def select_shared(self) -> None:
         """Select the sub-blocks that all layers send at this step; see `BlockSelector.select_shared` when to call."""
-        if self._layout.count:
-            self._selected = self._selector.select_shared(self._table, self._transform.shape[2])
+        self._selection.select_shared()
 
     def pack(self, run: slice) -> torch.Tensor:
         """Fill the payloads of a run of layers from what they were called with, and return them, uint8 [l, size]."""
         predictor, codec, payload = self._copies.predictor, self._codec, self._payload[run]
         fresh = self._transform.coded_own(run)
-        if codec.can_fuse(payload) and predictor.can_fuse and self._selects_fused:
-            selected = self._select_fused(run, fresh) if self._layout.count else None
+        if self._packs_fused:
+            selected = self._selection.select(run, lambda: self._scores(run)) if self._layout.count else None
             codec.encode_fused(predictor, run, fresh, self._gains[run], payload, selected)
         else:
             self._pack_by_eager(run, fresh, payload)
@@ -160,11 +136,20 @@ class KVCoder:
         else:
             self._apply_by_eager(run, received.transpose(0, 1))
 
+    @property
+    def _packs_fused(self) -> bool:
+        """Tell whether kernels score, select and code."""
+        return self._codec.can_fuse(self._payload) and self._copies.predictor.can_fuse and self._selection.is_one_pass
+
+    def _scores(self, run: slice) -> torch.Tensor:
+        """Return what sub-blocks of a run of layers are selected by, float32 [l, K], at this rank's own gains."""
+        return self._selection.scores(run, self._gains[run], self._packs_fused)
+
     def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor) -> None:
         codec, layout = self._codec, self._layout
         codec.pack_gains(payload, self._gains[run])
         tokens, own, residual = fresh, fresh, None
-        if codec.of_residuals or layout.has_error or (layout.count and self._previous is None):
+        if codec.of_residuals or layout.has_error or self._selection.compares_with_prediction:
             own = self._scratch("own", tuple(fresh.shape), torch.float32)
             self._copies.predictor.predict_own(run, self._gains[run], own)
             residual = self._scratch("residual", tuple(fresh.shape), torch.float32).copy_(fresh).sub_(own)
@@ -172,60 +157,10 @@ class KVCoder:
         if layout.has_error and residual is not None:
             codec.pack_error(payload, fresh, residual)
         if layout.count:
-            tokens = codec.pack_selected(payload, self._select(run, fresh, own, residual), tokens)
-        if self._previous is not None:
-            self._previous[run] = fresh
+            selected = self._selection.select(run, lambda: self._selection.compare(run, own, residual))
+            tokens = codec.pack_selected(payload, selected, tokens)
+        self._selection.set_previous(run, fresh)
         codec.pack_tokens(payload, tokens)
-
-    def _select(
-        self, run: slice, fresh: torch.Tensor, own: torch.Tensor, residual: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the sub-blocks that each layer of a run sends, int64 [l, k]."""
-        if self._selected is not None:
-            return self._selected.expand(len(fresh), -1)
-        scores = self._take_agreed()
-        if scores is None:
-            scores = self._compared(run, fresh, own, residual)
-        return self._selector.select_scored(self._layers, self._table, scores, run)
-
-    def _compared(
-        self, run: slice, fresh: torch.Tensor, own: torch.Tensor, residual: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return how much each sub-block has changed, float32 [l, K], from what the others predict or the last call."""
-        reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
-        return self._selector.scores(self._table, fresh, reference, difference)
-
-    def _scores(self, run: slice) -> torch.Tensor:
-        """Return what sub-blocks of a run of layers are selected by, float32 [l, K], at this rank's own gains."""
-        predictor, fresh = self._copies.predictor, self._transform.coded_own(run)
-        if self._codec.can_fuse(self._payload) and predictor.can_fuse and self._selects_fused:
-            from otil_xdit.method.kernels.payloads import block_changes
-
-            return block_changes(*predictor.own_copies(run), fresh, self._gains[run], self._table)
-        own = self._scratch("own", tuple(fresh.shape), torch.float32)
-        predictor.predict_own(run, self._gains[run], own)
-        residual = self._scratch("residual", tuple(fresh.shape), torch.float32)
-        return self._compared(run, fresh, own, residual.copy_(fresh).sub_(own))
-
-    def _take_agreed(self) -> torch.Tensor | None:
-        """Return the scores that were agreed on for the payload that is packed, once."""
-        agreed, self._agreed = self._agreed, None
-        return agreed
-
-    @property
-    def _selects_fused(self) -> bool:
-        """Tell whether a kernel finds the sub-blocks to send, or they are the same for all layers, or all are sent."""
-        compared = self._selector.compares_by_l2 and self._previous is None
-        return self._layout.count == 0 or self._selected is not None or compared
-
-    def _select_fused(self, run: slice, fresh: torch.Tensor) -> torch.Tensor:
-        """Return what `_select` does, contiguous."""
-        if self._selected is not None:
-            return self._selected.expand(len(fresh), -1).contiguous()
-        scores = self._take_agreed()
-        if scores is None:
-            scores = self._scores(run)
-        return self._selector.select_scored(self._layers, self._table, scores, run)
 
     def _apply_by_eager(self, run: slice, received: torch.Tensor) -> None:
         """Do what `apply` does; `received` is [l, N, size]."""
@@ -236,7 +171,7 @@ class KVCoder:
             gains = torch.full((*received.shape[:2], 2), constant, device=received.device)
         if found.errors is not None:
             if self._errors is None:
-                shape = self._layers[1], self._transform.ranks
+                shape = len(self._gains), self._transform.ranks
                 self._errors = torch.full(shape, float("inf"), device=received.device)
             self._errors[run] = found.errors
         if self._codec.of_residuals:

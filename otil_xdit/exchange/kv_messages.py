@@ -49,6 +49,12 @@ class KVMessages:
         """
         return self._collectives.all_gather(part, whole, self._label_of(slice(layer, layer + 1), label)).wait()
 
+    def exchange_now(self, layer: int, label: CollectiveLabel) -> None:
+        """Send a layer's payload, wait for everybody's, and have the copies follow them."""
+        self._coder.agree(layer, replace(label, layer=f"what layer {self._names[layer]} measures"))
+        self.send(slice(layer, layer + 1), label)
+        self.apply_pending()
+
     def send(self, run: slice, label: CollectiveLabel) -> None:
         """Start sending the payloads of a run of layers."""
         assert self._received is not None, "the first step is synchronous, and buffers are made after it"

@@ -1,0 +1,145 @@
+"""Which sub-blocks of a group's layers a rank sends at a step.
+
+Shapes: L layers, l of them in a run; B batch, S tokens of one patch, C features, K sub-blocks, k sent a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from otil_xdit.exchange.kv_copies import KVCopies
+from otil_xdit.exchange.kv_transform import KVTransform
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.scratch import ScratchBuffers
+from otil_xdit.method.selection import BlockSelector
+
+
+class KVSelection:
+    """Compares a group's layers with what the other ranks know of them, and selects where that lacks most.
+
+    Args:
+        transform: of the layers.
+        copies: of all ranks' values.
+        table: int64 [K, T], the tokens of each sub-block, on the layers' device.
+        config: the settings.
+        selector: scores and selects.
+        scratch: for intermediate tensors.
+    """
+
+    def __init__(
+        self,
+        transform: KVTransform,
+        copies: KVCopies,
+        table: torch.Tensor,
+        config: OtilConfig,
+        selector: BlockSelector,
+        scratch: ScratchBuffers,
+    ) -> None:
+        self._transform, self._copies, self._table = transform, copies, table
+        self._config, self._selector, self._scratch = config, selector, scratch
+        self._layers = "", 0
+        self._first: dict[int, torch.Tensor] = {}
+        self._previous: torch.Tensor | None = None
+        self._shared: torch.Tensor | None = None
+        self._agreed: torch.Tensor | None = None
+
+    def allocate(self, name: str, layers: int) -> None:
+        """Make the buffers of L layers, the first of which is called `name`."""
+        transform, self._layers = self._transform, (name, layers)
+        if self._keeps_previous:
+            shape, device = (layers, *transform.shape), self._scratch.device
+            self._previous = torch.zeros(shape, dtype=transform.dtype, device=device)
+            for layer, fresh in self._first.items():
+                self._previous[layer] = fresh
+        self._first.clear()
+
+    def begin(self) -> None:
+        """Start a generation."""
+        self._agreed = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept on the device."""
+        previous = 0 if self._previous is None else self._previous.nbytes
+        return previous + sum(kept.nbytes for kept in self._first.values())
+
+    @property
+    def _keeps_previous(self) -> bool:
+        """Tell whether a layer's next sub-blocks are compared with what it was called with last."""
+        return self._config.selects_by_layer and self._config.score_reference == "previous"
+
+    @property
+    def compares_with_prediction(self) -> bool:
+        """Tell whether fresh values are compared with what the other ranks predict."""
+        return self._config.ratio < 1 and self._previous is None
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Tell whether a kernel finds the sub-blocks to send, or they are the same for all layers, or all are sent."""
+        compared = self._selector.compares_by_l2 and self._previous is None
+        return self._config.ratio >= 1 or self._shared is not None or compared
+
+    @property
+    def is_alike_in_both_passes(self) -> bool:
+        """Tell whether a layer has its own scores, and as many of them in both passes of guidance.
+
+        Where text is among the tokens there may be more of it in one pass than in the other.
+        """
+        return self._config.selects_by_layer and self._selector.layout.is_image_only
+
+    def set_previous(self, layers: int | slice, fresh: torch.Tensor) -> None:
+        """Take note of what was sent of a layer or a run of layers, coded [2, B, S, C] or [l, 2, B, S, C]."""
+        if self._previous is not None:
+            self._previous[layers] = fresh
+        elif self._keeps_previous and isinstance(layers, int):
+            self._first[layers] = fresh.clone()
+
+    def select_shared(self) -> None:
+        """Select the sub-blocks that all layers send at this step; see `BlockSelector.select_shared` when to call."""
+        if self._config.ratio < 1:
+            self._shared = self._selector.select_shared(self._table, self._transform.shape[2])
+
+    def agree(self, scores: torch.Tensor) -> None:
+        """Have the next selection follow from these scores, float32 [l, K], instead of this rank's own."""
+        self._agreed = scores
+
+    def scores(self, run: slice, gains: torch.Tensor, by_kernel: bool) -> torch.Tensor:
+        """Return how much each sub-block of a run of layers has changed.
+
+        Args:
+            run: layers.
+            gains: that the others predict this rank's values with, float32 [l, 2].
+            by_kernel: whether a kernel computes it, which `is_one_pass` must allow.
+
+        Returns:
+            float32 [l, K].
+        """
+        predictor, fresh = self._copies.predictor, self._transform.coded_own(run)
+        if by_kernel:
+            from otil_xdit.method.kernels.payloads import block_changes
+
+            return block_changes(*predictor.own_copies(run), fresh, gains, self._table)
+        own = self._scratch("own", tuple(fresh.shape), torch.float32)
+        predictor.predict_own(run, gains, own)
+        residual = self._scratch("residual", tuple(fresh.shape), torch.float32)
+        return self.compare(run, own, residual.copy_(fresh).sub_(own))
+
+    def compare(self, run: slice, own: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Return what `scores` does, from what the others predict and what that lacks, [l, 2, B, S, C]."""
+        reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
+        return self._selector.scores(self._table, self._transform.coded_own(run), reference, difference)
+
+    def select(self, run: slice, scores: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the sub-blocks that each layer of a run sends, int64 [l, k], contiguous.
+
+        Args:
+            run: layers.
+            scores: computes them, where nothing else says what is selected.
+        """
+        if self._shared is not None:
+            return self._shared.expand(run.stop - run.start, -1).contiguous()
+        agreed, self._agreed = self._agreed, None
+        found = scores() if agreed is None else agreed
+        return self._selector.select_scored(self._layers, self._table, found, run)
