@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         if {"-h", "--help"} & set(arguments):
             return _show_help()
         settings, others = read_settings(arguments)
+        listener = _listen(settings)
         launch = plan_ranks(others, settings.warmup_prompt)
     except FlagError as error:
         print(f"xfuser: error: {error}", file=sys.stderr)
@@ -52,12 +56,22 @@ def main(arguments: Sequence[str]) -> int:
     if launch.note is not None:
         print(f"xfuser: {launch.note}", file=sys.stderr)
     if "--node_rank=0" not in launch.command:
+        listener.close()
         return _follow(launch, settings)
-    return serve(launch, settings)
+    return serve(launch, settings, listener)
 
 
-def serve(launch: RanksLaunch, settings: ServeSettings) -> int:
-    """Serve the app round these ranks until a signal comes; return the exit code."""
+def serve(launch: RanksLaunch, settings: ServeSettings, listener: socket.socket) -> int:
+    """Serve the app round these ranks until a signal comes.
+
+    Args:
+        launch: how to start the ranks.
+        settings: the server's.
+        listener: what clients connect to.
+
+    Returns:
+        The exit code.
+    """
     import uvicorn
 
     from otil_xdit.serve.app import create_app
@@ -79,8 +93,6 @@ def serve(launch: RanksLaunch, settings: ServeSettings) -> int:
 
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -92,7 +104,11 @@ def serve(launch: RanksLaunch, settings: ServeSettings) -> int:
 
     async def run() -> None:
         watch = asyncio.create_task(_exit_without_a_model(engine, server))
-        await server.serve()
+        host, port = listener.getsockname()[:2]
+        logger.info("listening", extra={"address": f"http://{f'[{host}]' if ':' in host else host}:{port}"})
+        if settings.api_key is None and not ipaddress.ip_address(host).is_loopback:
+            logger.warning("everybody who reaches this address may use the server; give --api_key")
+        await server.serve(sockets=[listener])
         watch.cancel()
 
     try:
@@ -138,6 +154,19 @@ def _follow(launch: RanksLaunch, settings: ServeSettings) -> int:
         print(f"xfuser: the ranks of this machine ended with exit code {code}", file=sys.stderr)
         time.sleep(min(2.0**attempt, 30.0))
     return 1
+
+
+def _listen(settings: ServeSettings) -> socket.socket:
+    """Return what clients connect to, before anything is loaded.
+
+    Raises:
+        FlagError: for an address that is not this machine's, or is taken.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise FlagError(f"--host {settings.host} --port {settings.port}: {os.strerror(error.errno or 0)}") from error
 
 
 def _check_installed() -> None:

@@ -102,8 +102,8 @@ def served(*flags: str, ready: bool = True, environment: dict[str, str] | None =
         server = Served(process, log)
         family: list[psutil.Process] = []
         try:
-            server.until(lambda: "Uvicorn running on" in log.read_text(), "listening")
-            found = re.search(r"Uvicorn running on (http://[\w.:]+)", log.read_text())
+            server.until(lambda: '"listening"' in log.read_text(), "listening")
+            found = re.search(r'"address": "(http://[\w.:]+)"', log.read_text())
             assert found, server.end_of_log()
             server.url = found[1]
             if ready:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import threading
@@ -12,6 +13,8 @@ from dataclasses import asdict
 from functools import partial
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from otil_xdit.comm.store import default_store
 from otil_xdit.errors import ExchangeTimeout
@@ -164,6 +167,7 @@ class Worker:
             self._tell({"type": "failed", "id": number, "message": one_line(error), "is_lost": self._is_lost(error)})
             if self._is_lost(error):
                 raise
+            _free(error)
             return
         else:
             pixels = self._hand_over(images)
@@ -234,6 +238,14 @@ class Worker:
                     others = heart.others()
             self._tell({"type": "beat", "where": where, "others": {str(rank): one for rank, one in others.items()}})
             time.sleep(BEAT_SECONDS)
+
+
+def _free(error: BaseException) -> None:
+    """Give back what an image held that has failed, which may have been for want of memory."""
+    error.__traceback__ = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _first(prompt: Any) -> str:

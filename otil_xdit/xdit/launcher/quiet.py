@@ -80,7 +80,8 @@ def what_runs(config: Any, values: Mapping[str, Any]) -> str:
     parts += [f"{given[flag]} {name}" for flag, name in degrees.items() if given[flag] > 1]
     strategy = None if choice is None else f"strategy {choice.strategy.name}"
     ranks = int(os.environ.get("WORLD_SIZE") or 1)
-    where = f"{ranks} rank{'s' * (ranks > 1)} ({' x '.join(parts)}) on {'GPUs' if has_accelerator() else 'the CPU'}"
+    shares = f" ({' x '.join(parts)})" if parts else ""
+    where = f"{ranks} rank{'s' * (ranks > 1)}{shares} on {'GPUs' if has_accelerator() else 'the CPU'}"
     return ", ".join(filter(None, (config.model, size, steps, strategy, where)))
 
 
