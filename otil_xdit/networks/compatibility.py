@@ -7,8 +7,7 @@ that must cost little: about a millisecond for SDXL's 1900 modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import signature
 from typing import Any, cast
 
@@ -16,14 +15,14 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-KNOWN_PACKAGES = ("torch", "diffusers", "transformers", "peft", "xfuser", "yunchang", "distvae", "otil_xdit")
-"""Packages whose layers compute what their class says; the package of the network's own class is another."""
-
-_UNKNOWN_PARTS = {
-    "torch.ao": "it is quantised, and scales taken from a patch are not those of the whole image",
-    "xfuser.model_executor.cache": "a cached step would skip the exchange",
-}
-"""Parts of the known packages that change what a network computes, and how."""
+from otil_xdit.networks.origins import (
+    KNOWN_PACKAGES,
+    ModuleKind,
+    described_function,
+    home_of,
+    package_of,
+    package_of_class,
+)
 
 _CARRIES_WEIGHTS = (
     "group_offloading",
@@ -34,6 +33,9 @@ _CARRIES_WEIGHTS = (
     "peft_autocast_disable",
 )
 """Hooks of diffusers that move or cast a layer's weights round its own forward and change nothing else."""
+
+_CALLS_LAYERS = ("peft.tuners.lora.", "peft.tuners.ia3.")
+"""Adapters round convolutions that call layers for whatever they compute."""
 
 _CARRIES_DEVICES = ("AlignDevicesHook", "CpuOffload", "SequentialHook", "LayerwiseCastingHook")
 """The same of accelerate."""
@@ -46,10 +48,15 @@ class ModuleInspector:
         name: the pipeline's attribute that holds it, for messages.
         network: the network, as xDiT has wrapped it where it does.
         patched: whether its layers are given another `forward` by a subclass, which one of their own would hide.
+
+    Attributes:
+        hooks: forward hooks of unknown packages on its layers, by the layer, as `check` found them. They see one rank's
+            rows, and what they make of these cannot be known.
     """
 
     def __init__(self, name: str, network: nn.Module, patched: bool) -> None:
         self.name, self.network, self._patched = name, network, patched
+        self.hooks: dict[str, list[str]] = {}
         self._processors = {} if patched else dict(_processors(network))
 
     def check(self) -> None:
@@ -58,16 +65,23 @@ class ModuleInspector:
         Raises:
             ValueError: naming the layer, what was done to it, and what can be done about it.
         """
-        package = _package(getattr(self.network, "module_type", type(self.network)))
+        package = package_of_class(getattr(self.network, "module_type", type(self.network)))
+        kinds: dict[type, ModuleKind] = {}
+        hooked = []
         for module in _all(self.network):
-            reason = self._forward_reason(module)
+            kind, own = kinds.get(type(module)), vars(module)
+            if kind is None:
+                kind = kinds[type(module)] = ModuleKind.of(type(module), package)
+            reason = None if kind.methods.isdisjoint(own) else self._own_method_reason(module, kind.methods)
             if reason is None and module is not self.network:
-                kind = vars(type(module)).get("_otil_base", type(module))
-                reason = _kind_reason(kind, kind.forward, package)
-            if reason is None and module.training and isinstance(module, _DropoutNd) and module.p > 0:
-                reason = f"draws its dropout (p = {module.p:g}) on each rank by itself; call eval()"
+                reason = kind.reason
+                if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                    hooked.append(module)
+            if reason is None and kind.is_dropout and module.training and cast(_DropoutNd, module).p > 0:
+                reason = f"draws its dropout (p = {cast(_DropoutNd, module).p:g}) on each rank by itself; call eval()"
             if reason is not None:
                 raise ValueError(f"--parallel does not support the pipeline's {self._label(module)}: it {reason}")
+        self.hooks = self._foreign_hooks(hooked)
         self._check_processors()
 
     def _check_processors(self) -> None:
@@ -84,6 +98,19 @@ class ModuleInspector:
                     f"{kind.__name__} and now is {found.__name__}, which does not reach the other ranks; put the old "
                     "one back"
                 )
+
+    def _own_method_reason(self, module: nn.Module, methods: frozenset[str]) -> str | None:
+        """Return why a method that was set on the module itself is refused; None where none is.
+
+        A wrapped layer would not call it: a convolution's ``_conv_forward``, which people replace to make tiles, say.
+        """
+        for name in methods & vars(module).keys() - {"forward"}:
+            home = getattr(vars(module)[name], "__module__", None)
+            if package_of(home) not in KNOWN_PACKAGES:
+                return (
+                    f"has a method {name} that has been replaced (by {home}), which patches would not call; undo that"
+                )
+        return self._forward_reason(module)
 
     def _forward_reason(self, module: nn.Module) -> str | None:
         """Return why a module's own `forward`, set on the instance, is refused; None where it is not."""
@@ -102,6 +129,16 @@ class ModuleInspector:
             f"has a forward that has been replaced (by {by}), as step caches, hooks and CPU offload do; undo that, and "
             "keep the network on the device"
         )
+
+    def _foreign_hooks(self, hooked: Iterable[nn.Module]) -> dict[str, list[str]]:
+        """Return the forward hooks of unknown packages, in words, by the label of their layer."""
+        found = {}
+        for module in hooked:
+            hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            names = [described_function(hook) for hook in hooks if home_of(hook) not in KNOWN_PACKAGES]
+            if names:
+                found[self._label(module)] = names
+        return found
 
     def _label(self, module: nn.Module) -> str:
         """Return a module's path and class, for messages."""
@@ -140,7 +177,7 @@ def check_processors(name: str, network: nn.Module) -> None:
         ValueError: naming layer and processor.
     """
     for module, kind in _processors(network):
-        if _package(kind) not in KNOWN_PACKAGES:
+        if package_of_class(kind) not in KNOWN_PACKAGES:
             path = next(path for path, found in network.named_modules() if found is module)
             raise ValueError(
                 f"--parallel does not support the attention processor {kind.__name__} of the pipeline's {name}.{path}: "
@@ -164,10 +201,24 @@ def check_arguments_are_read(wrapper: Any, pipeline: Any, given: Mapping[str, An
             raise ValueError(f"xDiT's wrapper of this pipeline does not read {name}; leave it out, or run on one rank")
 
 
+def defaults_of_pipeline(wrapper: Any, pipeline: Any) -> dict[str, Any]:
+    """Return a pipeline's own defaults where its wrapper has others, as xDiT's of FLUX.2 klein has of another model.
+
+    Args:
+        wrapper, pipeline: `__call__` of the two classes.
+    """
+    own, theirs = (signature(call).parameters for call in (pipeline, wrapper))
+    return {
+        name: own[name].default
+        for name in own
+        if name in theirs and theirs[name].default != own[name].default and not name.startswith("callback")
+    }
+
+
 def check_adapter(name: str, module: nn.Module) -> None:
     """Refuse an adapter of PEFT that computes a convolution itself: on a patch it reads zeros beyond the edge.
 
-    LoRA (DoRA too) calls layers, which patches wrap; the others call ``F.conv2d`` with a weight of their own making.
+    LoRA (DoRA too) and IA3 call layers, which patches wrap; others call ``F.conv2d`` with a weight of their own making.
 
     Args:
         name: the layer's, for messages.
@@ -177,7 +228,7 @@ def check_adapter(name: str, module: nn.Module) -> None:
         ValueError: naming layer and adapter, where the adapter is in use and not merged into the layer.
     """
     kind = type(module)
-    if not kind.__module__.startswith("peft.") or kind.__module__.startswith("peft.tuners.lora."):
+    if not kind.__module__.startswith("peft.") or kind.__module__.startswith(_CALLS_LAYERS):
         return
     conv, layer = module._modules.get("base_layer"), cast(Any, module)
     while conv is not None and "base_layer" in conv._modules:
@@ -213,29 +264,4 @@ def _processors(network: nn.Module) -> Iterator[tuple[nn.Module, type]]:
 def _is_own(module: nn.Module, forward: Any) -> bool:
     """Tell whether an instance's `forward` is its class's, which hooks leave behind, or one that xDiT has set."""
     own = getattr(forward, "__func__", None) is type(module).forward
-    return own or _package_of(getattr(forward, "__module__", None)) == "xfuser"
-
-
-@lru_cache(maxsize=4096)
-def _kind_reason(kind: type, forward: Callable[..., Any], package: str) -> str | None:
-    """Return why a layer of this class, with this `forward`, is not known; None where it is."""
-    for home in (kind.__module__, getattr(forward, "__module__", None) or ""):
-        for part, reason in _UNKNOWN_PARTS.items():
-            if home == part or home.startswith(f"{part}."):
-                return f"is a {part} layer: {reason}"
-        if _package_of(home) not in (*KNOWN_PACKAGES, package):
-            return (
-                f"computes what {home} makes of it, which is not known to be the same on patches (token merging, step "
-                "caches and quantisation do such things)"
-            )
-    return None
-
-
-def _package(kind: type) -> str:
-    """Return the package that a class comes from."""
-    return _package_of(kind.__module__)
-
-
-def _package_of(module: str | None) -> str:
-    """Return the package of a module's path; empty for None."""
-    return (module or "").partition(".")[0]
+    return own or package_of(getattr(forward, "__module__", None)) == "xfuser"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from textwrap import shorten
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,6 +23,8 @@ from otil_xdit.networks.dit.key_plan import KeyPlan
 from otil_xdit.networks.dit.keys import DitKeys
 from otil_xdit.networks.dit.layer_names import LayerNames
 from otil_xdit.networks.unet.model import Attend, PatchedUNet, SessionProtocol, is_unet
+
+LOGGER = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -63,13 +67,14 @@ class NetworkHooks:
 
     Attributes:
         coordinates: a digest of what keys and values are coded in, which follows from the networks' weights.
+        foreign: forward hooks of unknown packages on the networks' layers, in words.
     """
 
     def __init__(
         self, session: HookedSession, unets: tuple[UnetGroups, Attend] | None, allow_untested: bool = False
     ) -> None:
         self._session, self._unets, self._allow_untested = session, unets, allow_untested
-        self.coordinates = ""
+        self.coordinates = self.foreign = ""
         self._names = LayerNames()
         cfg = (0, 1) if unets is None else (unets[0].cfg_rank, unets[0].cfg_degree)
         self._keys = DitKeys(session.group, cfg)
@@ -110,6 +115,7 @@ class NetworkHooks:
             for path, weights in attention_weights(network).items()
         }
         self.coordinates = self._session.communicator.set_weights(layers)
+        self._tell_foreign_hooks(networks)
 
     @contextmanager
     def naming(self, networks: Iterable[nn.Module]) -> Iterator[None]:
@@ -156,6 +162,19 @@ class NetworkHooks:
         for patched in _take_out(self._patched, kept):
             patched.release()
         _take_out(self._inspectors, kept)
+
+    def _tell_foreign_hooks(self, networks: Mapping[str, nn.Module]) -> None:
+        """Record the forward hooks that others have put on layers, and warn of new ones."""
+        found = {
+            place: names for name in networks for place, names in self._inspectors[id(networks[name])].hooks.items()
+        }
+        told = "; ".join(f"{place}: {', '.join(names)}" for place, names in sorted(found.items()))
+        if told and told != self.foreign and self._session.group.rank == 0:
+            LOGGER.warning(
+                "forward hooks see one rank's rows; what they compute across rows is not that of the whole image: %s",
+                shorten(told, 300, placeholder=" ..."),
+            )
+        self.foreign = told
 
     def _inspector_of(self, name: str, network: nn.Module) -> ModuleInspector:
         if id(network) not in self._inspectors:

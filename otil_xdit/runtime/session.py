@@ -29,7 +29,7 @@ from otil_xdit.exchange.report import Report
 from otil_xdit.hybridiff.controller import CfgController
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.networks.class_swap import restore_class, subclass_of, swap_class
-from otil_xdit.networks.compatibility import check_arguments_are_read
+from otil_xdit.networks.compatibility import check_arguments_are_read, defaults_of_pipeline
 from otil_xdit.networks.dit.key_plan import Kept
 from otil_xdit.networks.unet.model import Attend, is_unet
 from otil_xdit.runtime.agreement import (
@@ -37,6 +37,7 @@ from otil_xdit.runtime.agreement import (
     Facts,
     NetworkFacts,
     check_agreement,
+    described,
     facts_of_call,
     lora_facts,
     share_random_state,
@@ -261,6 +262,7 @@ class PatchSession:
             return check_agreement(None, {}, refusal)
         facts = {**self._facts, **self._network_facts.of(self._pipe, networks), **call}
         facts["the coordinates of keys and values"] = self._hooks.coordinates
+        facts["forward hooks of layers"] = described(self._hooks.foreign) or ""
         if any(map(is_unet, networks.values())):
             facts.pop(RANDOM_STATE, None)  # they are made to draw alike
             if self._vae is not None:
@@ -291,6 +293,7 @@ class PatchSession:
 @cache
 def _bracketed(kind: type) -> type:
     call = signature(kind.__call__)
+    names = [*call.parameters][1:]  # without self
 
     @wraps(kind.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -298,6 +301,9 @@ def _bracketed(kind: type) -> type:
         if session.is_active:
             return kind.__call__(self, *args, **kwargs)
         wrapped = vars(self).get("module")  # the pipeline, where this is xDiT's wrapper of one
+        if wrapped is not None:
+            others = defaults_of_pipeline(kind.__call__, type(wrapped).__call__)
+            kwargs = {**{name: others[name] for name in others.keys() - {*names[: len(args)]}}, **kwargs}
 
         def check() -> None:
             arguments = arguments_of(call, (self, *args), kwargs)

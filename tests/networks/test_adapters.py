@@ -10,7 +10,8 @@ from tests.support.torchrun import lines_of
 
 TOLERANCE = 1e-3
 """float32: adapters this large amplify rounding to 3e-4 at most, and zeros at a patch's edge cost 3.5 at least."""
-REFUSED = ("LoKr", "LoHa", "HRA", "BOFT", "IA3")
+EXACT = ("LoRA", "DoRA", "IA3", "IA3 of inputs")
+REFUSED = ("LoKr", "LoHa", "HRA", "HiRA", "BOFT")
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +19,8 @@ def found() -> dict[str, dict[str, Any]]:
     return {line["adapter"]: line for line in lines_of(2, "adapters.py")}
 
 
-@pytest.mark.parametrize("adapter", ["LoRA", "DoRA"])
-def test_lora_on_convolutions_is_exact(adapter: str, found: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("adapter", EXACT)
+def test_those_that_call_layers_are_exact_on_convolutions(adapter: str, found: dict[str, dict[str, Any]]) -> None:
     assert found[adapter]["on convolutions"]["refused"] is None
     assert found[adapter]["on convolutions"]["difference"] < TOLERANCE
 
@@ -31,14 +32,13 @@ def test_those_that_compute_the_convolution_are_refused_by_name(adapter: str, fo
     assert "round the convolution unet." in told and f"peft.tuners.{adapter.lower()}." in told
 
 
-@pytest.mark.parametrize("adapter", ["LoRA", "DoRA", *REFUSED])
+@pytest.mark.parametrize("adapter", [*EXACT, *REFUSED])
 def test_merged_and_on_linear_layers_all_are_exact(adapter: str, found: dict[str, dict[str, Any]]) -> None:
     for way in ("merged", "on linear layers"):
         assert found[adapter][way]["refused"] is None, way
         assert found[adapter][way]["difference"] < TOLERANCE, way
 
 
-@pytest.mark.parametrize("adapter", ["LoKr", "LoHa", "HRA", "BOFT"])
+@pytest.mark.parametrize("adapter", REFUSED)
 def test_what_is_refused_would_be_wrong(adapter: str, found: dict[str, dict[str, Any]]) -> None:
-    """IA3 scales what the convolution gives and would be right; it is not among these."""
     assert found[adapter]["not refused"]["difference"] > 1000 * TOLERANCE

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from peft import BOFTConfig, HRAConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig
+from peft import BOFTConfig, HiraConfig, HRAConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -34,8 +34,12 @@ ADAPTERS: dict[str, Callable[[list[str]], Any]] = {
     "LoKr": lambda targets: LoKrConfig(r=4, target_modules=targets, init_weights=False),
     "LoHa": lambda targets: LoHaConfig(r=4, target_modules=targets, init_weights=False),
     "HRA": lambda targets: HRAConfig(r=4, target_modules=targets, init_weights=False),
+    "HiRA": lambda targets: HiraConfig(r=4, target_modules=targets, init_weights=False),
     "BOFT": lambda targets: BOFTConfig(boft_block_size=4, target_modules=targets, init_weights=False),
     "IA3": lambda targets: IA3Config(target_modules=targets, feedforward_modules=[], init_ia3_weights=False),
+    "IA3 of inputs": lambda targets: IA3Config(
+        target_modules=targets, feedforward_modules=targets, init_ia3_weights=False
+    ),
 }
 
 

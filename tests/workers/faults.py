@@ -77,11 +77,12 @@ def row(number: int, outcome: Outcome, wrong: str) -> str:
     )
 
 
-def row_of_launch(number: int, name: str, outcome: Outcome, wrong: str) -> str:
+def row_of_launch(number: int, name: str, outcome: Outcome, says: str, wrong: str) -> str:
     ranks = outcome.seen[0]["ranks"]
     images = "yes" if outcome.seen[0]["images"] else ""
     end = wrong or f"exit {outcome.codes[-1]}"
-    said = shortened(outcome.text)
+    named = [line for line in outcome.text.splitlines() if says and says in line]
+    said = shortened("\n".join(named) or outcome.text)
     return table_row(number, name, outcome.case.model, ranks, f"{outcome.seconds:.1f}", said, images, outcome.left, end)
 
 
@@ -168,7 +169,7 @@ def launches(args: argparse.Namespace) -> int:
         case, expected = LAUNCHED[name]
         outcome = run_launched(case)
         wrong = judged_launch(outcome, expected)
-        print(row_of_launch(number, name, outcome, wrong), flush=True)
+        print(row_of_launch(number, name, outcome, expected.says, wrong), flush=True)
         bad += bool(wrong)
         if args.verbose or wrong:
             print(f"{wrong}\n{outcome.text[-6000:]}", file=sys.stderr, flush=True)

@@ -1,10 +1,12 @@
 """A service for hundreds of images: each of two ranks keeps tiny-sd and tiny-dit, and everything else changes.
 
-    python tests/workers/soak.py --out soak.json [--count 300] [--seed 0] [--part serve|compare]
+    python tests/workers/soak.py --out soak.json [--count 300] [--seed 0] [--skip 0] [--part serve|compare]
 
-Sizes, batches, steps, guidance, samplers and strategies are drawn at random. ``serve`` makes all images on two gloo
-ranks that live throughout, and notes each one's digest and the resident memory of both ranks. ``compare`` makes every
-10th image again on two ranks that were started for it alone. The verdict, at the end of ``compare``: how many are
+Sizes, batches, steps, guidance, samplers and strategies are drawn at random; so are adapters (LoRA from its file,
+LoKr made anew, both let go afterwards), callbacks, and who calls: the main thread, a thread of a pool, or two of them
+at the same time, of which one waits for its turn. ``serve`` makes all images on two gloo ranks that live throughout,
+and notes each one's digest and the resident memory of both ranks. ``compare`` makes every 10th image again on two
+ranks that were started for it alone, from their main thread. The verdict, at the end of ``compare``: how many are
 identical, and by how much memory has grown after image 30. Exit code 1 for a difference or for 2% and more.
 """
 
@@ -20,8 +22,11 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +34,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 EVERY, SETTLED, MOST_GROWTH = 10, 30, 0.02
-STRATEGIES = ("otil", "otil-paper", "distrifusion", "compact-1bit", "compact-2bit", "sync", "naive")
+STRATEGIES = ("otil", "otil-paper", "distrifusion", "compact-2bit", "sync")
 SAMPLERS = ("own", "ddim", "dpm-solver", "unipc", "euler", "euler-a", "heun", "pndm")
-SIZES = {"tiny-sd": (64, 96, 128), "tiny-dit": (64, 96, 128)}
+SIZES = (64, 96)
+ADAPTERS = ("", "", "LoRA", "LoKr")
+CALLBACKS = ("", "", "observe", "scale")
+CALLERS = ("main", "main", "thread", "two threads")
+PLAIN = {"adapter": "", "callback": "", "caller": "main"}
 PROMPTS = ("a large red circle on the left", "a small blue square on the right, dotted background", "a green triangle")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -48,52 +57,56 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="what serve writes and compare reads")
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip", type=int, default=0, help="so many drawn images, made in another piece")
     parser.add_argument("--part", choices=("serve", "compare"), help="one of the two only (default both)")
     parser.add_argument("--rank-jobs", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_jobs is not None:
         return in_rank(json.loads(arguments.rank_jobs.read_text()), arguments.out)
-    jobs = draw_jobs(arguments.count, arguments.seed)
+    jobs = draw_jobs(arguments.count, arguments.seed, arguments.skip)
     if arguments.part != "compare":
         on_two_ranks(jobs, arguments.out)
     return compare(jobs, arguments.out) if arguments.part != "serve" else 0
 
 
-def draw_jobs(count: int, seed: int) -> list[dict[str, Any]]:
+def draw_jobs(count: int, seed: int, skip: int) -> list[dict[str, Any]]:
     """What is made, one after the other; first the largest of each network and strategy, twice, for memory to settle.
 
     Twice, as the first of them are made before the other network has been loaded.
     """
     dice = random.Random(seed)
-    # Twelve steps: under `otil` the first eight of any image wait, and those that do not have rooms of their own.
-    largest = {"height": 128, "width": 128, "batch": 2, "steps": 12, "guidance": 4.0, "prompt": 0}
+    # As many steps as the longest: under `otil` the first half waits, and steps that do not have buffers of their own.
+    largest = {"height": 96, "width": 96, "batch": 2, "steps": 6, "guidance": 4.0, "prompt": 0}
     samplers = {"tiny-sd": "heun", "tiny-dit": "own"}  # of second order: it keeps most
     jobs = [
-        {"model": model, "strategy": strategy, "sampler": sampler, "seed": turn, **largest}
+        {"model": model, "strategy": strategy, "sampler": sampler, "seed": turn, **largest, **PLAIN}
         for turn in range(2)
         for strategy in STRATEGIES
         for model, sampler in samplers.items()
     ]
-    strategy = "otil"
-    while len(jobs) < count:
+    strategy, largest_jobs = "otil", len(jobs)
+    while len(jobs) < count + skip:
         if dice.random() < 0.2:
-            strategy = dice.choice(STRATEGIES)
-        model = dice.choice([*SIZES])
+            strategy = dice.choice(("otil", *STRATEGIES))
+        model = dice.choice([*samplers])
         jobs.append(
             {
                 "model": model,
                 "strategy": strategy,
-                "height": dice.choice(SIZES[model]),
-                "width": dice.choice(SIZES[model]),
+                "height": dice.choice(SIZES),
+                "width": dice.choice(SIZES),
                 "batch": dice.choice((1, 1, 2)),
-                "steps": dice.randint(3, 8),
+                "steps": dice.randint(3, 6),
                 "guidance": dice.choice((1.0, 4.0, 7.5) if model == "tiny-sd" else (4.0, 7.5)),
                 "sampler": dice.choice(SAMPLERS) if model == "tiny-sd" else "own",
                 "prompt": dice.randrange(len(PROMPTS)),
                 "seed": len(jobs),
+                "adapter": dice.choice(ADAPTERS) if model == "tiny-sd" else "",
+                "callback": dice.choice(CALLBACKS),
+                "caller": dice.choice(CALLERS),
             }
         )
-    return jobs[:count]
+    return [*jobs[:largest_jobs], *jobs[largest_jobs + skip :]][:count]
 
 
 def on_two_ranks(jobs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
@@ -145,7 +158,7 @@ def alone(job: dict[str, Any], out: Path) -> dict[str, Any]:
             continue
         os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
         try:
-            code = in_rank([job], out)
+            code = in_rank([{**job, "caller": f"{job['caller']}, one after the other"}], out)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -200,8 +213,8 @@ def in_rank(jobs: list[dict[str, Any]], out: Path) -> int:
         dist.all_gather_object(ranks, (digest, process.memory_info().rss, service.buffer_bytes))
         digests, resident, buffers = zip(*ranks, strict=True)
         notes.append({"digests": digests, "resident": resident, "buffers": buffers, "seconds": seconds})
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps(notes))
+        if dist.get_rank() == 0:
+            out.write_text(json.dumps(notes))
     dist.barrier()
     dist.destroy_process_group()
     return 0
@@ -213,6 +226,7 @@ class Service:
     def __init__(self) -> None:
         self._plain: dict[str, Any] = {}
         self._parallel: dict[str, tuple[str, Any]] = {}
+        self._pool = ThreadPoolExecutor(2)
 
     @property
     def buffer_bytes(self) -> int:
@@ -223,30 +237,34 @@ class Service:
         return sum(session.report().buffer_bytes for session in sessions if session is not None)
 
     def make(self, job: dict[str, Any]) -> str:
-        """The image's digest; "" on a rank that gets none."""
-        import torch
-
+        """The digest of the job's images, one for each caller; "" on a rank that gets none."""
         from otil_xdit.catalog.schedulers import make_scheduler
 
         pipe = self._pipe(job["model"], job["strategy"])
         own = pipe.scheduler
         if job["sampler"] != "own":
             pipe.scheduler = make_scheduler(job["sampler"], own)
+        adapt(pipe, job["adapter"])
         try:
-            made = pipe(
-                prompt=PROMPTS[job["prompt"]],
-                height=job["height"],
-                width=job["width"],
-                num_inference_steps=job["steps"],
-                guidance_scale=job["guidance"],
-                num_images_per_prompt=job["batch"],
-                generator=torch.Generator().manual_seed(job["seed"]),
-                output_type="pt",
-            )
+            images = self._called(pipe, job)
         finally:
             if job["sampler"] != "own":
                 pipe.scheduler = own
-        return "" if made is None else hashlib.sha256(made.images.numpy().tobytes()).hexdigest()
+            adapt(pipe, "", job["adapter"])
+        if any(made is None for made in images):
+            return ""
+        return hashlib.sha256(b"".join(made.images.numpy().tobytes() for made in images)).hexdigest()
+
+    def _called(self, pipe: Any, job: dict[str, Any]) -> list[Any]:
+        """What the job's callers are given, in their order, which is the same on both ranks."""
+        seeds = [job["seed"], job["seed"] + 1000] if job["caller"].startswith("two threads") else [job["seed"]]
+        if job["caller"].startswith("main") or "one after the other" in job["caller"]:
+            return [draw(pipe, job, seed) for seed in seeds]
+        under_way, futures = threading.Event(), []
+        for seed in seeds:
+            futures.append(self._pool.submit(draw, pipe, job, seed, under_way.set))
+            under_way.wait(60)
+        return [future.result() for future in futures]
 
     def _pipe(self, model: str, strategy: str) -> Any:
         import otil_xdit
@@ -266,6 +284,51 @@ class Service:
         if model not in self._plain:
             self._plain[model] = load_pipe(model_folder(model), OWN, None)
         return self._plain[model]
+
+
+def draw(pipe: Any, job: dict[str, Any], seed: int, begun: Callable[[], None] = lambda: None) -> Any:
+    """What one call gives."""
+    import torch
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        begun()
+        return {"latents": tensors["latents"] * 0.98} if job["callback"] == "scale" else {}
+
+    is_watched = bool(job["callback"]) or "threads" in job["caller"]
+    return pipe(
+        prompt=PROMPTS[job["prompt"]],
+        height=job["height"],
+        width=job["width"],
+        num_inference_steps=job["steps"],
+        guidance_scale=job["guidance"],
+        num_images_per_prompt=job["batch"],
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        **({"callback_on_step_end": on_step_end} if is_watched else {}),
+    )
+
+
+def adapt(pipe: Any, adapter: str, before: str = "") -> None:
+    """Load an adapter, and let the one go that was there before."""
+    import torch
+    from peft import LoKrConfig
+
+    from otil_xdit.catalog.bundled import model_folder
+
+    if before == "LoRA":
+        pipe.unload_lora_weights()
+    if before == "LoKr":
+        pipe.unet.delete_adapters("lokr")
+        pipe.unet.unload_lora()
+    if adapter == "LoRA":
+        pipe.load_lora_weights(model_folder("tiny-sd-lora"))
+    if adapter == "LoKr":
+        pipe.unet.add_adapter(LoKrConfig(r=4, target_modules=["to_q", "to_v"], init_weights=False), "lokr")
+        dice = torch.Generator().manual_seed(5)
+        for name, weight in pipe.unet.named_parameters():
+            if ".lokr" in name:
+                weight.data.copy_(torch.randn(weight.shape, generator=dice) * 0.1)
+        pipe.unet.requires_grad_(False)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ difference without `otil_xdit.runtime.callbacks`.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +33,8 @@ otil_xdit.register()
 
 from tests.support.dits import CASES  # noqa: E402
 
-Probe = dict[str, Any] | Callable[[Any], None]
+Probe = Any
+"""Arguments of the call, or what is done to a pipeline before `parallelize`, or `Loaded`."""
 
 
 def flip(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -57,12 +60,31 @@ def mirror(step: int, timestep: Any, latents: torch.Tensor) -> None:
         latents.copy_(latents.flip(-2))
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """LoRA that is loaded after `parallelize`, for layers of a network; a file of it has their names of diffusers."""
+
+    layers: tuple[str, ...]
+    after: bool = True
+
+    def load(self, pipe: Any, network: Any) -> None:
+        dice, weights = torch.Generator().manual_seed(1), {}
+        for layer in self.layers:
+            shape = network.get_submodule(layer).weight.shape
+            shapes = {"lora_A": (2, *shape[1:]), "lora_B": (shape[0], 2, *(1 for _ in shape[2:]))}
+            for part, size in shapes.items():
+                weights[f"transformer.{layer}.{part}.weight"] = torch.randn(size, generator=dice) * 0.3
+        pipe.load_lora_weights(weights, adapter_name="drawn")
+        pipe.set_adapters(["drawn"], [0.8])
+
+
 def stepped_by(kind: Any, **settings: Any) -> Callable[[Any], None]:
     return lambda pipe: setattr(pipe, "scheduler", kind(**settings))
 
 
 FLIP, SCALE = {"callback_on_step_end": flip}, {"callback_on_step_end": scale}
 NOISY = stepped_by(FlowMatchEulerDiscreteScheduler, stochastic_sampling=True)
+ATTENTION = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "transformer_blocks.1.attn.to_out.0")
 VELOCITY = {"prediction_type": "v_prediction", "clip_sample": False}
 PROBES: dict[str, dict[str, Probe]] = {
     "sd3": {
@@ -72,6 +94,8 @@ PROBES: dict[str, dict[str, Probe]] = {
         "one rank flips": {"callback_on_step_end": flip_on_rank_0},
         "guidance cut by diffusers": {"callback_on_step_end": SD3CFGCutoffCallback(cutoff_step_ratio=0.4)},
         "guidance cut": {"callback_on_step_end": unguided},
+        "LoRA loaded afterwards": Loaded(ATTENTION),
+        "LoRA of a layer of xDiT's": Loaded(("pos_embed.proj",)),
         "two images without guidance": {"guidance_scale": 1.0, "num_images_per_prompt": 2},
     },
     "pixart-sigma": {
@@ -85,8 +109,9 @@ PROBES: dict[str, dict[str, Probe]] = {
         "without guidance": {"guidance_scale": 1.0},
         "guidance_rescale": {"guidance_rescale": 0.7},
     },
-    "flux": {"flip": FLIP, "noise": NOISY},
+    "flux": {"flip": FLIP, "noise": NOISY, "LoRA loaded afterwards": Loaded(ATTENTION)},
     "flux2": {"flip": FLIP, "attention_kwargs": {"attention_kwargs": {"scale": 0.5}}},
+    "flux2-klein": {"without guidance": {"guidance_scale": 1.0, "negative_prompt_embeds": None}},
     "cogvideox": {"flip": FLIP, "scale": SCALE, "without guidance": {"guidance_scale": 1.0}},
 }
 
@@ -99,7 +124,9 @@ def main() -> None:
             continue
         for label, probe in probes.items():
             found = measured(name, probe)
-            if found["difference"] is not None and "--cfg" not in sys.argv:
+            if isinstance(probe, Loaded) and found["difference"] is not None:
+                found["without"] = measured(name, replace(probe, after=False))["difference"]
+            elif found["difference"] is not None and "--cfg" not in sys.argv:
                 with as_xdit_does():
                     found["without"] = measured(name, probe)["difference"]
             if dist.get_rank() == 0:
@@ -119,9 +146,14 @@ def as_xdit_does() -> Iterator[None]:
 
 def measured(name: str, probe: Probe) -> dict[str, Any]:
     """The difference on the ranks that have latents, and the refusals by rank."""
-    alone, refused = latents(built(name, probe), name, probe), None
-    pipe = otil_xdit.parallelize(built(name, probe), "sync", use_cfg_parallel="--cfg" in sys.argv)
+    pipe, plain, refused = built(name, probe), built(name, probe), None
+    if isinstance(probe, Loaded):
+        probe.load(pipe, pipe.transformer)
+    alone, network = latents(pipe, name, probe), copy.deepcopy(plain.transformer)
+    pipe = otil_xdit.parallelize(plain, "sync", use_cfg_parallel="--cfg" in sys.argv)
     try:
+        if isinstance(probe, Loaded) and probe.after:
+            probe.load(pipe, network)
         made = latents(pipe, name, probe)
     except (ValueError, KeyError) as error:
         made, refused = None, str(error)
@@ -149,7 +181,7 @@ def latents(pipe: Any, name: str, probe: Probe) -> torch.Tensor | None:
     """The final latents; None on ranks without them, and where diffusers does not make them."""
     torch.manual_seed(0)
     try:
-        made = pipe(**{**CASES[name].arguments(), **({} if callable(probe) else probe)}, return_dict=False)
+        made = pipe(**{**CASES[name].arguments(), **(probe if isinstance(probe, dict) else {})}, return_dict=False)
     except (RuntimeError, TypeError):  # embeddings are not repeated for several images
         return None
     return made[0] if made is not None and isinstance(made[0], torch.Tensor) else None

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.networks.compatibility import defaults_of_pipeline
+from otil_xdit.runtime.session import PatchSession
+from otil_xdit.xdit.plugin.register import register
+from otil_xdit.xdit.plugin.wrapped_calls import WRAPPED_CALLS
+from tests.support.communicators import FakeCommunicator
 from tests.support.torchrun import lines_of
 
 TOLERANCE = 5e-5
@@ -21,8 +29,10 @@ EXACT = (
     ("pixart-sigma", "noise"),
     ("hunyuandit", "flip"),
     ("hunyuandit", "noise"),
+    ("sd3", "LoRA loaded afterwards"),
     ("flux", "flip"),
     ("flux", "noise"),
+    ("flux", "LoRA loaded afterwards"),
     ("cogvideox", "flip"),
     ("cogvideox", "scale"),
 )
@@ -33,6 +43,7 @@ REFUSED = {
     ("sd3", "guidance cut by diffusers"): "callback_on_step_end wants prompt_embeds, pooled_prompt_embeds",
     ("sd3", "guidance cut"): "a callback that changes guidance_scale",
     ("sd3", "two images without guidance"): "guidance_scale is 1",
+    ("sd3", "LoRA of a layer of xDiT's"): "an adapter of the layer proj, which xDiT computes itself",
     ("pixart-sigma", "without guidance"): "guidance_scale is 1",
     ("hunyuandit", "without guidance"): "guidance_scale is 1",
     ("hunyuandit", "guidance_rescale"): "guidance_rescale",
@@ -46,7 +57,7 @@ def found() -> dict[tuple[str, str], dict[str, Any]]:
     return {(line["case"], line["call"]): line for line in lines_of(2, "wrapped_calls.py")}
 
 
-@pytest.mark.parametrize("probe", [*EXACT, ("flux2", "flip")], ids="-".join)
+@pytest.mark.parametrize("probe", [*EXACT, ("flux2", "flip"), ("flux2-klein", "without guidance")], ids="-".join)
 def test_exact(probe: tuple[str, str], found: dict[tuple[str, str], dict[str, Any]]) -> None:
     assert found[probe]["refused"] == [None, None]
     assert found[probe]["difference"] <= TOLERANCE
@@ -71,3 +82,43 @@ def test_exact_with_cfg_parallelism() -> None:
     for probe, told in REFUSED.items():
         if probe in lines:
             assert all(told in (said or "") for said in lines[probe]["refused"]), lines[probe]
+
+
+def test_defaults_are_those_of_diffusers() -> None:
+    """xDiT's wrapper of FLUX.2 klein takes the text encoder's layers of FLUX.2 dev; no other wrapper differs."""
+    register()
+    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+    wrappers = xFuserPipelineWrapperRegister._XFUSER_PIPE_MAPPING
+    found = {kind.__name__: defaults_of_pipeline(one.__call__, kind.__call__) for kind, one in wrappers.items()}
+    assert {name: values for name, values in found.items() if values} == {
+        "Flux2KleinPipeline": {"text_encoder_out_layers": (9, 18, 27)},
+        "LattePipeline": {"decode_chunk_size": 14},  # refused
+    }
+
+
+def test_a_default_that_differs_is_given_to_the_wrapper() -> None:
+    class Inner:
+        def __call__(self, prompt: str, layers: tuple[int, ...] = (9,)) -> tuple[int, ...]:
+            return layers
+
+    class Wrapper:
+        def __init__(self) -> None:
+            self.module = Inner()
+
+        def __call__(self, prompt: str, layers: tuple[int, ...] = (10,)) -> tuple[int, ...]:
+            return layers
+
+    session = PatchSession(FakeCommunicator(1), PatchGroup(cast(Any, None), 0, 1))
+    wrapper = Wrapper()
+    session.attach(wrapper)
+    assert wrapper("x") == (9,) and wrapper("x", (3,)) == (3,) and wrapper("x", layers=(4,)) == (4,)
+
+
+@pytest.mark.parametrize(
+    ("scale", "distilled", "refused"), [(3.0, False, True), (3.0, True, False), (1.0, False, False)]
+)
+def test_guidance_of_an_undistilled_klein_is_refused(scale: float, distilled: bool, refused: bool) -> None:
+    pipe = SimpleNamespace(module=object(), config=SimpleNamespace(is_distilled=distilled))
+    with pytest.raises(ValueError, match="pass without the prompt") if refused else nullcontext():
+        WRAPPED_CALLS["xFuserFlux2KleinPipeline"].check(pipe, {"guidance_scale": scale})

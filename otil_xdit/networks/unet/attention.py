@@ -56,6 +56,7 @@ def patched_attention(kind: type) -> type:
         context = running_context(self)
         if context is not None:
             if encoder_hidden_states is None:
+                check_attention(self, context.name)  # a pipeline or a callback may have put another processor in place
                 return _self_attention(self, context, hidden_states)
             if type(self.processor).__name__ in PLAIN_PROCESSORS:
                 return _cross_attention(self, context, hidden_states, encoder_hidden_states, attention_mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -22,16 +23,22 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 """Settings of a `UNet2DConditionModel` and the values under which patches give what one device gives."""
 
-_SPATIAL = (
-    nn.ConvTranspose2d,
-    nn.AvgPool2d,
-    nn.MaxPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.BatchNorm2d,
-    nn.InstanceNorm2d,
-    nn.Upsample,
+_LOCAL = (
+    *(nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict),
+    *(nn.Conv2d, nn.GroupNorm, nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm),
+    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid),
+    *(nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink),
+    *(nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold),
 )
-"""Layers that look beyond a patch and that no wrapper serves."""
+"""Layers of torch that treat every pixel or token by itself, or that wrappers serve. All others look beyond a patch, or
+might: pooling, other convolutions and norms, recurrence, torch's own attention, a softmax over an unknown dimension."""
+
+_OF_WEIGHTS = "torch.nn.utils.parametrize"
+"""Modules that compute weights, whose own parts never see a map."""
+
+_OF_PROMPTS = "encoder_hid_proj"
+"""The part of a U-Net that projects texts and images of prompts, which are whole on all ranks."""
 
 _PASSED_KWARGS = ("scale",)
 """Entries of `cross_attention_kwargs` that mean the same on a patch: the weight of LoRA."""
@@ -62,9 +69,30 @@ def check_supported(network: Any) -> None:
                 f"--parallel does not support a U-Net with {setting} = {value!r}; it knows "
                 f"{', '.join(repr(choice) for choice in accepted)}"
             )
+
+
+def check_layers(network: Any) -> None:
+    """Validate that no layer of torch looks beyond a patch unless it is wrapped.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    weights: tuple[str, ...] = ()
     for path, module in network.named_modules():
-        if isinstance(module, _SPATIAL):
-            raise ValueError(f"--parallel does not support the layer {path} ({type(module).__name__}) of a U-Net")
+        kind: Any = type(module)
+        if kind.__module__ == _OF_WEIGHTS and not isinstance(module, (nn.Conv2d, nn.Linear)):
+            weights = (*weights, path)
+        elif not _is_local(kind) and not path.startswith((_OF_PROMPTS, *weights)):
+            raise ValueError(
+                f"--parallel does not support the layer {path} ({kind.__name__}) of a U-Net: it may look beyond a patch"
+            )
+
+
+@cache
+def _is_local(kind: type) -> bool:
+    """Tell whether a class is no layer of torch, or one of `_LOCAL`."""
+    own = vars(kind).get("_otil_base", kind)
+    return next(base for base in own.__mro__ if base.__module__.startswith("torch.nn.modules.")) in _LOCAL
 
 
 def check_heads(name: str, layer: Any, ulysses_degree: int) -> None:

@@ -25,7 +25,13 @@ from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
 from otil_xdit.networks.compatibility import check_adapter, check_no_gradients
-from otil_xdit.networks.unet.compatibility import check_arguments, check_freeu, check_heads, check_supported
+from otil_xdit.networks.unet.compatibility import (
+    check_arguments,
+    check_freeu,
+    check_heads,
+    check_layers,
+    check_supported,
+)
 from otil_xdit.networks.unet.context import CONTEXT, LayerContext
 from otil_xdit.networks.unet.conv import halo_rows
 from otil_xdit.networks.unet.layers import is_spatial, unwrap_layer, wrap_layer
@@ -109,6 +115,7 @@ class PatchedUNet:
             swap_class(self.network, _patched_unet)
         vars(self.network)[CONTEXT] = LayerContext(self, "", 0)
         check_freeu(self.network)
+        check_layers(self.network)
         pairs, levels = find_norm_conv_pairs(self.network), set[int]()
         for path, module in self.network.named_modules():
             if self.groups.rows.world_size > 1:

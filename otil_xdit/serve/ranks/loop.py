@@ -43,7 +43,7 @@ def serve_ranks(runner_module: ModuleType) -> None:
     Args:
         runner_module: xfuser's ``runner``, with the plugin hooked in.
     """
-    parser = runner_module.FlexibleArgumentParser(description="xFuser Arguments")
+    parser = runner_module.FlexibleArgumentParser(allow_abbrev=False, description="xFuser Arguments")
     flags = vars(runner_module.xFuserArgs.add_runner_args(parser).parse_args())
     runner = runner_module.xFuserModelRunner(flags)
     values = runner.preprocess_args(flags)

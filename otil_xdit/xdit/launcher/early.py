@@ -22,13 +22,15 @@ from typing import Any, NoReturn
 from otil_xdit.catalog.bundled import BUNDLED
 from otil_xdit.catalog.models import find_record
 from otil_xdit.catalog.numbers import FLAG_NUMBERS
+from otil_xdit.catalog.trust import check_folder
+from otil_xdit.catalog.weight_files import check_weights
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.flags.degrees import degree
 from otil_xdit.xdit.flags.options import add_otil_args, add_unet_args
 
 SWITCHES = (
     *("use_cfg_parallel", "use_torch_compile", "use_teacache", "use_fbcache", "use_fp8_comms"),
-    *("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_cpu_offload"),
+    *("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_cpu_offload", "allow_pickle"),
 )
 TEXTS = ("model", "output_directory", "dataset_path", "cache_method")
 LISTS = ("prompt", "negative_prompt", "input_images")
@@ -96,6 +98,18 @@ def check_model_name(model: str | None) -> None:
         return
     if model not in models and model not in BUNDLED and find_record(model) is None and not Path(model).is_dir():
         raise FlagError(unknown_model(model, (*models, *BUNDLED)))
+
+
+def check_model_folder(values: Mapping[str, Any]) -> None:
+    """Refuse a folder whose weights are pickles, missing or cut off; no weights are read for that.
+
+    Raises:
+        FlagError: naming the file.
+    """
+    model, allow_pickle = values.get("model"), bool(values.get("allow_pickle"))
+    if model and (Path(model) / "model_index.json").is_file():
+        check_folder(model, allow_pickle, trust_remote_code=True)  # code is looked at when all flags are known
+        check_weights(model, allow_pickle)
 
 
 def unknown_model(name: str, known: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ from otil_xdit.xdit.launcher.by_xdit import check_backends, check_by_xdit, check
 from otil_xdit.xdit.launcher.early import (
     check_files,
     check_flags,
+    check_model_folder,
     check_model_name,
     check_prompts,
     read_early,
@@ -223,6 +224,7 @@ def _check_early(runner_arguments: Sequence[str], torchrun: Mapping[str, str]) -
             _processes(values, torchrun)
     check_flags(runner_arguments, (*TORCHRUN_FLAGS, VERBOSE[2:], "version", "allow_pickle"))
     check_model_name(values.get("model"))
+    check_model_folder(values)
     check_prompts(values)
     check_files(values)
 

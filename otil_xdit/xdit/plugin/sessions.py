@@ -24,6 +24,7 @@ from otil_xdit.runtime.network_hooks import NETWORKS, networks_of
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.runtime.strategies import SYNC
 from otil_xdit.xdit.flags.choice import ParallelChoice
+from otil_xdit.xdit.plugin.adapters import take_adapters
 from otil_xdit.xdit.plugin.args import carried_by, choice_of
 from otil_xdit.xdit.plugin.backends import check_backends, hook_backends, use_sdpa_unless_named
 from otil_xdit.xdit.plugin.groups import connect
@@ -118,7 +119,8 @@ def hook_pipelines() -> None:
             for name in NETWORKS:
                 if isinstance(network := getattr(pipeline, name, None), torch.nn.Module):
                     check_processors(name, network)
-        vars(self)[_UNDO] = partial(unwrap, pipeline, parts_of(pipeline))
+        parts = parts_of(pipeline)
+        vars(self)[_UNDO] = partial(unwrap, pipeline, parts)
         vars(self)["module"] = pipeline  # as xDiT's own last line does; for `undo`, should it not get there
         try:
             with without_ring() if choice is not None else nullcontext():
@@ -126,6 +128,7 @@ def hook_pipelines() -> None:
             session = _session_for(self.engine_config, self)
             if session is not None:
                 _attach(session, self, rules_of(self))
+                take_adapters(self, parts)
         except Exception:
             undo(self)
             raise

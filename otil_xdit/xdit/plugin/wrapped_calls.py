@@ -20,13 +20,13 @@ class WrappedCall:
     Attributes:
         latent_dim: the dimension along which it cuts the latent before the first step; None where it does not.
         guidance: which calls must be guided: it has two passes in its loop whatever `guidance_scale` says, or drops the
-            prediction without guidance.
+            prediction without guidance; or that none of an undistilled model may be, as it has no second pass.
         shows_latent: whether it can give a callback the latent; Flux.2's asks for `locals()` inside a comprehension.
         wrong: arguments that it gets wrong unless they are as by default, and how.
     """
 
     latent_dim: int | None = None
-    guidance: Literal["", "two prompts", "always"] = ""
+    guidance: Literal["", "two prompts", "always", "distilled only"] = ""
     wrong: tuple[tuple[str, str], ...] = ()
     shows_latent: bool = True
 
@@ -38,7 +38,13 @@ class WrappedCall:
         """
         inner = type(vars(pipe).get("module", pipe)).__name__
         scale = arguments.get("guidance_scale")
-        if self.guidance and isinstance(scale, (int, float)) and not scale > 1:
+        if self.guidance == "distilled only":
+            if isinstance(scale, (int, float)) and scale > 1 and not pipe.config.is_distilled:
+                raise ValueError(
+                    f"guidance_scale is {scale:g}, and xDiT's wrapper of {inner} leaves out the pass without the "
+                    "prompt; give 1 or less, or run on one rank"
+                )
+        elif self.guidance and isinstance(scale, (int, float)) and not scale > 1:
             if self.guidance == "always" or _prompts(arguments) > 1:
                 several = "" if self.guidance == "always" else " for several images"
                 raise ValueError(
@@ -75,6 +81,7 @@ WRAPPED_CALLS = {
     "xFuserConsisIDPipeline": WrappedCall(-2, "always"),
     "xFuserFluxPipeline": WrappedCall(1),
     "xFuserPipelineFluxControlPipeline": WrappedCall(1),
+    "xFuserFlux2KleinPipeline": WrappedCall(1, "distilled only", (_IMAGE, _ATTENTION), shows_latent=False),
     "xFuserFlux2PipelineBase": WrappedCall(1, wrong=(_IMAGE, _ATTENTION), shows_latent=False),
 }
 """By the wrapper's class in xfuser, or a base of it."""
