@@ -205,12 +205,7 @@ TABLES: dict[str, Table] = {
     ),
     "2 ranks": Table(
         "covariance.md",
-        _each(f"--prompts 8 --presets otil distrifusion {EQUIVALENTS}"),
-        grid(_model_and_variant, _network, _psnr),
-    ),
-    "2 ranks, before": Table(
-        "covariance.md",
-        _each(f"--prompts 4 --presets {BEFORE} {EQUIVALENTS}"),
+        _each(f"--prompts 8 --presets otil {BEFORE} distrifusion {EQUIVALENTS}"),
         grid(_model_and_variant, _network, _psnr),
     ),
     "more variants": Table(

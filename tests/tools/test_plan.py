@@ -339,9 +339,10 @@ def test_the_fastest_that_is_near_enough(bar: str, seconds: dict[str, float], la
     assert advise(options(**seconds), True, bar_of(bar)).option.label == label
 
 
-def test_on_a_dit_draft_is_not_as_near_as_distrifusion() -> None:
+@pytest.mark.parametrize(("is_unet", "label"), [(True, "otil draft"), (False, "otil")])
+def test_a_dit_is_judged_by_a_dits_figures(is_unet: bool, label: str) -> None:
     given = options(sync=2.0, otil=1.0, otil_draft=0.9)
-    assert advise(given, False, "distrifusion").option.label == "otil"
+    assert advise(given, is_unet, bar_of("45")).option.label == label
 
 
 def test_what_was_not_compared_is_not_advised() -> None:
