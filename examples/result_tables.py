@@ -42,10 +42,6 @@ STRATEGIES = (
 )
 UNET_STRATEGIES = f"{STRATEGIES} otil:halo=fresh,moments=fresh"
 EQUIVALENTS = "--variant log-normal:1 --variant outliers:32 --variant heads:32 --variant rotated:1"
-LAW = (
-    "otil otil:select=kv-cosine otil:select=kv-ssim otil:kv_cache_dtype=bfloat16 otil:kv_cache_dtype=float8 "
-    "otil:fresh_share=0 otil:fresh_share=0,tolerance=0.1"
-)
 
 
 def _share(row: Row, name: str) -> str:
@@ -217,11 +213,6 @@ TABLES: dict[str, Table] = {
         "covariance.md",
         _each("--ranks 4 --prompts 4 --presets otil --variant outliers:32 --variant rotated:1"),
         grid(_model_and_variant, _network, _psnr),
-    ),
-    "settings": Table(
-        "covariance.md",
-        (f"{UNET.format('tiny-sd')} --prompts 4 --presets {LAW} --variant outliers:32 --variant rotated:1",),
-        grid(_variant, _network, _psnr),
     ),
 }
 """All tables by the name that stands in their comments."""

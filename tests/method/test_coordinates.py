@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from otil_xdit.method.coordinates import AttentionWeights, Coordinates
+from otil_xdit.method.scores import CHANGE_SCORES
 from otil_xdit.method.scratch import ScratchBuffers
 
 HEADS, SIZE, INPUTS = 3, 8, 40
@@ -74,6 +75,19 @@ def test_equivalent_networks_have_the_same_coordinates(kind: str) -> None:
     expected, found = coordinates_of(plain, states), coordinates_of(changed, states)
     same = (found * expected).sum(dim=1, keepdim=True).sign()  # an axis may be found the other way round
     torch.testing.assert_close(found * same, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("score", ["l2", "cosine", "ssim", "dhash"])
+def test_sub_blocks_of_equivalent_networks_have_the_same_scores(score: str) -> None:
+    changes = torch.linalg.qr(normal(2, HEADS, SIZE, SIZE, seed=8)).Q @ torch.diag_embed(normal(2, HEADS, SIZE).exp())
+    before, table = normal(24, INPUTS, seed=9), torch.arange(24).view(6, 4)
+    after = before + 0.3 * normal(24, INPUTS, seed=10)
+    scores = [
+        CHANGE_SCORES[score](coordinates_of(given, after), coordinates_of(given, before), table)
+        for given in (weights(), equivalent(weights(), *changes))
+    ]
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-3, atol=1e-4)
+    assert scores[0].std() > 0.01 * scores[0].mean()
 
 
 def test_lengths_are_errors_in_what_reads_them() -> None:
