@@ -30,7 +30,7 @@ LONGEST_PAUSE = 30.0
 """Seconds between two restarts at most; the first comes after one second, each next one after twice as many."""
 
 POLL_SECONDS = 0.2
-GOODBYE_SECONDS = 5.0
+GOODBYE_SECONDS = 10.0
 
 
 class RankEngine:
