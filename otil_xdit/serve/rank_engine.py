@@ -110,11 +110,17 @@ class RankEngine:
                 await self._life
         if self._processes is not None:
             await self._processes.stop()
+        self._fail_drawing(self._status.reason)
         if self._server is not None:
             self._server.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ---- an image --------------------------------------------------------------------------------------------------
+
+    def _fail_drawing(self, reason: str) -> None:
+        """Let the image under way be lost."""
+        if self._drawing is not None and not self._drawing.done.done():
+            self._drawing.done.set_exception(EngineFailure(reason))
 
     def _check_cancelled(self, drawing: _Drawing) -> None:
         if not drawing.done.done():
@@ -162,9 +168,7 @@ class RankEngine:
         """Start the ranks, and again whenever they are lost, until that has been too often."""
         while True:
             reason = await self._live_once()
-            failed = self._drawing
-            if failed is not None and not failed.done.done():
-                failed.done.set_exception(EngineFailure(reason))
+            self._fail_drawing(reason)
             if self._status.state == "stopped":
                 return
             if self._restarts_in_a_row >= self._settings.max_restarts or self._facts is None:
