@@ -263,7 +263,7 @@ class Service:
         under_way, futures = threading.Event(), []
         for seed in seeds:
             futures.append(self._pool.submit(draw, pipe, job, seed, under_way.set))
-            under_way.wait(60)
+            under_way.wait(60 if len(seeds) > 1 else 0)
         return [future.result() for future in futures]
 
     def _pipe(self, model: str, strategy: str) -> Any:
