@@ -42,6 +42,9 @@ ENVIRONMENT = "OTIL_XDIT_TEST_FAULT"
 SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
 KILLED = {"launcher": ("launcher",), "torchrun": ("torchrun",), "launcher and torchrun": ("launcher", "torchrun")}
 DISKS = ("full", "read-only")
+UNTIL_ENDED = 400.0
+"""Seconds that a run may take, on a machine with others."""
+
 UNTIL_LEFT = 30.0
 """Seconds after which processes count as left behind."""
 
@@ -248,7 +251,8 @@ def run_launched(case: Case) -> Outcome:
                 if case.kind != "stop":
                     (folder / "happened").write_text(repr(time.time()))
                 break
-        process.wait(180)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(UNTIL_ENDED)
         left = _left(process, folder)
         over = time.time() + UNTIL_LEFT
         while left and time.time() < over:

@@ -85,6 +85,7 @@ def stepped_by(kind: Any, **settings: Any) -> Callable[[Any], None]:
 FLIP, SCALE = {"callback_on_step_end": flip}, {"callback_on_step_end": scale}
 NOISY = stepped_by(FlowMatchEulerDiscreteScheduler, stochastic_sampling=True)
 ATTENTION = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "transformer_blocks.1.attn.to_out.0")
+UNGUIDED = {"guidance_scale": 1.0, "negative_prompt_embeds": None}
 VELOCITY = {"prediction_type": "v_prediction", "clip_sample": False}
 PROBES: dict[str, dict[str, Probe]] = {
     "sd3": {
@@ -111,7 +112,7 @@ PROBES: dict[str, dict[str, Probe]] = {
     },
     "flux": {"flip": FLIP, "noise": NOISY, "LoRA loaded afterwards": Loaded(ATTENTION)},
     "flux2": {"flip": FLIP, "attention_kwargs": {"attention_kwargs": {"scale": 0.5}}},
-    "flux2-klein": {"without guidance": {"guidance_scale": 1.0, "negative_prompt_embeds": None}},
+    "flux2-klein": {"without guidance": {**UNGUIDED, "output_type": "pt"}, "latents": UNGUIDED},
     "cogvideox": {"flip": FLIP, "scale": SCALE, "without guidance": {"guidance_scale": 1.0}},
 }
 

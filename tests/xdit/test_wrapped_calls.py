@@ -48,6 +48,7 @@ REFUSED = {
     ("hunyuandit", "without guidance"): "guidance_scale is 1",
     ("hunyuandit", "guidance_rescale"): "guidance_rescale",
     ("flux2", "attention_kwargs"): "attention_kwargs",
+    ("flux2-klein", "latents"): "output_type is 'latent'",
     ("cogvideox", "without guidance"): "guidance_scale is 1",
 }
 

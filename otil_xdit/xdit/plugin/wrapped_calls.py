@@ -23,12 +23,14 @@ class WrappedCall:
             prediction without guidance; or that none of an undistilled model may be, as it has no second pass.
         shows_latent: whether it can give a callback the latent; Flux.2's asks for `locals()` inside a comprehension.
         wrong: arguments that it gets wrong unless they are as by default, and how.
+        wrong_output: an ``output_type`` that it gets wrong; empty for none.
     """
 
     latent_dim: int | None = None
     guidance: Literal["", "two prompts", "always", "distilled only"] = ""
     wrong: tuple[tuple[str, str], ...] = ()
     shows_latent: bool = True
+    wrong_output: str = ""
 
     def check(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
         """Refuse arguments that the wrapper does not treat as diffusers does.
@@ -54,6 +56,11 @@ class WrappedCall:
         for name, how in self.wrong:
             if arguments.get(name) not in (None, 0.0):
                 raise ValueError(f"xDiT's wrapper of {inner} {how}; leave {name} out, or run on one rank")
+        if self.wrong_output and arguments.get("output_type") == self.wrong_output:
+            raise ValueError(
+                f"output_type is {self.wrong_output!r}, of which xDiT's wrapper of {inner} makes something else than "
+                "diffusers; give another one, or run on one rank"
+            )
         self._check_callback_tensors(arguments, inner)
 
     def _check_callback_tensors(self, arguments: Mapping[str, Any], inner: str) -> None:
@@ -81,7 +88,9 @@ WRAPPED_CALLS = {
     "xFuserConsisIDPipeline": WrappedCall(-2, "always"),
     "xFuserFluxPipeline": WrappedCall(1),
     "xFuserPipelineFluxControlPipeline": WrappedCall(1),
-    "xFuserFlux2KleinPipeline": WrappedCall(1, "distilled only", (_IMAGE, _ATTENTION), shows_latent=False),
+    "xFuserFlux2KleinPipeline": WrappedCall(
+        1, "distilled only", (_IMAGE, _ATTENTION), shows_latent=False, wrong_output="latent"
+    ),
     "xFuserFlux2PipelineBase": WrappedCall(1, wrong=(_IMAGE, _ATTENTION), shows_latent=False),
 }
 """By the wrapper's class in xfuser, or a base of it."""
