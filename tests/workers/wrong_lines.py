@@ -76,7 +76,11 @@ FOLDERS: dict[str, Callable[[Path], object]] = {
     "no weights": lambda folder: (folder / UNET).unlink(),
     "weights cut off": lambda folder: os.truncate(folder / UNET, 1_000_000),
 }
-STARTS = ("unet/config.json without attention_head_dim", "*.fp16.safetensors only")
+STARTS = (
+    "unet/config.json empty",
+    "unet/config.json without attention_head_dim",
+    "*.fp16.safetensors only",
+)
 """What diffusers can load, so that it starts its ranks; all others are one line and exit code 2."""
 
 
