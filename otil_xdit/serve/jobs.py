@@ -5,20 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 from otil_xdit.serve.engine import Cancelled, Engine, EngineFailure, Refused
+from otil_xdit.serve.job import Job, Stage
 from otil_xdit.serve.requests import DrawnImage, ImageRequest, StepDone
 
 logger = logging.getLogger(__name__)
-
-Stage = Literal["waiting", "drawing", "done", "refused", "cancelled", "failed", "late", "unserved"]
-"""Of a job; the last five are ends without all images: see `Job.problem`. "late": over the time limit; "unserved": the
-server gave up before it was its turn."""
 
 SECONDS_UNKNOWN = 10.0
 """What an image is taken to need before one has been made."""
@@ -34,76 +28,6 @@ class QueueFull(Exception):
     def __init__(self, retry_after: float) -> None:
         super().__init__("the queue is full")
         self.retry_after = retry_after
-
-
-@dataclass(eq=False)
-class Job:
-    """A request of one or more images.
-
-    Attributes:
-        requests: its images, made in this order.
-        id: the request's, for logs and answers.
-        stage: see `Stage`.
-        problem: why it ended without all images; empty otherwise.
-        images: those that are done.
-        progress: of the image under way; None before its first step.
-        preview: the last one of the image under way.
-        accepted, begun: when, by ``time.monotonic``; 0 for not yet.
-    """
-
-    requests: tuple[ImageRequest, ...]
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    stage: Stage = "waiting"
-    problem: str = ""
-    images: list[DrawnImage] = field(default_factory=list)
-    progress: StepDone | None = None
-    preview: StepDone | None = None
-    accepted: float = 0.0
-    begun: float = 0.0
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _wanted_end: Stage | None = None
-    _timer: asyncio.TimerHandle | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Return whether nothing more will happen to it."""
-        return self.stage not in ("waiting", "drawing")
-
-    def notify(self) -> None:
-        """Wake everybody who follows it."""
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
-    async def wait(self) -> None:
-        """Wait for its end."""
-        while not self.is_over:
-            await self._changed.wait()
-
-    async def follow(self) -> AsyncIterator[StepDone | DrawnImage]:
-        """Yield its steps and images as they come, until its end; steps may be left out, previews and images not."""
-        shown, seen, previewed = 0, None, None
-        while True:
-            changed = self._changed
-            if self.preview is not None and self.preview is not previewed:
-                previewed = seen = self.preview
-                yield self.preview
-            elif self.progress is not None and self.progress is not seen:
-                seen = self.progress
-                yield self.progress
-            for image in self.images[shown:]:
-                shown += 1
-                yield image
-            if self.is_over and shown == len(self.images):
-                return
-            await changed.wait()
-
-    def end(self, stage: Stage, problem: str = "") -> None:
-        """End it, once."""
-        if not self.is_over:
-            self.stage, self.problem = stage, problem
-            if self._timer is not None:  # which would keep the images
-                self._timer.cancel()
-            self.notify()
 
 
 class Jobs:
@@ -146,18 +70,26 @@ class Jobs:
         """Return the jobs that wait, the next one first."""
         return tuple(self._waiting)
 
-    def submit(self, job: Job) -> Job:
-        """Accept a job; it gets its time limit.
+    def check_room(self) -> None:
+        """Check that one more job would be accepted.
 
         Raises:
             QueueFull: when as many wait as may.
         """
         if len(self._waiting) >= self._limit and (self._limit > 0 or self._running):
             raise QueueFull(self.seconds_ahead())
+
+    def submit(self, job: Job) -> Job:
+        """Accept a job; it gets its time limit.
+
+        Raises:
+            QueueFull: when as many wait as may.
+        """
+        self.check_room()
         job.accepted = time.monotonic()
         self._waiting.append(job)
         self._there_is_one.set()
-        job._timer = asyncio.get_running_loop().call_later(
+        job.timer = asyncio.get_running_loop().call_later(
             self._seconds, self.end, job, "late", f"not done within {self._seconds:g} s; the server's limit"
         )
         return job
@@ -178,9 +110,9 @@ class Jobs:
             if job in self._waiting:
                 self._waiting.remove(job)
             job.end(stage, problem)
-        elif job._wanted_end is None:
-            job._wanted_end, job.problem = stage, problem
-            if all(one.is_over or one._wanted_end is not None for one in self._running):
+        elif job.wanted_end is None:
+            job.wanted_end, job.problem = stage, problem
+            if all(one.is_over or one.wanted_end is not None for one in self._running):
                 self._engine.cancel()
             else:
                 job.end(stage, problem)
@@ -251,7 +183,7 @@ class Jobs:
         except Cancelled as error:
             for job in jobs:
                 problem = " ".join(filter(None, [job.problem or "cancelled", str(error)]))
-                job.end(job._wanted_end or "cancelled", problem)
+                job.end(job.wanted_end or "cancelled", problem)
         except Refused as error:
             _end_all(jobs, "refused", str(error))
         except EngineFailure as error:
@@ -264,7 +196,7 @@ class Jobs:
 
     async def _draw(self, requests: Sequence[ImageRequest], owners: Sequence[Job]) -> None:
         """Have images made in one call, and give each to its job."""
-        if all(job._wanted_end is not None for job in owners):
+        if all(job.wanted_end is not None for job in owners):
             raise Cancelled
 
         def on_step(step: StepDone) -> None:

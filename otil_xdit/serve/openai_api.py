@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from otil_xdit.serve import images
-from otil_xdit.serve.jobs import Job
+from otil_xdit.serve.job import Job
 from otil_xdit.serve.middleware import request_id
 from otil_xdit.serve.problems import Problem, problem_of
 from otil_xdit.serve.requests import DrawnImage, Pixels, StepDone
@@ -102,6 +102,7 @@ def openai_router(service: Service) -> APIRouter:
     async def edits(form: Annotated[EditForm, Form()], request: Request) -> Any:
         """Make images from an image and a text; with a mask only there."""
         _check_model(service, form.model)
+        service.check_room()
         given = [*form.image, *form.image_list]
         if len(given) != 1:
             raise Problem(400, f"image: {len(given)} files; give one", "image", "invalid_image")

@@ -1,6 +1,6 @@
 """Find out how to start the ranks, in a process of its own: checking the flags imports xfuser, torch and diffusers.
 
-The server's process imports none of them: it starts in a second, takes 60 MB, and nothing of a card's driver is in it.
+The server's process imports none of them: it takes 56 MB, torch alone 281, and nothing of a card's driver is in it.
 """
 
 from __future__ import annotations

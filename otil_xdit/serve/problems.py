@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from otil_xdit.serve.jobs import Job
+from otil_xdit.serve.job import Job
 
 _TYPES = {
     401: "authentication_error",

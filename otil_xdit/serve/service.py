@@ -14,7 +14,8 @@ from PIL import Image
 from otil_xdit.serve import images
 from otil_xdit.serve.engine import Engine
 from otil_xdit.serve.files import Files
-from otil_xdit.serve.jobs import Job, Jobs, QueueFull
+from otil_xdit.serve.job import Job
+from otil_xdit.serve.jobs import Jobs, QueueFull
 from otil_xdit.serve.loras import LoraListing
 from otil_xdit.serve.metrics import Metrics
 from otil_xdit.serve.problems import Problem, problem_of
@@ -97,6 +98,18 @@ class Service:
             raise Problem(503, f"the model is not ready ({status.state}{reason})", code=status.state, retry_after=wait)
         return facts
 
+    def check_room(self) -> None:
+        """Refuse a request that would not be accepted, before its images are decoded, which takes memory.
+
+        Raises:
+            Problem: 429, 503.
+        """
+        self.ready_facts()
+        try:
+            self.jobs.check_room()
+        except QueueFull as error:
+            raise self._full(error) from error
+
     def submit(self, wish: Wish, request_id: str, names: FieldNames) -> Job:
         """Check a wish and put it into the queue.
 
@@ -108,12 +121,11 @@ class Service:
         try:
             return self.jobs.submit(job)
         except QueueFull as error:
-            raise Problem(
-                429,
-                f"{len(self.jobs)} requests wait, which is the server's limit; try again later",
-                code="queue_full",
-                retry_after=error.retry_after,
-            ) from error
+            raise self._full(error) from error
+
+    def _full(self, error: QueueFull) -> Problem:
+        text = f"{len(self.jobs)} requests wait, which is the server's limit; try again later"
+        return Problem(429, text, code="queue_full", retry_after=error.retry_after)
 
     async def finish(self, job: Job, request: Request) -> None:
         """Wait until a job is over; its images are cancelled when the client goes away.

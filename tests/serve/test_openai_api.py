@@ -15,6 +15,7 @@ from PIL import Image
 
 from otil_xdit.serve.app import create_app
 from otil_xdit.serve.engine import EngineFailure, EngineStatus, Refused
+from otil_xdit.serve.jobs import QueueFull
 from otil_xdit.serve.settings import ServeSettings
 from tests.support.fake_engine import FakeEngine, colour
 
@@ -251,6 +252,21 @@ def test_not_ready_is_503_and_health_says_why(client: TestClient, engine: FakeEn
     assert client.get("/liveness").status_code == 200
     assert ("retry-after" in answer.headers) == (state != "failed")
     assert "xfuser_serve_ready 0.0" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("route", [GENERATIONS, EDITS])
+def test_a_full_queue_is_429_and_says_when(client: TestClient, engine: FakeEngine, route: str) -> None:
+    def full() -> None:
+        raise QueueFull(12.3)
+
+    service = client.app.state.service  # type: ignore[attr-defined]
+    service.jobs.check_room = full
+    body: dict[str, Any] = {"json": {"prompt": "a"}}
+    if route == EDITS:  # refused before the image is looked at
+        body = {"data": {"prompt": "a"}, "files": {"image": b"no image"}}
+    answer = client.post(route, **body)
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "13"
+    assert answer.json()["error"]["type"] == "rate_limit_error" and not engine.asked
 
 
 def test_the_key(engine: FakeEngine) -> None:

@@ -9,7 +9,8 @@ from contextlib import suppress
 import pytest
 
 from otil_xdit.serve.engine import EngineStatus
-from otil_xdit.serve.jobs import Job, Jobs, QueueFull
+from otil_xdit.serve.job import Job
+from otil_xdit.serve.jobs import Jobs, QueueFull
 from otil_xdit.serve.requests import DrawnImage, ImageRequest, StepDone
 from tests.support.fake_engine import FakeEngine
 
