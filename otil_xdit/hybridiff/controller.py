@@ -148,6 +148,11 @@ class CfgController:
 
     # ---- two stages ----------------------------------------------------------------------------------------------
 
+    @property
+    def calls_blocks(self) -> bool:
+        """Tell whether networks may be put in two stages, whose blocks are called one by one."""
+        return self._staged is not None
+
     def begin_call(self, network: nn.Module) -> bool:
         """Begin a call of a network, and return whether it is made in two stages."""
         stages, step = self.stages_of(network), self._clock.step

@@ -57,9 +57,6 @@ class StagedNetworks:
         Args:
             name: the network's, for messages.
             state: see `Stages.begin`.
-
-        Raises:
-            ValueError: for a compiled network, whose blocks are not called one by one.
         """
         if id(network) not in self._staged:
             self._staged[id(network)] = self._split(name, network)
@@ -89,8 +86,6 @@ class StagedNetworks:
         return sum(staged.stages.nbytes for staged in self._staged.values())
 
     def _split(self, name: str, network: nn.Module) -> _Staged:
-        if getattr(network, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"--parallel hybridiff does not support the compiled {name}: give the one that it was")
         if is_unet(network):
             # Both passes of a U-Net come in one batch, so each CFG group has the prompt.
             return _Staged(network, Stages(name, unet_blocks(network), self._role, needs_prompt=False), None)

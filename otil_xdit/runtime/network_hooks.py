@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from textwrap import shorten
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.hybridiff.controller import CfgController
 from otil_xdit.networks.attention_weights import attention_weights
 from otil_xdit.networks.compatibility import ModuleInspector, check_no_gradients
+from otil_xdit.networks.compiled import CompiledCalls, is_compiled
 from otil_xdit.networks.dit.architectures import check_architecture, read_call, token_layout
 from otil_xdit.networks.dit.key_plan import KeyPlan
 from otil_xdit.networks.dit.keys import DitKeys
@@ -34,9 +36,27 @@ NETWORKS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 
 def networks_of(pipe: Any) -> dict[str, nn.Module]:
     """Return a pipeline's denoising networks by attribute."""
-    networks = {name: net for name in NETWORKS if isinstance(net := getattr(pipe, name, None), nn.Module)}
     # torch.compile(network) is a module round the network, whose layers are the ones that count.
-    return {name: getattr(net, "_orig_mod", net) for name, net in networks.items()}
+    return {name: getattr(net, "_orig_mod", net) for name, net in _held_by(pipe).items()}
+
+
+def _held_by(pipe: Any) -> dict[str, nn.Module]:
+    """Return what a pipeline has for denoising networks, by attribute: they may be in ``torch.compile``."""
+    return {name: net for name in NETWORKS if isinstance(net := getattr(pipe, name, None), nn.Module)}
+
+
+def _check_not_compiled(networks: Iterable[tuple[str, nn.Module]]) -> None:
+    """Check that no network is compiled as a whole, by attribute of the pipeline.
+
+    Raises:
+        ValueError: naming one that is.
+    """
+    for name, network in networks:
+        if is_compiled(network):
+            raise ValueError(
+                f"--parallel hybridiff does not support the compiled {name}: its blocks are called one by one; give "
+                "the network that it was"
+            )
 
 
 def device_of(networks: Mapping[str, nn.Module]) -> torch.device:
@@ -80,6 +100,8 @@ class NetworkHooks:
         self._keys = DitKeys(session.group, cfg)
         self._inspectors: dict[int, ModuleInspector] = {}
         self._handles: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
+        self._compiled: dict[int, CompiledCalls] = {}
+        self._is_bracketed = False
         self._patched: dict[int, PatchedUNet] = {}
 
     def inspect_wrapped(self, pipe: Any) -> None:
@@ -98,17 +120,24 @@ class NetworkHooks:
         Raises:
             ValueError: for a network that patches cannot serve.
         """
+        pipes = [*pipes]
         self.keep_only({id(network) for pipe in pipes for network in networks_of(pipe).values()})
+        holders = {id(holder): (name, holder) for pipe in pipes for name, holder in _held_by(pipe).items()}
+        if self._session.cfg_controller.calls_blocks:
+            _check_not_compiled(holders.values())
         for name, network in networks.items():
             self._inspector_of(name, network).check()
             if is_unet(network):
-                self._patched_unet(network).prepare()
+                self._patched_unet(network).prepare(holder for _, holder in holders.values())
             elif id(network) not in self._handles:
                 check_architecture(name, network, self._allow_untested)
                 self._session.communicator.observe(None, token_layout(network))
                 before = network.register_forward_pre_hook(self._before_forward, with_kwargs=True)
                 after = network.register_forward_hook(self._after_forward)
                 self._handles[id(network)] = (network, [before, after, *self._names.watch(name, network)])
+                self._compiled[id(network)] = CompiledCalls(network, partial(self._call_compiled, network))
+            if id(network) in self._compiled:
+                self._compiled[id(network)].route(holder for _, holder in holders.values())
         layers = {
             f"{name}/{path}": weights
             for name, network in networks.items()
@@ -158,6 +187,8 @@ class NetworkHooks:
         for _, handles in _take_out(self._handles, kept):
             for handle in handles:
                 handle.remove()
+        for compiled in _take_out(self._compiled, kept):
+            compiled.release()
         self._session.cfg_controller.keep_only(kept)
         for patched in _take_out(self._patched, kept):
             patched.release()
@@ -189,8 +220,23 @@ class NetworkHooks:
             found = self._patched[id(unet)] = PatchedUNet(self._session, unet, *self._unets)
         return found
 
+    def _call_compiled(
+        self, network: nn.Module, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make the compiled call of a DiT, with the hooks of the network round it: they are no part of its graph."""
+        self._before_forward(network, args, kwargs)
+        self._is_bracketed = True
+        try:
+            output = compiled(*args, **kwargs)
+        finally:
+            self._is_bracketed = False
+        self._after_forward(network, args, output)
+        return output
+
     def _before_forward(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the communicator what a DiT's sequence is made of."""
+        if torch.compiler.is_compiling() or self._is_bracketed:
+            return
         session = self._session
         if session.is_active:
             check_no_gradients(network, *args, *kwargs.values())
@@ -199,6 +245,8 @@ class NetworkHooks:
 
     def _after_forward(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Show a DiT's prediction to the controller of the two passes."""
+        if torch.compiler.is_compiling() or self._is_bracketed:
+            return
         if self._session.is_active:
             found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
             if found is not None:

@@ -53,6 +53,9 @@ from otil_xdit.runtime.vae_sharing import VaeSharing
 
 _ACTIVE: ContextVar[PatchSession | None] = ContextVar("otil_xdit_session", default=None)
 
+_of_graphs: list[PatchSession] = []
+"""The same, at most one, for what torch.compile traces: it cannot read context variables. Generations take turns."""
+
 
 class PatchSession:
     """One pipeline's use of a communicator.
@@ -105,6 +108,8 @@ class PatchSession:
     @staticmethod
     def active() -> PatchSession | None:
         """Return the session whose generation is under way in this context."""
+        if torch.compiler.is_compiling():
+            return _of_graphs[0] if _of_graphs else None
         return _ACTIVE.get()
 
     @property
@@ -222,6 +227,7 @@ class PatchSession:
             return
         with self._turn(pipe) if _ACTIVE.get() is None else nullcontext():
             token = _ACTIVE.set(self)
+            _of_graphs.append(self)
             self._pipe = pipe
             try:
                 with tell_failures(self.group.detector), self.surroundings():
@@ -235,6 +241,7 @@ class PatchSession:
                             callbacks.check_alike(device_of(networks))
                         self.communicator.clock.finish()
             finally:
+                _of_graphs.remove(self)
                 _ACTIVE.reset(token)
                 self._pipe = None
             if self.group.detector is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from otil_xdit.networks.unet.model import PatchedUNet
 from otil_xdit.networks.unet.text_cache import TextCache
 from tests.support.communicators import WholeMapCommunicator
 
-nobody: Any = None
+nobody: Any = SimpleNamespace(order=torch.zeros(1))
 
 
 @cache

@@ -1,6 +1,6 @@
 """What a pipeline with a U-Net does on the ranks of a torchrun, besides being exact; rank 0 prints one JSON object.
 
-torchrun --standalone --nproc_per_node 2 tests/workers/unet_session.py [--compile]
+torchrun --standalone --nproc_per_node 2 tests/workers/unet_session.py
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ def main() -> None:
     otil_xdit.register()
     torch.set_num_threads(1)
     checks = (repeats, idle, noise, interrupted, shared_network, undone, counted, paired)
-    if "--compile" in sys.argv:
-        checks = (compiled,)
     found = {check.__name__: check() for check in checks}
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
@@ -229,19 +227,6 @@ def summed_over_messages(pipe: Any, of: Callable[[nn.Module, torch.Tensor], int]
     for handle in handles:
         handle.remove()
     return sum(total)
-
-
-def compiled() -> list[float]:
-    """Errors of a compiled U-Net on patches, wrapped by torch.compile and compiled in place, over the deviation."""
-    pipe = pipeline()
-    network, exact = pipe.unet, image(pipe, steps=2)
-    otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync"))
-    pipe.unet = torch.compile(network, backend="eager")
-    made = [image(pipe, steps=2)]
-    pipe.unet = network
-    network.compile(backend="eager")
-    made.append(image(pipe, steps=2))
-    return [((latents - exact).abs().max() / exact.std()).item() for latents in made]
 
 
 if __name__ == "__main__":

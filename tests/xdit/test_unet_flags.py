@@ -35,7 +35,7 @@ WRONG = [
     ("SD1.5 --parallel sync --ulysses_degree 3", r"--ulysses_degree 3 does not divide .* SD1.5 \(8\); give 1 or 2"),
     ("SD2.1 --ulysses_degree 2", r"--ulysses_degree 2 .* SD2.1 \(5, 10, 20\); give 1 or 5"),
     ("SDXL --parallel sync --patch_degree 1 --ulysses_degree 4", r"SDXL \(10, 20\); give 1 or 2 or 5 or 10"),
-    ("SDXL --ulysses_degree 2 --use_torch_compile", "--model SDXL on several ranks and --use_torch_compile are not"),
+    ("SDXL --parallel hybridiff --use_torch_compile", "--parallel hybridiff and --use_torch_compile are not"),
     ("SDXL --use_cfg_parallel --enable_model_cpu_offload", "several ranks and --enable_model_cpu_offload are not"),
     ("SDXL --parallel otil --enable_group_cpu_offload", "--parallel otil and --enable_group_cpu_offload are not"),
     ("SDXL --parallel otil --otil_select latent-l2 --ulysses_degree 2", "choose kv-cosine or kv-l2"),

@@ -2,7 +2,8 @@
 
 xDiT's `ring_attn` is not told who calls it. Call order alone would mix buffers up when a layer is skipped at some
 steps, so forward hooks on the attention modules keep a stack of the modules under way, and the innermost one names the
-call.
+call. In a compiled network the hooks run once, when its graph is made, and put the module's handle into it
+(`otil_xdit.networks.handles`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,49 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from otil_xdit.networks.handles import Handle, make_order
+
+_PLACE = "_otil_place"
+"""Attribute of a hooked attention module that holds its `AttentionPlace`."""
+
+_under_way: list[AttentionPlace] = []
+"""The attention modules under way, outermost first. One for the process, whose pipelines generate one after the other:
+what torch.compile traces can read a list, and not which session is active."""
+
+
+@dataclass(eq=False)
+class AttentionPlace:
+    """An attention module in a network.
+
+    Attributes:
+        network: the pipeline's attribute that holds the network.
+        path: of the module in it.
+        handle: names the module in a compiled graph; None until `LayerNames.watch` has given it one.
+    """
+
+    network: str
+    path: str
+    handle: Handle | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Let the module's call be under way, as it was when the graph was made that runs now."""
+        _under_way.append(self)
+        try:
+            yield
+        finally:
+            _under_way.remove(self)
+
+
+def place_under_way() -> AttentionPlace | None:
+    """Return the innermost attention module under way; None where there is none."""
+    return _under_way[-1] if _under_way else None
 
 
 class LayerNames:
@@ -26,22 +66,26 @@ class LayerNames:
     """
 
     def __init__(self) -> None:
-        self._stack: list[str] = []
         self._calls: Counter[str] = Counter()
         self._step = -1
         self._context = ""
 
     def watch(self, network: str, module: nn.Module) -> list[RemovableHandle]:
         """Hook every attention module below `module`; the handles' ``remove`` undoes it."""
-        handles = []
+        handles, order = [], make_order()
         for path, child in module.named_modules():
             if is_attention(child):
-                handles += self._watch_one(f"{network}/{{}}/{path}", child)
+                place = AttentionPlace(network, path)
+                place.handle = Handle.make(place, order)
+                vars(child)[_PLACE] = place
+                # Not with always_call, by whose keys torch.compile tells blocks apart: `begin` sees to exceptions.
+                handles.append(child.register_forward_pre_hook(_enter))
+                handles.append(child.register_forward_hook(_leave))
         return handles
 
     def begin(self) -> None:
         """Forget the calls of the last generation."""
-        self._stack.clear()
+        _under_way.clear()
         self._calls.clear()
         self._step = -1
 
@@ -51,7 +95,8 @@ class LayerNames:
         Raises:
             ValueError: when no known attention module is under way.
         """
-        if not self._stack:
+        place = place_under_way()
+        if place is None:
             raise ValueError(
                 "attention was called outside any attention module that otil-xdit knows, so its buffers cannot be told "
                 "apart; this model is not supported with --parallel"
@@ -59,14 +104,15 @@ class LayerNames:
         if step != self._step:
             self._calls.clear()
             self._step = step
-        name = self._stack[-1].format(self._context)
+        name = f"{place.network}/{self._context}/{place.path}"
         self._calls[name] += 1
         return f"{name}#{self._calls[name] - 1}"
 
     @property
     def path(self) -> str:
         """The path in its network of the innermost attention module under way; empty where there is none."""
-        return self._stack[-1].split("/", 2)[2] if self._stack else ""
+        place = place_under_way()
+        return "" if place is None else place.path
 
     @contextmanager
     def follow_contexts(self, module: nn.Module) -> Iterator[None]:
@@ -91,16 +137,14 @@ class LayerNames:
         finally:
             del vars(module)["cache_context"]
 
-    def _watch_one(self, name: str, module: nn.Module) -> list[RemovableHandle]:
-        def enter(*_: object) -> None:
-            self._stack.append(name)
 
-        def leave(*_: object) -> None:
-            if self._stack:
-                self._stack.pop()
+def _enter(module: Any, args: tuple[Any, ...]) -> None:
+    _under_way.append(module._otil_place)
 
-        # always_call: an exception in the layer must not leave its name behind for the next image.
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+def _leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    if _under_way:
+        _under_way.pop()
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

@@ -13,7 +13,8 @@ from diffusers.models.attention_processor import Attention
 from torch.nn import functional
 
 from otil_xdit.networks.class_swap import subclass_of
-from otil_xdit.networks.unet.context import CONTEXT, LayerContext, running_context
+from otil_xdit.networks.handles import define_operator, owner_of
+from otil_xdit.networks.unet.context import CONTEXT, LayerContext, handle_of, running_context
 
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 """Attention processors of diffusers that compute plain attention, whatever they compute it with."""
@@ -82,7 +83,12 @@ def _self_attention(attention: Any, context: LayerContext, x: torch.Tensor) -> t
     projections = (attention.to_q, attention.to_k, attention.to_v)
     query, key, value = (_split_heads(attention, project(normed)) for project in projections)
     query, key = _norm_query_key(attention, query, key)
-    return _project_out(attention, context.exchange.attend(context, query, key, value), x)
+    if torch.compiler.is_compiling():
+        handle = handle_of(context)
+        out = _attend_operator(handle.number, handle.order, query, key, value)
+    else:
+        out = context.exchange.attend(context, query, key, value)
+    return _project_out(attention, out, x)
 
 
 def _cross_attention(
@@ -95,7 +101,10 @@ def _cross_attention(
         return _split_heads(attention, attention.to_k(states)), _split_heads(attention, attention.to_v(states))
 
     assert context.text_cache is not None, "a network with cross-attention has a text cache"
-    key, value = context.text_cache.get(context.name, text, (attention.to_k, attention.to_v), project)
+    if torch.compiler.is_compiling():
+        key, value = project()
+    else:
+        key, value = context.text_cache.get(context.name, text, (attention.to_k, attention.to_v), project)
     query, key = _norm_query_key(attention, _split_heads(attention, attention.to_q(x)), key)
     if mask is not None:
         mask = attention.prepare_attention_mask(mask, text.shape[1], x.shape[0])
@@ -118,3 +127,22 @@ def _project_out(attention: Any, out: torch.Tensor, x: torch.Tensor) -> torch.Te
     out = attention.to_out[1](attention.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype)))
     out = (out + x) if attention.residual_connection else out
     return out if attention.rescale_output_factor == 1 else out / attention.rescale_output_factor
+
+
+def _compute(
+    number: torch.Tensor, order: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    context: LayerContext = owner_of(number)
+    out = context.exchange.attend(context, query, key, value)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _like(
+    number: torch.Tensor, order: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    batch, heads, tokens, size = query.shape
+    return query.new_empty(batch, tokens, heads, size).transpose(1, 2)
+
+
+_attend_operator = define_operator("attend", "Tensor query, Tensor key, Tensor value", "Tensor", _compute, _like)
+"""`LayerExchange.attend` in a compiled graph."""

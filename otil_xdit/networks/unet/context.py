@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from otil_xdit.exchange.halo import HaloRows
+from otil_xdit.networks.handles import Handle
 from otil_xdit.networks.unet.norm_conv import NormConvPair
 from otil_xdit.networks.unet.text_cache import TextCache
 
@@ -23,7 +24,12 @@ class LayerExchange(Protocol):
 
     `context` is always that of the layer that asks. Shapes: B batch, C channels, h rows of this rank, W columns, S
     tokens of this rank, d features of a head.
+
+    Attributes:
+        order: of the handles of the network's layers; see `Handle`.
     """
+
+    order: torch.Tensor
 
     @property
     def running(self) -> bool:
@@ -135,6 +141,7 @@ class LayerContext:
         pair: of a group norm, the convolution that reads its output; None where no convolution does.
         text_cache: of the text's keys and values; None in a network without cross-attention.
         affine: of a group norm, its weights as they were needed last; None where they were not yet.
+        handle: names the layer in a compiled graph; None until `wrap_layer` has been given it.
     """
 
     exchange: LayerExchange
@@ -143,6 +150,7 @@ class LayerContext:
     pair: NormConvPair | None = None
     text_cache: TextCache | None = None
     affine: Affine | None = None
+    handle: Handle | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerContext:
         # A copied network may be wrapped anew; process groups cannot be copied.
@@ -153,6 +161,12 @@ def running_context(layer: Any) -> LayerContext | None:
     """Return the context of a wrapped layer during a patched pass, and None outside one."""
     context: LayerContext | None = layer._otil_context
     return context if context is not None and context.exchange.running else None
+
+
+def handle_of(context: LayerContext) -> Handle:
+    """Return the handle of a wrapped layer."""
+    assert context.handle is not None, "wrap_layer gives every layer one"
+    return context.handle
 
 
 def check_forward(module: nn.Module, base: type, name: str) -> None:

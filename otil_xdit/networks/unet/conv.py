@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from otil_xdit.method.memory_format import is_channels_last
 from otil_xdit.networks.class_swap import subclass_of
-from otil_xdit.networks.unet.context import CONTEXT, check_forward, running_context
+from otil_xdit.networks.handles import define_operator, owner_of
+from otil_xdit.networks.unet.context import CONTEXT, LayerContext, check_forward, handle_of, running_context
 
 
 def halo_rows(conv: nn.Conv2d) -> tuple[int, int]:
@@ -52,9 +54,11 @@ def patched_conv(kind: type) -> type:
         if context is None:
             return kind.forward(self, input)  # type: ignore[attr-defined]  # see check_conv
         above, below = halo_rows(self)
-        # The group norm in front of this layer may have fetched the neighbours' rows together with its moments.
-        precomputed = context.exchange.prefetched_halo(context, input, above, below)
-        padded = context.exchange.halo(context, input, above, below, precomputed)
+        if torch.compiler.is_compiling():
+            handle = handle_of(context)
+            padded = _halo_operator(handle.number, handle.order, input, above, below)
+        else:
+            padded = _pad_with_halo(context, input, above, below)
         if context.exchange.is_last and self.padding[0] > below:
             # The image's lower edge: zeros for as many rows as one device pads, not only as many as a patch reads.
             padded = functional.pad(padded, (0, 0, 0, self.padding[0] - below))
@@ -62,3 +66,26 @@ def patched_conv(kind: type) -> type:
         return functional.conv2d(padded, self.weight, self.bias, self.stride, only_columns, self.dilation, self.groups)
 
     return subclass_of(kind, {"forward": forward, CONTEXT: None})
+
+
+def _pad_with_halo(context: LayerContext, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+    """Return [B, C, h, W] with the neighbours' rows, [B, C, above + h + below, W]."""
+    # The group norm in front of this layer may have fetched them together with its moments.
+    precomputed = context.exchange.prefetched_halo(context, x, above, below)
+    return context.exchange.halo(context, x, above, below, precomputed)
+
+
+def _compute(number: torch.Tensor, order: torch.Tensor, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+    return _pad_with_halo(owner_of(number), x, above, below).clone()
+
+
+def _like(number: torch.Tensor, order: torch.Tensor, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+    batch, channels, rows, width = x.shape
+    height = above + rows + below
+    if is_channels_last(x):
+        return x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+    return x.new_empty(batch, channels, height, width)
+
+
+_halo_operator = define_operator("halo", "Tensor x, int above, int below", "Tensor", _compute, _like)
+"""`_pad_with_halo` in a compiled graph."""

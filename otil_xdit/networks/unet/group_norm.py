@@ -20,7 +20,8 @@ from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.method.kernels import is_fused
 from otil_xdit.method.memory_format import is_channels_last
 from otil_xdit.networks.class_swap import subclass_of
-from otil_xdit.networks.unet.context import CONTEXT, Affine, LayerContext, check_forward, running_context
+from otil_xdit.networks.handles import define_operator, owner_of
+from otil_xdit.networks.unet.context import CONTEXT, Affine, LayerContext, check_forward, handle_of, running_context
 from otil_xdit.networks.unet.text_cache import tensor_state
 
 Normalise = Callable[[torch.Tensor], torch.Tensor]
@@ -48,6 +49,10 @@ def patched_group_norm(kind: type) -> type:
         if context is None:
             return kind.forward(self, input)  # type: ignore[attr-defined]  # see check_group_norm
         mean, var = moments_of(input, self.num_groups)
+        if torch.compiler.is_compiling():
+            handle = handle_of(context)
+            mean, var = _moments_operator(handle.number, handle.order, mean, var, input)
+            return _normaliser(self, context, mean, var)(input)
         halo = None
         if context.pair is None:
             mean, var = context.exchange.moments(context, mean, var)
@@ -133,7 +138,6 @@ def _affine(norm: nn.GroupNorm, context: LayerContext, batch: int, kind: torch.d
     return context.affine
 
 
-@torch.compiler.disable
 def _prefetch(context: LayerContext, x: torch.Tensor, halo: HaloRows, normalise: Normalise) -> None:
     """Make the neighbours' rows of the norm's input into those that its convolution is to read.
 
@@ -147,3 +151,26 @@ def _prefetch(context: LayerContext, x: torch.Tensor, halo: HaloRows, normalise:
     activation = context.pair.activation
     above, below = (None if rows is None else activation(normalise(rows)) for rows in halo)
     context.exchange.prefetch_halo(context, x, (above, below))
+
+
+def _compute(
+    number: torch.Tensor, order: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and variance of the whole map; the neighbours' rows for the norm's pair are kept beside the graph."""
+    context: LayerContext = owner_of(number)
+    if context.pair is None:
+        return context.exchange.moments(context, mean, var)
+    whole_mean, whole_var, halo = context.exchange.norm_halo(context, mean, var, x)
+    if halo is not None:
+        _prefetch(context, x, halo, _normaliser(context.pair.norm, context, whole_mean, whole_var))
+    return whole_mean, whole_var
+
+
+def _like(
+    number: torch.Tensor, order: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return mean.new_empty(mean.shape), var.new_empty(var.shape)
+
+
+_moments_operator = define_operator("moments", "Tensor mean, Tensor var, Tensor x", "(Tensor, Tensor)", _compute, _like)
+"""What a norm asks the other ranks for, in a compiled graph."""

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from otil_xdit.networks.class_swap import is_swapped, restore_class, swap_class
+from otil_xdit.networks.handles import Handle
 from otil_xdit.networks.unet.attention import check_attention, patched_attention
 from otil_xdit.networks.unet.context import CONTEXT, LayerContext
 from otil_xdit.networks.unet.conv import check_conv, patched_conv
@@ -55,6 +56,12 @@ def wrap_layer(module: nn.Module, context: LayerContext) -> None:
             swap_class(module, patched_attention)
     if isinstance(module, Attention):
         check_attention(module, context.name)
+    before: LayerContext | None = vars(module).get(CONTEXT)
+    if before is None or before.handle is None:
+        context.handle = Handle.make(context, context.exchange.order)
+    else:  # the same one, as a compiled graph knows it
+        context.handle = before.handle
+        context.handle.give_to(context)
     vars(module)[CONTEXT] = context
 
 

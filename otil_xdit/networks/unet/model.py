@@ -8,15 +8,16 @@ Shapes: B batch, C channels, H x W the latent, h rows of this rank, S tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from functools import cache, wraps
-from inspect import signature
+from functools import cache, partial, wraps
+from inspect import Signature, signature
 from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
+from torch import nn
 from torch.nn import functional
 
 from otil_xdit.comm.groups import UnetGroups
@@ -25,6 +26,8 @@ from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
 from otil_xdit.networks.compatibility import check_adapter, check_no_gradients
+from otil_xdit.networks.compiled import CompiledCalls
+from otil_xdit.networks.handles import make_order
 from otil_xdit.networks.unet.compatibility import (
     check_arguments,
     check_freeu,
@@ -87,8 +90,10 @@ class PatchedUNet:
     def __init__(self, session: SessionProtocol, network: Any, groups: UnetGroups, attend: Attend) -> None:
         check_supported(network)
         self.session, self.network, self.groups = session, network, groups
-        self.running = False
+        self.running = self.is_under_way = False
+        self.order = make_order()
         self.text_cache = TextCache()
+        self._compiled = CompiledCalls(network, self.call)
         self._attend = attend
         self._levels = Levels(network)
         self._sharding: UNetSharding | None = None
@@ -105,8 +110,11 @@ class PatchedUNet:
         """Tell whether this rank holds the image's lowest rows."""
         return self.groups.rows.rank == self.groups.rows.world_size - 1
 
-    def prepare(self) -> None:
+    def prepare(self, holders: Iterable[nn.Module] = ()) -> None:
         """Wrap the network and its layers, those too that are new since the last time (LoRA); forget the text.
+
+        Args:
+            holders: what pipelines hold in place of networks, this one in ``torch.compile`` among them perhaps.
 
         Raises:
             ValueError: naming the layer that patches cannot serve, or the setting that means nothing at its resolution.
@@ -114,6 +122,7 @@ class PatchedUNet:
         if not is_swapped(self.network):
             swap_class(self.network, _patched_unet)
         vars(self.network)[CONTEXT] = LayerContext(self, "", 0)
+        self._compiled.route(holders)
         check_freeu(self.network)
         check_layers(self.network)
         pairs, levels = find_norm_conv_pairs(self.network), set[int]()
@@ -134,13 +143,13 @@ class PatchedUNet:
 
     def release(self) -> None:
         """Give the network its own layers back."""
+        self._compiled.release()
         for module in self.network.modules():
             unwrap_layer(module)
         self.text_cache.clear()
 
     # ---- what layers ask for: see `LayerExchange` ------------------------------------------------------------------
 
-    @torch.compiler.disable
     def prefetched_halo(self, context: LayerContext, x: torch.Tensor, above: int, below: int) -> HaloRows | None:
         """Return the neighbours' rows for a convolution, if its group norm has fetched them."""
         prefetched, self._prefetched = self._prefetched, None
@@ -149,7 +158,6 @@ class PatchedUNet:
             self._prefetched = prefetched
         return rows
 
-    @torch.compiler.disable
     def halo(
         self, context: LayerContext, x: torch.Tensor, above: int, below: int, precomputed: HaloRows | None
     ) -> torch.Tensor:
@@ -157,7 +165,6 @@ class PatchedUNet:
         self._current_sharding().check_halo(context.name, context.level, above, below)
         return self.session.communicator.halo(self._call_name(context.name), x, above, below, precomputed)
 
-    @torch.compiler.disable
     def moments(
         self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +173,6 @@ class PatchedUNet:
         shares = self._current_sharding().row_shares(context.level, mean.device)
         return self.session.communicator.moments(self._call_name(context.name), mean, var, shares)
 
-    @torch.compiler.disable
     def norm_halo(
         self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, HaloRows | None]:
@@ -187,7 +193,6 @@ class PatchedUNet:
         assert context.pair is not None, "only a norm with a pair has rows for it"
         self._prefetched = PrefetchedHalo(context.pair, rows, halo_key(x, *halo_rows(context.pair.conv)))
 
-    @torch.compiler.disable
     def attend(
         self, context: LayerContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
@@ -203,6 +208,22 @@ class PatchedUNet:
             return self._attend(query, key, value)[:, :, :tokens]
 
     # ---- the whole pass ------------------------------------------------------------------------------------------
+
+    def call(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the network.
+
+        Args:
+            plain: what it would do by itself: its own `forward`, or that compiled.
+            args, kwargs: of the call.
+        """
+        if not self.is_active:
+            return plain(*args, **kwargs)
+        arguments = _signature_of(self.network.__class__).bind(*args, **kwargs).arguments
+
+        def as_tuple(latent: torch.Tensor, **others: Any) -> Any:
+            return plain(latent, **others, return_dict=False)
+
+        return self.forward(as_tuple, **arguments)
 
     def forward(self, plain: Callable[..., Any], sample: torch.Tensor, **kwargs: Any) -> Any:
         """Compute what the network's own `forward` gives for the whole latent, on all ranks together.
@@ -230,13 +251,13 @@ class PatchedUNet:
         latent = sharding.rows_of(sharding.images_of(sample))
         communicator.observe(latent, sharding.token_layout(0))
         # CFG parallelism alone cuts no rows: the layers have everything they need.
-        self._sharding, self.running = sharding, self.groups.rows.world_size > 1
+        self._sharding, self.running, self.is_under_way = sharding, self.groups.rows.world_size > 1, True
         try:
             arguments = {name: sharding.argument(name, value) for name, value in kwargs.items()}
             inputs = {"latent": latent, **arguments}
             (part,) = cfg_controller.call(self.network, lambda given: plain(**given), inputs)
         finally:
-            self._sharding, self._prefetched, self.running = None, None, False
+            self._sharding, self._prefetched, self.running, self.is_under_way = None, None, False, False
         whole = sharding.join(communicator.collect(sharding.padded(part)), part)
         whole = cfg_controller.record_prediction(whole)
         return UNet2DConditionOutput(sample=whole) if return_dict else (whole,)
@@ -256,20 +277,19 @@ class PatchedUNet:
 
 
 @cache
-def _patched_unet(kind: Any) -> type:
+def _signature_of(kind: Any) -> Signature:
+    """Return the signature of a network's own `forward`, without the network."""
     call = signature(kind.forward)
+    return call.replace(parameters=[*call.parameters.values()][1:])
 
+
+@cache
+def _patched_unet(kind: Any) -> type:
     @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         unet: PatchedUNet = self._otil_context.exchange
-        if not unet.is_active:
+        if torch.compiler.is_compiling() or unet.is_under_way:  # its compiled call, which `PatchedUNet.call` makes
             return kind.forward(self, *args, **kwargs)
-
-        def plain(latent: torch.Tensor, **arguments: Any) -> Any:
-            return kind.forward(self, latent, **arguments, return_dict=False)
-
-        arguments = call.bind(self, *args, **kwargs).arguments
-        del arguments[next(iter(call.parameters))]
-        return unet.forward(plain, **arguments)
+        return unet.call(partial(kind.forward, self), args, kwargs)
 
     return subclass_of(kind, {"forward": forward})

@@ -23,6 +23,7 @@ from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.exchange.synchronous import SynchronousExchange
 from otil_xdit.method.grid import LevelGrid
 from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
+from otil_xdit.networks.handles import make_order
 from otil_xdit.networks.unet.context import CONTEXT, LayerContext
 from otil_xdit.networks.unet.layers import is_spatial, unwrap_layer, wrap_layer
 from otil_xdit.networks.unet.sharding import kept_keys_of, row_shares_of
@@ -42,6 +43,7 @@ class PatchedCoder:
     def __init__(self, coder: Any, exchange: SynchronousExchange, is_active: Callable[[], bool]) -> None:
         self.coder, self.is_active = coder, is_active
         self.running = False
+        self.order = make_order()
         self._exchange, self._levels = exchange, CoderLevels(coder)
         self._grid: LevelGrid | None = None
 

@@ -35,7 +35,6 @@ _REFUSED = {
     "use_fbcache": "a cached step would skip the exchange",
     "use_fp8_comms": "it rewrites what the ring slot sends",
     "use_fast_attn": "it skips attention layers, and their exchange with them",
-    "use_torch_compile": "untested",
     "use_ray": "untested",
     "vae_parallel_size": "it takes ranks away from the patches",
 }
@@ -108,6 +107,9 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     _check_unsupported(values, f"--parallel {name}", _REFUSED if unet is None else _REFUSED_BY_UNETS)
     patch_degree, ulysses_degree = _patch_degree(values, world_size, strategy), degree(values, "ulysses_degree")
     config = _flag_errors(lambda: strategy.make_config(given))
+    if strategy.requires_cfg_parallel:
+        calls_blocks = "in its window the network's blocks are called one by one"
+        _check_unsupported(values, f"--parallel {name}", {"use_torch_compile": calls_blocks})
     _check_selector(config, ulysses_degree)
     _check_call(values, config)
     _check_backend(values)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from otil_xdit.runtime.session import PatchSession
+from otil_xdit.xdit.plugin.graph_attention import GraphAttention
 
 _KEY_POSITIONS = ("indices_k", "cu_seqlens_k", "attn_mask", "attention_mask", "key_padding_mask")
 """Attention arguments that describe this rank's keys; with everybody's keys in their place they would be wrong."""
@@ -50,7 +51,6 @@ def over_patches(ring_attn: Callable[..., torch.Tensor]) -> Callable[..., torch.
     """Return `ring_attn` of xfuser's usp module, replaced while a `PatchSession` is active and untouched otherwise."""
 
     @wraps(ring_attn)
-    @torch.compiler.disable
     def patch_attn(
         attention_function: Callable[..., Any],
         query: torch.Tensor,
@@ -65,6 +65,10 @@ def over_patches(ring_attn: Callable[..., torch.Tensor]) -> Callable[..., torch.
         if session is None:
             return ring_attn(
                 attention_function, query, key, value, dropout_p, is_causal, joint_attn_kwargs, attention_kwargs
+            )
+        if isinstance(attention_function, GraphAttention):
+            return attention_function.attend(
+                True, query, key, value, dropout_p, is_causal, joint_attn_kwargs, attention_kwargs
             )
         masks = _masks(attention_kwargs)
         _check_attention(is_causal, () if session.dit.has_whole_masks else masks)
@@ -99,8 +103,10 @@ def without_padding(get_attention_function: Callable[..., Any]) -> Callable[...,
 
     @wraps(get_attention_function)
     def get(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        attention_function = get_attention_function(*args, **kwargs)
         session = PatchSession.active()
+        if session is not None and torch.compiler.is_compiling():
+            return GraphAttention(*args, **kwargs)
+        attention_function = get_attention_function(*args, **kwargs)
         if session is None:
             return attention_function
 
@@ -129,6 +135,8 @@ def without_patches(trim: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(trim)
     def trimmed(key: torch.Tensor, value: torch.Tensor, attention_kwargs: dict[str, Any] | None) -> Any:
         session = PatchSession.active()
+        if session is not None and torch.compiler.is_compiling():
+            return key, value  # `GraphAttention` sees to it
         if session is not None and session.group.world_size == 1 and not _masks(attention_kwargs):
             session.dit.keep_real(key)
         return trim(key, value, attention_kwargs)

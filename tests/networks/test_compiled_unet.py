@@ -1,0 +1,164 @@
+"""A U-Net on patches under torch.compile: one graph, which serves every step, and computes the same.
+
+Without other processes: what they would send is looped back (`tests.support.looped`). `backend="eager"` runs dynamo's
+graph as it is, so the results are those of the operators, bit for bit; "aot_eager" besides makes it functional, as
+inductor does. Images on real ranks: `test_compiled_networks_on_ranks`, with `tests/workers/compiled.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch._dynamo.utils import counters
+
+from otil_xdit.method.config import OtilConfig
+from otil_xdit.networks.handles import Handle, make_order, owner_of
+from otil_xdit.runtime.strategies import get_strategy
+from tests.support.looped import LoopedSession
+from tests.support.torchrun import lines_of
+from tests.support.unets.configs import CROSS_DOWN, CROSS_UP
+
+STEPS, HEIGHT, WIDTH = 4, 20, 8
+STRATEGIES = {
+    "sync": {},
+    "naive": {},
+    "distrifusion": {},
+    "otil": {"fresh_share": 0.4},
+    "otil-paper": {},
+    "compact-2bit": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def network() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (16, 16), "norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 2}
+    blocks = {"down_block_types": ("DownBlock2D", CROSS_DOWN), "up_block_types": (CROSS_UP, "UpBlock2D")}
+    return UNet2DConditionModel(**sizes, **blocks, layers_per_block=1).eval().requires_grad_(False)
+
+
+def given(step: int) -> dict[str, Any]:
+    """A call's arguments, of both passes of guidance."""
+    dice = torch.Generator().manual_seed(step)
+    return {
+        "sample": torch.randn(2, 4, HEIGHT, WIDTH, generator=dice),
+        "timestep": torch.tensor(900 - 100 * step),
+        "encoder_hidden_states": torch.ones(2, 5, 8),
+    }
+
+
+def generation(session: LoopedSession, called: Any) -> list[torch.Tensor]:
+    """What the network predicts at each step."""
+    run, seen = session.communicator, []
+    run.begin()
+    run.clock.total = STEPS
+    with torch.no_grad():
+        for step in range(STEPS):
+            seen.append(called(**given(step)).sample)
+            run.clock.tick()
+    return seen
+
+
+def graphs() -> tuple[int, int]:
+    """Graphs that were made, and breaks of one."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_one_graph_serves_every_step_of_every_strategy(rank: int) -> None:
+    unet = network()
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    for name, settings in STRATEGIES.items():
+        config = get_strategy(name).make_config({} if name == "sync" else {"warmup_steps": 1, **settings})
+        seen = []
+        for called in (unet, compiled):
+            session = LoopedSession(config, rank=rank)
+            patched = session.patched(unet, [compiled])
+            seen.append(generation(session, called))
+            patched.release()
+        assert all(map(torch.equal, *seen)), name
+        assert graphs() == (1, 0), name
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param("in place", marks=pytest.mark.slow), "blocks", pytest.param("functional", marks=pytest.mark.slow)],
+)
+def test_every_way_to_compile(how: str) -> None:
+    config, unet = get_strategy("otil").make_config({"warmup_steps": 1, "fresh_share": 0.4}), network()
+    session = LoopedSession(config)
+    session.patched(unet)
+    plain, called = generation(session, unet), unet
+    if how == "in place":
+        unet.compile(backend="eager", fullgraph=True)
+    elif how == "blocks":
+        unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+    else:
+        called = torch.compile(unet, backend="aot_eager", fullgraph=True)
+    session = LoopedSession(config)
+    session.patched(unet, [called])
+    made = generation(session, called)
+    assert graphs() == (1, 0)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, made, strict=True))
+
+
+@pytest.mark.slow
+def test_two_pipelines_in_one_process_of_which_nothing_is_kept_alive() -> None:
+    config = get_strategy("distrifusion").make_config({"warmup_steps": 1})
+    nets = [network(), network()]
+    nets[1].conv_in.weight.mul_(-1)
+    with torch.no_grad():
+        whole = [unet(**given(0)).sample for unet in nets]
+    compiled = [torch.compile(unet, backend="eager", fullgraph=True) for unet in nets]
+    sessions, patched = [LoopedSession(config) for _ in nets], []
+    for session, unet, called in zip(sessions, nets, compiled, strict=True):
+        patched.append(session.patched(unet, [called]))
+    seen = [generation(session, unet) for session, unet in zip(sessions, nets, strict=True)]
+    for session, called, plain in [*zip(sessions, compiled, seen, strict=True)] * 2:
+        assert all(map(torch.equal, generation(session, called), plain))
+    assert graphs() == (1, 0), "the second network is like the first"
+
+    gone = [weakref.ref(one) for one in (*sessions, *patched)]
+    for one in patched:
+        one.release()
+    del sessions, session, patched, one
+    gc.collect()
+    assert not any(ref() for ref in gone)
+    with torch.no_grad():
+        assert all(torch.equal(called(**given(0)).sample, one) for called, one in zip(compiled, whole, strict=True))
+
+
+def test_a_graph_that_outlives_its_session_says_so() -> None:
+    handle = Handle.make(LoopedSession, make_order())
+    assert owner_of(handle.number) is LoopedSession
+    lost = Handle.make(LoopedSession(OtilConfig()), make_order())
+    gc.collect()
+    with pytest.raises(RuntimeError, match="compiled for a parallel session that has ended.*compile it again"):
+        owner_of(lost.number)
+
+
+@pytest.mark.slow
+def test_compiled_networks_on_ranks() -> None:
+    """Exact where the strategy is, the same as without compiling elsewhere, and no graph more at the second image."""
+    found = {line["case"]: line for line in lines_of(2, "compiled.py", timeout=900)}
+    assert not {case: line["error"] for case, line in found.items() if "error" in line}
+    for case, line in found.items():
+        model, strategy, how, backend = case.split("/")
+        assert line["later"] == 0 and line["repeated"] == 0.0, line
+        assert not line["breaks"] and line["graphs"] == 1 or how == "blocks", line
+        assert line["plain"] <= (1e-2 if backend == "inductor" else 1e-4), line
+        assert strategy != "sync" or line["exact"] <= 1e-4, line
+        assert model == "dit" or line["restored"] == 0.0, line
