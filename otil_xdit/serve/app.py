@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from otil_xdit import __version__
+from otil_xdit.serve.automatic1111 import automatic1111_router
 from otil_xdit.serve.engine import Engine
 from otil_xdit.serve.middleware import BodyLimit, Envelope, KeyCheck, request_id
 from otil_xdit.serve.openai_api import invalid, openai_router
@@ -45,6 +46,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     app = FastAPI(title="xfuser serve", version=__version__, lifespan=lifespan)
     app.state.service = service
     app.include_router(openai_router(service))
+    app.include_router(automatic1111_router(service))
     _add_operation(app, service)
     _add_handlers(app)
     # The last one added is the outermost.

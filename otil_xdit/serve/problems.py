@@ -44,10 +44,11 @@ class Problem(Exception):
         self.retry_after = retry_after
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """Return the answer, as OpenAI's clients read it."""
+        """Return the answer: `error` as OpenAI's clients read it, `detail` for those of AUTOMATIC1111."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         shown = f"{self.message} (request {request_id})" if self.status >= 500 else self.message
-        return {"error": {"message": shown, "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": shown, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error, "detail": shown}
 
     def response(self, request_id: str) -> JSONResponse:
         """Return the whole answer."""

@@ -158,6 +158,7 @@ class ErrorAnswer(BaseModel):
     """Every answer other than 2xx."""
 
     error: ErrorFields
+    detail: str
 
 
 def _named(text: str) -> tuple[str, float]:
