@@ -22,9 +22,10 @@ from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
 from otil_xdit.xdit.flags.options import VAE_CHOICES
+from otil_xdit.xdit.plugin import transformers
 from otil_xdit.xdit.plugin.args import carry
 from otil_xdit.xdit.plugin.register import register
-from otil_xdit.xdit.plugin.sessions import undo
+from otil_xdit.xdit.plugin.sessions import keep_undo, undo
 
 logger = logging.getLogger("otil_xdit")
 
@@ -42,8 +43,9 @@ def parallelize(
     """Run every image of `pipe` on all ranks of this torchrun.
 
     Args:
-        pipe: a diffusers pipeline around a U-Net (`otil_xdit.catalog.pipelines.SUPPORTED`) or one that xDiT has a
-            wrapper for, on this rank's device. It is changed in place: use only what is returned.
+        pipe: a diffusers pipeline around a U-Net (`otil_xdit.catalog.pipelines.SUPPORTED`), one whose transformer
+            xDiT's command line runs, or one that xDiT has a wrapper for, on this rank's device. It is changed in place:
+            use only what is returned.
         strategy: the name of a strategy (`otil_xdit.strategies`), or a `Strategy`.
         config: all settings of the exchange; None for the strategy's own. Where a strategy fixes settings, build it
             with ``get_strategy(NAME).make_config({...})``.
@@ -54,9 +56,10 @@ def parallelize(
         vae: "patches", where the ranks of a U-Net's pipeline share the rows of its VAE, or "whole".
 
     Returns:
-        A pipeline that is called like `pipe`, on every rank with the same arguments. Around a U-Net it is `pipe`
-        itself, and every rank gets the images; otherwise, as everywhere in xDiT, the last rank gets the images and the
-        others None. On one rank `pipe` itself.
+        A pipeline that is called like `pipe`, on every rank with the same arguments. It is `pipe` itself, and every
+        rank gets the images, except where xDiT wraps it (SD3, FLUX.1 without an image, Lumina2, PixArt, HunyuanDiT,
+        CogVideoX): then, as everywhere in xDiT, the last rank gets the images and the others None. On one rank `pipe`
+        itself.
 
     Raises:
         ValueError: for an unknown strategy, settings that contradict it, degrees that do not fill the world or do not
@@ -80,7 +83,10 @@ def parallelize(
     if unet is not None:
         check_unet_pipeline(pipe)
         check_heads(heads_of(unet.config), ulysses_degree, type(pipe).__name__)
-    wrapper = None if unet is not None else xFuserPipelineWrapperRegister.get_class(pipe)
+    in_place = unet is None and _runs_in_place(pipe)
+    if in_place and use_cfg_parallel:
+        transformers.check_cfg_parallel(pipe)
+    wrapper = None if unet is not None or in_place else xFuserPipelineWrapperRegister.get_class(pipe)
     init_distributed_environment()  # makes what is not there yet: the process group, xDiT's group of the world
     degrees = {"ulysses_degree": ulysses_degree, "use_cfg_parallel": use_cfg_parallel}
     patch_degree = resolve_patch_degree(degrees, dist.get_world_size())
@@ -96,7 +102,17 @@ def parallelize(
     engine_config.runtime_config.dtype = getattr(pipe, "dtype", torch.float32)
     if wrapper is not None:
         return wrapper(pipe, engine_config)
-    initialize_runtime_state(pipe, engine_config)
+    if not in_place:
+        initialize_runtime_state(pipe, engine_config)
+        return pipe
+    undo_conversion = transformers.convert(pipe, use_cfg_parallel)
+    try:
+        initialize_runtime_state(pipe, engine_config)
+        transformers.finish(pipe)
+    except Exception:
+        undo_conversion()
+        raise
+    keep_undo(pipe, undo_conversion)
     return pipe
 
 
@@ -109,11 +125,20 @@ def restore(pipe: Any) -> Any:
         pipe: what `parallelize` returned, or the pipeline of any other call that was attached to a strategy.
 
     Returns:
-        The diffusers pipeline, which computes on this rank alone what it did before. Around a U-Net it is `pipe`; of
-        an xDiT wrapper it is the pipeline that was wrapped, and the wrapper is of no use any more. LoRA that was loaded
+        The diffusers pipeline, which computes on this rank alone what it did before. It is `pipe`; of an xDiT
+        wrapper it is the pipeline that was wrapped, and the wrapper is of no use any more. LoRA that was loaded
         in between stays loaded. A pipeline that is not parallelized is given back as it is.
     """
     return undo(pipe)
+
+
+def _runs_in_place(pipe: Any) -> bool:
+    """Return whether a pipeline runs as on xDiT's command line: itself, with xDiT's classes of its transformers."""
+    return type(pipe).__name__ not in _WRAPPED and transformers.runs_in_place(pipe)
+
+
+_WRAPPED = ("FluxPipeline",)
+"""Pipelines that xDiT has a wrapper for, although their transformers can be converted: it shares out the whole loop."""
 
 
 def _check_transformers(pipe: Any, allow_untested: bool) -> None:
@@ -127,12 +152,27 @@ def _check_transformers(pipe: Any, allow_untested: bool) -> None:
         if not isinstance(network, torch.nn.Module) or is_unet(getattr(network, "_orig_mod", network)):
             continue
         check_architecture(name, network, allow_untested)
-        _check_no_adapters(name, network)
-        if getattr(network.config, "dual_attention_layers", ()):
-            raise ValueError(
-                f"--parallel does not support {type(network).__name__} (the pipeline's {name}) with "
-                "dual_attention_layers, as SD3.5-medium has: xfuser cannot run them on several ranks"
-            )
+        if not _runs_in_place(pipe):
+            _check_no_adapters(name, network)
+        _check_nothing_else_attends(pipe, name, network)
+
+
+def _check_nothing_else_attends(pipe: Any, name: str, network: torch.nn.Module) -> None:
+    """Refuse what adds to a transformer's layers for the whole image: xDiT's attention would leave it out, or fail.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if getattr(network, "encoder_hid_proj", None) is not None:
+        raise ValueError(
+            f"--parallel does not support an IP-Adapter on the pipeline's {name}: xDiT's attention leaves it out; call "
+            "pipe.unload_ip_adapter() first"
+        )
+    if getattr(pipe, "controlnet", None) is not None:
+        raise ValueError(
+            f"--parallel does not support {type(pipe).__name__}: its ControlNet adds to the tokens of the whole image, "
+            "and each rank has a part of them"
+        )
 
 
 def _check_no_adapters(name: str, network: torch.nn.Module) -> None:

@@ -71,12 +71,12 @@ def line_of(case: str, degrees: Degrees, exchange: str) -> dict[str, Any]:
         lines = results(TWO_RANKS, (*REFUSED, *WITHOUT_PLUGIN), ("gather",))
     elif degrees in TWO_RANKS:
         cases = OTHERS if case in OTHERS else (*TELLING, *REFUSED, *STOPPED)
-        lines = results(TWO_RANKS, cases, ("plugin", "none"))
+        lines = results(TWO_RANKS, cases, ("plugin", "none", "python"))
     elif degrees in THREE_RANKS:
         cases = OTHERS if case in OTHERS else TELLING
         lines = results(THREE_RANKS, tuple(name for name in cases if not name.startswith(EVEN)), ("plugin",))
     else:
-        lines = results(FOUR_RANKS, OTHERS if case in OTHERS else TELLING, ("plugin",))
+        lines = results(FOUR_RANKS, OTHERS if case in OTHERS else TELLING, ("plugin", "python"))
     wanted = {"case": case, "degrees": str(degrees), "exchange": exchange}
     (line,) = (line for line in lines if wanted.items() <= line.items())
     return line
@@ -104,6 +104,18 @@ def test_fresh_exchange_is_exact(case: str, degrees: Degrees) -> None:
     if degrees in THREE_RANKS and case.startswith(EVEN):
         pytest.skip("three ranks do not divide its rows or tokens")
     assert_exact(line_of(case, degrees, "plugin"))
+
+
+@pytest.mark.parametrize(
+    "degrees", (*TWO_RANKS, *(pytest.param(more, marks=pytest.mark.slow) for more in FOUR_RANKS)), ids=str
+)
+@pytest.mark.parametrize("case", with_slow_others())
+def test_a_pipeline_that_is_parallelized_is_exact_and_comes_back(case: str, degrees: Degrees) -> None:
+    if CASES[case].wrapper is not None:
+        pytest.skip("xDiT wraps it, as its other tests do")
+    if degrees.cfg > 1 and not CASES[case].cfg:
+        pytest.skip("xDiT has no CFG parallelism for it")
+    assert_exact(line_of(case, degrees, "python"))
 
 
 @pytest.mark.parametrize("case", with_slow_others())

@@ -1,7 +1,7 @@
 """Runs cases of the zoo on the ranks of a torchrun and compares them with diffusers in one process.
 
     torchrun --standalone --nproc_per_node 2 tests/workers/dit_exactness.py --degrees 2,1,1 [--cases sd3] [--exchange
-    plugin none]
+    plugin none python]
 
 Prints one JSON line per case and composition: what ran, the largest absolute difference of the final latents on the
 ranks that have them, the largest absolute value of the reference, or why it did not run.
@@ -32,9 +32,11 @@ from xfuser.core.distributed import init_distributed_environment  # noqa: E402
 
 from tests.support.dits import CASES, Case, Degrees  # noqa: E402
 from tests.support.dits.exchanges import EXCHANGES  # noqa: E402
-from tests.support.dits.routes import run_plain, run_xdit  # noqa: E402
+from tests.support.dits.routes import run_parallelized, run_plain, run_xdit  # noqa: E402
 from tests.support.in_rank import described, leave_groups  # noqa: E402
 
+PYTHON = "python"
+"""`otil_xdit.parallelize` with ``sync``, where the others are ways to exchange under xDiT's command line."""
 PATIENCE = timedelta(seconds=60)
 """How long a rank waits for the others before it gives up on all further cases."""
 
@@ -50,7 +52,7 @@ def main() -> None:
             folder = shared_folder(case, Path(scratch))
             reference = run_plain(case)
             for degrees in arguments.degrees:
-                for exchange in arguments.exchange if degrees.cfg == 1 or case.cfg else ():
+                for exchange in exchanges_of(case, degrees, arguments.exchange):
                     report(measure(case, folder, reference, degrees, exchange))
         dist.barrier()  # rank 0 removes the folder that the others read
     dist.destroy_process_group()
@@ -62,8 +64,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--degrees", nargs="+", type=degrees, required=True, help="patch,ulysses,cfg")
-    parser.add_argument("--exchange", nargs="+", choices=list(EXCHANGES), default=["gather"])
+    parser.add_argument("--exchange", nargs="+", choices=[*EXCHANGES, PYTHON], default=["gather"])
     return parser.parse_args()
+
+
+def exchanges_of(case: Case, degrees: Degrees, asked: list[str]) -> list[str]:
+    """What can be compared: not every case has CFG parallelism, and what xDiT wraps has other tests of that."""
+    if degrees.cfg > 1 and not case.cfg:
+        return []
+    return [name for name in asked if name != PYTHON or case.wrapper is None]
 
 
 def degrees(text: str) -> Degrees:
@@ -83,7 +92,10 @@ def measure(case: Case, folder: Path, reference: torch.Tensor, degrees: Degrees,
     """What rank 0 prints about one case; every rank takes part."""
     start = time.perf_counter()
     try:
-        latents = run_xdit(case, folder, degrees, EXCHANGES[exchange])
+        if exchange == PYTHON:
+            latents = run_parallelized(case, degrees, reference)
+        else:
+            latents = run_xdit(case, folder, degrees, EXCHANGES[exchange])
         outcome: float | str | None = None if latents is None else difference(latents, reference)
     except Exception as error:  # whatever stops a case is this script's result, and must not stop the next case
         outcome = described(error)

@@ -11,11 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import otil_xdit
 from otil_xdit import OtilConfig, Strategy, errors, get_strategy, strategies
+from otil_xdit.catalog.architectures import ARCHITECTURES
 from otil_xdit.catalog.numbers import CALL_NUMBERS, check_numbers
 from otil_xdit.xdit.api import check_config, check_strategy
+from otil_xdit.xdit.plugin import transformers
 from tests.support.dits import CASES
 from tests.support.unets.configs import build_unet
 from tests.support.unets.pipelines import pipeline_around
@@ -119,10 +122,38 @@ def test_without_torchrun_a_pipeline_runs_alone(caplog: pytest.LogCaptureFixture
     assert "start it with torchrun" in caplog.text
 
 
-@pytest.mark.parametrize(("case", "said"), [("sana", "linear"), ("sd3.5-medium", "dual_attention_layers")])
-def test_what_the_support_table_refuses_is_refused_here(case: str, said: str) -> None:
+def test_what_the_support_table_refuses_is_refused_here() -> None:
+    with pytest.raises(ValueError, match="linear"):
+        otil_xdit.parallelize(CASES["sana"].build(), "sync")
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "said"),
+    [("pipe", "controlnet", "its ControlNet adds"), ("transformer", "encoder_hid_proj", "an IP-Adapter on the")],
+)
+def test_what_adds_to_a_transformers_layers_is_refused(owner: str, attribute: str, said: str) -> None:
+    pipe = CASES["flux-kontext"].build()
+    setattr(pipe if owner == "pipe" else pipe.transformer, attribute, torch.nn.Identity())
     with pytest.raises(ValueError, match=said):
-        otil_xdit.parallelize(CASES[case].build(), "sync")
+        otil_xdit.parallelize(pipe, "sync")
+
+
+@pytest.mark.parametrize(("case", "shares"), [("wan", False), ("qwen-image", False), ("z-image", True)])
+def test_cfg_parallelism_that_xdit_has_not_is_refused(case: str, shares: bool) -> None:
+    pipe = CASES[case].build()
+    if shares:
+        return transformers.check_cfg_parallel(pipe)
+    with pytest.raises(ValueError, match=f"xDiT has no CFG parallelism for {type(pipe).__name__}; leave it out"):
+        transformers.check_cfg_parallel(pipe)
+
+
+@pytest.mark.parametrize("kind", transformers.RUNNER_TRANSFORMERS)
+def test_xfuser_has_the_class_of_every_transformer(kind: str) -> None:
+    otil_xdit.register()
+    facts = transformers.RUNNER_TRANSFORMERS[kind]
+    assert kind in [base.__name__ for base in facts.find().__mro__] and kind in ARCHITECTURES
+    for pipeline, place in facts.pipelines.items():
+        assert pipeline in [base.__name__ for base in transformers.pipeline_class(place).__mro__]
 
 
 @pytest.mark.parametrize(

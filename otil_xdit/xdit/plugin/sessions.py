@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
@@ -29,7 +29,7 @@ from otil_xdit.xdit.plugin.args import carried_by, choice_of
 from otil_xdit.xdit.plugin.backends import check_backends, hook_backends, use_sdpa_unless_named
 from otil_xdit.xdit.plugin.groups import connect
 from otil_xdit.xdit.plugin.shims import without_ring
-from otil_xdit.xdit.plugin.unwrap import parts_of, unwrap
+from otil_xdit.xdit.plugin.unwrap import parts_of, processors_of, unwrap
 from otil_xdit.xdit.plugin.wrapped_calls import WrappedCall, rules_of
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,11 @@ def undo(pipe: Any) -> Any:
             session.detach()
     vars(pipe).pop(_UNDO, _nothing)()
     return inner
+
+
+def keep_undo(pipe: Any, undo_more: Callable[[], None]) -> None:
+    """Have `undo` call `undo_more` for a pipeline that xDiT has not wrapped."""
+    vars(pipe)[_UNDO] = undo_more
 
 
 def _nothing() -> None:
@@ -120,7 +125,7 @@ def hook_pipelines() -> None:
                 if isinstance(network := getattr(pipeline, name, None), torch.nn.Module):
                     check_processors(name, network)
         parts = parts_of(pipeline)
-        vars(self)[_UNDO] = partial(unwrap, pipeline, parts)
+        vars(self)[_UNDO] = partial(unwrap, pipeline, parts, processors_of(parts))
         vars(self)["module"] = pipeline  # as xDiT's own last line does; for `undo`, should it not get there
         try:
             with without_ring() if choice is not None else nullcontext():

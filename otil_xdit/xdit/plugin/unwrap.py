@@ -18,8 +18,21 @@ def parts_of(pipeline: Any) -> dict[str, Any]:
     return {name: getattr(pipeline, name) for name in PARTS if getattr(pipeline, name, None) is not None}
 
 
-def unwrap(pipeline: Any, parts: dict[str, Any]) -> None:
-    """Give `pipeline` its parts back, and their layers theirs; what was loaded into these since (LoRA) stays."""
+def processors_of(parts: dict[str, Any]) -> dict[nn.Module, Any]:
+    """Return the attention processors of a pipeline's parts: for some networks xDiT replaces nothing else."""
+    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
+    layers = [layer for network in networks for layer in network.modules()]
+    return {layer: vars(layer)["processor"] for layer in layers if vars(layer).get("processor") is not None}
+
+
+def unwrap(pipeline: Any, parts: dict[str, Any], processors: dict[nn.Module, Any]) -> None:
+    """Give `pipeline` its parts back, and their layers theirs; what was loaded into these since (LoRA) stays.
+
+    Args:
+        pipeline: what xDiT has wrapped.
+        parts: what `parts_of` returned before.
+        processors: what `processors_of` returned before.
+    """
     from xfuser.core.cache_manager.cache_manager import get_cache_manager
     from xfuser.model_executor.base_wrapper import xFuserBaseWrapper
 
@@ -32,6 +45,8 @@ def unwrap(pipeline: Any, parts: dict[str, Any]) -> None:
                 if isinstance(child, xFuserBaseWrapper) and not isinstance(module, xFuserBaseWrapper):
                     wrapped.add(child)
                     module._modules[key] = child.module
+    for layer, processor in processors.items():
+        vars(layer)["processor"] = processor
     cache = get_cache_manager().cache
     # xDiT's table of layers is never emptied and would keep the network alive.
     for entry in [entry for entry in cache if entry[1] in wrapped]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+import otil_xdit
 from otil_xdit.xdit.cpu import ModuleView
 from tests.support.dits.case import Case, Degrees
 from tests.support.dits.exchanges import Exchange
@@ -45,6 +46,24 @@ def run_xdit(case: Case, folder: Path, degrees: Degrees, exchange: Exchange) -> 
         latents = run(case, folder, [*xdit_flags(case, degrees, exchange), *_image_flags(case, folder)])
     assert active_degrees() == degrees, f"xDiT ran {active_degrees()}, not {degrees}"
     return latents
+
+
+@torch.no_grad()
+def run_parallelized(case: Case, degrees: Degrees, reference: torch.Tensor) -> torch.Tensor | None:
+    """The final latents of what `otil_xdit.parallelize` makes of the pipeline, on the ranks that have them.
+
+    `otil_xdit.restore` must give back what computes `reference` bit for bit.
+    """
+    pipe = case.build()
+    pipe.set_progress_bar_config(disable=True)
+    made = otil_xdit.parallelize(pipe, "sync", ulysses_degree=degrees.ulysses, use_cfg_parallel=degrees.cfg > 1)
+    try:
+        output = made(**case.arguments())
+    finally:
+        restored = otil_xdit.restore(made)
+    assert active_degrees() == degrees, f"xDiT ran {active_degrees()}, not {degrees}"
+    assert restored is pipe and torch.equal(pipe(**case.arguments())[0], reference), "restore has changed the pipeline"
+    return output[0] if output is not None and isinstance(output[0], torch.Tensor) else None
 
 
 def active_degrees() -> Degrees:
