@@ -37,6 +37,9 @@ _CARRIES_WEIGHTS = (
 _CALLS_LAYERS = ("peft.tuners.lora.", "peft.tuners.ia3.")
 """Adapters round convolutions that call layers for whatever they compute."""
 
+_XDITS_GROUPS = ("get_sp_group", "get_sequence_parallel_world_size")
+"""What a function calls that shares tokens out among xDiT's ranks, as xDiT's example scripts have it."""
+
 _CARRIES_DEVICES = ("AlignDevicesHook", "CpuOffload", "SequentialHook", "LayerwiseCastingHook")
 """The same of accelerate."""
 
@@ -92,7 +95,7 @@ class ModuleInspector:
         """
         for module, kind in self._processors.items():
             found = type(getattr(module, "processor", None))
-            if found is not kind:
+            if found is not kind and _package(found) != "xfuser":  # as those are that xDiT's scripts put in
                 raise ValueError(
                     f"--parallel does not support the pipeline's {self._label(module)}: its attention processor was "
                     f"{kind.__name__} and now is {found.__name__}, which does not reach the other ranks; put the old "
@@ -262,6 +265,19 @@ def _processors(network: nn.Module) -> Iterator[tuple[nn.Module, type]]:
 
 
 def _is_own(module: nn.Module, forward: Any) -> bool:
-    """Tell whether an instance's `forward` is its class's, which hooks leave behind, or one that xDiT has set."""
-    own = getattr(forward, "__func__", None) is type(module).forward
-    return own or package_of(getattr(forward, "__module__", None)) == "xfuser"
+    """Tell whether an instance's `forward` is its class's, which hooks leave behind, or one that xDiT has set.
+
+    An xDiT script that shares out a transformer's tokens by itself (`examples/*_usp_example.py`) counts as xDiT.
+    """
+    function = getattr(forward, "__func__", None)
+    if function is type(module).forward or package_of(getattr(forward, "__module__", None)) == "xfuser":
+        return True
+    return bool(set(_names_in(getattr(function, "__code__", None))).intersection(_XDITS_GROUPS))
+
+
+def _names_in(code: Any) -> Iterator[str]:
+    """Yield the names that a function's code, and that of functions in it, refers to."""
+    yield from getattr(code, "co_names", ())
+    for constant in getattr(code, "co_consts", ()):
+        if hasattr(constant, "co_names"):
+            yield from _names_in(constant)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,13 @@ def parallelize(
     config = check_config(strategy, config)
     check_choice("vae", vae, VAE_CHOICES)
     check_integer("ulysses_degree", ulysses_degree, 1)
-    _check_transformers(pipe, allow_untested)
+    choice = ParallelChoice(strategy, config, 1, ulysses_degree, None, allow_untested, vae)
+    return parallelize_as(pipe, choice, use_cfg_parallel)
+
+
+def parallelize_as(pipe: Any, choice: ParallelChoice, use_cfg_parallel: bool) -> Any:
+    """Do what `parallelize` does; the number of patches is what the other degrees leave of the world."""
+    _check_transformers(pipe, choice.allow_untested)
     if not dist.is_initialized() and "RANK" not in os.environ:
         logger.warning("no torchrun has started this process: the pipeline runs here alone; start it with torchrun")
         return pipe
@@ -78,7 +84,7 @@ def parallelize(
     from xfuser.core.distributed import init_distributed_environment, initialize_runtime_state
     from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
-    use_cfg_parallel = use_cfg_parallel or strategy.requires_cfg_parallel
+    ulysses_degree, use_cfg_parallel = choice.ulysses_degree, use_cfg_parallel or choice.strategy.requires_cfg_parallel
     unet = getattr(pipe, "unet", None)
     if unet is not None:
         check_unet_pipeline(pipe)
@@ -89,22 +95,29 @@ def parallelize(
     wrapper = None if unet is not None or in_place else xFuserPipelineWrapperRegister.get_class(pipe)
     init_distributed_environment()  # makes what is not there yet: the process group, xDiT's group of the world
     degrees = {"ulysses_degree": ulysses_degree, "use_cfg_parallel": use_cfg_parallel}
-    patch_degree = resolve_patch_degree(degrees, dist.get_world_size())
+    choice = replace(choice, patch_degree=resolve_patch_degree(degrees, dist.get_world_size()))
     if dist.get_world_size() == 1:
         return pipe
-    args = xFuserArgs(model=type(pipe).__name__, ring_degree=patch_degree, **degrees)
-    carry(args, ParallelChoice(strategy, config, patch_degree, ulysses_degree, None, allow_untested, vae))
-    if dist.get_rank() == 0 and patch_degree > 1:
+    args = carry(xFuserArgs(model=type(pipe).__name__, ring_degree=choice.patch_degree, **degrees), choice)
+    if dist.get_rank() == 0 and choice.patch_degree > 1:
         from otil_xdit.dryrun.memory_estimate import log_memory_estimate
 
-        log_memory_estimate(pipe, config, patch_degree, ulysses_degree, 1 + use_cfg_parallel)
+        log_memory_estimate(pipe, choice.config, choice.patch_degree, ulysses_degree, 1 + use_cfg_parallel)
     engine_config, _ = args.create_config()
     engine_config.runtime_config.dtype = getattr(pipe, "dtype", torch.float32)
     if wrapper is not None:
         return wrapper(pipe, engine_config)
-    if not in_place:
+    if in_place:
+        _initialize_in_place(pipe, engine_config, use_cfg_parallel)
+    else:
         initialize_runtime_state(pipe, engine_config)
-        return pipe
+    return pipe
+
+
+def _initialize_in_place(pipe: Any, engine_config: Any, use_cfg_parallel: bool) -> None:
+    """Give a pipeline's transformers xDiT's classes, and attach it."""
+    from xfuser.core.distributed import initialize_runtime_state
+
     undo_conversion = transformers.convert(pipe, use_cfg_parallel)
     try:
         initialize_runtime_state(pipe, engine_config)
@@ -113,7 +126,6 @@ def parallelize(
         undo_conversion()
         raise
     keep_undo(pipe, undo_conversion)
-    return pipe
 
 
 def restore(pipe: Any) -> Any:

@@ -15,6 +15,7 @@ ROW = re.compile(r"^\| (?P<what>.+) \| .+ \| `(?P<file>\w+)` \|$", re.MULTILINE)
 
 HOOKED: dict[str, tuple[str, str]] = {
     "`xFuserArgs.add_runner_args`": ("xfuser.config.args", "xFuserArgs.add_runner_args"),
+    "`xFuserArgs.__init__`": ("xfuser.config.args", "xFuserArgs.__init__"),
     "`xFuserArgs.from_runner_args`": ("xfuser.config.args", "xFuserArgs.from_runner_args"),
     "`xFuserArgs.create_config`": ("xfuser.config.args", "xFuserArgs.create_config"),
     "`runtime_state.initialize_runtime_state`": ("xfuser.core.distributed.runtime_state", "initialize_runtime_state"),

@@ -35,7 +35,6 @@ _REFUSED = {
     "use_fbcache": "a cached step would skip the exchange",
     "use_fp8_comms": "it rewrites what the ring slot sends",
     "use_fast_attn": "it skips attention layers, and their exchange with them",
-    "use_ray": "untested",
     "vae_parallel_size": "it takes ranks away from the patches",
 }
 """xDiT's flags that no strategy works with, and why. A degree counts as set from 2 on, others when they are true."""

@@ -40,6 +40,7 @@ from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT, free_port, run_to
 from otil_xdit.xdit.launcher.quiet import QUIET_ENVIRONMENT
 from otil_xdit.xdit.launcher.runner_registry import model_registry
 from otil_xdit.xdit.models.unets import check_source, register_folder
+from otil_xdit.xdit.plugin.args import NO_ACTORS
 
 RUNNER = "otil_xdit.xdit.launcher.runner"
 AGENT = "otil_xdit.xdit.launcher.agent"
@@ -111,6 +112,8 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], runner: str |
         _check_early(runner_arguments, torchrun)
     values = implied(parse(runner_arguments))
     runner_arguments = [argument for argument in runner_arguments if argument != VERBOSE]
+    if values.get("parallel") is not None and values.get("use_ray"):
+        raise FlagError(NO_ACTORS)
     _check_model(values)
     note = None
     if values.get("parallel") is None:

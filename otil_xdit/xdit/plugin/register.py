@@ -3,6 +3,7 @@
 | what in xfuser 0.7.0 | what it does besides | hooked in |
 |---|---|---|
 | `xFuserArgs.add_runner_args`, `.add_cli_args` (config/args.py) | know the "Otil options" | `args` |
+| `xFuserArgs.__init__` (same file) | takes them by name | `args` |
 | `xFuserArgs.from_runner_args`, `.from_cli_args` (same file) | validate them; patches take the ring slot | `args` |
 | `xFuserArgs.create_config` (same file) | the choice travels with the parallel config | `args` |
 | `runtime_state.initialize_runtime_state` (core/distributed) | connects the strategy to the pipeline | `sessions` |

@@ -25,7 +25,7 @@ from otil_xdit.runtime.session import PatchSession
 from otil_xdit.runtime.strategies import SYNC
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.plugin.adapters import take_adapters
-from otil_xdit.xdit.plugin.args import carried_by, choice_of
+from otil_xdit.xdit.plugin.args import choice_of
 from otil_xdit.xdit.plugin.backends import check_backends, hook_backends, use_sdpa_unless_named
 from otil_xdit.xdit.plugin.groups import connect
 from otil_xdit.xdit.plugin.shims import without_ring
@@ -150,7 +150,7 @@ def hook_models() -> None:
     @wraps(validate)
     def _validate_config(self: Any, config: Any) -> None:
         record = find_record(config.model)
-        if carried_by(config) is not None and isinstance(record, DitRecord) and record.needs_no_ring:
+        if choice_of(config) is not None and isinstance(record, DitRecord) and record.needs_no_ring:
             self.capabilities = replace(self.capabilities, ring_degree=True)
         validate(self, config)
 

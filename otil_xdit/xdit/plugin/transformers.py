@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from otil_xdit.runtime.network_hooks import networks_of
+from otil_xdit.runtime.session import PatchSession
 
 _MODELS = "xfuser.model_executor.models.transformers"
 _PIPELINES = "xfuser.model_executor.pipelines"
@@ -86,10 +87,34 @@ RUNNER_TRANSFORMERS = {
 """By the class that diffusers gives the network."""
 
 
+@dataclass
+class _Conversion:
+    """What was done to a network.
+
+    Attributes:
+        own: its class before.
+        undo: gives it back.
+        users: how many pipelines share the network.
+    """
+
+    own: type
+    undo: Callable[[], None]
+    users: int = 0
+
+
+_CONVERSION = "_otil_conversion"
+
+
+def _kind_of(network: nn.Module) -> str:
+    """Return the name of diffusers' class of a network, converted or not."""
+    found: _Conversion | None = vars(network).get(_CONVERSION)
+    return (type(network) if found is None else found.own).__name__
+
+
 def runs_in_place(pipe: Any) -> bool:
-    """Return whether all denoising networks of a pipeline can be given xDiT's class."""
+    """Return whether all denoising networks of a pipeline can be given xDiT's class, or have it."""
     networks = networks_of(pipe)
-    return bool(networks) and all(type(network).__name__ in RUNNER_TRANSFORMERS for network in networks.values())
+    return bool(networks) and all(_kind_of(network) in RUNNER_TRANSFORMERS for network in networks.values())
 
 
 def check_cfg_parallel(pipe: Any) -> None:
@@ -99,7 +124,7 @@ def check_cfg_parallel(pipe: Any) -> None:
         ValueError: naming the pipeline.
     """
     networks = networks_of(pipe).values()
-    facts = [RUNNER_TRANSFORMERS[type(network).__name__] for network in networks]
+    facts = [RUNNER_TRANSFORMERS[_kind_of(network)] for network in networks]
     if not all(one.shares_passes or type(pipe).__name__ in one.pipelines for one in facts):
         raise ValueError(
             f"use_cfg_parallel is True, and xDiT has no CFG parallelism for {type(pipe).__name__}; leave it out"
@@ -118,17 +143,30 @@ def convert(pipe: Any, use_cfg_parallel: bool) -> Callable[[], None]:
     """
     undo: list[Callable[[], None]] = []
     for network in {id(one): one for one in networks_of(pipe).values()}.values():
-        facts = RUNNER_TRANSFORMERS[type(network).__name__]
+        facts = RUNNER_TRANSFORMERS[_kind_of(network)]
         if use_cfg_parallel and type(pipe).__name__ in facts.pipelines:
             undo.append(partial(setattr, pipe, "__class__", type(pipe)))
             pipe.__class__ = pipeline_class(facts.pipelines[type(pipe).__name__])
-        undo.append(_convert_network(network, facts.find()))
+        if _CONVERSION not in vars(network):
+            own = type(network)
+            vars(network)[_CONVERSION] = _Conversion(own, _convert_network(network, facts.find()))
+        vars(network)[_CONVERSION].users += 1
+        undo.append(partial(_release, network))
 
     def undo_all() -> None:
         for one in reversed(undo):
             one()
 
     return undo_all
+
+
+def _release(network: nn.Module) -> None:
+    """Give a network its class back where no other pipeline needs xDiT's."""
+    conversion: _Conversion = vars(network)[_CONVERSION]
+    conversion.users -= 1
+    if conversion.users == 0:
+        conversion.undo()
+        del vars(network)[_CONVERSION]
 
 
 def finish(pipe: Any) -> None:
@@ -169,6 +207,7 @@ def _convert_network(network: nn.Module, kind: type) -> Callable[[], None]:
     for name in _AFTERWARDS:
         if hasattr(network, name):
             getattr(network, name)()
+    network.register_forward_pre_hook(_check_session)
     changes = [
         (owner, key, old.get(key, _ABSENT), value)
         for module, copies in before.items()
@@ -188,6 +227,16 @@ def _convert_network(network: nn.Module, kind: type) -> Callable[[], None]:
                 owner[key] = old
 
     return undo
+
+
+def _check_session(network: nn.Module, args: tuple[Any, ...]) -> None:
+    """Refuse a call that no parallelized pipeline makes: xDiT's class would exchange in a way that is not exact."""
+    if PatchSession.active() is None:
+        raise ValueError(
+            f"this {vars(network)[_CONVERSION].own.__name__} belongs to a pipeline that was parallelized, and another "
+            "calls it, or none; parallelize the other pipeline too, bracket your own loop by "
+            "otil_xdit.generation, or call otil_xdit.restore"
+        )
 
 
 _ABSENT = object()
