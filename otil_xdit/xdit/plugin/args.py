@@ -26,8 +26,8 @@ class CarriedChoice:
     choice: ParallelChoice
 
     def __reduce__(self) -> tuple[Any, ...]:
-        values = {one.name: getattr(self.choice, one.name) for one in fields(self.choice)}
-        strategy = values.pop("strategy")
+        strategy = self.choice.strategy
+        values = {one.name: getattr(self.choice, one.name) for one in fields(self.choice) if one.name != "strategy"}
         # By name where that will do: a strategy is made of functions, which do not pickle.
         return arrive, (strategy.name if strategies().get(strategy.name) is strategy else strategy, values)
 

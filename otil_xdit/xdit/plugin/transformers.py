@@ -177,8 +177,9 @@ def finish(pipe: Any) -> None:
     if not hasattr(state, "max_condition_sequence_length"):
         state.max_condition_sequence_length = 0  # read by all Flux attention, and used under PipeFusion only
     for network in networks_of(pipe).values():
-        if hasattr(network, "_init_sp_state"):
-            network._init_sp_state()
+        learn_place: Any = getattr(network, "_init_sp_state", None)
+        if learn_place is not None:
+            learn_place()
 
 
 def pipeline_class(place: tuple[str, str]) -> type:
@@ -199,14 +200,14 @@ def _convert_network(network: nn.Module, kind: type) -> Callable[[], None]:
     before = {module: [dict(owner) for owner in _attributes(module)] for module in network.modules()}
     network.__class__ = kind
     if "__init__" in vars(kind):
-        names = inspect.signature(kind.__init__).parameters
+        init: Any = vars(kind)["__init__"]
+        names = inspect.signature(init).parameters
         takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in names.values())
         config = {name: value for name, value in vars(network)["_internal_dict"].items() if not name.startswith("_")}
         with _without_init(own):
-            kind.__init__(network, **{name: value for name, value in config.items() if takes_all or name in names})
+            init(network, **{name: value for name, value in config.items() if takes_all or name in names})
     for name in _AFTERWARDS:
-        if hasattr(network, name):
-            getattr(network, name)()
+        getattr(network, name, _nothing)()
     network.register_forward_pre_hook(_check_session)
     changes = [
         (owner, key, old.get(key, _ABSENT), value)
@@ -227,6 +228,10 @@ def _convert_network(network: nn.Module, kind: type) -> Callable[[], None]:
                 owner[key] = old
 
     return undo
+
+
+def _nothing() -> None:
+    """Stand for a method that a class has not."""
 
 
 def _check_session(network: nn.Module, args: tuple[Any, ...]) -> None:
