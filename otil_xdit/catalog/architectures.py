@@ -13,12 +13,12 @@ from typing import Literal
 
 from otil_xdit.method.grid import TextPosition
 
-Cut = Literal["padded", "even", "split", "joint", "replicated"]
-"""How tokens are shared out by N ranks. "padded": filled up with zeros to a multiple of N. "even": N must divide them.
-"split": evenly where N divides them, otherwise a copy for every rank. "joint": the same, but a copy stays out of the
-sequence, as xDiT hands it to attention beside it. "replicated": a copy for every rank."""
+Cut = Literal["padded", "frames", "split", "joint", "replicated"]
+"""How tokens are shared out by N ranks. "padded": filled up with zeros to a multiple of N. "frames": filled up with whole
+frames of a video. "split": evenly where N divides them, otherwise a copy for every rank. "joint": the same, but a copy
+stays out of the sequence, as xDiT hands it to attention beside it. "replicated": a copy for every rank."""
 
-Call = Literal["", "packed", "video", "lists", "cosmos3", "ideogram4"]
+Call = Literal["", "rows", "packed", "video", "lists", "cosmos3", "ideogram4"]
 """How a network is called, which says where the numbers of its tokens stand (`otil_xdit.networks.dit.token_counts`)."""
 
 
@@ -49,7 +49,8 @@ class Architecture:
         rows: it is called with a rank's rows of the latent, [B, C, rows, cols]: sub-blocks are squares. Otherwise
             it is called with everybody's tokens and cuts them itself: sub-blocks are runs of tokens.
         text: where the text tokens stand in a rank's attention sequence.
-        call: how it is called; empty where it is not looked at, as xDiT's pipeline shares the tokens out.
+        call: how it is called; "rows" with a rank's rows of the latent, which xDiT's pipeline shares out; empty where
+            it is not looked at.
         sequences: what the keys of its attention layers are made of, by a word of the layer's path; "" for the others.
         gathered: words of the paths of layers for which xDiT itself gathers the keys, and pads them like the image.
         masks: which text masks xDiT reads: "any"; "alike", the same for every prompt of a batch.
@@ -70,10 +71,10 @@ class Architecture:
     refused_settings: Mapping[str, str] = field(default_factory=dict)
     stages: bool = False
 
-    def must_divide(self, tokens: str) -> bool:
-        """Return whether the ranks must divide the number of these tokens."""
+    def fills_frames(self, tokens: str) -> bool:
+        """Return whether whole frames fill these tokens up until the ranks divide them."""
         parts = [part for parts in self.sequences.values() for part in parts]
-        return any(part.cut == "even" for part in parts if part.tokens == tokens)
+        return any(part.cut == "frames" for part in parts if part.tokens == tokens)
 
     def sent_text(self, text: int, ranks: int) -> int:
         """Return a rank's share of `text` tokens that it sends the keys of: none where all have a copy."""
@@ -85,11 +86,13 @@ class Architecture:
 CAUSAL = "it makes a video part by part from the keys of earlier parts, and xDiT runs that on one device"
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "SD3Transformer2DModel": Architecture(rows=True, text="rear", stages=True),
-    "PixArtTransformer2DModel": Architecture(rows=True, stages=True),
-    "HunyuanDiT2DModel": Architecture(rows=True, stages=True),
-    "CogVideoXTransformer3DModel": Architecture(),
-    "ConsisIDTransformer3DModel": Architecture(),
+    "SD3Transformer2DModel": Architecture(
+        rows=True, text="rear", call="rows", sequences={"": (Part("image"), Part("text", "joint"))}, stages=True
+    ),
+    "PixArtTransformer2DModel": Architecture(rows=True, call="rows", sequences={"": PADDED_IMAGE}, stages=True),
+    "HunyuanDiT2DModel": Architecture(rows=True, call="rows", sequences={"": PADDED_IMAGE}, stages=True),
+    "CogVideoXTransformer3DModel": Architecture(call="rows", sequences={"": (Part("text", "joint"), Part("image"))}),
+    "ConsisIDTransformer3DModel": Architecture(call="rows", sequences={"": (Part("text", "joint"), Part("image"))}),
     "FluxTransformer2DModel": Architecture(
         text="front", call="packed", sequences={"": (Part("text", "split"), Part("image"))}
     ),
@@ -104,7 +107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "WanTransformer3DModel": Architecture(call="video", sequences={"": PADDED_IMAGE}),
     "WanVACETransformer3DModel": Architecture(call="video", sequences={"": PADDED_IMAGE}),
     "HunyuanVideoTransformer3DModel": Architecture(
-        call="video", sequences={"": (Part("image", "even"), Part("text", "joint"))}, masks="alike"
+        call="video", sequences={"": (Part("image", "frames"), Part("text", "joint"))}, masks="alike"
     ),
     "HunyuanVideo15Transformer3DModel": Architecture(
         call="video", sequences={"": (Part("image"), Part("text", "joint"))}, masks="alike"

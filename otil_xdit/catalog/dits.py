@@ -11,8 +11,8 @@ from typing import Any, Literal
 from otil_xdit.catalog.architectures import ARCHITECTURES, UNKNOWN, UNTESTED, Architecture
 from otil_xdit.catalog.record import ModelRecord, NetworkConfig
 
-Cut = Literal["rows", "tokens", "padded"]
-"""What must divide by the number of ranks: rows of tokens, tokens, or nothing (xDiT fills up and stays exact)."""
+Cut = Literal["rows", "padded"]
+"""What the ranks share: rows of tokens, or tokens, which are filled up until the ranks divide them."""
 
 ULYSSES_ONLY = "xDiT cuts it by Ulysses only; use --ulysses_degree"
 ONE_DEVICE = "xDiT makes an image on one device with it"
@@ -59,9 +59,7 @@ class DitRecord(ModelRecord):
 
     @property
     def cut(self) -> Cut:
-        if self.facts.rows:
-            return "rows"
-        return "tokens" if self.facts.must_divide("image") else "padded"
+        return "rows" if self.facts.rows else "padded"
 
     def latent_frames(self, frames: int) -> int:
         """Return the frames of the latent: one for the first of a video, and one for every four after it."""
@@ -290,7 +288,6 @@ DITS = (
     DitRecord(
         names=("HunyuanVideo", "tencent/HunyuanVideo"),
         state="exact",
-        note="the ranks must divide its tokens",
         kind="HunyuanVideoTransformer3DModel",
         vae=8,
         patch=2,

@@ -49,11 +49,15 @@ def check_geometry(values: Mapping[str, Any], patch_degree: int, ulysses_degree:
 
 
 def _check_rows(dit: DitRecord, height: int, ranks: int) -> None:
-    step = dit.vae * dit.patch * ranks
-    if height < step or height % step:
+    side, least = dit.vae * dit.patch, dit.vae * dit.patch * ranks
+    step = side if dit.facts.call == "rows" else least
+    if height < least or height % step:
+        whole = (
+            f"from {least} up ({side} pixels a token)" if step == side else f"({side} pixels a token x {ranks} patches)"
+        )
         raise ValueError(
             f"--height {height} cannot be cut into {ranks} patches of whole rows of tokens; give a multiple of {step} "
-            f"({dit.vae * dit.patch} pixels a token x {ranks} patches)"
+            f"{whole}"
         )
 
 
@@ -61,7 +65,7 @@ def _check_tokens(dit: DitRecord, height: int, width: int, frames: int, ranks: i
     side = dit.vae * dit.patch
     rows, cols, times = height // side, width // side, dit.latent_frames(frames)
     tokens = rows * cols * times
-    if tokens < ranks or (dit.cut == "tokens" and tokens % ranks):
+    if tokens < ranks:
         counts = f"{rows} x {cols}" + (f" x {times} frames" if dit.frames else "")
         raise ValueError(
             f"--height {height} cannot be cut into {ranks} patches: {counts} = {tokens} tokens; give a "

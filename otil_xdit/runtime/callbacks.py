@@ -13,9 +13,11 @@ from inspect import Signature
 from typing import Any, Protocol, cast
 
 import torch
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from otil_xdit.comm.groups import UnetGroups
+from otil_xdit.networks.dit.token_counts import Rows
 from otil_xdit.runtime.vae_sharing import VaeSharing
 
 IS_GIVEN = "a callback"
@@ -59,6 +61,7 @@ class WholeLatent:
         rank: this rank's place among `members`.
         dim: the dimension along which the latent is cut.
         is_shown: whether the pipeline can give a callback the latent.
+        rows: tells how many rows the whole has, where the ranks' parts are filled up.
 
     Attributes:
         stepped: this rank's part as the scheduler has stepped it last.
@@ -71,18 +74,23 @@ class WholeLatent:
         rank: int,
         dim: int,
         is_shown: bool = True,
+        rows: Callable[[], Rows | None] = lambda: None,
     ) -> None:
         self._collect, self._members, self._rank, self._dim = collect, members, rank, dim
-        self.is_shown = is_shown
+        self.is_shown, self._rows = is_shown, rows
         self.stepped: torch.Tensor | None = None
 
     def join(self, part: torch.Tensor) -> torch.Tensor:
         """Return the whole of which every rank has a part."""
         parts = self._collect(part.contiguous(), "latent")
-        return torch.cat([parts[member] for member in self._members], self._dim)
+        whole, rows = torch.cat([parts[member] for member in self._members], self._dim), self._rows()
+        return whole if rows is None else whole.narrow(self._dim, 0, rows.real)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         """Return this rank's part."""
+        rows = self._rows()
+        if rows is not None:  # of images and videos, [..., rows, cols]
+            whole = functional.pad(whole, (0, 0, 0, rows.filled - rows.real))
         return whole.chunk(len(self._members), self._dim)[self._rank].contiguous()
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -102,20 +110,23 @@ class WholeLatent:
 
 
 def whole_latent(
-    rules: CallRules | None, groups: UnetGroups | None, collect: Callable[[torch.Tensor, str], torch.Tensor]
+    rules: CallRules | None,
+    groups: UnetGroups | None,
+    collect: Callable[[torch.Tensor, str], torch.Tensor],
+    rows: Callable[[], Rows | None],
 ) -> WholeLatent | None:
     """Return what puts the latent of a pipeline together; None for a pipeline whose ranks have all of it.
 
     Args:
         rules: of a wrapper's calls; None for other pipelines.
         groups: who shares its networks.
-        collect: see `WholeLatent`.
+        collect, rows: see `WholeLatent`.
     """
     if rules is None or rules.latent_dim is None or groups is None:
         return None
     place_of = {place: at for at, (cfg_rank, place) in enumerate(groups.places) if cfg_rank == groups.cfg_rank}
     members = [place_of[place] for place in sorted(place_of)]
-    return WholeLatent(collect, members, groups.rows.rank, rules.latent_dim, rules.shows_latent)
+    return WholeLatent(collect, members, groups.rows.rank, rules.latent_dim, rules.shows_latent, rows)
 
 
 class StepCallbacks:

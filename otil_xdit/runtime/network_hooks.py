@@ -24,6 +24,7 @@ from otil_xdit.networks.dit.architectures import check_architecture, read_call, 
 from otil_xdit.networks.dit.key_plan import KeyPlan
 from otil_xdit.networks.dit.keys import DitKeys
 from otil_xdit.networks.dit.layer_names import LayerNames
+from otil_xdit.networks.dit.token_counts import Rows
 from otil_xdit.networks.unet.model import Attend, PatchedUNet, SessionProtocol, is_unet
 
 LOGGER = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class HookedSession(SessionProtocol, Protocol):
     cfg_controller: CfgController
     group: PatchGroup
     splits_text: Callable[[], bool]
+    rows: Callable[[], Rows | None]
 
 
 class NetworkHooks:
@@ -240,7 +242,7 @@ class NetworkHooks:
         session = self._session
         if session.is_active:
             check_no_gradients(network, *args, *kwargs.values())
-            self._keys.read(network, args, kwargs, session.splits_text())
+            self._keys.read(network, args, kwargs, session.splits_text(), session.rows())
             session.communicator.observe(*read_call(network, args, kwargs, session.group.ulysses_degree))
 
     def _after_forward(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -31,6 +31,7 @@ from otil_xdit.method.grid import TokenLayout
 from otil_xdit.networks.class_swap import restore_class, subclass_of, swap_class
 from otil_xdit.networks.compatibility import check_arguments_are_read, defaults_of_pipeline
 from otil_xdit.networks.dit.key_plan import Kept
+from otil_xdit.networks.dit.token_counts import Rows
 from otil_xdit.networks.unet.model import Attend, is_unet
 from otil_xdit.runtime.agreement import (
     RANDOM_STATE,
@@ -76,6 +77,7 @@ class PatchSession:
         cfg_controller: of the passes with and without the prompt.
         dit: the keys of a DiT's attention calls.
         splits_text: tells whether xDiT's pipeline has shared out the text of the call under way, where pipelines do.
+        rows: tells how many rows of latent pixels xDiT's pipeline has shared out, where some of them fill it up.
         surroundings: what a generation is to take place in.
     """
 
@@ -95,6 +97,7 @@ class PatchSession:
         self.cfg_controller = CfgController(communicator, group, self._cfg_groups, lambda: self.is_active)
         self.surroundings: Callable[[], AbstractContextManager[None]] = nullcontext
         self.splits_text: Callable[[], bool] = bool
+        self.rows: Callable[[], Rows | None] = lambda: None
         self._kept_keys: torch.Tensor | None = None
         self._layer, self._finished = "", finished
         self._facts, self._network_facts = facts or {}, NetworkFacts()
@@ -232,7 +235,7 @@ class PatchSession:
             try:
                 with tell_failures(self.group.detector), self.surroundings():
                     networks, collect = networks_of(pipe), self.communicator.collect
-                    whole = whole_latent(vars(pipe).get("_otil_rules"), self._cfg_groups, collect)
+                    whole = whole_latent(vars(pipe).get("_otil_rules"), self._cfg_groups, collect, self.rows)
                     by_rank = self._agree(networks, call or {}, check)
                     with self._exchange(networks, whole):
                         callbacks = callbacks_of(by_rank, collect, whole, self._vae)

@@ -78,9 +78,12 @@ def test_geometry_comes_from_the_record() -> None:
         check_geometry({"model": "nobody/made-up-unet"}, 1, 4, None)
     with pytest.raises(ValueError, match="--height 448 cannot be cut into 8 patches: made-up-unet is only 7 high"):
         check_geometry({"model": "made-up-unet"}, 8, 1, None)
-    check_geometry({"model": "Made-Up-DiT"}, 4, 1, None)
-    with pytest.raises(ValueError, match=r"--height 1280 .* give a multiple of 192 \(64 pixels a token x 3 patches\)"):
-        check_geometry({"model": "nobody/made-up-dit"}, 3, 1, None)
+    check_geometry({"model": "Made-Up-DiT"}, 3, 1, None)
+    for height in (1300, 128):
+        with pytest.raises(
+            ValueError, match=rf"--height {height} .* give a multiple of 64 from 192 up \(64 pixels a token"
+        ):
+            check_geometry({"model": "nobody/made-up-dit", "height": height}, 3, 1, None)
 
 
 @pytest.mark.usefixtures("with_made_up_models")

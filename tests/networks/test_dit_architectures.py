@@ -13,6 +13,7 @@ from otil_xdit.catalog.architectures import ARCHITECTURES
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.networks.dit.architectures import check_architecture
 from otil_xdit.networks.dit.keys import DitKeys
+from otil_xdit.networks.dit.token_counts import Rows, Tokens, missing_frames
 
 
 def network_of(kind: str, **config: Any) -> Any:
@@ -48,10 +49,24 @@ def test_masks_that_xdit_does_not_read_are_refused() -> None:
         keys_of(2).read(network, (), called, False)
 
 
-def test_tokens_that_xdit_cuts_unevenly_are_refused() -> None:
-    network = network_of("HunyuanVideoTransformer3DModel", patch_size=2, patch_size_t=1)
-    with pytest.raises(ValueError, match="16 image tokens cannot be shared evenly by 3 ranks"):
-        keys_of(3).read(network, (), {"hidden_states": torch.zeros(1, 4, 1, 8, 8)}, False)
+@pytest.mark.parametrize(
+    ("frames", "tokens", "ranks", "more"), [(1, 16, 3, 2), (3, 9, 2, 1), (4, 9, 2, 0), (5, 6, 4, 1)]
+)
+def test_frames_are_added_until_the_ranks_divide_the_tokens(frames: int, tokens: int, ranks: int, more: int) -> None:
+    assert missing_frames(frames, tokens, ranks) == more
+    filled = Tokens(frames * tokens, frame=tokens).with_frames(ranks)
+    assert filled.count == (frames + more) * tokens and filled.count % ranks == 0
+    assert filled.real is None if more == 0 else filled.real[0].tolist() == list(range(frames * tokens))
+
+
+def test_rows_that_a_script_shares_out_unevenly_are_refused() -> None:
+    network = network_of("CogVideoXTransformer3DModel", patch_size=2, patch_size_t=None)
+    called = {"hidden_states": torch.zeros(1, 2, 4, 8, 8)}
+    keys_of(3).read(network, (), called, False)
+    with pytest.raises(
+        ValueError, match="8 rows of latent pixels cannot be shared evenly by 3 ranks, which this script"
+    ):
+        keys_of(3).read(network, (), called, False, Rows(8, 12))
 
 
 def test_a_setting_that_xdit_does_not_read_is_refused() -> None:

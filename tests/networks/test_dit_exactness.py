@@ -30,6 +30,7 @@ REFUSED = {"latte": "does not support LatteTransformer3DModel"}
 TELLING = (
     "sd3",
     "sd3, 8 text tokens",
+    "sd3, 7 rows",
     "pixart-sigma",
     "hunyuandit",
     "flux",
@@ -42,16 +43,14 @@ TELLING = (
     "ltx-2, 27 tokens",
     "cosmos3, 27 tokens",
     "hunyuan-video, 7 text tokens",
-    "cogvideox, 7 text tokens",
+    "hunyuan-video, 27 tokens",
+    "cogvideox, 3 rows and 7 text tokens",
 )
 """One of each way to cut a sequence: rows, packed tokens, frames; text in it, in front, in the rear, joined, absent,
 copied; padding; masks."""
 WITHOUT_PLUGIN = ("latte, spatial only",)
 """What is exact once xDiT lets it run with patches; the plugin does not take it on."""
 OTHERS = tuple(name for name in CASES if name not in {*STOPPED, *REFUSED, *TELLING, *WITHOUT_PLUGIN})
-EVEN = ("sd3", "pixart", "hunyuandit", "cogvideox", "hunyuan-video")
-"""What begins so has rows or tokens that the ranks must divide."""
-
 TWO_RANKS = (Degrees(patch=2),)
 THREE_RANKS = (Degrees(patch=3),)
 FOUR_RANKS = (Degrees(patch=4), Degrees(patch=2, ulysses=2), Degrees(patch=2, cfg=2))
@@ -74,7 +73,7 @@ def line_of(case: str, degrees: Degrees, exchange: str) -> dict[str, Any]:
         lines = results(TWO_RANKS, cases, ("plugin", "none", "python"))
     elif degrees in THREE_RANKS:
         cases = OTHERS if case in OTHERS else TELLING
-        lines = results(THREE_RANKS, tuple(name for name in cases if not name.startswith(EVEN)), ("plugin",))
+        lines = results(THREE_RANKS, cases, ("plugin",))
     else:
         lines = results(FOUR_RANKS, OTHERS if case in OTHERS else TELLING, ("plugin", "python"))
     wanted = {"case": case, "degrees": str(degrees), "exchange": exchange}
@@ -101,8 +100,6 @@ def assert_exact(line: dict[str, Any]) -> None:
 def test_fresh_exchange_is_exact(case: str, degrees: Degrees) -> None:
     if degrees.cfg > 1 and not CASES[case].cfg:
         pytest.skip("xDiT has no CFG parallelism for it")
-    if degrees in THREE_RANKS and case.startswith(EVEN):
-        pytest.skip("three ranks do not divide its rows or tokens")
     assert_exact(line_of(case, degrees, "plugin"))
 
 

@@ -1,11 +1,13 @@
 """The patch series for xfuser: it applies, and the patched, otherwise stock, `xdit` runs on two ranks."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,19 +27,92 @@ run_main_block(xfuser.runner)
 """xfuser's runner with one more model, and with nothing of it replaced."""
 
 
-@pytest.fixture(scope="module")
-def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the patched copy of the installed xfuser."""
-    tree = tmp_path_factory.mktemp("patched")
+SERIES = sorted((REPOSITORY / "patches").glob("*.patch"))
+MENDED = (
+    "sd3.5-medium",
+    "z-image",
+    "flux, 7 text tokens",
+    "flux, 49 tokens and 7",
+    "qwen-image, 7 text tokens",
+    "qwen-image, 49 tokens and 7",
+    "qwen-image, prompts of 7 and 4 tokens",
+    "qwen-image-edit-2511",
+    "cosmos3, 27 tokens",
+)
+"""Cases that xDiT gets wrong with Ulysses, or cannot run, without the patches."""
+
+
+def copy_of_xfuser(tree: Path) -> Path:
     spec = importlib.util.find_spec("xfuser")
     assert spec is not None and spec.origin is not None
     shutil.copytree(Path(spec.origin).parent, tree / "xfuser", ignore=shutil.ignore_patterns("__pycache__"))
-    series = sorted((REPOSITORY / "patches").glob("*.patch"))
-    assert [patch.name[:4] for patch in series] == ["0001", "0002"]
-    for patch in series:
-        # git, because not every machine that has a clone of this repository has the patch command.
-        subprocess.run(["git", "apply", "--verbose", patch], cwd=tree, check=True, env=outside_of_any_repository())
     return tree
+
+
+def apply(patch: Path, tree: Path, *options: str) -> None:
+    # git, because not every machine that has a clone of this repository has the patch command.
+    subprocess.run(
+        ["git", "apply", "--verbose", *options, patch], cwd=tree, check=True, env=outside_of_any_repository()
+    )
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the patched copy of the installed xfuser."""
+    tree = copy_of_xfuser(tmp_path_factory.mktemp("patched"))
+    assert [patch.name[:4] for patch in SERIES] == [f"{number:04}" for number in range(1, 10)]
+    for patch in SERIES:
+        apply(patch, tree)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the installed xfuser."""
+    return copy_of_xfuser(tmp_path_factory.mktemp("released"))
+
+
+@pytest.mark.parametrize("patch", SERIES, ids=lambda patch: patch.stem)
+def test_each_applies_alone(patch: Path, released: Path) -> None:
+    apply(patch, released, "--check")
+
+
+def exactness(tree: Path, degrees: str, exchange: str) -> dict[str, dict[str, Any]]:
+    """What `tests/workers/dit_exactness.py` says of each case with the xfuser of a folder, on two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = REPOSITORY / "tests" / "workers" / "dit_exactness.py"
+    done = subprocess.run(
+        [*command, worker, "--degrees", degrees, "--exchange", exchange, "--cases", *MENDED],
+        env={**environment(tree), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, done.stderr[-4000:]
+    return {line["case"]: line for line in lines}
+
+
+def is_exact(line: dict[str, Any]) -> bool:
+    return line["stopped"] is None and line["max_abs_error"] <= 5e-5
+
+
+@pytest.mark.slow
+def test_xdits_ulysses_is_exact_with_the_patches_and_without_this_package(patched: Path) -> None:
+    found = exactness(patched, "1,2,1", "gather")  # which has nothing to gather
+    assert [case for case in MENDED if not is_exact(found[case])] == [], found
+
+
+@pytest.mark.slow
+def test_without_the_patches_it_is_not(released: Path) -> None:
+    found = exactness(released, "1,2,1", "gather")
+    assert [case for case in MENDED if is_exact(found[case])] == [], found
+
+
+@pytest.mark.slow
+def test_the_plugin_is_exact_with_a_patched_xfuser(patched: Path) -> None:
+    found = exactness(patched, "2,1,1", "plugin")
+    assert [case for case in MENDED if not is_exact(found[case])] == [], found
 
 
 def outside_of_any_repository() -> dict[str, str]:

@@ -38,6 +38,14 @@ HOOKED: dict[str, tuple[str, str]] = {
         "xfuser.core.distributed.runtime_state",
         "DiTRuntimeState._calc_patches_metadata",
     ),
+    "`xFuserPipelineBaseWrapper._init_sync": (
+        "xfuser.model_executor.pipelines.base_pipeline",
+        "xFuserPipelineBaseWrapper._init_sync_pipeline",
+    ),
+    "`xFuserPatchEmbedWrapper.forward`": (
+        "xfuser.model_executor.layers.embeddings",
+        "xFuserPatchEmbedWrapper.forward",
+    ),
     "`xFuserModel._validate_config`": (
         "xfuser.model_executor.models.runner_models.base_model",
         "xFuserModel._validate_config",

@@ -71,6 +71,11 @@ def plan_keys(parts: Sequence, counts: Counts, keys: int, chunks: int, ranks: in
     """
     chunk, rest = divmod(keys, chunks)
     shares = list(_shares(parts, counts, chunk, ranks))
+    if sum(share.size for share in shares) != chunk:  # copies may be handed to attention beside the sequence
+        parts = tuple(
+            part for part in parts if part.cut == "joint" or not _is_copy(part, counts[part.tokens].count, ranks)
+        )
+        shares = list(_shares(parts, counts, chunk, ranks))
     if rest or sum(share.size for share in shares) != chunk:
         raise ValueError(
             f"an attention layer has {keys} keys on this rank, which are not {chunks} x the shares of its text and "

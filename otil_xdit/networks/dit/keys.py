@@ -13,7 +13,7 @@ from otil_xdit.catalog.architectures import Architecture, Part, Sequence
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.networks.dit.architectures import architecture_of, is_cut_by_pipeline
 from otil_xdit.networks.dit.key_plan import KeyPlan, plan_keys
-from otil_xdit.networks.dit.token_counts import Counts, Tokens, count_tokens
+from otil_xdit.networks.dit.token_counts import Counts, Rows, Tokens, count_rows, count_tokens
 
 
 class DitKeys:
@@ -45,16 +45,24 @@ class DitKeys:
         self._plans.clear()
         self._counts = {}
 
-    def read(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], splits_text: bool) -> None:
+    def read(
+        self,
+        network: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        splits_text: bool,
+        rows: Rows | None = None,
+    ) -> None:
         """Read the tokens of a call.
 
         Args:
             network: a diffusers model or xDiT's wrapper of one.
             args, kwargs: what it is called with.
             splits_text: whether xDiT's pipeline has shared the text out, where pipelines do.
+            rows: of the latent that pipelines share out by rows, where some of these fill it up.
 
         Raises:
-            ValueError: where the tokens cannot be shared out, or a mask is not read, and the result would be wrong.
+            ValueError: where rows cannot be shared out, or a mask is not read, and the result would be wrong.
         """
         self._facts = facts = architecture_of(network)
         self._sequences = facts.sequences
@@ -62,10 +70,13 @@ class DitKeys:
             self._sequences = {word: tuple(map(_copied, parts)) for word, parts in facts.sequences.items()}
         masks = [value for name, value in kwargs.items() if "mask" in name and isinstance(value, torch.Tensor)]
         # Looking into a mask waits for the device, and the same masks come back at every step.
-        call = (id(network), splits_text, *map(id, masks), *map(_sizes, (*args, *kwargs.values())))
+        call = (id(network), splits_text, rows, *map(id, masks), *map(_sizes, (*args, *kwargs.values())))
         if call not in self._counted:
             self._check_masks(kwargs)
-            self._counted[call] = self._count(network, args, kwargs, splits_text)
+            if facts.call == "rows":
+                self._counted[call] = self._count_rows(network, args, kwargs, rows)
+            else:
+                self._counted[call] = self._count(network, args, kwargs, splits_text)
             self._kept_alive += masks  # so that no other tensor gets the id of one of them
         self._counts = self._counted[call]
 
@@ -102,13 +113,22 @@ class DitKeys:
         counts = count_tokens(network, self._facts.call, args, kwargs, self._cfg)
         if is_cut_by_pipeline(network) and counts:
             return _of_all_ranks(counts, ranks, splits_text)
-        for name, tokens in counts.items():
-            if self._facts.must_divide(name) and tokens.count % ranks:
-                raise ValueError(
-                    f"{tokens.count} {name} tokens cannot be shared evenly by {ranks} ranks, and xDiT would go wrong; "
-                    f"change --height or --width so that their number is a multiple of {ranks}"
-                )
-        return counts
+        fills = self._facts.fills_frames
+        return {name: tokens.with_frames(ranks) if fills(name) else tokens for name, tokens in counts.items()}
+
+    def _count_rows(
+        self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Rows | None
+    ) -> Counts:
+        """Count the tokens where rows are shared out; none where all of them are real, and every key counts."""
+        if rows is None:
+            return {}
+        ranks = self._chunks * self._patches
+        if not is_cut_by_pipeline(network):
+            raise ValueError(
+                f"{rows.real} rows of latent pixels cannot be shared evenly by {ranks} ranks, which this script "
+                "does not expect; change --height"
+            )
+        return count_rows(network, args, kwargs, rows, ranks)
 
     def _check_masks(self, kwargs: Mapping[str, Any]) -> None:
         """Check that xDiT reads the masks of the text as far as they are given."""
@@ -131,7 +151,7 @@ def _of_all_ranks(counts: Counts, ranks: int, splits_text: bool) -> Counts:
 
 def _copied(part: Part) -> Part:
     """Return a part of a sequence where text is not shared out."""
-    return replace(part, cut="replicated") if part.tokens == "text" else part
+    return replace(part, cut="replicated") if part.tokens == "text" and part.cut != "joint" else part
 
 
 def _sizes(value: Any) -> object:

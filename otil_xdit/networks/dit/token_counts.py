@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,10 +26,31 @@ class Tokens:
     Attributes:
         count: of every sample, with what fills shorter ones up.
         real: int64, of each sample the positions of those that may be attended to; None where all may be.
+        frame: how many of them a frame of a video has.
     """
 
     count: int
     real: tuple[torch.Tensor, ...] | None = None
+    frame: int = 1
+
+    def with_frames(self, ranks: int) -> Tokens:
+        """Return the tokens with as many more frames as make the ranks divide them."""
+        more = missing_frames(self.count // self.frame, self.frame, ranks)
+        if more == 0:
+            return self
+        return Tokens(self.count + more * self.frame, (torch.arange(self.count),), self.frame)
+
+
+def missing_frames(frames: int, tokens: int, ranks: int) -> int:
+    """Return how many more frames of `tokens` tokens are needed until `ranks` divide the tokens of all."""
+    return -frames % (ranks // math.gcd(tokens, ranks))
+
+
+class Rows(NamedTuple):
+    """Rows of latent pixels: of the image, and with those that fill it up until the ranks divide them."""
+
+    real: int
+    filled: int
 
 
 Counts = Mapping[str, Tokens]
@@ -50,6 +71,25 @@ def count_tokens(
     if not call:
         return {}
     return _COUNTERS[call](network, _arguments(type(network), args, kwargs), cfg)
+
+
+def count_rows(network: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Rows, ranks: int) -> Counts:
+    """Count the tokens of all ranks of a network that is called with a rank's rows; `count_tokens` looks at others.
+
+    Args:
+        network, args, kwargs: xDiT's wrapper of a diffusers model, and what it is called with.
+        rows: of all ranks.
+        ranks: that share them.
+    """
+    latent, config = _arguments(type(network), args, kwargs)["hidden_states"], network.config
+    side, frames = config.patch_size, 1
+    if latent.dim() == 5:  # a video, [B, frames, C, rows, cols]
+        frames = latent.shape[1] // (getattr(config, "patch_size_t", None) or 1)
+    cols, real, each = latent.shape[-1] // side, rows.real // side, rows.filled // side // ranks
+    frame, row, col = torch.meshgrid(*map(torch.arange, (frames, real, cols)), indexing="ij")
+    share = frames * each * cols
+    places = row // each * share + frame * each * cols + row % each * cols + col
+    return {"image": Tokens(share * ranks, (places.flatten().sort().values,))}
 
 
 def _arguments(kind: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -80,8 +120,8 @@ def _video(network: Any, given: Mapping[str, Any], cfg: tuple[int, int]) -> Coun
     config = network.config
     side = config.patch_size
     sides = tuple(side) if isinstance(side, (tuple, list)) else (config.patch_size_t, side, side)
-    sizes = given["hidden_states"].shape[2:]
-    return {"image": Tokens(math.prod(size // side for size, side in zip(sizes, sides, strict=True)))}
+    frames, *frame = (size // side for size, side in zip(given["hidden_states"].shape[2:], sides, strict=True))
+    return {"image": Tokens(frames * math.prod(frame), frame=math.prod(frame))}
 
 
 def _lists(network: Any, given: Mapping[str, Any], cfg: tuple[int, int]) -> Counts:

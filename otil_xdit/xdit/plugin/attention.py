@@ -15,6 +15,7 @@ import torch
 
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.xdit.plugin.graph_attention import GraphAttention
+from otil_xdit.xdit.plugin.rows import without_filling
 
 _KEY_POSITIONS = ("indices_k", "cu_seqlens_k", "attn_mask", "attention_mask", "key_padding_mask")
 """Attention arguments that describe this rank's keys; with everybody's keys in their place they would be wrong."""
@@ -29,8 +30,8 @@ def hook_attention() -> None:
     usp._trim_trailing_kv_padding = without_patches(usp._trim_trailing_kv_padding)
 
 
-def hook_guidance() -> None:
-    """Show the session the predictions of CFG parallelism: ranks send them to each other by this function alone."""
+def hook_gathered() -> None:
+    """Show the session the predictions of CFG parallelism, and cut filling off latents: both are gathered by this."""
     from xfuser.core.distributed import parallel_state
     from xfuser.core.distributed.group_coordinator import GroupCoordinator
 
@@ -40,7 +41,12 @@ def hook_guidance() -> None:
     def gather(self: Any, input_: torch.Tensor, dim: int = 0, separate_tensors: bool = False) -> Any:
         gathered = all_gather(self, input_, dim, separate_tensors)
         session = PatchSession.active()
-        if session is None or self.world_size == 1 or self is not parallel_state.get_cfg_group():
+        if session is None or self.world_size == 1:
+            return gathered
+        if self is parallel_state.get_sp_group():
+            rows = session.rows()
+            return gathered if rows is None else without_filling(gathered, dim, rows)
+        if self is not parallel_state.get_cfg_group():
             return gathered
         return session.record_gathered(gathered, dim, input_)
 

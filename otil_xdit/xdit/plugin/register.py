@@ -8,7 +8,9 @@
 | `xFuserArgs.create_config` (same file) | the choice travels with the parallel config | `args` |
 | `runtime_state.initialize_runtime_state` (core/distributed) | connects the strategy to the pipeline | `sessions` |
 | `RuntimeState`'s check of attention backends (same folder) | no ring limits | `backends` |
-| `DiTRuntimeState._calc_patches_metadata` (same folder) | any height for networks that cut tokens | `sessions` |
+| `DiTRuntimeState._calc_patches_metadata` and its two kin (same folder) | any height | `rows` |
+| `xFuserPipelineBaseWrapper._init_sync_pipeline` and its kin (model_executor/pipelines) | fill rows up | `rows` |
+| `xFuserPatchEmbedWrapper.forward` and its kin (model_executor/layers/embeddings.py) | have positions there | `rows` |
 | `RuntimeState._select_attention_backend` (same folder) | SDPA unless another is named | `backends` |
 | `xFuserPipelineBaseWrapper.__init__` (model_executor/pipelines) | its calls are generations | `sessions` |
 | `usp.ring_attn` (model_executor/layers/usp.py) | gathers over the patches while a generation runs | `attention` |
@@ -16,7 +18,7 @@
 | `usp._trim_trailing_kv_padding` (same file) | says which keys are padding where there is one patch | `attention` |
 | `xFuserModel._validate_config` (runner_models/base_model.py) | no ring limits | `sessions` |
 | `xFuserModel`'s last step of loading (same file) | a second pipeline's calls are generations | `sessions` |
-| `GroupCoordinator.all_gather` (core/distributed) | shows the predictions of CFG parallelism | `attention` |
+| `GroupCoordinator.all_gather` (core/distributed) | shows predictions, cuts filling off | `attention` |
 | `xFuserFlowMatchEulerDiscreteSchedulerWrapper.step` (model_executor) | sigmas on the CPU | `schedulers` |
 
 Without ``--parallel`` none of them changes anything. What is wrong in xfuser itself is put right in
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 from otil_xdit.xdit.cpu import enable_cpu_ranks
 from otil_xdit.xdit.plugin.args import hook_args
-from otil_xdit.xdit.plugin.attention import hook_attention, hook_guidance
+from otil_xdit.xdit.plugin.attention import hook_attention, hook_gathered
 from otil_xdit.xdit.plugin.schedulers import hook_flow_match
 from otil_xdit.xdit.plugin.sessions import hook_models, hook_pipelines, hook_runtime_state
 from otil_xdit.xdit.plugin.shims import install_shims
@@ -51,7 +53,7 @@ def register() -> None:
     hook_runtime_state()
     hook_pipelines()
     hook_attention()
-    hook_guidance()
+    hook_gathered()
     hook_models()
     install_shims()
     hook_flow_match()

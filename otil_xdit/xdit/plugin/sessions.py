@@ -18,7 +18,12 @@ from otil_xdit.catalog.models import find_record
 from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.hybridiff.staged_networks import check_stages
 from otil_xdit.networks.compatibility import check_processors
-from otil_xdit.networks.dit.architectures import check_architecture, cuts_tokens_itself, is_untested
+from otil_xdit.networks.dit.architectures import (
+    architecture_of,
+    check_architecture,
+    cuts_tokens_itself,
+    is_untested,
+)
 from otil_xdit.networks.unet.model import is_unet
 from otil_xdit.runtime.network_hooks import NETWORKS, networks_of
 from otil_xdit.runtime.session import PatchSession
@@ -28,6 +33,7 @@ from otil_xdit.xdit.plugin.adapters import take_adapters
 from otil_xdit.xdit.plugin.args import choice_of
 from otil_xdit.xdit.plugin.backends import check_backends, hook_backends, use_sdpa_unless_named
 from otil_xdit.xdit.plugin.groups import connect
+from otil_xdit.xdit.plugin.rows import allow_any_height, hook_heights, rows_of
 from otil_xdit.xdit.plugin.shims import without_ring
 from otil_xdit.xdit.plugin.unwrap import parts_of, processors_of, unwrap
 from otil_xdit.xdit.plugin.wrapped_calls import WrappedCall, rules_of
@@ -36,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 _SESSION = "otil_session"
 _UNDO = "_otil_undo"
-_ANY_HEIGHT = "_otil_any_height"
 
 
 def session_of(pipe: Any) -> PatchSession | None:
@@ -88,26 +93,18 @@ def hook_runtime_state() -> None:
             state = runtime_state._RUNTIME
             session.surroundings = partial(_in_state, runtime_state, state)
             dits = [network for network in networks_of(pipeline).values() if not is_unet(network)]
-            vars(state)[_ANY_HEIGHT] = bool(dits) and all(map(cuts_tokens_itself, dits))
+            by_rows = [network for network in dits if architecture_of(network).call == "rows"]
+            if dits and all(network in by_rows or cuts_tokens_itself(network) for network in dits):
+                allow_any_height(state)
+            if by_rows:
+                session.rows = partial(rows_of, state)
             session.splits_text = partial(getattr, state, "split_text_embed_in_sp", False)
             _attach(session, pipeline)
 
     _replace_everywhere(initialize, initialize_runtime_state)
     assert distributed.initialize_runtime_state is initialize_runtime_state
 
-    calculate = runtime_state.DiTRuntimeState._calc_patches_metadata
-
-    @wraps(calculate)
-    def calculate_patches(self: Any) -> None:
-        height, step = self.input_config.height, self.vae_scale_factor * self.parallel_config.sp_degree
-        if vars(self).get(_ANY_HEIGHT):  # nothing reads the rows that xDiT would give each rank
-            self.input_config.height = -(-height // step) * step
-        try:
-            calculate(self)
-        finally:
-            self.input_config.height = height
-
-    runtime_state.DiTRuntimeState._calc_patches_metadata = calculate_patches
+    hook_heights()
     hook_backends(runtime_state.RuntimeState)
 
 

@@ -7,6 +7,7 @@
 | models/transformers/transformer_flux2.py:515 | Flux.2: text that the ranks do not divide is cut unevenly | `_flux2` |
 | models/transformers/transformer_z_image.py:212 | Z-Image: lacks an argument that diffusers 0.42 gives | `_z_image` |
 | models/transformers/transformer_qwen.py:225 | Qwen-Image-Edit-2511: which tokens are noisy is not cut | `_qwen` |
+| models/transformers/transformer_hunyuan_video.py:242 | HunyuanVideo: tokens are cut unevenly | `_hunyuan_video` |
 | models/transformers/transformer_lumina2.py:150 | Lumina2: refuses a ring, which needs other masks | `_lumina2` |
 
 (Paths below xfuser/model_executor.) A shim does nothing where the line that it is for has gone;
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from otil_xdit.networks.dit.token_counts import missing_frames
 from otil_xdit.runtime.session import PatchSession
 
 _TRANSFORMERS = "xfuser.model_executor.models.transformers"
@@ -175,6 +177,24 @@ def _cut_modulation(
     return args, {**kwargs, "modulate_index": index.chunk(ranks, dim=1)[get_sequence_parallel_rank()]}
 
 
+def _hunyuan_video(wrapper: Any) -> None:
+    forward = wrapper.forward
+
+    @wraps(forward)
+    def filled(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        session, frames, side = PatchSession.active(), hidden_states.shape[2], self.config.patch_size
+        if session is not None:  # which leaves the frames that are added out of the keys
+            ranks = session.group.ulysses_degree * session.group.world_size
+            tokens = (hidden_states.shape[3] // side) * (hidden_states.shape[4] // side)
+            more = missing_frames(frames // self.config.patch_size_t, tokens, ranks) * self.config.patch_size_t
+            hidden_states = functional.pad(hidden_states, (0, 0, 0, 0, 0, more))
+        out = forward(self, hidden_states, *args, **kwargs)
+        sample = out[0][:, :, :frames]
+        return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
+
+    wrapper.forward = filled
+
+
 def _lumina2(wrapper: Any) -> None:
     module = importlib.import_module(wrapper.__module__)
     size: Callable[[], int] = module.get_ring_parallel_world_size
@@ -191,9 +211,8 @@ SHIMS = (
         "xfuser.model_executor.layers.attention_processor",
         "xFuserJointAttnProcessor2_0",
         "__call__",
-        "joint_strategy = None",
+        "joint_strategy = None\n                else:",
         _sd3,
-        times=1,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_flux",
@@ -223,6 +242,13 @@ SHIMS = (
         "forward",
         "modulate_index=modulate_index,\n",
         _qwen,
+    ),
+    Shim(
+        f"{_TRANSFORMERS}.transformer_hunyuan_video",
+        "xFuserHunyuanVideoTransformer3DWrapper",
+        "forward",
+        "hidden_states = torch.chunk(hidden_states,\n                                    get_sequence_parallel_world",
+        _hunyuan_video,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_lumina2",

@@ -42,6 +42,8 @@ from tests.support.dits.weights import noise, ones, seeded
 SIZE = {"height": 128, "width": 128, "num_inference_steps": 3}
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 16}
 TEXT = 8
+ODD = {"height": 112, "width": 112}
+"""49 tokens."""
 
 
 LEVELS = 4
@@ -329,6 +331,7 @@ QWEN_EDIT = Case(
 CASES = (
     FLUX,
     replace(FLUX, name="flux, 7 text tokens", embeds=lambda: flux_embeds(7)),
+    replace(FLUX, name="flux, 49 tokens and 7", call={**FLUX.call, **ODD}, embeds=lambda: flux_embeds(7)),
     KONTEXT,
     replace(KONTEXT, name="flux-kontext, 7 text tokens", embeds=lambda: kontext_embeds(7)),
     FLUX2,
@@ -337,6 +340,7 @@ CASES = (
     replace(KLEIN, name="flux2-klein, 7 text tokens", embeds=lambda: klein_embeds(7)),
     QWEN,
     replace(QWEN, name="qwen-image, prompts of 7 and 4 tokens", embeds=qwen_batch_embeds),
+    replace(QWEN, name="qwen-image, 49 tokens and 7", call={**QWEN.call, **ODD}, embeds=lambda: qwen_embeds(7)),
     QWEN_EDIT,
     replace(QWEN_EDIT, name="qwen-image-edit, 7 text tokens", embeds=lambda: qwen_edit_embeds(7)),
     replace(QWEN_EDIT, name="qwen-image-edit-2511", build=lambda: build_qwen_edit(zero_cond_t=True)),

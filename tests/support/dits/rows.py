@@ -153,12 +153,32 @@ def build_sana() -> SanaPipeline:
 
 
 SD3 = Case("sd3", build_sd3, sd3_embeds, GUIDED, runner="SD3.5", cfg=True)
+ODD = {"height": 112}
+"""7 rows of tokens."""
+PIXART_ALPHA, PIXART_SIGMA, HUNYUANDIT = (
+    Case(name, build, embeds, BINNING_OFF, wrapper=wrapper, cfg=True)
+    for name, build, embeds, wrapper in (
+        ("pixart-alpha", build_pixart_alpha, masked_embeds, "xFuserPixArtAlphaPipeline"),
+        ("pixart-sigma", build_pixart_sigma, masked_embeds, "xFuserPixArtSigmaPipeline"),
+        ("hunyuandit", build_hunyuandit, hunyuandit_embeds, "xFuserHunyuanDiTPipeline"),
+    )
+)
 CASES = (
     SD3,
+    replace(SD3, name="sd3, 7 rows", call={**GUIDED, **ODD}),
+    replace(SD3, name="sd3, 7 rows and 8 text tokens", call={**GUIDED, **ODD}, embeds=lambda: sd3_embeds(8)),
     replace(SD3, name="sd3, 8 text tokens", embeds=lambda: sd3_embeds(8)),
     replace(SD3, name="sd3.5-medium", build=lambda: build_sd3(dual_attention_layers=(0,), qk_norm="rms_norm")),
-    Case("pixart-alpha", build_pixart_alpha, masked_embeds, BINNING_OFF, wrapper="xFuserPixArtAlphaPipeline", cfg=True),
-    Case("pixart-sigma", build_pixart_sigma, masked_embeds, BINNING_OFF, wrapper="xFuserPixArtSigmaPipeline", cfg=True),
-    Case("hunyuandit", build_hunyuandit, hunyuandit_embeds, BINNING_OFF, wrapper="xFuserHunyuanDiTPipeline", cfg=True),
+    replace(
+        SD3,
+        name="sd3.5-medium, 7 rows",
+        build=lambda: build_sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+        call={**GUIDED, **ODD},
+    ),
+    PIXART_ALPHA,
+    PIXART_SIGMA,
+    HUNYUANDIT,
+    replace(PIXART_SIGMA, name="pixart-sigma, 7 rows", call={**BINNING_OFF, **ODD}),
+    replace(HUNYUANDIT, name="hunyuandit, 7 rows", call={**BINNING_OFF, **ODD}),
     Case("sana", build_sana, masked_embeds, BINNING_OFF, wrapper="xFuserSanaPipeline", cfg=True),
 )

@@ -100,7 +100,7 @@ def hunyuan_video_embeds(tokens: int = TEXT) -> dict[str, Any]:
     }
 
 
-def build_cogvideox() -> CogVideoXPipeline:
+def build_cogvideox(rotary: bool = True) -> CogVideoXPipeline:
     transformer = CogVideoXTransformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -111,7 +111,7 @@ def build_cogvideox() -> CogVideoXPipeline:
         sample_height=8,
         sample_frames=5,
         max_text_seq_length=TEXT,
-        use_rotary_positional_embeddings=True,
+        use_rotary_positional_embeddings=rotary,
         **HEADS,
     )
     vae = AutoencoderKLCogVideoX(
@@ -163,8 +163,28 @@ CASES = (
     replace(WAN, name="wan2.2", build=lambda: build_wan(2), runner="Wan2.2-T2V"),
     HUNYUAN_VIDEO,
     replace(HUNYUAN_VIDEO, name="hunyuan-video, 7 text tokens", embeds=lambda: hunyuan_video_embeds(7)),
+    replace(HUNYUAN_VIDEO, name="hunyuan-video, 27 tokens", call={**FRAMES, **ODD}),
+    replace(
+        HUNYUAN_VIDEO,
+        name="hunyuan-video, 27 tokens and 7",
+        call={**FRAMES, **ODD},
+        embeds=lambda: hunyuan_video_embeds(7),
+    ),
     COGVIDEOX,
     replace(COGVIDEOX, name="cogvideox, 7 text tokens", embeds=lambda: two_embeds(7)),
+    replace(COGVIDEOX, name="cogvideox, 3 rows", call={**FRAMES, "height": 48}),
+    replace(
+        COGVIDEOX,
+        name="cogvideox, 3 rows and 7 text tokens",
+        call={**FRAMES, "height": 48},
+        embeds=lambda: two_embeds(7),
+    ),
+    replace(
+        COGVIDEOX,
+        name="cogvideox without rotary, 3 rows",
+        build=lambda: build_cogvideox(False),
+        call={**FRAMES, "height": 48},
+    ),
     LATTE,
     replace(LATTE, name="latte, spatial only", call={**LATTE.call, "enable_temporal_attentions": False}),
 )
