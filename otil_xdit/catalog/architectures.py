@@ -14,7 +14,7 @@ from typing import Literal
 from otil_xdit.method.grid import TextPosition
 
 Cut = Literal["padded", "frames", "split", "joint", "replicated"]
-"""How tokens are shared out by N ranks. "padded": filled up with zeros to a multiple of N. "frames": filled up with whole
+"""How N ranks share tokens. "padded": filled up with zeros to a multiple of N. "frames": filled up with whole
 frames of a video. "split": evenly where N divides them, otherwise a copy for every rank. "joint": the same, but a copy
 stays out of the sequence, as xDiT hands it to attention beside it. "replicated": a copy for every rank."""
 

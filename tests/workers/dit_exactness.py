@@ -35,7 +35,7 @@ from tests.support.dits.exchanges import EXCHANGES  # noqa: E402
 from tests.support.dits.routes import run_parallelized, run_plain, run_xdit  # noqa: E402
 from tests.support.in_rank import described, leave_groups  # noqa: E402
 
-PYTHON = "python"
+PYTHON = {"python": "plugin", "python, none": "none"}
 """`otil_xdit.parallelize` with ``sync``, where the others are ways to exchange under xDiT's command line."""
 PATIENCE = timedelta(seconds=60)
 """How long a rank waits for the others before it gives up on all further cases."""
@@ -49,7 +49,7 @@ def main() -> None:
     init_distributed_environment()
     with tempfile.TemporaryDirectory() as scratch:
         for case in (CASES[name] for name in arguments.cases):
-            folder = shared_folder(case, Path(scratch))
+            folder = Path(scratch) if case.is_loaded else shared_folder(case, Path(scratch))
             reference = run_plain(case)
             for degrees in arguments.degrees:
                 for exchange in exchanges_of(case, degrees, arguments.exchange):
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--degrees", nargs="+", type=degrees, required=True, help="patch,ulysses,cfg")
-    parser.add_argument("--exchange", nargs="+", choices=[*EXCHANGES, PYTHON], default=["gather"])
+    parser.add_argument("--exchange", nargs="+", choices=[*EXCHANGES, *PYTHON], default=["gather"])
     return parser.parse_args()
 
 
@@ -72,7 +72,7 @@ def exchanges_of(case: Case, degrees: Degrees, asked: list[str]) -> list[str]:
     """What can be compared: not every case has CFG parallelism, and what xDiT wraps has other tests of that."""
     if degrees.cfg > 1 and not case.cfg:
         return []
-    return [name for name in asked if name != PYTHON or case.wrapper is None]
+    return [name for name in asked if (case.wrapper is None if name in PYTHON else not case.is_loaded)]
 
 
 def degrees(text: str) -> Degrees:
@@ -92,8 +92,8 @@ def measure(case: Case, folder: Path, reference: torch.Tensor, degrees: Degrees,
     """What rank 0 prints about one case; every rank takes part."""
     start = time.perf_counter()
     try:
-        if exchange == PYTHON:
-            latents = run_parallelized(case, degrees, reference)
+        if exchange in PYTHON:
+            latents = run_parallelized(case, degrees, EXCHANGES[PYTHON[exchange]], reference)
         else:
             latents = run_xdit(case, folder, degrees, EXCHANGES[exchange])
         outcome: float | str | None = None if latents is None else difference(latents, reference)

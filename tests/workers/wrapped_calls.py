@@ -99,6 +99,7 @@ PROBES: dict[str, dict[str, Probe]] = {
         "LoRA of a layer of xDiT's": Loaded(("pos_embed.proj",)),
         "two images without guidance": {"guidance_scale": 1.0, "num_images_per_prompt": 2},
     },
+    "sd3, 7 rows": {"flip": FLIP, "noise": NOISY},
     "pixart-sigma": {
         "mirror": {"callback": mirror},
         "noise": stepped_by(LCMScheduler, **VELOCITY),

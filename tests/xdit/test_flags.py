@@ -151,7 +151,10 @@ WRONG = [
     ("--parallel otil --cache_method fbcache", "--cache_method fbcache are not supported together"),
     ("--parallel otil --use_fp8_comms", "--parallel otil and --use_fp8_comms are not supported together"),
     ("--parallel otil --otil_select latent-l2 --ulysses_degree 2", "choose kv-cosine or kv-l2"),
-    ("--parallel otil --model tiny-dit --height 100", "--height 100 cannot be cut into 2 patches.*a multiple of 16"),
+    (
+        "--parallel otil --model tiny-dit --height 100",
+        "--height 100 cannot be cut into 2 patches.*a multiple of 8 from 16 up",
+    ),
     (
         "--parallel otil --model tiny-dit --otil_block_size 32",
         "--otil_block_size 32 is larger than a patch.*give at most 16",
@@ -179,6 +182,14 @@ def test_wrong_flags(line: str, message: str) -> None:
     with pytest.raises((FlagError, argparse.ArgumentError), match=message) as caught:
         chosen(line)
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_of_one_batch_whose_masks_are_not_read() -> None:
+    values = {"parallel": "otil", "model": "HunyuanVideo", "prompt": ["one", "another one"], "batch_size": 2}
+    with pytest.raises(FlagError, match="--batch_size 2 and different prompts .* HunyuanVideo: xDiT would attend to"):
+        choose(values, 2)
+    for others in ({"batch_size": 1}, {"batch_size": None}, {"prompt": ["one", "one"]}, {"model": "Wan2.1-T2V"}):
+        assert choose({**values, **others}, 2) is not None
 
 
 def test_a_setting_without_effect_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,6 +25,8 @@ EXACT = (
     ("sd3", "flip"),
     ("sd3", "scale"),
     ("sd3", "noise"),
+    ("sd3, 7 rows", "flip"),
+    ("sd3, 7 rows", "noise"),
     ("pixart-sigma", "mirror"),
     ("pixart-sigma", "noise"),
     ("hunyuandit", "flip"),

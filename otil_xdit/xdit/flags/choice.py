@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from otil_xdit.catalog.attention_backends import check_backend, head_sizes
+from otil_xdit.catalog.dits import DitRecord
 from otil_xdit.catalog.geometry import check_geometry
 from otil_xdit.catalog.models import find_record, find_unet
 from otil_xdit.catalog.numbers import FLAG_NUMBERS, check_numbers
@@ -112,6 +113,7 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     _check_selector(config, ulysses_degree)
     _check_call(values, config)
     _check_backend(values)
+    _check_batch(values)
     _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block_size")))
     _check_report(values.get("otil_report"))
     _warn_of_unet_settings(given, unet)
@@ -196,6 +198,19 @@ def _check_backend(values: Mapping[str, Any]) -> None:
     heads = head_sizes(find_record(values.get("model"))) if named else set()
     for name in named:
         _flag_errors(partial(check_backend, name, str(values.get("model")), None, heads))
+
+
+def _check_batch(values: Mapping[str, Any]) -> None:
+    """Refuse prompts of one batch that may have different lengths, where xDiT does not read the mask of each."""
+    record, size = find_record(values.get("model")), int(values.get("batch_size") or 1)
+    if size < 2 or not isinstance(record, DitRecord) or record.facts.masks != "alike":
+        return
+    prompts = values.get("prompt")
+    if values.get("dataset_path") or (isinstance(prompts, list) and len(set(prompts)) > 1):
+        raise FlagError(
+            f"--batch_size {size} and different prompts are not supported together with --model {values['model']}: "
+            "xDiT would attend to the padding of shorter ones; give --batch_size 1"
+        )
 
 
 def _warn_of_unet_settings(given: Mapping[str, Any], unet: UnetRecord | None) -> None:

@@ -57,6 +57,11 @@ class Case:
     cfg: bool = False
     prepare: Callable[[], None] = lambda: None
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether only Python's call can run it, as xDiT does not load it."""
+        return not (self.runner or self.wrapper or self.network)
+
     def arguments(self) -> dict[str, Any]:
         """All arguments of one call of the pipeline."""
         generator = torch.Generator().manual_seed(7)

@@ -90,17 +90,18 @@ STATES: dict[Any, tuple[str, ...]] = {
 }
 
 
-def ltx2_inputs() -> dict[str, Any]:
+def ltx2_inputs(text: int = 32, audio_text: int = 32, **others: Any) -> dict[str, Any]:
     return {
         "hidden_states": noise(1, 27, 8, seed=1),
         "audio_hidden_states": noise(1, 5, 8, seed=2),
-        "encoder_hidden_states": noise(1, TEXT, 32, seed=3),
-        "audio_encoder_hidden_states": noise(1, TEXT, 32, seed=4),
+        "encoder_hidden_states": noise(1, TEXT, text, seed=3),
+        "audio_encoder_hidden_states": noise(1, TEXT, audio_text, seed=4),
         "timestep": torch.tensor([500.0]),
         "num_frames": 3,
         "height": 3,
         "width": 3,
         "audio_num_frames": 5,
+        **others,
     }
 
 
@@ -115,6 +116,24 @@ LTX2 = {
     "caption_channels": 32,
     "rope_type": "split",  # as the published models have it; xDiT gathers no other
 }
+
+
+LTX23 = {
+    **LTX2,
+    **dict.fromkeys(("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod"), True),
+    "perturbed_attn": True,
+    "use_prompt_embeddings": False,
+}
+LTX25 = {
+    **LTX23,
+    **dict.fromkeys(("use_prompt_adaln_single", "ff_bias", "audio_ff_bias"), False),
+    "use_keyframes_abs_pos_embedding": True,
+}
+
+
+def ltx23_inputs() -> dict[str, Any]:
+    """With one layer's self-attention left out of the prediction, as its pipeline has it in one of the passes."""
+    return ltx2_inputs(64, 32, sigma=torch.tensor([0.5]), spatio_temporal_guidance_blocks=[1])
 
 
 def cosmos3_inputs() -> dict[str, Any]:
@@ -209,6 +228,7 @@ def wan_inputs(text: int = TEXT, **others: torch.Tensor) -> dict[str, Any]:
 WAN = {**WAN, "num_attention_heads": 4, "num_layers": 2, "rope_max_seq_len": 32}
 I2V = {**WAN, "image_dim": 16, "added_kv_proj_dim": 48}
 VACE = {**WAN, "vace_layers": [0, 1], "vace_in_channels": 6}
+ltx2_wrapper = partial(wrapper, "transformer_ltx2", "xFuserLTX2VideoTransformer3DWrapper")
 wan_wrapper = partial(wrapper, "transformer_wan", "xFuserWanTransformer3DWrapper")
 
 CASES = (
@@ -217,8 +237,10 @@ CASES = (
         LTX2VideoTransformer3DModel,
         LTX2,
         ltx2_inputs,
-        partial(wrapper, "transformer_ltx2", "xFuserLTX2VideoTransformer3DWrapper"),
+        ltx2_wrapper,
     ),
+    case("ltx-2.3, 27 tokens", LTX2VideoTransformer3DModel, LTX23, ltx23_inputs, ltx2_wrapper),
+    case("ltx-2.5, 27 tokens", LTX2VideoTransformer3DModel, LTX25, ltx23_inputs, ltx2_wrapper),
     case(
         "cosmos3, 27 tokens",
         Cosmos3OmniTransformer,

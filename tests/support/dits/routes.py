@@ -49,18 +49,19 @@ def run_xdit(case: Case, folder: Path, degrees: Degrees, exchange: Exchange) -> 
 
 
 @torch.no_grad()
-def run_parallelized(case: Case, degrees: Degrees, reference: torch.Tensor) -> torch.Tensor | None:
+def run_parallelized(case: Case, degrees: Degrees, exchange: Exchange, reference: torch.Tensor) -> torch.Tensor | None:
     """The final latents of what `otil_xdit.parallelize` makes of the pipeline, on the ranks that have them.
 
     `otil_xdit.restore` must give back what computes `reference` bit for bit.
     """
     pipe = case.build()
     pipe.set_progress_bar_config(disable=True)
-    made = otil_xdit.parallelize(pipe, "sync", ulysses_degree=degrees.ulysses, use_cfg_parallel=degrees.cfg > 1)
-    try:
-        output = made(**case.arguments())
-    finally:
-        restored = otil_xdit.restore(made)
+    with exchange.active():
+        made = otil_xdit.parallelize(pipe, "sync", ulysses_degree=degrees.ulysses, use_cfg_parallel=degrees.cfg > 1)
+        try:
+            output = made(**case.arguments())
+        finally:
+            restored = otil_xdit.restore(made)
     assert active_degrees() == degrees, f"xDiT ran {active_degrees()}, not {degrees}"
     assert restored is pipe and torch.equal(pipe(**case.arguments())[0], reference), "restore has changed the pipeline"
     return output[0] if output is not None and isinstance(output[0], torch.Tensor) else None
