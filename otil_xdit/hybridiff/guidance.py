@@ -113,7 +113,7 @@ class Guidance:
         if sizes == [2 * batch]:
             uncond, cond = self._outputs[0].chunk(2)
             self._pairs.append((uncond, cond))
-        elif sizes == [batch, batch]:
+        elif sizes == [batch, batch] and self._outputs[0].shape == self._outputs[1].shape:
             self._pairs.append((self._outputs[1], self._outputs[0]))
 
 

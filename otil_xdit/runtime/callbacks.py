@@ -3,6 +3,8 @@
 A U-Net's pipeline has the whole latent on every rank. xDiT's wrappers of DiTs cut the latent before the first step, so
 their callbacks are given the whole one here, and what they make of it is shared out again. Ranks may have different
 callbacks (a progress bar on one of them), but not different latents.
+
+Over 300 lines: what shares the latent out, and what two kinds of callbacks do with it, go together.
 """
 
 from __future__ import annotations

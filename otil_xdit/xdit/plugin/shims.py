@@ -8,6 +8,7 @@
 | models/transformers/transformer_z_image.py:212 | Z-Image: lacks an argument that diffusers 0.42 gives | `_z_image` |
 | models/transformers/transformer_qwen.py:225 | Qwen-Image-Edit-2511: which tokens are noisy is not cut | `_qwen` |
 | models/transformers/transformer_hunyuan_video.py:242 | HunyuanVideo: tokens are cut unevenly | `_hunyuan_video` |
+| models/transformers/transformer_cosmos3.py:171 | Cosmos 3: lacks an argument that diffusers 0.42 gives | `_cosmos3` |
 | models/transformers/transformer_lumina2.py:150 | Lumina2: refuses a ring, which needs other masks | `_lumina2` |
 
 (Paths below xfuser/model_executor.) A shim does nothing where the line that it is for has gone;
@@ -57,7 +58,8 @@ class Shim:
     def find(self) -> Any:
         """Return the class; None where xfuser cannot import it with what is installed."""
         try:
-            return getattr(importlib.import_module(self.module), self.owner)
+            found: Any = getattr(importlib.import_module(self.module), self.owner)
+            return found if isinstance(found, type) else found()  # some are made when they are wanted
         except ImportError:
             return None
 
@@ -195,6 +197,17 @@ def _hunyuan_video(wrapper: Any) -> None:
     wrapper.forward = filled
 
 
+def _cosmos3(wrapper: Any) -> None:
+    forward = wrapper.forward
+
+    @wraps(forward)
+    def as_tuple(self: Any, *args: Any, return_dict: bool = False, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)  # a tuple, but on one rank, where it is diffusers' own
+        return out if isinstance(out, tuple) or return_dict else out.to_tuple()
+
+    wrapper.forward = as_tuple
+
+
 def _lumina2(wrapper: Any) -> None:
     module = importlib.import_module(wrapper.__module__)
     size: Callable[[], int] = module.get_ring_parallel_world_size
@@ -249,6 +262,13 @@ SHIMS = (
         "forward",
         "hidden_states = torch.chunk(hidden_states,\n                                    get_sequence_parallel_world",
         _hunyuan_video,
+    ),
+    Shim(
+        f"{_TRANSFORMERS}.transformer_cosmos3",
+        "get_cosmos3_transformer_wrapper_class",
+        "forward",
+        "action_domain_ids=None,\n        ):",
+        _cosmos3,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_lumina2",

@@ -84,7 +84,7 @@ def parallelize_cogvideox(pipe: DiffusionPipeline) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = FlexibleArgumentParser()
+    parser = FlexibleArgumentParser(allow_abbrev=False)
     parser.add_argument("--case")
     args = xFuserArgs.add_cli_args(parser).parse_args()
     args.model, case = args.model or args.case, CASES[args.case]
