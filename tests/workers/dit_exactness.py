@@ -72,7 +72,9 @@ def exchanges_of(case: Case, degrees: Degrees, asked: list[str]) -> list[str]:
     """What can be compared: not every case has CFG parallelism, and what xDiT wraps has other tests of that."""
     if degrees.cfg > 1 and not case.cfg:
         return []
-    return [name for name in asked if (case.wrapper is None if name in PYTHON else not case.is_loaded)]
+    possible = [*(() if case.is_loaded else EXCHANGES), *(() if case.wrapper else ("python",))]
+    possible += ["python, none"] if case.is_loaded else []
+    return [name for name in asked if name in possible]
 
 
 def degrees(text: str) -> Degrees:

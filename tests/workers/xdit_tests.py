@@ -17,7 +17,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
-PATIENCE = 540
+PATIENCE = 1400
 PREPARE = {
     "without": "from otil_xdit.xdit.cpu import enable_cpu_ranks\nenable_cpu_ranks()\n",
     "with": "import otil_xdit\notil_xdit.register()\n",

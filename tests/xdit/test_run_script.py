@@ -83,8 +83,21 @@ def test_an_unchanged_script_of_diffusers() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["flux", "flux, 7 text tokens", "cogvideox"])
 def test_a_script_that_shares_tokens_out_as_xdits_do(case: str) -> None:
-    flags = ("--case", case, "--parallel", "sync", "--patch_degree", "2", "--height", "128", "--width", "128")
+    flags = (
+        "--model",
+        "x",
+        "--case",
+        case,
+        "--parallel",
+        "sync",
+        "--patch_degree",
+        "2",
+        "--height",
+        "128",
+        "--width",
+        "128",
+    )
     (line,) = lines_of_script("of_xdit.py", *flags)
     assert line["errors"] and max(line["errors"]) <= 5e-5
-    (line,) = lines_of_script("of_xdit.py", *flags[:3], "naive", "--otil_warmup_steps", "1", *flags[4:])
+    (line,) = lines_of_script("of_xdit.py", *flags[:5], "naive", "--otil_warmup_steps", "1", *flags[6:])
     assert min(line["errors"]) > 0.05, "the comparison cannot fail"

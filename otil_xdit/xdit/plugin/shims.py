@@ -9,6 +9,7 @@
 | models/transformers/transformer_qwen.py:225 | Qwen-Image-Edit-2511: which tokens are noisy is not cut | `_qwen` |
 | models/transformers/transformer_hunyuan_video.py:242 | HunyuanVideo: tokens are cut unevenly | `_hunyuan_video` |
 | models/transformers/transformer_cosmos3.py:171 | Cosmos 3: lacks an argument that diffusers 0.42 gives | `_cosmos3` |
+| pipelines/pipeline_consisid.py:352 | ConsisID: its scheduler's noise does not come from the generator | `_consisid` |
 | models/transformers/transformer_lumina2.py:150 | Lumina2: refuses a ring, which needs other masks | `_lumina2` |
 
 (Paths below xfuser/model_executor.) A shim does nothing where the line that it is for has gone;
@@ -208,6 +209,14 @@ def _cosmos3(wrapper: Any) -> None:
     wrapper.forward = as_tuple
 
 
+def _consisid(pipeline: Any) -> None:
+    from xfuser.model_executor.pipelines.pipeline_cogvideox import xFuserCogVideoXPipeline
+
+    if "prepare_extra_step_kwargs" not in vars(pipeline):
+        # diffusers' own asks xDiT's wrapper of the scheduler what it takes, and that takes anything.
+        pipeline.prepare_extra_step_kwargs = xFuserCogVideoXPipeline.prepare_extra_step_kwargs
+
+
 def _lumina2(wrapper: Any) -> None:
     module = importlib.import_module(wrapper.__module__)
     size: Callable[[], int] = module.get_ring_parallel_world_size
@@ -253,7 +262,7 @@ SHIMS = (
         f"{_TRANSFORMERS}.transformer_qwen",
         "xFuserQwenImageTransformerWrapper",
         "forward",
-        "modulate_index=modulate_index,\n",
+        "# Construct joint attention mask once to avoid",  # where a mended one has cut modulate_index before
         _qwen,
     ),
     Shim(
@@ -269,6 +278,13 @@ SHIMS = (
         "forward",
         "action_domain_ids=None,\n        ):",
         _cosmos3,
+    ),
+    Shim(
+        "xfuser.model_executor.pipelines.pipeline_consisid",
+        "xFuserConsisIDPipeline",
+        "__call__",
+        "self.prepare_extra_step_kwargs(generator, eta)",
+        _consisid,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_lumina2",

@@ -1,6 +1,6 @@
 """A script as xDiT's `*_usp_example.py` are written: it replaces a transformer's forward by one that shares tokens out.
 
-python -m otil_xdit.run tests/workers/scripts/of_xdit.py --case flux --parallel sync --patch_degree 2
+python -m otil_xdit.run tests/workers/scripts/of_xdit.py --model x --case flux --parallel sync --patch_degree 2
 
 Rank 0 prints the difference of each of two images from one process's.
 """
@@ -87,7 +87,7 @@ def main() -> None:
     parser = FlexibleArgumentParser(allow_abbrev=False)
     parser.add_argument("--case")
     args = xFuserArgs.add_cli_args(parser).parse_args()
-    args.model, case = args.model or args.case, CASES[args.case]
+    case = CASES[args.case]
     engine_config, input_config = xFuserArgs.from_cli_args(args).create_config()
     pipe = case.build()
     pipe.set_progress_bar_config(disable=True)
