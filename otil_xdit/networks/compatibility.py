@@ -95,7 +95,7 @@ class ModuleInspector:
         """
         for module, kind in self._processors.items():
             found = type(getattr(module, "processor", None))
-            if found is not kind and _package(found) != "xfuser":  # as those are that xDiT's scripts put in
+            if found is not kind and package_of_class(found) != "xfuser":  # as those are that xDiT's scripts put in
                 raise ValueError(
                     f"--parallel does not support the pipeline's {self._label(module)}: its attention processor was "
                     f"{kind.__name__} and now is {found.__name__}, which does not reach the other ranks; put the old "
