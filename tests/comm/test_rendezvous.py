@@ -114,6 +114,23 @@ def test_whoever_comes_at_the_last_moment_sees_what_the_others_see(ranks: Any) -
         assert two.together("next") == {"next"}
 
 
+def test_facts_that_come_while_the_others_give_up_begin_nothing(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = ranks(2).all
+    first.begin()
+    second.begin()
+    board, facts = second._board, second._board.facts
+    first._board.post_facts({})
+
+    def seen() -> Any:
+        found = facts()
+        first._board.settle("rank 1 did not come")
+        return found
+
+    monkeypatch.setattr(board, "facts", seen)
+    with pytest.raises(PipelineBusyError, match="rank 1: rank 1 did not come; nothing was begun"):
+        second.exchange_facts({})
+
+
 def test_nothing_of_earlier_calls_stays_in_the_store() -> None:
     store = dist.HashStore()
     two = [FailureDetector("s", "g", range(2), rank, TIMEOUT, store, "rank 0", lambda: None) for rank in range(2)]

@@ -51,7 +51,7 @@ LINES: dict[str, list[str]] = {
     "--num_inference_steps -3": line("--num_inference_steps -3"),
     "--height 0": line("--height 0"),
     "--guidance_scale nan": line("--guidance_scale nan"),
-    "--seed of 20 digits": line("--seed 12345678901234567890"),
+    "--seed of 20 digits": line("--seed 99999999999999999999"),
     "three negative prompts for two": line("--prompt a b --negative_prompt c d e", prompt=None),
     "--dataset_path of no file": line("--dataset_path /nowhere.csv"),
     "--input_images of no file": line("--input_images /nowhere.png"),
