@@ -76,7 +76,8 @@ class Jobs:
         Raises:
             QueueFull: when as many wait as may.
         """
-        if len(self._waiting) >= self._limit and (self._limit > 0 or self._running):
+        limit = self._limit if self._running else max(1, self._limit)  # what is to begin at once does not wait
+        if len(self._waiting) >= limit:
             raise QueueFull(self.seconds_ahead())
 
     def submit(self, job: Job) -> Job:

@@ -70,6 +70,23 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     run(scene)
 
 
+def test_without_a_queue_one_job_at_a_time_is_taken() -> None:
+    async def scene(engine: FakeEngine, jobs: Jobs) -> None:
+        engine.gate.clear()
+        first = jobs.submit(job())
+        with pytest.raises(QueueFull):
+            jobs.submit(job())
+        await until(lambda: jobs.current is first)
+        with pytest.raises(QueueFull):
+            jobs.submit(job())
+        engine.gate.set()
+        await first.wait()
+        await until(lambda: jobs.current is None)
+        await jobs.submit(job()).wait()
+
+    run(scene, limit=0)
+
+
 def test_cancelling_ends_the_image_under_way_and_those_that_wait() -> None:
     async def scene(engine: FakeEngine, jobs: Jobs) -> None:
         engine.gate.clear()
