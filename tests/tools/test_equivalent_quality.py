@@ -30,10 +30,9 @@ def test_an_equivalent_loses_next_to_nothing(variant: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "sampler"), [("tiny-sd", "dpm-solver:15"), ("tiny-dit", "own:15")])
-def test_halves_are_as_near_as_the_same_patches_alone(model: str, sampler: str, tmp_path: Path) -> None:
+def test_halves_are_as_near_as_the_same_patches_alone(tmp_path: Path) -> None:
     """Guidance multiplies the difference of the passes' errors, so these must be alike."""
-    run = ["eval", "--models", model, "--samplers", sampler, "--prompts", "4", "--presets", "otil"]
+    run = ["eval", "--models", "tiny-sd", "--samplers", "dpm-solver:15", "--prompts", "4", "--presets", "otil"]
     found = []
     for ranks in (["2"], ["4", "--use_cfg_parallel"]):
         assert tools.main([*run, "--ranks", *ranks, "--out", str(tmp_path)]) == 0
