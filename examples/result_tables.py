@@ -220,7 +220,9 @@ TABLES: dict[str, Table] = {
 
 def main() -> None:
     """Make the tables that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("eval-out"), metavar="FOLDER", help="images, shared by all")
     parser.add_argument("--only", nargs="+", choices=TABLES, metavar="TABLE", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, and stop")
