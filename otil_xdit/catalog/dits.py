@@ -66,8 +66,6 @@ class DitRecord(ModelRecord):
         return 1 + frames // 4 if self.frames else 1
 
 
-_NETWORK_ALONE = "its network was compared, without its pipeline"
-
 DITS = (
     DitRecord(
         names=("tiny-dit",),
@@ -241,7 +239,6 @@ DITS = (
             "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         ),
         state="exact",
-        note=_NETWORK_ALONE,
         kind="WanTransformer3DModel",
     ),
     DitRecord(
@@ -252,31 +249,26 @@ DITS = (
             "Wan-AI/Wan2.1-VACE-1.3B-diffusers",
         ),
         state="exact",
-        note=_NETWORK_ALONE,
         kind="WanVACETransformer3DModel",
     ),
     DitRecord(
         names=("LTX-2", "Lightricks/LTX-2"),
         state="exact",
-        note=_NETWORK_ALONE,
         kind="LTX2VideoTransformer3DModel",
     ),
     DitRecord(
         names=("Cosmos3-Super", "nvidia/Cosmos3-Super", "Cosmos3-Nano", "nvidia/Cosmos3-Nano"),
         state="exact",
-        note=_NETWORK_ALONE,
         kind="Cosmos3OmniTransformer",
     ),
     DitRecord(
         names=("Ideogram-4", "ideogram-ai/ideogram-v4", "CalamitousFelicitousness/Ideogram-4-bf16-Diffusers"),
         state="exact",
-        note=_NETWORK_ALONE,
         kind="Ideogram4Transformer2DModel",
     ),
     DitRecord(
         names=("Hunyuanvideo-1.5", "Hunyuanvideo-1.5-Distilled", "tencent/HunyuanVideo-1.5"),
         state="exact",
-        note=_NETWORK_ALONE,
         kind="HunyuanVideo15Transformer3DModel",
     ),
     DitRecord(

@@ -20,7 +20,7 @@ WRAPPED_PIPELINES = (
     WrappedPipeline("xFuserPixArtSigmaPipeline", "exact"),
     WrappedPipeline("xFuserHunyuanDiTPipeline", "exact"),
     WrappedPipeline("xFuserCogVideoXPipeline", "exact"),
-    WrappedPipeline("xFuserConsisIDPipeline", "untested", "needs a face encoder"),
+    WrappedPipeline("xFuserConsisIDPipeline", "exact", "needs cv2"),
     WrappedPipeline("xFuserSanaPipeline", "refused", "its linear attention does not use the ring slot"),
     WrappedPipeline("xFuserLattePipeline", "refused", "wrong under sequence parallelism in xfuser 0.7.0, Ulysses too"),
 )

@@ -53,6 +53,8 @@ TELLING = (
 copied; padding; masks."""
 WITHOUT_PLUGIN = ("latte, spatial only",)
 """What is exact once xDiT lets it run with patches; the plugin does not take it on."""
+WRAPPED_IN_ROWS = ("flux, 49 tokens and 7",)
+"""What Python's call refuses, as xDiT's wrapper of FLUX.1's pipeline shares rows out; the command line takes it."""
 LOADED = tuple(name for name, case in CASES.items() if case.is_loaded and (name != "consisid" or find_spec("cv2")))
 """What Python's call alone can run; diffusers and xDiT have no ConsisID without cv2."""
 OTHERS = tuple(
@@ -122,6 +124,9 @@ def test_fresh_exchange_is_exact(case: str, degrees: Degrees) -> None:
 def test_a_pipeline_that_is_parallelized_is_exact_and_comes_back(case: str, degrees: Degrees) -> None:
     if CASES[case].wrapper is not None:
         pytest.skip("xDiT wraps it, as its other tests do")
+    if case in WRAPPED_IN_ROWS:
+        assert "shares 7 rows of tokens among" in (line_of(case, degrees, "python")["stopped"] or "nothing")
+        return
     if degrees.cfg > 1 and not CASES[case].cfg:
         pytest.skip("xDiT has no CFG parallelism for it")
     assert_exact(line_of(case, degrees, "python"))

@@ -111,7 +111,7 @@ PROBES: dict[str, dict[str, Probe]] = {
         "without guidance": {"guidance_scale": 1.0},
         "guidance_rescale": {"guidance_rescale": 0.7},
     },
-    "flux": {"flip": FLIP, "noise": NOISY, "LoRA loaded afterwards": Loaded(ATTENTION)},
+    "flux": {"7 rows": {"height": 112}, "flip": FLIP, "noise": NOISY, "LoRA loaded afterwards": Loaded(ATTENTION)},
     "flux2": {"flip": FLIP, "attention_kwargs": {"attention_kwargs": {"scale": 0.5}}},
     "flux2-klein": {"without guidance": {**UNGUIDED, "output_type": "pt"}, "latents": UNGUIDED},
     "cogvideox": {"flip": FLIP, "scale": SCALE, "without guidance": {"guidance_scale": 1.0}},

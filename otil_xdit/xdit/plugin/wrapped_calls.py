@@ -61,6 +61,8 @@ class WrappedCall:
                 f"output_type is {self.wrong_output!r}, of which xDiT's wrapper of {inner} makes something else than "
                 "diffusers; give another one, or run on one rank"
             )
+        if self.latent_dim == 1:
+            _check_token_rows(pipe, arguments.get("height"), inner)
         self._check_callback_tensors(arguments, inner)
 
     def _check_callback_tensors(self, arguments: Mapping[str, Any], inner: str) -> None:
@@ -73,6 +75,17 @@ class WrappedCall:
                 f"{STEP_END} wants {', '.join(others)}, of which xDiT's wrapper of {inner} has this rank's part; ask "
                 "for latents only, or run on one rank"
             )
+
+
+def _check_token_rows(pipe: Any, height: int | None, inner: str) -> None:
+    """Refuse a height whose rows of tokens the ranks do not divide: their parts would have different lengths."""
+    ranks, side = pipe.engine_config.parallel_config.sp_degree, 2 * pipe.vae_scale_factor
+    height = height or pipe.default_sample_size * pipe.vae_scale_factor
+    if height // side % ranks:
+        raise ValueError(
+            f"height is {height}, and xDiT's wrapper of {inner} shares {height // side} rows of tokens among {ranks} "
+            f"ranks; give a multiple of {side * ranks}, or use the command line, which takes any"
+        )
 
 
 _RESCALE = ("guidance_rescale", "takes the deviation of guidance_rescale over this rank's rows")
