@@ -95,7 +95,7 @@ def test_one_graph_serves_every_step_of_every_strategy(rank: int) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [pytest.param("in place", marks=pytest.mark.slow), "blocks", pytest.param("functional", marks=pytest.mark.slow)],
+    ["blocks", *(pytest.param(how, marks=pytest.mark.slow) for how in ("in place", "aot_eager", "inductor"))],
 )
 def test_every_way_to_compile(how: str) -> None:
     config, unet = get_strategy("otil").make_config({"warmup_steps": 1, "fresh_share": 0.4}), network()
@@ -107,12 +107,14 @@ def test_every_way_to_compile(how: str) -> None:
     elif how == "blocks":
         unet.compile_repeated_blocks(backend="eager", fullgraph=True)
     else:
-        called = torch.compile(unet, backend="aot_eager", fullgraph=True)
+        called = torch.compile(unet, backend=how, fullgraph=True)
     session = LoopedSession(config)
     session.patched(unet, [called])
     made = generation(session, called)
     assert graphs() == (1, 0)
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, made, strict=True))
+    # Inductor rounds otherwise, and where that changes a coded number the difference is one of its levels.
+    allowed = 1e-2 if how == "inductor" else 1e-5
+    assert all(torch.allclose(one, other, atol=allowed) for one, other in zip(plain, made, strict=True))
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """A DiT on patches under torch.compile: attention is one operator in its graph, which serves every step and block.
 
 A toy network calls xDiT's ring attention; what other ranks would send is looped back (`tests.support.looped`). xDiT's
-own wrappers are compiled in `tests/workers/compiled.py`.
+own wrappers are compiled in `tests/workers/compiled_dits.py`, and on real ranks in `tests/workers/compiled.py`.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +24,7 @@ from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.xdit.plugin.register import register
 from tests.support.looped import LoopedCollectives
+from tests.support.torchrun import WORKERS
 
 HEADS, TOKENS, SIZE, STEPS = 2, 16, 8, 4
 
@@ -130,3 +134,19 @@ def test_one_graph_serves_every_step_and_every_block(how: str, text: bool) -> No
     assert all(map(torch.equal, plain, again(text=text)))
     assert all(map(torch.equal, plain, again(text=text)))
     assert graphs() == (1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["patches", "ulysses"])
+def test_wrappers_of_xdit_have_one_graph_as_without_a_strategy(how: str) -> None:
+    names = ["flux", "flux2", "qwen-image"]
+    run = subprocess.run(
+        [sys.executable, str(WORKERS / "compiled_dits.py"), how, *names],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert [line["case"] for line in found] == names, run.stderr[-4000:]
+    assert all((line["graphs"], line["breaks"], line["difference"]) == (1, {}, 0.0) for line in found), found
