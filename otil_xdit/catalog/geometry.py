@@ -19,13 +19,16 @@ DIVISOR = 8
 """Height and width of a U-Net's image are multiples of this, by diffusers' own rule."""
 
 
-def check_geometry(values: Mapping[str, Any], patch_degree: int, ulysses_degree: int, block: int | None) -> None:
+def check_geometry(
+    values: Mapping[str, Any], patch_degree: int, ulysses_degree: int, block: int | None, shares: tuple[int, ...] = ()
+) -> None:
     """Refuse an image that cannot be cut into the patches, and a sub-block larger than one; unknown models pass.
 
     Args:
         values: flags by name: ``model``, ``height``, ``width``.
         patch_degree, ulysses_degree: the two cuts of the rows, one inside the other.
         block: side of a sub-block in latent pixels, or None.
+        shares: of the patches of a U-Net; empty for equal ones.
 
     Raises:
         ValueError: naming the flag and what would be accepted.
@@ -33,7 +36,7 @@ def check_geometry(values: Mapping[str, Any], patch_degree: int, ulysses_degree:
     model = values.get("model")
     unet = find_unet(model) if isinstance(model, str) else None
     if unet is not None:
-        _check_unet(unet, values, patch_degree, ulysses_degree, block)
+        _check_unet(unet, values, patch_degree, ulysses_degree, block, shares)
         return
     dit = find_dit(model)
     if dit is None:
@@ -83,7 +86,12 @@ def _check_block(block: int | None, rows: int, cols: int, image: str) -> None:
 
 
 def _check_unet(
-    unet: UnetRecord, values: Mapping[str, Any], patch_degree: int, ulysses_degree: int, block: int | None
+    unet: UnetRecord,
+    values: Mapping[str, Any],
+    patch_degree: int,
+    ulysses_degree: int,
+    block: int | None,
+    shares: tuple[int, ...],
 ) -> None:
     sizes = {flag: values.get(flag) or getattr(unet, flag) for flag in ("height", "width")}
     for flag, size in sizes.items():
@@ -100,7 +108,8 @@ def _check_unet(
             f"--height {height} cannot be cut into {ranks} patches: {unet.label} is only {lowest} high at its lowest "
             f"resolution; give at least {least}, or fewer ranks"
         )
-    smallest = min(LevelGrid.build(rows, cols, unet.levels, ranks).rows[0])
+    by_rank = [share for share in shares for _ in range(ulysses_degree)]
+    smallest = min(LevelGrid.build(rows, cols, unet.levels, ranks, by_rank).rows[0])
     _check_block(block, smallest, cols, f"{height} x {sizes['width']} pixels on {ranks} ranks")
 
 

@@ -128,6 +128,7 @@ class UnetGroups:
         cfg_degree: number of CFG groups.
         cfg_rank: this rank's CFG group.
         places: of each rank of the replica, in its order: CFG group, and place in `rows`.
+        shares: of the rows, for each rank of `rows`, in any unit; empty for equal ones.
     """
 
     rows: PatchGroup
@@ -135,6 +136,7 @@ class UnetGroups:
     cfg_degree: int
     cfg_rank: int
     places: tuple[tuple[int, int], ...]
+    shares: tuple[int, ...] = ()
 
     @property
     def peer(self) -> int:

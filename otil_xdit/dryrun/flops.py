@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from otil_xdit.dryrun.job import Job
 from otil_xdit.dryrun.networks import META
 from otil_xdit.networks.dit.architectures import architecture_of
+from otil_xdit.networks.unet.controlnet import scale_and_reach
 
 
 def flops_of(job: Job) -> int:
@@ -19,24 +21,44 @@ def flops_of(job: Job) -> int:
         ValueError: for networks whose call is not known here.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call_network(job)
+        call_network(job, call_controls(job))
     return int(counter.get_total_flops())
 
 
-def call_network(job: Job) -> None:
+def call_controls(job: Job) -> dict[str, Any]:
+    """Call a job's ControlNets, and return what the U-Net is to be given of them, by name."""
+    found: dict[str, Any] = {}
+    for control in job.cast_controls():
+        scale, _ = scale_and_reach(control.controlnet_cond_embedding)
+        condition = _empty(job, job.batch, control.config.conditioning_channels, *(scale * side for side in job.latent))
+        residuals, middle = control(*_inputs(job), **conditions_of(job), controlnet_cond=condition, return_dict=False)
+        found = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": middle}
+    return found  # those of several are added up, and of one shape
+
+
+def call_network(job: Job, residuals: Mapping[str, Any]) -> None:
     """Call a job's network with everything that it is to be given.
+
+    Args:
+        job: whose network it is.
+        residuals: as `call_controls` gives them.
 
     Raises:
         ValueError: for networks whose call is not known here.
     """
-    conditions = conditions_of(job)
+    conditions = {**conditions_of(job), **residuals}
+    latent, times = _inputs(job)
+    job.cast_network()(latent, timestep=times, return_dict=False, **conditions)
+
+
+def _inputs(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return latent and times of all images."""
     rows, cols = job.latent
     channels = job.network.module.config.in_channels
     shape: tuple[int, ...] = (job.batch, channels, rows, cols)
     if not job.network.is_unet and not architecture_of(job.network.module).rows:  # its tokens are packed
         shape = (job.batch, rows * cols // job.network.patch**2, channels)
-    times = torch.empty((job.batch,), device=META)
-    job.cast_network()(_empty(job, *shape), timestep=times, return_dict=False, **conditions)
+    return _empty(job, *shape), torch.empty((job.batch,), device=META)
 
 
 def conditions_of(job: Job) -> dict[str, Any]:

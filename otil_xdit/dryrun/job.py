@@ -17,16 +17,25 @@ Request = tuple[str, tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class ParallelDegrees:
-    """How many ranks share the two passes of guidance, the attention heads, and the rows."""
+    """How many ranks share the two passes of guidance, the attention heads, and the rows.
+
+    `shares` are those of the patches of a U-Net, in any unit; empty for equal ones.
+    """
 
     cfg: int = 1
     ulysses: int = 1
     patches: int = 1
+    shares: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
         """Number of ranks that share the rows of one pass: patches x Ulysses."""
         return self.patches * self.ulysses
+
+    @property
+    def row_shares(self) -> tuple[int, ...]:
+        """Return the shares of the ranks that share the rows; empty for equal ones."""
+        return tuple(share for share in self.shares for _ in range(self.ulysses))
 
     @property
     def ranks(self) -> int:
@@ -35,7 +44,8 @@ class ParallelDegrees:
 
     def __str__(self) -> str:
         parts = {"cfg": self.cfg, "ulysses": self.ulysses, "patch": self.patches}
-        return " x ".join(f"{name} {degree}" for name, degree in parts.items() if degree > 1) or "one process"
+        shown = " x ".join(f"{name} {degree}" for name, degree in parts.items() if degree > 1) or "one process"
+        return f"{shown} ({':'.join(map(str, self.shares))})" if self.shares else shown
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,10 @@ class Job:
         """Return the network, its weights of the job's dtype."""
         # diffusers' own `to` warns of layers that it would keep in float32.
         return nn.Module.to(self.network.module, self.dtype)
+
+    def cast_controls(self) -> list[Any]:
+        """Return the ControlNets, their weights of the job's dtype."""
+        return [nn.Module.to(control, self.dtype) for control in self.network.controls.values()]
 
     def batch_of_rank(self, degrees: ParallelDegrees) -> int:
         """Return the images that a rank computes: one CFG group's, or all where they cannot be shared evenly."""

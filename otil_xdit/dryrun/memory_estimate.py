@@ -11,6 +11,7 @@ from otil_xdit.dryrun.networks import META, Network
 from otil_xdit.dryrun.traffic import Traffic
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.networks.unet.model import is_unet
+from otil_xdit.runtime.network_hooks import controlnets_of
 
 logger = logging.getLogger("otil_xdit")
 
@@ -75,13 +76,18 @@ def _network_of(pipe: Any, module: Any) -> Network:
     Raises:
         ValueError: for a DiT that no record describes.
     """
-    with META:
-        empty = type(module)(**{name: value for name, value in module.config.items() if not name.startswith("_")})
+    empty = _without_weights(module)
     if is_unet(module):
-        return Network(type(pipe).__name__, empty, pipe.vae_scale_factor)
+        controls = {name: _without_weights(control) for name, control in controlnets_of(pipe).items()}
+        return Network(type(pipe).__name__, empty, pipe.vae_scale_factor, controls=controls)
     kind = type(module).__name__
     record = next((one for one in published_networks().values() if one.network and one.network.kind == kind), None)
     if record is None or record.network is None:
         raise ValueError(f"how much text {kind} is given is not known")
     facts = record.network
     return Network(type(pipe).__name__, empty, pipe.vae_scale_factor, record.patch, facts.passes, facts.text_tokens)
+
+
+def _without_weights(module: Any) -> Any:
+    with META:
+        return type(module)(**{name: value for name, value in module.config.items() if not name.startswith("_")})

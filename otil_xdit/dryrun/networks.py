@@ -9,11 +9,12 @@ import importlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ControlNetModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -45,6 +46,7 @@ class Network:
         patch: latent pixels of a token, per side; 1 for a U-Net.
         batch: images in one pass for an image: 2 with classifier-free guidance.
         text: tokens of text in a pass, unless the user says otherwise.
+        controls: ControlNets of the U-Net, by their names in a pipeline.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Network:
     patch: int = 1
     batch: int = 2
     text: int = 77
+    controls: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_unet(self) -> bool:
@@ -109,6 +112,20 @@ def find_network(name: str, times: int = 1) -> Network:
     known = {setting: value for setting, value in settings.items() if not setting.startswith("_")}
     module = _empty(settings["_class_name"], known if times == 1 else wider_settings(known, times))
     return Network(model.label, module, model.vae, model.patch, text=_text_tokens(Path(model.folder), model.is_unet))
+
+
+def with_controlnets(network: Network, count: int) -> Network:
+    """Return a U-Net with so many ControlNets, each a copy of its encoder, as those that are published are.
+
+    Raises:
+        ValueError: for a network that is no U-Net, and a number below 0.
+    """
+    if count < 0 or (count and not network.is_unet):
+        raise ValueError(f"--controlnets {count} with {network.name}; give 0 or more, and more than 0 for U-Nets only")
+    names = ["controlnet"] if count == 1 else [f"controlnet.nets.{number}" for number in range(count)]
+    with META:
+        made = [ControlNetModel.from_unet(network.module, load_weights_from_unet=False) for _ in names]
+    return replace(network, controls=dict(zip(names, made, strict=True)))
 
 
 def wider_settings(settings: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -180,16 +197,17 @@ def _empty(kind: str, settings: dict[str, Any]) -> nn.Module:
 
 def _unet_layers(network: Network, rows: int, cols: int, ranks: int) -> Iterator[Layer]:
     """Yield them as `otil_xdit.networks.unet.model.PatchedUNet.attend` calls them."""
-    check_supported(network.module)
-    levels = Levels(network.module)
-    grid = LevelGrid.build(rows, cols, levels.count, ranks)
-    # A U-Net holds its blocks as down, up, mid.
-    called = sorted(network.module.named_modules(), key=lambda found: found[0].split("_")[0])
-    for path, attention in called:
-        if isinstance(attention, Attention) and not attention.is_cross_attention:
-            level = levels.of(path)
-            layout = TokenLayout(max(grid.rows[level]), grid.widths[level], 2**level)
-            yield Layer(layout.image_tokens, attention.inner_kv_dim, attention.heads, layout, path)
+    for module in (*network.controls.values(), network.module):
+        check_supported(module)
+        levels = Levels(module)
+        grid = LevelGrid.build(rows, cols, levels.count, ranks)
+        # A U-Net holds its blocks as down, up, mid.
+        called = sorted(module.named_modules(), key=lambda found: found[0].split("_")[0])
+        for path, attention in called:
+            if isinstance(attention, Attention) and not attention.is_cross_attention:
+                level = levels.of(path)
+                layout = TokenLayout(max(grid.rows[level]), grid.widths[level], 2**level)
+                yield Layer(layout.image_tokens, attention.inner_kv_dim, attention.heads, layout, path)
 
 
 def _dit_layers(network: Network, rows: int, cols: int, ranks: int, text: int) -> Iterator[Layer]:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from otil_xdit.dryrun.blocks import BlockWatch
-from otil_xdit.dryrun.flops import call_network
+from otil_xdit.dryrun.flops import call_controls, call_network
 from otil_xdit.dryrun.job import Job, ParallelDegrees, Pass, Request
 from otil_xdit.dryrun.networks import META, Layer, attention_layers, check_size
 from otil_xdit.dryrun.recorder import FOREIGN, Log, Message, Pattern, ShapesOnly
@@ -24,7 +24,9 @@ from otil_xdit.exchange.halo import HaloRows
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.method.grid import TokenLayout
 from otil_xdit.networks.dit.architectures import architecture_of
-from otil_xdit.networks.unet.model import PatchedUNet
+from otil_xdit.networks.unet.control_calls import ControlCalls
+from otil_xdit.networks.unet.controlnet import PatchedControlNet
+from otil_xdit.networks.unet.model import PatchedNetwork, PatchedUNet
 
 
 def requests_of(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch | None = None) -> Pass:
@@ -91,13 +93,20 @@ def _unet_pass(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch
         everybody = key.new_empty(*key.shape[:2], tokens, key.shape[3])
         return functional.scaled_dot_product_attention(query, everybody, everybody)
 
-    unet = PatchedUNet(session, job.network.module, unet_groups(degrees, place), attend)
+    groups, controls = unet_groups(degrees, place), ControlCalls()
+    patched: list[PatchedNetwork] = [PatchedUNet(session, job.network.module, groups, attend, controls)]
+    for name, control in job.network.controls.items():
+        patched.append(PatchedControlNet(session, control, groups, attend, controls, name))
     try:
-        unet.prepare()
-        with torch.no_grad(), nullcontext() if watch is None else watch.over(communicator.requests, messages):
-            call_network(job)
+        for network in patched:
+            network.prepare()
+        with torch.no_grad():
+            residuals = call_controls(job)
+            with nullcontext() if watch is None else watch.over(communicator.requests, messages):
+                call_network(job, residuals)
     finally:
-        unet.release()
+        for network in patched:
+            network.release()
     return Pass(communicator.requests, messages)
 
 

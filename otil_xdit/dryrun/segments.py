@@ -76,7 +76,7 @@ def _unet_flops(job: Job, degrees: ParallelDegrees, place: int, own: Tracer) -> 
         job, degrees, place: as for `segments_of`.
         own: the trace of the rank at `place`.
     """
-    grid = LevelGrid.build(*job.latent, Levels(job.network.module).count, degrees.rows)
+    grid = LevelGrid.build(*job.latent, Levels(job.network.module).count, degrees.rows, degrees.row_shares)
     heights = [*zip(*grid.rows, strict=True)]  # of each rank, at every level
     total = [0] * (len(own.flops) + 1)
     for height, count in Counter(heights).items():
@@ -106,6 +106,6 @@ def _dit_call(job: Job) -> tuple[Tracer, int]:
     """Trace a DiT's call; return the trace, and the bytes of the inputs besides latent and time."""
     watch = BlockWatch(job.network.module)
     with torch.no_grad(), watch.over():
-        call_network(job)
+        call_network(job, {})
     given = [leaf for leaf in tree_leaves(conditions_of(job)) if isinstance(leaf, torch.Tensor)]
     return watch.tracer, Boundary([*map(Form.of, given)]).memory.nbytes

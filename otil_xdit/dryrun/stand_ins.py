@@ -118,6 +118,8 @@ class RecordingCommunicator:
 class OwnPass:
     """Stands for `CfgController` where a rank computes its own pass alone."""
 
+    calls_blocks = False
+
     def begin_call(self, network: Any) -> bool:
         """Say that no call is computed in two stages."""
         return False
@@ -186,4 +188,5 @@ def patch_group(degrees: ParallelDegrees, place: int) -> PatchGroup:
 def unet_groups(degrees: ParallelDegrees, place: int) -> UnetGroups:
     """Return the ranks that share a U-Net, without process groups; arguments as for `patch_group`."""
     places = tuple((cfg_rank, row) for cfg_rank in range(degrees.cfg) for row in range(degrees.rows))
-    return UnetGroups(PatchGroup(NO_PROCESS_GROUP, place, degrees.rows), degrees.ulysses, degrees.cfg, 0, places)
+    rows = PatchGroup(NO_PROCESS_GROUP, place, degrees.rows)
+    return UnetGroups(rows, degrees.ulysses, degrees.cfg, 0, places, degrees.row_shares)

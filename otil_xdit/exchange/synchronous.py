@@ -71,5 +71,13 @@ class SynchronousExchange:
         out = part.new_empty(self.ranks, *part.shape)
         return self._collectives.all_gather(part, out, self._label(what)).wait()
 
+    def send(self, what: str, payload: torch.Tensor, peer: int) -> None:
+        """Send a tensor to the rank `peer`, which receives one of this shape; errors name `what`."""
+        self._collectives.send(payload.contiguous(), peer, self._label(what)).wait()
+
+    def receive(self, what: str, output: torch.Tensor, peer: int) -> torch.Tensor:
+        """Return `output`, filled with what the rank `peer` sends; errors name `what`."""
+        return self._collectives.receive(output, peer, self._label(what)).wait()
+
     def _label(self, what: str) -> CollectiveLabel:
         return CollectiveLabel(self._kind, what, None)

@@ -16,8 +16,14 @@ import torch
 TextPosition = Literal["front", "rear", "none"]
 
 
-def split_rows(rows: int, parts: int) -> tuple[int, ...]:
-    """Cut `rows` into `parts` patches whose heights differ by at most one, the taller ones first.
+def split_rows(rows: int, parts: int, shares: Sequence[int] = ()) -> tuple[int, ...]:
+    """Cut `rows` into `parts` patches: of heights that differ by at most one, the taller ones first, or by shares.
+
+    Args:
+        rows: their number.
+        parts: number of patches.
+        shares: of each patch, in any unit; empty for equal ones. A patch gets its share of the rows, rounded, and one
+            row at least.
 
     Returns:
         The heights.
@@ -27,8 +33,17 @@ def split_rows(rows: int, parts: int) -> tuple[int, ...]:
     """
     if parts < 1 or rows < parts:
         raise ValueError(f"{rows} rows cannot be cut into {parts} patches; give at least one row a patch")
-    height, taller = divmod(rows, parts)
-    return tuple(height + (index < taller) for index in range(parts))
+    if not shares:
+        height, taller = divmod(rows, parts)
+        return tuple(height + (index < taller) for index in range(parts))
+    assert len(shares) == parts, f"{len(shares)} shares for {parts} patches"
+    wanted = [rows * share / sum(shares) for share in shares]
+    heights = [max(1, math.floor(height)) for height in wanted]
+    while sum(heights) != rows:
+        step = 1 if sum(heights) < rows else -1
+        movable = [index for index in range(parts) if heights[index] + step >= 1]
+        heights[max(movable, key=lambda index: step * (wanted[index] - heights[index]))] += step
+    return tuple(heights)
 
 
 @dataclass(frozen=True)
@@ -49,8 +64,10 @@ class LevelGrid:
     rows: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def build(cls, height: int, width: int, levels: int, ranks: int) -> LevelGrid:
+    def build(cls, height: int, width: int, levels: int, ranks: int, shares: Sequence[int] = ()) -> LevelGrid:
         """Cut a `height` x `width` map that shrinks by two, rounded up, at each of `levels` levels but the first.
+
+        `shares` are as those of `split_rows`, which cuts the smallest map.
 
         Raises:
             ValueError: when the smallest map has fewer rows than there are ranks.
@@ -66,7 +83,7 @@ class LevelGrid:
                 f"cannot share; give at least {least} rows of the latent, or fewer ranks"
             )
         starts = [0]
-        for rows in split_rows(heights[-1], ranks)[:-1]:
+        for rows in split_rows(heights[-1], ranks, shares)[:-1]:
             starts.append(starts[-1] + rows)
         cuts = []
         for level, rows in enumerate(heights):
@@ -90,6 +107,12 @@ class LevelGrid:
             known = ", ".join(f"{rows} x {cols}" for rows, cols in sizes)
             raise ValueError(f"a map of {height} x {width} belongs to no level of the U-Net; its maps are {known}")
         return sizes.index((height, width))
+
+    def is_part(self, height: int, width: int, rank: int) -> bool:
+        """Return whether a map of this size can be a rank's part of some level's map, and not a whole one."""
+        sizes = zip(self.heights, self.widths, strict=True)
+        parts = zip((rows[rank] for rows in self.rows), self.widths, strict=True)
+        return (height, width) not in sizes and (height, width) in parts
 
     def is_even(self, level: int) -> bool:
         """Return whether all ranks have equally many rows at a level."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from otil_xdit.method.coordinates import AttentionWeights
 
@@ -67,8 +68,10 @@ def _weights_of(attention: Any, reader: Any) -> AttentionWeights | None:
 
 
 def _matrix(layer: Any) -> torch.Tensor | None:
-    """Return a linear layer's weight where it is a whole matrix of numbers on a device."""
+    """Return a linear layer's weight where it is a whole matrix of numbers on a device, and not quantised."""
     weight = getattr(layer, "weight", None)
+    if is_traceable_wrapper_subclass(weight):
+        return None
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         return None
     return None if weight.is_meta or hasattr(weight, "_local_tensor") else weight

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from otil_xdit.networks.offload import WHOLE_NETWORK, hook_names, is_of_class
 from otil_xdit.networks.origins import (
     KNOWN_PACKAGES,
     ModuleKind,
@@ -23,6 +24,7 @@ from otil_xdit.networks.origins import (
     package_of,
     package_of_class,
 )
+from otil_xdit.networks.quantised import quantises_input
 
 _CARRIES_WEIGHTS = (
     "group_offloading",
@@ -80,6 +82,9 @@ class ModuleInspector:
                 reason = kind.reason
                 if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                     hooked.append(module)
+            weight = own["_parameters"].get("weight")
+            if reason is None and type(weight) is not nn.Parameter and quantises_input(weight):
+                reason = "quantises its input too, by which rounding becomes whole levels; quantise the weights alone"
             if reason is None and kind.is_dropout and module.training and cast(_DropoutNd, module).p > 0:
                 reason = f"draws its dropout (p = {cast(_DropoutNd, module).p:g}) on each rank by itself; call eval()"
             if reason is not None:
@@ -107,7 +112,7 @@ class ModuleInspector:
 
         A wrapped layer would not call it: a convolution's ``_conv_forward``, which people replace to make tiles, say.
         """
-        for name in methods & vars(module).keys() - {"forward"}:
+        for name in methods & vars(module).keys() - {"forward", "extra_repr"}:
             home = getattr(vars(module)[name], "__module__", None)
             if package_of(home) not in KNOWN_PACKAGES:
                 return (
@@ -121,16 +126,18 @@ class ModuleInspector:
         if forward is None:
             return None
         hooks = [*getattr(vars(module).get("_diffusers_hook"), "hooks", ())]
-        device_hook = vars(module).get("_hf_hook")
-        device_hooks = getattr(device_hook, "hooks", [device_hook] if device_hook is not None else [])
-        carried = [type(hook).__name__ for hook in device_hooks]
+        carried = hook_names(module)
+        if self._patched and module is self.network and not hooks and {*carried} <= {*WHOLE_NETWORK}:
+            # The patched class is put under the hook, if what the hook calls is the network's own.
+            if is_of_class(module, vars(module)["_old_forward"] if carried else forward):
+                return None
         harmless = {*hooks} <= {*_CARRIES_WEIGHTS} and {*carried} <= {*_CARRIES_DEVICES}
         if harmless and not self._patched and (hooks or carried or _is_own(module, forward)):
             return None
         by = ", ".join((*hooks, *carried)) or getattr(forward, "__module__", None) or type(forward).__name__
         return (
-            f"has a forward that has been replaced (by {by}), as step caches, hooks and CPU offload do; undo that, and "
-            "keep the network on the device"
+            f"has a forward that has been replaced (by {by}), as step caches, hooks and offload by layers do; undo "
+            "that, and keep the network on the device (enable_model_cpu_offload() is fine)"
         )
 
     def _foreign_hooks(self, hooked: Iterable[nn.Module]) -> dict[str, list[str]]:

@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from otil_xdit.networks.quantised import WEIGHT_ONLY
+
 KNOWN_PACKAGES = ("torch", "diffusers", "transformers", "peft", "xfuser", "yunchang", "distvae", "otil_xdit")
 """Packages whose layers compute what their class says; the package of the network's own class is another."""
 
@@ -69,6 +71,8 @@ def _method_reason(kind: type, package: str) -> str | None:
 @lru_cache(maxsize=4096)
 def _kind_reason(kind: type, forward: Callable[..., Any], package: str) -> str | None:
     """Return why a layer of this class, with this `forward`, is not known; None where it is."""
+    if f"{kind.__module__}.{kind.__name__}" in WEIGHT_ONLY:
+        return None
     for home in (kind.__module__, getattr(forward, "__module__", None) or ""):
         for part, reason in _UNKNOWN_PARTS.items():
             if home == part or home.startswith(f"{part}."):

@@ -21,7 +21,9 @@ from torch import nn
 from otil_xdit.comm.failure_detector import FailureDetector
 from otil_xdit.comm.rendezvous import REFUSAL
 from otil_xdit.exchange.protocol import Communicator
+from otil_xdit.networks.quantised import stored_parts
 from otil_xdit.runtime.callbacks import IS_GIVEN, LEGACY, STEP_END
+from otil_xdit.runtime.vae_sharing import IS_DECODED
 from otil_xdit.runtime.versions import package_versions
 
 Facts = dict[str, str]
@@ -141,6 +143,8 @@ def facts_of_call(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[s
         facts[RANDOM_STATE] = f"{_sum(torch.get_rng_state()):08x}"
     if named.get(STEP_END) is not None or named.get(LEGACY) is not None:
         facts[IS_GIVEN] = "given"
+    if named.get("output_type", "latent") != "latent":
+        facts[IS_DECODED] = "yes"
     return {name: text for name, text in facts.items() if not name.startswith(_OWN_MATTER)}
 
 
@@ -213,7 +217,8 @@ class _Weights:
         self._sum = ""
 
     def sum(self) -> str:
-        tensors = [tensor for holder, name in self._places if (tensor := getattr(holder, name, None)) is not None]
+        found = [tensor for holder, name in self._places if (tensor := getattr(holder, name, None)) is not None]
+        tensors = [part for tensor in found for part in stored_parts(tensor)]
         state = tuple((tensor.data_ptr(), _written(tensor), tensor.dtype) for tensor in tensors)
         if not self._sum or state != self._state:
             total = 0

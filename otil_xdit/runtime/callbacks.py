@@ -50,6 +50,10 @@ class CallRules(Protocol):
     def shows_latent(self) -> bool:
         """Return whether it can give a callback the latent."""
 
+    @property
+    def decodes_last(self) -> bool:
+        """Return whether the last rank alone decodes the latent."""
+
     def check(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
         """Raise `ValueError` for arguments, by name, that the wrapper does not treat as diffusers does."""
 

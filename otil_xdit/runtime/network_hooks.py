@@ -25,7 +25,10 @@ from otil_xdit.networks.dit.key_plan import KeyPlan
 from otil_xdit.networks.dit.keys import DitKeys
 from otil_xdit.networks.dit.layer_names import LayerNames
 from otil_xdit.networks.dit.token_counts import Rows
-from otil_xdit.networks.unet.model import Attend, PatchedUNet, SessionProtocol, is_unet
+from otil_xdit.networks.offload import execution_device
+from otil_xdit.networks.unet.control_calls import ControlCalls
+from otil_xdit.networks.unet.controlnet import PatchedControlNet, controlnets_in, is_controlnet, why_whole
+from otil_xdit.networks.unet.model import Attend, PatchedNetwork, PatchedUNet, SessionProtocol, is_unet
 
 LOGGER = logging.getLogger(__name__)
 
@@ -60,11 +63,32 @@ def _check_not_compiled(networks: Iterable[tuple[str, nn.Module]]) -> None:
             )
 
 
+def is_patched(network: Any) -> bool:
+    """Tell whether a network's layers are wrapped: U-Nets and ControlNets."""
+    return is_unet(network) or is_controlnet(network)
+
+
+def controlnets_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the ControlNets that the ranks share with the pipeline's U-Net, by attribute; none where one is whole.
+
+    Residuals of several are added up, so all are shared or none.
+    """
+    found = {name: getattr(net, "_orig_mod", net) for name, net in _held_controlnets(pipe).items()}
+    return {} if any(map(why_whole, found.values())) else found
+
+
+def _held_controlnets(pipe: Any) -> dict[str, nn.Module]:
+    """Return what a pipeline round a U-Net has for ControlNets, by attribute: they may be in ``torch.compile``."""
+    holder = getattr(pipe, "controlnet", None)
+    if not isinstance(holder, nn.Module) or not is_unet(networks_of(pipe).get("unet")):
+        return {}
+    return controlnets_in("controlnet", holder)
+
+
 def device_of(networks: Mapping[str, nn.Module]) -> torch.device:
-    """Return where a pipeline's networks are."""
-    return next(
-        (weight.device for network in networks.values() for weight in network.parameters()), torch.device("cpu")
-    )
+    """Return where a pipeline's networks compute."""
+    devices = map(execution_device, networks.values())
+    return next((device for device in devices if device is not None), torch.device("cpu"))
 
 
 class HookedSession(SessionProtocol, Protocol):
@@ -80,7 +104,7 @@ class HookedSession(SessionProtocol, Protocol):
 class NetworkHooks:
     """The hooks of one session.
 
-    A DiT gets forward hooks, and a name for each of its attention calls; a U-Net gets patched layers.
+    A DiT gets forward hooks, and a name for each of its attention calls; U-Nets and ControlNets get patched layers.
 
     Args:
         session: whose networks they are.
@@ -104,7 +128,8 @@ class NetworkHooks:
         self._handles: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
         self._compiled: dict[int, CompiledCalls] = {}
         self._is_bracketed = False
-        self._patched: dict[int, PatchedUNet] = {}
+        self._patched: dict[int, PatchedNetwork] = {}
+        self._controls = ControlCalls()
 
     def inspect_wrapped(self, pipe: Any) -> None:
         """Record xDiT's networks as they are: they have the processors that xDiT gave them, and no changes yet."""
@@ -116,21 +141,23 @@ class NetworkHooks:
         """Check the networks, and hook those that are not hooked yet: a pipeline may have been given a new one.
 
         Args:
-            networks: of the pipeline that is called, by attribute.
+            networks: of the pipeline that is called, by attribute, with its ControlNets.
             pipes: all pipelines of the session; networks that are in none of them are let go.
 
         Raises:
             ValueError: for a network that patches cannot serve.
         """
         pipes = [*pipes]
-        self.keep_only({id(network) for pipe in pipes for network in networks_of(pipe).values()})
+        self.keep_only({id(net) for pipe in pipes for net in {**networks_of(pipe), **controlnets_of(pipe)}.values()})
         holders = {id(holder): (name, holder) for pipe in pipes for name, holder in _held_by(pipe).items()}
         if self._session.cfg_controller.calls_blocks:
             _check_not_compiled(holders.values())
+        holders |= {id(holder): (name, holder) for pipe in pipes for name, holder in _held_controlnets(pipe).items()}
+        self._controls.clear()
         for name, network in networks.items():
             self._inspector_of(name, network).check()
-            if is_unet(network):
-                self._patched_unet(network).prepare(holder for _, holder in holders.values())
+            if is_patched(network):
+                self._patched_network(name, network).prepare(holder for _, holder in holders.values())
             elif id(network) not in self._handles:
                 check_architecture(name, network, self._allow_untested)
                 self._session.communicator.observe(None, token_layout(network))
@@ -181,8 +208,8 @@ class NetworkHooks:
 
     @property
     def unet_device(self) -> torch.device | None:
-        """Return the device of the patched U-Nets; None where there is none."""
-        return next((patched.network.device for patched in self._patched.values()), None)
+        """Return the device on which the patched U-Nets compute; None where there is none."""
+        return next((execution_device(patched.network) for patched in self._patched.values()), None)
 
     def keep_only(self, kept: set[int]) -> None:
         """Give all networks but those whose `id` is in `kept` back as they were."""
@@ -211,16 +238,17 @@ class NetworkHooks:
 
     def _inspector_of(self, name: str, network: nn.Module) -> ModuleInspector:
         if id(network) not in self._inspectors:
-            self._inspectors[id(network)] = ModuleInspector(name, network, patched=is_unet(network))
+            self._inspectors[id(network)] = ModuleInspector(name, network, patched=is_patched(network))
         return self._inspectors[id(network)]
 
-    def _patched_unet(self, unet: nn.Module) -> PatchedUNet:
-        found = self._patched.get(id(unet))
-        if found is None:
+    def _patched_network(self, name: str, network: nn.Module) -> PatchedNetwork:
+        if id(network) not in self._patched:
             if self._unets is None:
                 raise ValueError("this session was not made for a pipeline with a U-Net")
-            found = self._patched[id(unet)] = PatchedUNet(self._session, unet, *self._unets)
-        return found
+            arguments = self._session, network, *self._unets, self._controls
+            made = PatchedUNet(*arguments) if is_unet(network) else PatchedControlNet(*arguments, name)
+            self._patched[id(network)] = made
+        return self._patched[id(network)]
 
     def _call_compiled(
         self, network: nn.Module, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -46,7 +46,7 @@ from otil_xdit.runtime.agreement import (
 from otil_xdit.runtime.callbacks import CallRules, StepCallbacks, WholeLatent, callbacks_of, whole_latent
 from otil_xdit.runtime.dit_attention import DitAttention
 from otil_xdit.runtime.failures import tell_failures
-from otil_xdit.runtime.network_hooks import NetworkHooks, device_of, networks_of
+from otil_xdit.runtime.network_hooks import NetworkHooks, controlnets_of, device_of, networks_of
 from otil_xdit.runtime.steps import arguments_of, check_scheduler_step, planned_steps, track_steps
 from otil_xdit.runtime.summary import Summary, summarize
 from otil_xdit.runtime.turns import TURN_TIMEOUTS, TURNS
@@ -71,7 +71,7 @@ class PatchSession:
         facts: what else must be equal on all ranks, besides what a pipeline and its calls tell.
         strategy: its name.
         allow_untested: take networks on that nobody has compared with one process.
-        vae: shares the rows of a U-Net pipeline's VAE among the ranks; None for a VAE that every rank computes whole.
+        vae: shares the rows of a pipeline's VAE among the ranks; None for a VAE that is computed whole.
 
     Attributes:
         cfg_controller: of the passes with and without the prompt.
@@ -237,11 +237,15 @@ class PatchSession:
                     networks, collect = networks_of(pipe), self.communicator.collect
                     whole = whole_latent(vars(pipe).get("_otil_rules"), self._cfg_groups, collect, self.rows)
                     by_rank = self._agree(networks, call or {}, check)
+                    if self._vae is not None:
+                        self._vae.agree(by_rank)
                     with self._exchange(networks, whole):
                         callbacks = callbacks_of(by_rank, collect, whole, self._vae)
                         yield callbacks
                         if callbacks is not None:
                             callbacks.check_alike(device_of(networks))
+                        if self._vae is not None:
+                            self._vae.finish()
                         self.communicator.clock.finish()
             finally:
                 _of_graphs.remove(self)
@@ -261,7 +265,8 @@ class PatchSession:
         self, networks: Mapping[str, nn.Module], call: Facts, check: Callable[[], object]
     ) -> Mapping[int, Facts]:
         """Get the networks ready, and return all ranks' facts; `ValueError` on every rank where these differ."""
-        refusal = None
+        refusal, controls = None, controlnets_of(self._pipe)
+        networks = {**networks, **controls}
         try:
             check()
             check_scheduler_step(getattr(self._pipe, "scheduler", None))
@@ -275,8 +280,11 @@ class PatchSession:
         facts["forward hooks of layers"] = described(self._hooks.foreign) or ""
         if any(map(is_unet, networks.values())):
             facts.pop(RANDOM_STATE, None)  # they are made to draw alike
-            if self._vae is not None:
-                facts |= self._vae.begin(getattr(self._pipe, "vae", None), lambda: self.is_active)
+            facts["the ControlNets on patches"] = ", ".join(controls)
+        if self._vae is not None:
+            rules: CallRules | None = vars(self._pipe).get("_otil_rules")
+            by_last = rules is not None and rules.decodes_last
+            facts |= self._vae.begin(getattr(self._pipe, "vae", None), lambda: self.is_active, by_last)
         return check_agreement(self.group.detector, facts, refusal)
 
     @contextmanager

@@ -12,12 +12,11 @@ from torch import nn
 from otil_xdit.comm.groups import PatchGroup, UnetGroups
 from otil_xdit.exchange.report import Report
 from otil_xdit.networks.unet.layers import spatial_layers
-from otil_xdit.networks.unet.model import is_unet
-from otil_xdit.runtime.network_hooks import NETWORKS, networks_of
+from otil_xdit.runtime.network_hooks import NETWORKS, controlnets_of, is_patched, networks_of
 from otil_xdit.runtime.vae_sharing import VaeSharing
 
 LayerKind = Literal["attention", "self-attention", "convolution", "group norm"]
-"""Layers that need something of other ranks: ``attention`` is a DiT's, the others are a U-Net's."""
+"""Layers that need something of other ranks: ``attention`` is a DiT's, the others are a U-Net's or a ControlNet's."""
 
 _SHARED_PACKAGES = ("distvae", "xfuser")
 """Packages whose layers a VAE has that several ranks share."""
@@ -31,7 +30,7 @@ class Summary:
         pipeline: class name.
         strategy: name.
         patch_degree, ulysses_degree, cfg_degree: ranks per dimension.
-        layers: number of layers that exchange something, by attribute of the denoising network and by kind.
+        layers: number of layers that exchange something, by attribute of the network and by kind.
         steps: of the last generation; 0 before the first one, which makes the buffers.
         buffer_bytes: this rank's buffers.
         whole: attributes of the pipeline's other networks that every rank computes whole.
@@ -63,26 +62,28 @@ def summarize(
         group: the ranks that hold the patches.
         cfg_groups: the CFG groups; None for no CFG parallelism.
         report: of the session.
-        vae: what shares a U-Net pipeline's VAE; None for nothing.
+        vae: what shares a pipeline's VAE; None for nothing.
     """
-    has_unet = any(map(is_unet, networks_of(pipe).values()))
-    is_shared = vae is not None and has_unet and vae.shares(pipe.vae)
+    controls = controlnets_of(pipe)
+    shared = {"controlnet"} if controls else set()
+    if vae is not None and vae.shares(getattr(pipe, "vae", None)):
+        shared.add("vae")
     return Summary(
         pipeline=type(pipe).__name__,
         strategy=strategy,
         patch_degree=group.world_size,
         ulysses_degree=group.ulysses_degree,
         cfg_degree=1 if cfg_groups is None else cfg_groups.cfg_degree,
-        layers={name: count_layers(network) for name, network in networks_of(pipe).items()},
+        layers={name: count_layers(net) for name, net in {**networks_of(pipe), **controls}.items()},
         steps=report.steps,
         buffer_bytes=report.buffer_bytes,
-        whole=tuple(name for name in whole_parts(pipe) if name != "vae" or not is_shared),
+        whole=tuple(name for name in whole_parts(pipe) if name not in shared),
     )
 
 
 def count_layers(network: nn.Module) -> Counter[LayerKind]:
     """Return how many layers of a denoising network need something of other ranks, by kind."""
-    if not is_unet(network):
+    if not is_patched(network):
         return Counter({"attention": sum(hasattr(module, "processor") for module in network.modules())})
     return Counter(kind for layer in spatial_layers(network).values() if (kind := _kind_of(layer)) is not None)
 

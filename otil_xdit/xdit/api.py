@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
-from otil_xdit.xdit.flags.options import VAE_CHOICES
+from otil_xdit.xdit.flags.options import VAE_CHOICES, check_shares, parse_shares
 from otil_xdit.xdit.plugin import transformers
 from otil_xdit.xdit.plugin.args import carry
 from otil_xdit.xdit.plugin.register import register
@@ -39,6 +40,7 @@ def parallelize(
     use_cfg_parallel: bool = False,
     allow_untested: bool = False,
     vae: str = ParallelChoice.vae,
+    patch_shares: Sequence[int] = (),
 ) -> Any:
     """Run every image of `pipe` on all ranks of this torchrun.
 
@@ -53,7 +55,9 @@ def parallelize(
         use_cfg_parallel: compute the passes with and without the prompt on different halves of the ranks; ``hybridiff``
             does so in any case.
         allow_untested: take a transformer on that nobody has compared with one process; rank 0 warns.
-        vae: "patches", where the ranks of a U-Net's pipeline share the rows of its VAE, or "whole".
+        vae: "patches", where the ranks share the rows of an `AutoencoderKL`, or "whole".
+        patch_shares: rows of each patch of a U-Net, as shares in any unit: (3, 2) for two patches, the first on a
+            faster card; empty for equal ones.
 
     Returns:
         A pipeline that is called like `pipe`, on every rank with the same arguments. It is `pipe` itself, and every
@@ -69,7 +73,8 @@ def parallelize(
     config = check_config(strategy, config)
     check_choice("vae", vae, VAE_CHOICES)
     check_integer("ulysses_degree", ulysses_degree, 1)
-    choice = ParallelChoice(strategy, config, 1, ulysses_degree, None, allow_untested, vae)
+    shares = parse_shares(",".join(map(str, patch_shares))) if patch_shares else ()
+    choice = ParallelChoice(strategy, config, 1, ulysses_degree, None, allow_untested, vae, shares)
     return parallelize_as(pipe, choice, use_cfg_parallel)
 
 
@@ -96,6 +101,7 @@ def parallelize_as(pipe: Any, choice: ParallelChoice, use_cfg_parallel: bool) ->
     init_distributed_environment()  # makes what is not there yet: the process group, xDiT's group of the world
     degrees = {"ulysses_degree": ulysses_degree, "use_cfg_parallel": use_cfg_parallel}
     choice = replace(choice, patch_degree=resolve_patch_degree(degrees, dist.get_world_size()))
+    check_shares(choice.patch_shares, choice.patch_degree, unet is not None)
     if dist.get_world_size() == 1:
         return pipe
     args = carry(xFuserArgs(model=type(pipe).__name__, ring_degree=choice.patch_degree, **degrees), choice)

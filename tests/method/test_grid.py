@@ -19,6 +19,13 @@ from otil_xdit.method.grid import (
 sizes = st.integers(1, 40)
 
 
+def test_rows_by_shares() -> None:
+    assert split_rows(32, 2, (3, 2)) == (19, 13) and split_rows(32, 2, (2, 3)) == (13, 19)
+    assert split_rows(4, 3, (100, 1, 1)) == (2, 1, 1), "each has a row"
+    assert split_rows(9, 3, (1, 1, 1)) == split_rows(9, 3) and sum(split_rows(7, 4, (3, 3, 2, 9))) == 7
+    assert LevelGrid.build(24, 24, 3, 2, (2, 1)).rows == ((16, 8), (8, 4), (4, 2))
+
+
 @given(rows=st.integers(1, 300), parts=st.integers(1, 16))
 def test_patches_cover_every_row_once(rows: int, parts: int) -> None:
     if rows < parts:

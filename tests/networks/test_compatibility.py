@@ -26,6 +26,7 @@ UNET = {
     "forward of a class": "hypertile",
     "a hook of diffusers": "fbc_leader_block_hook",
     "CPU offload": "AlignDevicesHook",
+    "model offload": None,
     "dropout": "p = 0.1",
     "quantised": "torch.ao",
     "step of the scheduler": "DDIMScheduler whose step has been replaced",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from functools import cache, partial
 
 import pytest
@@ -15,6 +19,7 @@ from otil_xdit.dryrun.vae_memory import peak_of_decoding
 from otil_xdit.exchange.synchronous import SynchronousExchange
 from otil_xdit.networks.unet import group_norm
 from otil_xdit.networks.vae.coder import PatchedCoder, why_whole
+from tests.support.fake_cuda.guard import why_no_guard
 from tests.support.ranks import run_ranks
 
 BOUND = 1e-5
@@ -109,3 +114,19 @@ def test_memory_of_a_decode_falls_with_the_ranks() -> None:
     alone, *shared = (peak_of_decoding(1024, ranks, torch.float16) for ranks in (1, 2, 4, 8))
     for ranks, peak in zip((2, 4, 8), shared, strict=True):
         assert alone / ranks < peak < 1.4 * alone / ranks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_no_guard()), reason=why_no_guard())
+def test_on_a_card_nothing_waits_for_the_device() -> None:
+    """Traced on fake CUDA tensors; the host sends tables of the sizes, once."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tests/workers/fake_cuda_vae.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, *shared = json.loads(done.stdout.splitlines()[-1]).values()
+    for part in ("decoder", "encoder"):
+        assert len({tuple(rank[part]["messages"].items()) for rank in shared}) == 1
+        for rank in shared:
+            assert all(what.startswith("copy from cpu at networks/unet/sharding.py") for what in rank[part]["host"])
+            assert rank[part]["launches"] < 2 * alone[part]["launches"] and rank[part]["shape"] == alone[part]["shape"]

@@ -26,21 +26,45 @@ TELLING = (
     "fused projections",
     "perturbed attention guidance",
     "too few rows",
+    "two ControlNets, uneven",
+    "ControlNet, pooled",
 )
 """One of each kind of thing that could go wrong, for the quick run."""
 OPTIONS = {"patch 2": (), "cfg 2": ("--cfg",), "ulysses 2": ("--ulysses", "2")}
 
 
 @cache
-def results(scenes: tuple[str, ...], *options: str) -> dict[str, dict[str, Any]]:
+def results(scenes: tuple[str, ...], *options: str, ranks: int = 2) -> dict[str, dict[str, Any]]:
     """The lines of one torchrun, by scene."""
-    lines = lines_of(2, "unet_scenes.py", *options, "--scenes", *scenes, timeout=1800, may_fail=True)
+    lines = lines_of(ranks, "unet_scenes.py", *options, "--scenes", *scenes, timeout=1800, may_fail=True)
     return {line["scene"]: line for line in lines}
 
 
 @pytest.mark.parametrize("scene", TELLING)
 def test_two_ranks_do_what_one_process_does(scene: str) -> None:
     line = results(TELLING)[scene]
+    assert line["passed"], line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, options", [(3, ()), (4, ("--cfg",)), (4, ("--ulysses", "2"))])
+@pytest.mark.parametrize("scene", [scene for scene in SCENES if "ControlNet" in scene])
+def test_controlnets_on_more_ranks(scene: str, ranks: int, options: tuple[str, ...]) -> None:
+    line = results(tuple(name for name in SCENES if "ControlNet" in name), *options, ranks=ranks)[scene]
+    assert line["passed"], line
+
+
+UNEVEN = ("SDXL, image", "two ControlNets, uneven", "img2img, image", "SDXL refiner")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ranks, options",
+    [(2, ("2,1",)), (2, ("1,2",)), (3, ("1,3,2",)), (4, ("3,1", "--cfg")), (4, ("2,1", "--ulysses", "2"))],
+)
+@pytest.mark.parametrize("scene", UNEVEN)
+def test_patches_of_unequal_shares(scene: str, ranks: int, options: tuple[str, ...]) -> None:
+    line = results(UNEVEN, "--shares", *options, ranks=ranks)[scene]
     assert line["passed"], line
 
 

@@ -70,6 +70,23 @@ def test_a_summary_says_what_was_done(found: dict[str, list[Any]]) -> None:
         assert undone == ["no patches and no CFG parallelism: StableDiffusionPipeline runs whole, nothing is exchanged"]
 
 
+def test_a_controlnet_is_shared_as_the_unet_is(found: dict[str, list[Any]]) -> None:
+    for rank in found["controlled"]:
+        assert rank["error"] <= 1e-4 and rank["restored"]
+        assert rank["said"] == [
+            "controlnet: 24 convolutions (halo rows), 27 group norms (moments), 7 self-attentions (keys and values)"
+        ]
+        alone, controlled = rank["kv"]
+        assert 1.3 * alone < controlled < 1.5 * alone, "7 self-attentions beside 16"
+
+
+def test_patches_may_have_unequal_shares(found: dict[str, list[Any]]) -> None:
+    first, second = found["unequal"]
+    for rank in (first, second):
+        assert rank["error"] <= 1e-4 and "1,2,3 has 3 shares for 2 patches" in rank["told"]
+    assert (first["rows"], second["rows"]) == ([8], [16])
+
+
 def test_a_norm_and_its_convolution_wait_once(found: dict[str, list[Any]]) -> None:
     pairs = 2 * 22 + 1  # of residual blocks, and the output's
     for rank in found["paired"]:

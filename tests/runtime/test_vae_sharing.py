@@ -34,5 +34,19 @@ def test_a_preview_on_one_rank_does_not_wait_for_the_others() -> None:
     assert max(line["with_previews"] for line in found()) <= 1e-4
 
 
+def test_a_rank_that_wants_latents_keeps_nobody_waiting() -> None:
+    first, second = found()
+    assert first["one_decodes"] == [3, None] and second["one_decodes"] == [4, None]
+
+
+def test_a_dit_s_last_rank_decodes_with_all_others() -> None:
+    first, last = (line["dit"] for line in found())
+    for vae in ("patches", "whole"):
+        assert first[vae]["error"] is None and last[vae]["error"] <= 1e-4
+    for line in (first, last):
+        assert line["patches"]["sent"]["steady"] > 10_000 and line["whole"]["sent"] is None
+        assert "vae" not in line["patches"]["whole"] and "vae" in line["whole"]["whole"] and line["left"] == 0
+
+
 def test_tiles_are_each_rank_s_own_and_nothing_is_left_behind() -> None:
     assert all(line["tiled"] is None and line["left"] == 0 for line in found())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from otil_xdit.dryrun.job import Job, ParallelDegrees
-from otil_xdit.dryrun.networks import find_network
+from otil_xdit.dryrun.networks import find_network, with_controlnets
 from otil_xdit.dryrun.traffic import Traffic
 from otil_xdit.tools.common.variants import parse_variant
 from tests.support.torchrun import lines_of
@@ -24,7 +24,7 @@ BEFORE = "otil:coordinates=none,codec=2bit"
 
 
 def case(
-    model: str, strategy: str, size: tuple[int, int] = (128, 128), cfg: int = 1, ulysses: int = 1
+    model: str, strategy: str, size: tuple[int, int] = (128, 128), cfg: int = 1, ulysses: int = 1, controlnets: int = 0
 ) -> dict[str, Any]:
     height, width = size
     return {
@@ -35,6 +35,7 @@ def case(
         "cfg": cfg,
         "ulysses": ulysses,
         "steps": STEPS,
+        "controlnets": controlnets,
     }
 
 
@@ -46,6 +47,7 @@ ON_RANKS: dict[str, tuple[int, list[dict[str, Any]]]] = {
             *(case(model, "otil") for model in ("tiny-sdxl", "tiny-dit")),
             case("tiny-sd", "otil"),
             case("tiny-dit", BEFORE),
+            case("tiny-sd", "otil", controlnets=2),
             # 10 steps are too few for the window to begin before the last step at which it may.
             case("tiny-dit", "otil:window=auto"),
         ],
@@ -72,7 +74,8 @@ MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
             case(model, strategy, cfg=2)
             for strategy in ("otil", MIXED, BEFORE, "hybridiff:window=4:6", "hybridiff")
             for model in ("tiny-sd", "tiny-dit")
-        ],
+        ]
+        + [case("tiny-sd", strategy, cfg=2, controlnets=1) for strategy in ("otil", "hybridiff:window=4:6")],
     ),
     "halves of unequal patches": (6, [case("tiny-sd", "hybridiff:window=4:6", (128, 96), cfg=2)]),
     "ulysses in halves": (
@@ -113,7 +116,7 @@ def counted(report: dict[str, Any]) -> dict[str, Any]:
 
 def planned(case: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
     """The same of every rank, in xDiT's order: the passes of guidance outermost, Ulysses' ranks next to each other."""
-    network = find_network(case["model"])
+    network = with_controlnets(find_network(case["model"]), case["controlnets"])
     job = Job(network, case["height"], case["width"], network.batch, torch.float32, network.text)
     rows = ranks // case["cfg"]
     degrees = ParallelDegrees(case["cfg"], case["ulysses"], rows // case["ulysses"])

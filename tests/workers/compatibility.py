@@ -313,6 +313,7 @@ UNET = {
     "forward of a class": Deed(for_all_blocks),
     "a hook of diffusers": Deed(hooked_by_diffusers("fbc_leader_block_hook")),
     "CPU offload": Deed(offloaded),
+    "model offload": Deed(offloaded_whole),
     "dropout": Deed(dropout),
     "quantised": Deed(quantised),
     "step of the scheduler": attribute(lambda pipe: pipe.scheduler, "step", lambda made: made.step),
@@ -335,7 +336,7 @@ DIT = {
     "a hook that casts weights": Deed(hooked_by_diffusers("layerwise_casting")),
 }
 BEFORE = {
-    "unet": ("set_attn_processor", "forward of a block", "token merging", "CPU offload", "quantised"),
+    "unet": ("model offload", "set_attn_processor", "forward of a block", "token merging", "CPU offload", "quantised"),
     "dit": ("set_attn_processor", "pyramid attention broadcast", "forward of a block", "token merging", "quantised"),
 }
 

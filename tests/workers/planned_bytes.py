@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -37,8 +38,16 @@ def main() -> None:
 def reported(case: dict[str, Any]) -> dict[str, Any]:
     """This rank's report of one image."""
     variant = parse_variant(case["strategy"])
+    pipe, given = load_pipe(find_model(case["model"]).folder, OWN, None), {}
+    if case["controlnets"]:
+        nets = [
+            ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16, 16))
+            for _ in range(case["controlnets"])
+        ]
+        pipe = StableDiffusionControlNetPipeline(**pipe.components, controlnet=nets)
+        given = {"image": [torch.zeros(1, 3, case["height"], case["width"])] * len(nets)}
     pipe = otil_xdit.parallelize(
-        load_pipe(find_model(case["model"]).folder, OWN, None),
+        pipe,
         variant.preset,
         variant.config,
         ulysses_degree=case["ulysses"],
@@ -53,6 +62,7 @@ def reported(case: dict[str, Any]) -> dict[str, Any]:
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
+        **given,
     )
     session = session_of(pipe)
     assert session is not None, "parallelize attaches a session on more than one rank"

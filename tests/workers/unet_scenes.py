@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import otil_xdit  # noqa: E402
 from otil_xdit import OtilConfig  # noqa: E402
+from otil_xdit.xdit.flags.options import parse_shares  # noqa: E402
 from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 from tests.support.in_rank import described, leave_groups  # noqa: E402
 from tests.support.unet_scenes import SCENES, Scene  # noqa: E402
@@ -57,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scenes", nargs="+", default=list(SCENES), choices=list(SCENES), metavar="SCENE")
     parser.add_argument("--cfg", action="store_true", help="halve the batch over two groups of ranks")
     parser.add_argument("--ulysses", type=int, default=1, help="ranks that share attention heads")
+    parser.add_argument("--shares", type=parse_shares, default=(), help="of the patches' rows, such as 2,1")
     return parser.parse_args()
 
 
@@ -98,7 +100,7 @@ def expected(scene: Scene) -> list[torch.Tensor]:
 
 def parallel(scene: Scene, arguments: argparse.Namespace) -> list[torch.Tensor]:
     """What the ranks of this torchrun give together."""
-    degrees = {"ulysses_degree": arguments.ulysses, "use_cfg_parallel": arguments.cfg}
+    degrees = {"ulysses_degree": arguments.ulysses, "use_cfg_parallel": arguments.cfg, "patch_shares": arguments.shares}
     pipe = otil_xdit.parallelize(scene.build(), config=OtilConfig(freshness="sync", timeout=PATIENCE), **degrees)
     try:
         return scene.run(pipe)

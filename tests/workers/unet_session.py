@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from peft import LoraConfig
 from torch import nn
 
@@ -34,7 +35,7 @@ DISPLACED = get_strategy("otil-paper").make_config({"ratio": 0.5, "warmup_steps"
 def main() -> None:
     otil_xdit.register()
     torch.set_num_threads(1)
-    checks = (repeats, idle, noise, interrupted, shared_network, undone, counted, paired)
+    checks = (repeats, idle, noise, interrupted, shared_network, undone, counted, controlled, unequal, paired)
     found = {check.__name__: check() for check in checks}
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
@@ -155,6 +156,55 @@ def counted() -> dict[str, Any]:
     said.append(otil_xdit.summary(pipe))
     buffers, steps = report.buffer_bytes, report.steps
     return {"counted": report.small_bytes_per_step, "expected": expected, "said": said, "made": [buffers, steps]}
+
+
+def controlled() -> dict[str, Any]:
+    """Error of an image with a ControlNet, what is said of it, and the bytes of a step with it and without."""
+    pipe = pipeline()
+    image(otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync")), steps=1)
+    alone = kv_per_step(pipe)
+    otil_xdit.restore(pipe)
+    torch.manual_seed(4)
+    net = ControlNetModel.from_unet(pipe.unet)
+    for parameter in net.parameters():  # those that add to the U-Net begin with zeros
+        torch.nn.init.normal_(parameter, std=0.05)
+    parts = {**pipe.components, "controlnet": net, "requires_safety_checker": False}
+    pipe = StableDiffusionControlNetPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"image": torch.rand(1, 3, 192, 128, generator=torch.Generator().manual_seed(5))}
+    exact, classes = image(pipe, steps=2, **given), [type(module) for module in net.modules()]
+    otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync"))
+    error = ((image(pipe, steps=2, **given) - exact).abs().max() / exact.std()).item()
+    said, controlled = otil_xdit.summary(pipe).splitlines(), kv_per_step(pipe)
+    otil_xdit.restore(pipe)
+    return {
+        "error": error,
+        "said": [line for line in said if "controlnet" in line],
+        "kv": [alone, controlled],
+        "restored": classes == [type(module) for module in net.modules()],
+    }
+
+
+def kv_per_step(pipe: Any) -> float:
+    """Bytes of keys and values that this rank has sent in a step of the last image."""
+    report = otil_xdit.report(pipe)
+    return sum(report.sent_bytes["kv"].values()) / report.steps
+
+
+def unequal() -> dict[str, Any]:
+    """Error of an image of patches of unequal shares, the rows that a rank had, and what else shares could be."""
+    pipe, rows = pipeline(), set()
+    exact = image(pipe, steps=2)
+    otil_xdit.parallelize(pipe, config=OtilConfig(freshness="sync"), patch_shares=(1, 2))
+    pipe.unet.conv_in.register_forward_pre_hook(lambda module, inputs: rows.add(inputs[0].shape[2]))
+    error = ((image(pipe, steps=2) - exact).abs().max() / exact.std()).item()
+    otil_xdit.restore(pipe)
+    told = ""
+    try:
+        otil_xdit.parallelize(pipe, patch_shares=(1, 2, 3))
+    except ValueError as refused:
+        told = str(refused)
+    return {"error": error, "rows": sorted(rows), "told": told}
 
 
 def small_bytes(pipe: Any) -> int:

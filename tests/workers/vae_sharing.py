@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -59,6 +59,11 @@ def main() -> None:
     otil_xdit.parallelize(again, "sync")
     found["error"]["encoded"] = difference(image(again, image=source, strength=0.6), changed_alone)
     otil_xdit.restore(again)
+    otil_xdit.parallelize(pipe, "sync")
+    kind = "pt" if dist.get_rank() == 0 else "latent"
+    found["one_decodes"] = [image(pipe, output_type=kind).shape[1], otil_xdit.report(pipe).sent_bytes.get("vae")]
+    otil_xdit.restore(pipe)
+    found["dit"] = of_a_dit()
     found["left"] = sum("_otil" in name for part in pipe.vae.modules() for name in vars(type(part)))
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
@@ -68,11 +73,30 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def image(pipe: Any, **settings: Any) -> torch.Tensor:
-    """An image, [1, 3, 128, 128], of values in 0..1."""
+def of_a_dit() -> dict[str, Any]:
+    """The same of a pipeline whose wrapper has the last rank alone decode, and what that costs where it does not."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        model_folder("tiny-dit"), text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    alone, found = image(pipe), {}
+    for vae in ("patches", "whole"):
+        parallel = otil_xdit.parallelize(pipe, "sync", vae=vae)
+        made = [image(parallel, output_type=kind) for kind in ("pt", "latent", "pt")]
+        sent = otil_xdit.report(parallel).sent_bytes.get("vae")
+        error = None if made[0] is None else max(difference(one, alone) for one in (made[0], made[2]))
+        found[vae] = {"error": error, "sent": sent, "whole": otil_xdit.summary(parallel).splitlines()[-1]}
+        pipe = otil_xdit.restore(parallel)
+    found["left"] = sum("_otil" in name for part in pipe.vae.modules() for name in vars(type(part)))
+    return found
+
+
+def image(pipe: Any, **settings: Any) -> Any:
+    """An image, [1, 3, 128, 128], of values in 0..1; None on a rank that gets none."""
     draw = torch.Generator().manual_seed(3)
     usual = {"num_inference_steps": 4, "guidance_scale": 4.0, "generator": draw, "output_type": "pt"}
-    return pipe(PROMPT, **usual, **settings).images
+    made = pipe(PROMPT, **{**usual, **settings})
+    return None if made is None else made.images
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

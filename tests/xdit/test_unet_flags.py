@@ -36,7 +36,12 @@ WRONG = [
     ("SD2.1 --ulysses_degree 2", r"--ulysses_degree 2 .* SD2.1 \(5, 10, 20\); give 1 or 5"),
     ("SDXL --parallel sync --patch_degree 1 --ulysses_degree 4", r"SDXL \(10, 20\); give 1 or 2 or 5 or 10"),
     ("SDXL --parallel hybridiff --use_torch_compile", "--parallel hybridiff and --use_torch_compile are not"),
-    ("SDXL --use_cfg_parallel --enable_model_cpu_offload", "several ranks and --enable_model_cpu_offload are not"),
+    (
+        "SDXL --use_cfg_parallel --enable_sequential_cpu_offload",
+        "and --enable_sequential_cpu_offload are not",
+    ),
+    ("SDXL --parallel otil --patch_degree 2 --patch_shares 3,2,1", "3,2,1 has 3 shares for 2 patches"),
+    ("SDXL --parallel otil --patch_degree 2 --patch_shares 3,0", "3,0: give a whole number from 1 up for each patch"),
     ("SDXL --parallel otil --enable_group_cpu_offload", "--parallel otil and --enable_group_cpu_offload are not"),
     ("SDXL --parallel otil --otil_select latent-l2 --ulysses_degree 2", "choose kv-cosine or kv-l2"),
     ("SDXL --parallel otil --otil_halo old", "--otil_halo is 'old'; choose from fresh, displaced"),

@@ -1,4 +1,4 @@
-"""Checks of a U-Net and its calls: each refuses, by name, what patches would compute differently."""
+"""Checks of a U-Net or a ControlNet and its calls: each refuses, by name, what patches would compute differently."""
 
 from __future__ import annotations
 
@@ -53,20 +53,21 @@ def check_supported(network: Any) -> None:
     kinds = {
         "down block": (DOWN_BLOCKS, network.down_blocks),
         "mid block": (MID_BLOCKS, [network.mid_block]),
-        "up block": (UP_BLOCKS, network.up_blocks),
+        "up block": (UP_BLOCKS, getattr(network, "up_blocks", ())),
     }
+    kind = "U-Net" if hasattr(network, "up_blocks") else "ControlNet"
     for what, (known, blocks) in kinds.items():
         for block in blocks:
             if type(block).__name__ not in known:
                 raise ValueError(
-                    f"--parallel does not support a U-Net with the {what} {type(block).__name__}; it knows "
+                    f"--parallel does not support a {kind} with the {what} {type(block).__name__}; it knows "
                     f"{', '.join(name for name in known if name != 'NoneType')}"
                 )
     for setting, accepted in _SETTINGS.items():
         value = network.config.get(setting, accepted[0])
         if value not in accepted:
             raise ValueError(
-                f"--parallel does not support a U-Net with {setting} = {value!r}; it knows "
+                f"--parallel does not support a {kind} with {setting} = {value!r}; it knows "
                 f"{', '.join(repr(choice) for choice in accepted)}"
             )
 

@@ -16,6 +16,8 @@ from otil_xdit.networks.unet.context import CONTEXT, LayerContext
 from otil_xdit.networks.unet.conv import check_conv, patched_conv
 from otil_xdit.networks.unet.group_norm import check_group_norm, patched_group_norm
 
+_CONDITION = "controlnet_cond_embedding."
+
 
 def is_spatial(module: nn.Module) -> bool:
     """Tell whether a patch of the module's input is not enough for the same patch of its output."""
@@ -30,8 +32,9 @@ def is_wrapped(module: nn.Module) -> bool:
 
 
 def spatial_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Return the spatial layers of a network by their names in it."""
-    return {path: module for path, module in network.named_modules() if is_spatial(module)}
+    """Return the spatial layers of a network by their names in it; a ControlNet's condition is whole on every rank."""
+    found = ((path, module) for path, module in network.named_modules() if not path.startswith(_CONDITION))
+    return {path: module for path, module in found if is_spatial(module)}
 
 
 def unwrapped_layers(network: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ class Levels:
     """Resolution of each layer of a U-Net: level 0 is the latent's, each further level has half the rows and columns.
 
     Args:
-        network: a diffusers `UNet2DConditionModel`.
+        network: a diffusers `UNet2DConditionModel`, or a `ControlNetModel`, which has no upper half.
 
     Raises:
         ValueError: for a network whose output is not of the size of its input.
@@ -33,10 +33,11 @@ class Levels:
         for block in network.down_blocks:
             self._down.append(self._down[-1] + bool(block.downsamplers))
         level = self._down[-1]
-        for block in network.up_blocks:
+        up_blocks = getattr(network, "up_blocks", ())
+        for block in up_blocks:
             self._up.append(level)
             level -= bool(block.upsamplers)
-        if level != 0:
+        if up_blocks and level != 0:
             raise ValueError("--parallel does not support a U-Net whose output is not of the size of its input")
 
     @property

@@ -1,7 +1,9 @@
-"""`PatchedUNet`: a whole `UNet2DConditionModel` on patches.
+"""`PatchedUNet`: a whole `UNet2DConditionModel` on patches; `PatchedNetwork`: what it shares with a ControlNet.
 
 The pipeline calls the U-Net with the whole latent on every rank and gets the whole noise prediction on every rank. In
 between each rank runs the network on its rows, and on its half of the batch where CFG parallelism is on.
+
+Over 300 lines: what layers ask a network for, and the U-Net's own pass, are one state.
 
 Shapes: B batch, C channels, H x W the latent, h rows of this rank, S tokens of this rank, d features of a head.
 """
@@ -28,6 +30,7 @@ from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
 from otil_xdit.networks.compatibility import check_adapter, check_no_gradients
 from otil_xdit.networks.compiled import CompiledCalls
 from otil_xdit.networks.handles import make_order
+from otil_xdit.networks.offload import follow_class
 from otil_xdit.networks.unet.compatibility import (
     check_arguments,
     check_freeu,
@@ -36,8 +39,9 @@ from otil_xdit.networks.unet.compatibility import (
     check_supported,
 )
 from otil_xdit.networks.unet.context import CONTEXT, LayerContext
+from otil_xdit.networks.unet.control_calls import ControlCalls
 from otil_xdit.networks.unet.conv import halo_rows
-from otil_xdit.networks.unet.layers import is_spatial, unwrap_layer, wrap_layer
+from otil_xdit.networks.unet.layers import spatial_layers, unwrap_layer, wrap_layer
 from otil_xdit.networks.unet.levels import Levels
 from otil_xdit.networks.unet.norm_conv import PrefetchedHalo, find_norm_conv_pairs
 from otil_xdit.networks.unet.sharding import UNetSharding
@@ -51,6 +55,8 @@ class PassProtocol(Protocol):
     """Which of guidance's two passes this rank computes; `otil_xdit.hybridiff.controller.CfgController` documents
     each method."""
 
+    @property
+    def calls_blocks(self) -> bool: ...
     def begin_call(self, network: Any) -> bool: ...
     def call(self, network: Any, call: Callable[[Any], Any], inputs: Any) -> Any: ...
     def record_prediction(self, prediction: torch.Tensor) -> torch.Tensor: ...
@@ -74,22 +80,25 @@ def is_unet(network: Any) -> bool:
     return isinstance(network, UNet2DConditionModel)
 
 
-class PatchedUNet:
-    """One U-Net whose layers reach the other ranks.
+class PatchedNetwork:
+    """One network of a U-Net's layers, which reach the other ranks; subclasses have its `forward`.
 
     Args:
         session: the pipeline's.
-        network: a diffusers `UNet2DConditionModel`; its layers are wrapped by `prepare`.
+        network: its layers are wrapped by `prepare`.
         groups: the ranks that share it.
         attend: attention across the ranks.
+        name: the pipeline's attribute that holds it; tells its layers from those of other networks.
 
     Raises:
         ValueError: naming what of the network patches cannot serve.
     """
 
-    def __init__(self, session: SessionProtocol, network: Any, groups: UnetGroups, attend: Attend) -> None:
+    def __init__(
+        self, session: SessionProtocol, network: Any, groups: UnetGroups, attend: Attend, name: str = "unet"
+    ) -> None:
         check_supported(network)
-        self.session, self.network, self.groups = session, network, groups
+        self.session, self.network, self.groups, self.name = session, network, groups, name
         self.running = self.is_under_way = False
         self.order = make_order()
         self.text_cache = TextCache()
@@ -120,24 +129,22 @@ class PatchedUNet:
             ValueError: naming the layer that patches cannot serve, or the setting that means nothing at its resolution.
         """
         if not is_swapped(self.network):
-            swap_class(self.network, _patched_unet)
+            swap_class(self.network, _patched)
         vars(self.network)[CONTEXT] = LayerContext(self, "", 0)
         self._compiled.route(holders)
-        check_freeu(self.network)
         check_layers(self.network)
         pairs, levels = find_norm_conv_pairs(self.network), set[int]()
-        for path, module in self.network.named_modules():
-            if self.groups.rows.world_size > 1:
-                check_adapter(f"unet.{path}", module)
-            if is_spatial(module):
-                level = self._levels.of(path)
-                wrap_layer(module, LayerContext(self, path, level, pairs.get(path), self.text_cache))
-                check_heads(path, module, self.groups.ulysses_degree)
-                if isinstance(module, Attention) and not module.is_cross_attention:
-                    levels.add(level)
-        patches = self.groups.rows.world_size // self.groups.ulysses_degree
-        for level in levels if patches > 1 else ():
+        for path, module in self.network.named_modules() if self.groups.rows.world_size > 1 else ():
+            check_adapter(f"{self.name}.{path}", module)
+        for path, module in spatial_layers(self.network).items():
+            level = self._levels.of(path)
+            wrap_layer(module, LayerContext(self, path, level, pairs.get(path), self.text_cache))
+            check_heads(path, module, self.groups.ulysses_degree)
+            if isinstance(module, Attention) and not module.is_cross_attention:
+                levels.add(level)
+        for level in levels if self.groups.rows.world_size > self.groups.ulysses_degree else ():
             self.session.communicator.observe(None, TokenLayout(pixels=2**level))
+        follow_class(self.network)
         self.text_cache.clear()
         self._step = -1
 
@@ -146,6 +153,7 @@ class PatchedUNet:
         self._compiled.release()
         for module in self.network.modules():
             unwrap_layer(module)
+        follow_class(self.network)
         self.text_cache.clear()
 
     # ---- what layers ask for: see `LayerExchange` ------------------------------------------------------------------
@@ -207,8 +215,6 @@ class PatchedUNet:
         with self.session.attention(self._call_name(context.name), layout, kept_keys):
             return self._attend(query, key, value)[:, :, :tokens]
 
-    # ---- the whole pass ------------------------------------------------------------------------------------------
-
     def call(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the network.
 
@@ -224,6 +230,46 @@ class PatchedUNet:
             return plain(latent, **others, return_dict=False)
 
         return self.forward(as_tuple, **arguments)
+
+    def forward(self, plain: Callable[..., Any], sample: torch.Tensor, **kwargs: Any) -> Any:
+        """Compute this rank's part of what `plain`, the network's own `forward`, gives for the whole latent."""
+        raise NotImplementedError
+
+    def _count_call(self) -> None:
+        """Count the network's calls within a step, each of which has buffers of its own."""
+        step = self.session.communicator.clock.step
+        self._calls = self._calls + 1 if step == self._step else 0
+        self._step = step
+
+    def _call_name(self, layer: str) -> str:
+        return f"{self.name}/{layer}#{self._calls}"
+
+    def _current_sharding(self) -> UNetSharding:
+        assert self._sharding is not None, "layers ask for other ranks' part during a patched pass only"
+        return self._sharding
+
+
+class PatchedUNet(PatchedNetwork):
+    """One U-Net whose layers reach the other ranks.
+
+    Args:
+        controls: the ControlNets of its pipeline, which give it residuals; others as of `PatchedNetwork`.
+    """
+
+    def __init__(
+        self,
+        session: SessionProtocol,
+        network: Any,
+        groups: UnetGroups,
+        attend: Attend,
+        controls: ControlCalls | None = None,
+    ) -> None:
+        super().__init__(session, network, groups, attend)
+        self._controls = controls or ControlCalls()
+
+    def prepare(self, holders: Iterable[nn.Module] = ()) -> None:
+        check_freeu(self.network)
+        super().prepare(holders)
 
     def forward(self, plain: Callable[..., Any], sample: torch.Tensor, **kwargs: Any) -> Any:
         """Compute what the network's own `forward` gives for the whole latent, on all ranks together.
@@ -247,6 +293,7 @@ class PatchedUNet:
         is_staged = cfg_controller.begin_call(self.network)
         cfg_rank = self.groups.cfg_degree - 1 if is_staged else self.groups.cfg_rank
         sharding = UNetSharding.of(sample, self._levels.count, self.groups, cfg_rank)
+        self._controls.take(sharding)
         self._count_call()
         latent = sharding.rows_of(sharding.images_of(sample))
         communicator.observe(latent, sharding.token_layout(0))
@@ -262,19 +309,6 @@ class PatchedUNet:
         whole = cfg_controller.record_prediction(whole)
         return UNet2DConditionOutput(sample=whole) if return_dict else (whole,)
 
-    def _count_call(self) -> None:
-        """Count the network's calls within a step, each of which has buffers of its own."""
-        step = self.session.communicator.clock.step
-        self._calls = self._calls + 1 if step == self._step else 0
-        self._step = step
-
-    def _call_name(self, layer: str) -> str:
-        return f"unet/{layer}#{self._calls}"
-
-    def _current_sharding(self) -> UNetSharding:
-        assert self._sharding is not None, "layers ask for other ranks' part during a patched pass only"
-        return self._sharding
-
 
 @cache
 def _signature_of(kind: Any) -> Signature:
@@ -284,12 +318,12 @@ def _signature_of(kind: Any) -> Signature:
 
 
 @cache
-def _patched_unet(kind: Any) -> type:
+def _patched(kind: Any) -> type:
     @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        unet: PatchedUNet = self._otil_context.exchange
-        if torch.compiler.is_compiling() or unet.is_under_way:  # its compiled call, which `PatchedUNet.call` makes
+        patched: PatchedNetwork = self._otil_context.exchange
+        if torch.compiler.is_compiling() or patched.is_under_way:  # its compiled call, which `call` makes
             return kind.forward(self, *args, **kwargs)
-        return unet.call(partial(kind.forward, self), args, kwargs)
+        return patched.call(partial(kind.forward, self), args, kwargs)
 
     return subclass_of(kind, {"forward": forward})

@@ -38,7 +38,9 @@ class UNetSharding:
     images: slice
 
     @classmethod
-    def of(cls, sample: torch.Tensor, levels: int, groups: UnetGroups, cfg_rank: int) -> UNetSharding:
+    def of(
+        cls, sample: torch.Tensor, levels: int, groups: UnetGroups, cfg_rank: int, splits_batch: bool = True
+    ) -> UNetSharding:
         """Share out a call.
 
         Images of a batch do not see each other, so any split is right, not only that into the two CFG passes. An odd
@@ -49,13 +51,14 @@ class UNetSharding:
             levels: number of the network's resolutions.
             groups: the ranks that share the U-Net.
             cfg_rank: CFG group whose images this rank computes.
+            splits_batch: whether the CFG groups share the images; otherwise each computes all.
 
         Raises:
             ValueError: for a latent whose rows the ranks cannot share.
         """
         batch, _, height, width = sample.shape
-        grid = _grid(height, width, levels, groups.rows.world_size)
-        size = batch // groups.cfg_degree if batch % groups.cfg_degree == 0 else batch
+        grid = _grid(height, width, levels, groups.rows.world_size, groups.shares)
+        size = batch // groups.cfg_degree if splits_batch and batch % groups.cfg_degree == 0 else batch
         start = cfg_rank * size if size < batch else 0
         return cls(grid, groups, batch, slice(start, start + size))
 
@@ -74,10 +77,18 @@ class UNetSharding:
         """Return this rank's part of a named argument of the U-Net."""
         if name in _LISTS_OF_MAPS:
             # A new list: the network takes its entries out one by one.
-            return None if value is None else [self.rows_of(self.images_of(one)) for one in value]
+            return None if value is None else [self._map(one) for one in value]
         if name == _MAP:
-            return None if value is None else self.rows_of(self.images_of(value))
+            return None if value is None else self._map(value)
         return self._images_within(value)
+
+    def _map(self, value: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of a map, [B, C, rows, cols], of any level; it may be that already, or one pixel."""
+        value = self.images_of(value)
+        rows, cols = value.shape[-2:]
+        if (rows, cols) == (1, 1) or self.grid.is_part(rows, cols, self.groups.rows.rank):
+            return value
+        return self.rows_of(value)
 
     def _images_within(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -143,8 +154,8 @@ class UNetSharding:
 
 
 @lru_cache(maxsize=64)
-def _grid(height: int, width: int, levels: int, ranks: int) -> LevelGrid:
-    return LevelGrid.build(height, width, levels, ranks)
+def _grid(height: int, width: int, levels: int, ranks: int, shares: tuple[int, ...]) -> LevelGrid:
+    return LevelGrid.build(height, width, levels, ranks, shares)
 
 
 @lru_cache(maxsize=64)

@@ -37,14 +37,23 @@ class PatchedCoder:
     Args:
         coder: diffusers' `Encoder` or `Decoder`, for which `why_whole` is None; its layers are wrapped by `prepare`.
         exchange: between all ranks that work on the image.
-        is_active: tells whether all these ranks make the call under way.
+        is_active: tells whether all these ranks make the call under way, or are about to.
+        announce: told of the input of each call that the ranks share.
+        shares: of the rows, for each rank, in any unit; empty for equal ones.
     """
 
-    def __init__(self, coder: Any, exchange: SynchronousExchange, is_active: Callable[[], bool]) -> None:
-        self.coder, self.is_active = coder, is_active
+    def __init__(
+        self,
+        coder: Any,
+        exchange: SynchronousExchange,
+        is_active: Callable[[], bool],
+        announce: Callable[[torch.Tensor], None] = lambda x: None,
+        shares: tuple[int, ...] = (),
+    ) -> None:
+        self.coder, self.is_active, self._announce = coder, is_active, announce
         self.running = False
         self.order = make_order()
-        self._exchange, self._levels = exchange, CoderLevels(coder)
+        self._exchange, self._levels, self._shares = exchange, CoderLevels(coder), shares
         self._grid: LevelGrid | None = None
 
     @property
@@ -88,6 +97,7 @@ class PatchedCoder:
         grid = self._grid_of(x)
         if grid is None:
             return plain(x)
+        self._announce(x)
         coarsest = self._levels.count - 1
         source, target = (0, coarsest) if self._levels.is_encoder else (coarsest, 0)
         rows = grid.slice_of(source, self._exchange.rank)
@@ -147,7 +157,7 @@ class PatchedCoder:
             height, width = height * scale, width * scale
         if height % scale or width % scale or height // scale < self._exchange.ranks or torch.is_grad_enabled():
             return None
-        return LevelGrid.build(height, width, self._levels.count, self._exchange.ranks)
+        return LevelGrid.build(height, width, self._levels.count, self._exchange.ranks, self._shares)
 
 
 def why_whole(vae: Any) -> str | None:

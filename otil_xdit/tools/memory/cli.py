@@ -10,7 +10,7 @@ import torch
 
 from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.memory import Memory, memory_of
-from otil_xdit.dryrun.networks import DTYPES, Network, attention_layers, find_network
+from otil_xdit.dryrun.networks import DTYPES, Network, attention_layers, find_network, with_controlnets
 from otil_xdit.dryrun.vae_memory import peak_of_decoding
 from otil_xdit.method.config import KvCacheDtype, OtilConfig
 from otil_xdit.runtime.strategies import get_strategy
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", "height and width", 1024, "PIXELS")
     add("--ranks", "numbers of patches", [2, 4, 8], "N")
     add("--batch", "images in one pass (default 2, with and without the prompt; FLUX 1)", None, "B", type=int)
+    add("--controlnets", "ControlNets of a U-Net, each a copy of its encoder", 0, "N")
     add("--text_tokens", "of a DiT (default 512, as FLUX has)", 512, "N")
     add("--dtype", "of the network", "bfloat16", choices=DTYPES)
     dtypes = get_args(KvCacheDtype)
@@ -50,7 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch is not None:
         check_at_least("batch", arguments.batch, 1)
     check_at_least("text_tokens", arguments.text_tokens, 1)
-    rows = [row for name in arguments.models for row in rows_of(find_network(name), arguments)]
+    networks = [with_controlnets(find_network(name), arguments.controlnets) for name in arguments.models]
+    rows = [row for network in networks for row in rows_of(network, arguments)]
     print(f"{arguments.size} x {arguments.size} pixels, {arguments.dtype}. MB (10^6 bytes) on each rank:\n")
     print(markdown(TITLES, rows, text=3))
     dtype = getattr(torch, arguments.dtype)

@@ -11,7 +11,7 @@ import torch
 from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.flops import flops_of
 from otil_xdit.dryrun.job import Job, ParallelDegrees
-from otil_xdit.dryrun.networks import DTYPES, check_size, find_network
+from otil_xdit.dryrun.networks import DTYPES, check_size, find_network, with_controlnets
 from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.links import LINKS, parse_link
 from otil_xdit.tools.plan.advice import advise, bar_of
@@ -19,8 +19,17 @@ from otil_xdit.tools.plan.fit import WITHIN, compare, fit, orders, read_machine,
 from otil_xdit.tools.plan.latency import TERMS, Machine
 from otil_xdit.tools.plan.observations import LOOPBACK, Observation, read_bench
 from otil_xdit.tools.plan.options import Option, degrees_of, fastest_of_each, options_of
-from otil_xdit.tools.plan.tables import as_data, bytes_table, command_of, comparison_table, memory_table, time_table
+from otil_xdit.tools.plan.tables import (
+    as_data,
+    bytes_table,
+    call_of,
+    command_of,
+    comparison_table,
+    memory_table,
+    time_table,
+)
 from otil_xdit.xdit.flags.degrees import check_at_least
+from otil_xdit.xdit.flags.options import parse_shares
 
 MISSING = (
     "give --step_time SECONDS (measured: one process's step) or --flops RATE (operations a second that one process "
@@ -38,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", "number of ranks, from 2 up", None, "N", type=int)
     add("--link", f"{', '.join(LINKS)}, or RATE[,LATENCY] such as 12GB/s,20us", None, "LINK")
     add("--dtype", "of the network", "bfloat16", choices=DTYPES)
+    add("--controlnets", "ControlNets of a U-Net, each a copy of its encoder", 0, "N")
     add("--images", "images of one call", 1, "N")
     parser.add_argument(
         "--no_guidance", action="store_true", help="one pass a step, without the one without the prompt"
@@ -48,6 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--flops", "operations a second that one process reaches, such as 60e12", None, "RATE", type=float)
     add("--cfg_degree", "ranks for the two passes of guidance (default: what is fastest)", type=int, choices=(1, 2))
     add("--ulysses_degree", "ranks that share attention heads (default: what is fastest)", None, "N", type=int)
+    add(
+        "--patch_shares",
+        "of a U-Net's patches, such as 3,2, taken for the cards' speeds; times are then those with "
+        "--step_time or --flops of the fastest card",
+        None,
+        "N,N,...",
+        type=parse_shares,
+    )
     about = "recommend the fastest whose images are at least as near one process's: a strategy, or decibels"
     add("--near", about, "distrifusion", "HOW")
     add("--machine", "terms of the machine, as --fit writes them; its link unless --link is given", None, "FILE")
@@ -69,7 +87,9 @@ def run(arguments: argparse.Namespace) -> None:
     job = job_of(arguments)
     machine = machine_of(arguments)
     bar = bar_of(arguments.near)
-    candidates = degrees_of(arguments.gpus, job, arguments.cfg_degree, arguments.ulysses_degree)
+    candidates = degrees_of(
+        arguments.gpus, job, arguments.cfg_degree, arguments.ulysses_degree, arguments.patch_shares or ()
+    )
     options, refused = options_of(job, candidates, arguments.steps)
     one_process = step_time_of(arguments, job)
     if machine is not None and one_process is not None:
@@ -83,7 +103,10 @@ def run(arguments: argparse.Namespace) -> None:
         if machine is not None and one_process is not None and advice is not None:
             show_times(best, machine, one_process, arguments.steps)
             print(f"Take {advice.reason}.\n")
-            print(f"    {command_of(advice.option, job, arguments.model, arguments.steps)}")
+            chosen = advice.option
+            in_python = bool(job.network.controls)  # `xfuser` has no flags for ControlNets
+            command = call_of(chosen) if in_python else command_of(chosen, job, arguments.model, arguments.steps)
+            print(f"    {command}")
     if advice is None:
         raise ValueError(MISSING if one_process is None else f"give --link ({', '.join(LINKS)}, or RATE[,LATENCY])")
 
@@ -110,7 +133,7 @@ def job_of(arguments: argparse.Namespace) -> Job:
         raise ValueError(f"--step_time {arguments.step_time:g} and --flops {arguments.flops:g}; give one of them")
     if arguments.size is not None and (arguments.height or arguments.width):
         raise ValueError(f"--size {arguments.size} and --height or --width contradict each other; give one of them")
-    network = find_network(arguments.model)
+    network = with_controlnets(find_network(arguments.model), arguments.controlnets)
     size = arguments.size or 1024
     height, width = arguments.height or size, arguments.width or size
     check_size(network, height, width)

@@ -159,8 +159,12 @@ def share_of(job: Job, degrees: ParallelDegrees) -> float:
     if not job.network.is_unet:
         return batch / degrees.rows
     rows, cols = job.latent
-    grid = LevelGrid.build(rows, cols, Levels(job.network.module).count, degrees.rows)
-    return batch * max(grid.rows[0]) / rows
+    shares = degrees.row_shares
+    grid = LevelGrid.build(rows, cols, Levels(job.network.module).count, degrees.rows, shares)
+    if not shares:
+        return batch * max(grid.rows[0]) / rows
+    # The shares are taken for the cards' speeds, and one process for one on the fastest card.
+    return batch * max(count * max(shares) / share for count, share in zip(grid.rows[0], shares, strict=True)) / rows
 
 
 def step_time(load: Load, machine: Machine, one_process: float) -> StepTime:

@@ -83,27 +83,41 @@ class Option:
             others = [part for setting, value in given.items() for part in (f"--otil_{setting}", value)]
             found += ["--parallel", name, *others]
             found += ["--patch_degree", str(degrees.patches)] if degrees.patches > 1 else []
+            found += ["--patch_shares", ",".join(map(str, degrees.shares))] if degrees.shares else []
         return found
 
 
-def degrees_of(gpus: int, job: Job, cfg: int | None, ulysses: int | None) -> list[ParallelDegrees]:
+def degrees_of(
+    gpus: int, job: Job, cfg: int | None, ulysses: int | None, shares: tuple[int, ...] = ()
+) -> list[ParallelDegrees]:
     """Return every way to share `gpus` ranks out, as far as the degrees are not given.
 
+    Args:
+        gpus: number of ranks.
+        job: the step.
+        cfg, ulysses: the degrees that are given.
+        shares: of the patches, of which there are as many then; empty for any number of equal ones.
+
     Raises:
-        ValueError: for degrees that do not divide them, or guidance that one pass does.
+        ValueError: for degrees that do not divide them, guidance that one pass does, or shares of a DiT.
     """
+    if shares and not job.network.is_unet:
+        raise ValueError(f"--patch_shares is for U-Nets, and {job.network.name} is none; leave it out")
     if cfg == 2 and job.network.batch == 1:
         raise ValueError(f"--cfg_degree 2: {job.network.name} has no second pass without the prompt; give 1")
     halves = [cfg] if cfg else [1] if job.network.batch == 1 or job.batch % 2 else [1, 2]
     found = [
-        ParallelDegrees(half, heads, gpus // (half * heads))
+        ParallelDegrees(half, heads, gpus // (half * heads), shares)
         for half in halves
         for heads in ([ulysses] if ulysses else range(1, gpus + 1))
-        if gpus % (half * heads) == 0
+        if gpus % (half * heads) == 0 and (not shares or gpus == half * heads * len(shares))
     ]
     if not found:
         given = " ".join(f"--{name}_degree {value}" for name, value in (("cfg", cfg), ("ulysses", ulysses)) if value)
-        raise ValueError(f"--gpus {gpus} cannot be shared out with {given}; give degrees whose product divides it")
+        given += f" --patch_shares {','.join(map(str, shares))}" if shares else ""
+        raise ValueError(
+            f"--gpus {gpus} cannot be shared out with {given.strip()}; give degrees whose product divides it"
+        )
     return found
 
 

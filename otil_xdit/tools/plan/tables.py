@@ -10,7 +10,7 @@ from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.tools.common.tables import markdown, number
 from otil_xdit.tools.plan.advice import Advice
 from otil_xdit.tools.plan.fit import Comparison
-from otil_xdit.tools.plan.options import Option
+from otil_xdit.tools.plan.options import Option, settings_by_label
 
 KINDS = ("kv", "halo", "moments", "output", "ulysses", "stages")
 
@@ -74,6 +74,17 @@ def command_of(option: Option, job: Job, model: str, steps: int) -> str:
     parts = ["xfuser", "--model", COMMANDS.get(model, model), *option.flags]
     parts += ["--height", str(job.height), "--width", str(job.width), "--num_inference_steps", str(steps)]
     return " ".join([*parts, "--prompt", '"..."'])
+
+
+def call_of(option: Option) -> str:
+    """Return the call of `otil_xdit.parallelize` of an option, for pipelines that `xfuser` has no command line for."""
+    name, given = settings_by_label().get(option.label, ("sync", {}))
+    parts = ["pipe", f'"{name}"']
+    parts += [f'get_strategy("{name}").make_config({given})'] if given else []
+    parts += [f"ulysses_degree={option.degrees.ulysses}"] if option.degrees.ulysses > 1 else []
+    parts += ["use_cfg_parallel=True"] if option.degrees.cfg > 1 else []
+    parts += [f"patch_shares={option.degrees.shares}"] if option.degrees.shares else []
+    return f"otil_xdit.parallelize({', '.join(parts)})"
 
 
 def as_data(

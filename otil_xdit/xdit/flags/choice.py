@@ -22,7 +22,7 @@ from otil_xdit.errors import FlagError
 from otil_xdit.method.config import SETTINGS, OtilConfig
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.degrees import degree, resolve_patch_degree
-from otil_xdit.xdit.flags.options import given_settings, options
+from otil_xdit.xdit.flags.options import check_shares, given_settings, options
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ _REFUSED = {
 _REFUSED_BY_UNETS = {
     **_REFUSED,
     **dict.fromkeys(
-        ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_cpu_offload"),
-        "it replaces the forward methods that patches replace",
+        ("enable_sequential_cpu_offload", "enable_group_cpu_offload"),
+        "it replaces the forward methods that patches replace; --enable_model_cpu_offload moves whole networks",
     ),
 }
 """The same for U-Nets that share an image among ranks, whether a strategy is named or not."""
@@ -71,6 +71,7 @@ class ParallelChoice:
         allow_untested: take models on that nobody has compared with one process.
         report: file for rank 0's report of bytes and waiting time, or None.
         vae: one of `VAE_CHOICES`.
+        patch_shares: of the rows, for each patch, in any unit; empty for equal ones.
     """
 
     strategy: Strategy
@@ -80,6 +81,7 @@ class ParallelChoice:
     report: str | None = None
     allow_untested: bool = False
     vae: str = "patches"
+    patch_shares: tuple[int, ...] = ()
 
 
 def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice | None:
@@ -114,14 +116,16 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     _check_call(values, config)
     _check_backend(values)
     _check_batch(values)
-    _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block_size")))
+    shares = values.get("patch_shares") or ()
+    _flag_errors(lambda: check_shares(shares, patch_degree, unet is not None))
+    _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block_size"), shares))
     _check_report(values.get("otil_report"))
     _warn_of_unet_settings(given, unet)
     if patch_degree == 1 and (unet is None or ulysses_degree == 1) and not strategy.requires_cfg_parallel:
         logger.warning("--parallel %s has no effect with one patch", name)
     report, allow_untested = values.get("otil_report"), bool(values.get("allow_untested"))
     vae = values.get("vae") or ParallelChoice.vae
-    return ParallelChoice(strategy, config, patch_degree, ulysses_degree, report, allow_untested, vae)
+    return ParallelChoice(strategy, config, patch_degree, ulysses_degree, report, allow_untested, vae, shares)
 
 
 def _patch_degree(values: Mapping[str, Any], world_size: int | None, strategy: Strategy) -> int:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 VAE_CHOICES = ("patches", "whole")
 
-VAE_HELP = "How a U-Net's pipeline encodes and decodes: its ranks share the VAE's rows, or each computes all of them."
+VAE_HELP = "How images are encoded and decoded: the ranks share the rows of an AutoencoderKL, or each computes all."
 
 
 def parse_vae(text: str) -> str:
@@ -29,6 +29,31 @@ def parse_vae(text: str) -> str:
     """
     check_choice("WHERE", text, VAE_CHOICES)  # as --help calls it; argparse names the flag
     return text
+
+
+def parse_shares(text: str) -> tuple[int, ...]:
+    """Read the shares of patches.
+
+    Raises:
+        ValueError: for anything but whole numbers from 1 up.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--patch_shares {text}: give a whole number from 1 up for each patch, such as 3,2")
+    return tuple(map(int, parts))
+
+
+def check_shares(shares: tuple[int, ...], patches: int, is_unet: bool) -> None:
+    """Refuse shares that do not go with a model or with the number of patches.
+
+    Raises:
+        ValueError: naming flag and value.
+    """
+    given = ",".join(map(str, shares))
+    if shares and not is_unet:
+        raise ValueError(f"--patch_shares {given} is for U-Nets: xDiT cuts the tokens of a DiT evenly; leave it out")
+    if shares and len(shares) != patches:
+        raise ValueError(f"--patch_shares {given} has {len(shares)} shares for {patches} patches; give one for each")
 
 
 @dataclass(frozen=True)
@@ -60,6 +85,13 @@ def options() -> tuple[Option, ...]:
             "Number of patches; --ring_degree means the same here. Default: the processes that the other degrees "
             "leave.",
             parse_whole_number,
+        ),
+        Option(
+            "patch_shares",
+            "N,N,...",
+            "Rows of each patch of a U-Net, as shares: 3,2 gives the first of two patches 3/5 of them, for a faster "
+            "card. Default: equal.",
+            parse_shares,
         ),
         Option(
             "otil_quality",

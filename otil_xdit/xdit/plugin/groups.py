@@ -70,7 +70,8 @@ def connect(choice: ParallelChoice) -> PatchSession:
     cfg_degree = parallel_state.get_classifier_free_guidance_world_size()
     places = tuple(divmod(number, sequence.world_size) for number in range(replica.world_size))
     assert places[replica.rank_in_group] == (cfg_rank, place), "xDiT's replicas are expected in the order CFG x rows"
-    unets = UnetGroups(rows, choice.ulysses_degree, cfg_degree, cfg_rank, places)
+    shares = tuple(share for share in choice.patch_shares for _ in range(choice.ulysses_degree))
+    unets = UnetGroups(rows, choice.ulysses_degree, cfg_degree, cfg_rank, places, shares)
     communicator = choice.strategy.connect(choice.config, group)
     limit_waits(connections, timeout)
     facts = {
@@ -79,6 +80,7 @@ def connect(choice: ParallelChoice) -> PatchSession:
         "the number of patches": str(group.world_size),
         "the Ulysses degree": str(choice.ulysses_degree),
         "the CFG degree": str(cfg_degree),
+        "patch_shares": str(choice.patch_shares),
     }
     return PatchSession(
         communicator,
@@ -88,7 +90,9 @@ def connect(choice: ParallelChoice) -> PatchSession:
         facts,
         choice.strategy.name,
         choice.allow_untested,
-        VaeSharing(group.replica, timeout) if choice.vae == "patches" and group.replica is not None else None,
+        VaeSharing(group.replica, timeout, cfg_degree * shares)
+        if choice.vae == "patches" and group.replica is not None
+        else None,
     )
 
 

@@ -24,6 +24,7 @@ class WrappedCall:
         shows_latent: whether it can give a callback the latent; Flux.2's asks for `locals()` inside a comprehension.
         wrong: arguments that it gets wrong unless they are as by default, and how.
         wrong_output: an ``output_type`` that it gets wrong; empty for none.
+        decodes_last: whether the last rank alone decodes the latent, after the last step.
     """
 
     latent_dim: int | None = None
@@ -31,6 +32,7 @@ class WrappedCall:
     wrong: tuple[tuple[str, str], ...] = ()
     shows_latent: bool = True
     wrong_output: str = ""
+    decodes_last: bool = True
 
     def check(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
         """Refuse arguments that the wrapper does not treat as diffusers does.
@@ -105,6 +107,7 @@ WRAPPED_CALLS = {
         1, "distilled only", (_IMAGE, _ATTENTION), shows_latent=False, wrong_output="latent"
     ),
     "xFuserFlux2PipelineBase": WrappedCall(1, wrong=(_IMAGE, _ATTENTION), shows_latent=False),
+    "xFuserStableDiffusionXLPipeline": WrappedCall(decodes_last=False),
 }
 """By the wrapper's class in xfuser, or a base of it."""
 

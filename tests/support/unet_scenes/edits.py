@@ -48,6 +48,13 @@ def controlled(kind: type, case: str, nets: int = 1) -> Any:
     return build
 
 
+def pooled() -> Any:
+    """A ControlNet whose residuals are means over the whole image."""
+    pipe = controlled(StableDiffusionControlNetPipeline, "sd1.5")()
+    pipe.controlnet.register_to_config(global_pool_conditions=True)
+    return pipe
+
+
 def adapted(kind: type, case: str) -> Any:
     """Makes a pipeline with a T2I-Adapter."""
 
@@ -90,8 +97,15 @@ SCENES = (
     Scene("ControlNet", controlled(StableDiffusionControlNetPipeline, "sd1.5"), calling(**CONTROLLED)),
     Scene("two ControlNets", controlled(StableDiffusionControlNetPipeline, "sd1.5", 2),
           calling(image=[drawn(2), drawn(3)], controlnet_conditioning_scale=[0.7, 0.4])),
+    Scene("two ControlNets, uneven", controlled(StableDiffusionControlNetPipeline, "sd1.5", 2),
+          calling(image=[drawn(2), drawn(3)], height=104, width=72, num_images_per_prompt=2)),
     Scene("ControlNet, guess mode", controlled(StableDiffusionControlNetPipeline, "sd1.5"),
           calling(**CONTROLLED, guess_mode=True)),
+    Scene("ControlNet, guess mode of two", controlled(StableDiffusionControlNetPipeline, "sd1.5", 2),
+          calling(image=[drawn(2), drawn(3)], guess_mode=True, num_images_per_prompt=2, height=104)),
+    Scene("ControlNet, pooled", pooled, calling(**CONTROLLED)),
+    Scene("ControlNet, later", controlled(StableDiffusionControlNetPipeline, "sd1.5"),
+          calling(**CONTROLLED, control_guidance_start=0.4)),
     Scene("ControlNet, only at first", controlled(StableDiffusionControlNetPipeline, "sd1.5"),
           calling(**CONTROLLED, control_guidance_end=0.5)),
     Scene("SDXL ControlNet", controlled(StableDiffusionXLControlNetPipeline, "sdxl"), calling(**CONTROLLED)),

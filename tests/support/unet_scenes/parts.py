@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def pipeline(kind: type[DiffusionPipeline], case: str = "sd1.5", **parts: Any) -
             made |= {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
     else:
         parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **parts}
-    pipe = kind(**{**made, **parts})
+    known = signature(kind.__init__).parameters
+    pipe = kind(**{name: part for name, part in {**made, **parts}.items() if name in known})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
