@@ -189,7 +189,7 @@ class OtilCommunicator:
             group.apply_pending()
             check_copies(self.collectives, group, layer, step)
         whole = group.gather(layer, key, value, mode, step, self._modes.phase(num_calls))
-        self._finite.record(name, group.own_values(layer))
+        self._finite.record(name, group.numbers(layer))
         heads = whole.unflatten(3, (key.shape[1], -1)).transpose(2, 3)
         return heads[0], heads[1]
 

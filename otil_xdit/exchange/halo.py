@@ -5,11 +5,14 @@ Shapes: B batch, C channels, W columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Neighbours, Pending
 from otil_xdit.exchange.bucket_buffers import Direction, TensorSpec
 from otil_xdit.exchange.buckets import BucketedLayer, Bucketer
+from otil_xdit.method.kernels import is_fused
 from otil_xdit.method.memory_format import is_channels_last
 from otil_xdit.method.schedule import Mode
 from otil_xdit.method.scratch import ScratchBuffers
@@ -86,6 +89,9 @@ class HaloLayer(BucketedLayer):
         elif mode == "displaced":
             self._append_to_bucket(x, label)
         self.num_calls += 1
+        if is_fused(x):
+            is_moved = mode == "displaced" and self._gain > 0 and self._receptions >= 2
+            return self._padded_by_kernel(x, (None, None), is_moved)
         return self._padded(x, self._extrapolated() if mode == "displaced" else self._received)
 
     def set_halo(self, x: torch.Tensor, precomputed: HaloRows) -> torch.Tensor:
@@ -95,10 +101,12 @@ class HaloLayer(BucketedLayer):
         """
         self.apply_pending()
         self._begin_reception()
+        self.num_calls += 1
+        if is_fused(x):
+            return self._padded_by_kernel(x, precomputed, is_moved=False)
         for kept, rows in zip(self._received, precomputed, strict=True):
             if rows is not None:
                 kept.copy_(rows)
-        self.num_calls += 1
         return self._padded(x, self._received)
 
     def request(self, x: torch.Tensor, label: CollectiveLabel) -> Pending[Neighbours]:
@@ -154,25 +162,65 @@ class HaloLayer(BucketedLayer):
         return scratch("rows above", tuple(above.shape), dtype), scratch("rows below", tuple(below.shape), dtype)
 
     def _padded(self, x: torch.Tensor, halo: Neighbours) -> torch.Tensor:
+        return torch.cat([halo[0], x, halo[1]], dim=2, out=self._wide(x))
+
+    def _padded_by_kernel(self, x: torch.Tensor, given: HaloRows, is_moved: bool) -> torch.Tensor:
+        """Keep rows that are given, move the others on if they are to be, and return `_padded`, in one launch."""
+        from otil_xdit.method.kernels.rows import pad_rows
+
+        wide, (above, below), (above_before, below_before) = self._wide(x), self._received, self._received_before
+        # Beyond the image's edge there are zeros, which stay.
+        moves = is_moved and not self._first, is_moved and not self._last
+        pad_rows(x, wide, above, above_before, given[0], below, below_before, given[1], self._gain, *moves)
+        return wide
+
+    def _wide(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scratch for a map with its halo, in the memory format of `x`."""
         batch, channels, rows, width = x.shape
         height = self._above + rows + self._below
         if is_channels_last(x):
-            wide = self._scratch("wide", (batch, height, width, channels), x.dtype).permute(0, 3, 1, 2)
-        else:
-            wide = self._scratch("wide", (batch, channels, height, width), x.dtype)
-        return torch.cat([halo[0], x, halo[1]], dim=2, out=wide)
+            return self._scratch("wide", (batch, height, width, channels), x.dtype).permute(0, 3, 1, 2)
+        return self._scratch("wide", (batch, channels, height, width), x.dtype)
+
+    def request_with_moments(
+        self, x: torch.Tensor, moments: tuple[torch.Tensor, torch.Tensor], kept: torch.Tensor, label: CollectiveLabel
+    ) -> Callable[[], Pending[Neighbours]]:
+        """Write moments and the rows that are to be sent where they belong in one launch; what is returned sends these.
+
+        Args:
+            x, label: as of `request`.
+            moments: mean and variance, float32 [B, G].
+            kept: becomes them, [2, B, G].
+        """
+        from otil_xdit.method.kernels.rows import pack_rows
+
+        up, down = self.rows_to_send(x)
+        to_previous, to_next = self._room("rows up", up, x), self._room("rows down", down, x)
+        pack_rows(
+            *moments, kept, None, up, None if up is None else to_previous, down, None if down is None else to_next
+        )
+        return lambda: self._send_packed(to_previous, to_next, self._scratch_rows(), label)
 
     def _send(self, x: torch.Tensor, output: Neighbours, label: CollectiveLabel) -> Pending[Neighbours]:
         up, down = self.rows_to_send(x)
-        to_previous, to_next = self._contiguous("rows up", up, x), self._contiguous("rows down", down, x)
+        return self._send_packed(
+            self._contiguous("rows up", up, x), self._contiguous("rows down", down, x), output, label
+        )
+
+    def _send_packed(
+        self, to_previous: torch.Tensor, to_next: torch.Tensor, output: Neighbours, label: CollectiveLabel
+    ) -> Pending[Neighbours]:
         shares = {label.counter: to_previous.nbytes}, {label.counter: to_next.nbytes}
         return self._collectives.neighbours(to_previous, to_next, output, shares, label)
 
     def _contiguous(self, name: str, rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Return a contiguous copy in scratch; empty for None."""
-        if rows is None:
-            return self._scratch(name, (0,), like.dtype)
-        return self._scratch(name, tuple(rows.shape), rows.dtype).copy_(rows)
+        room = self._room(name, rows, like)
+        return room if rows is None else room.copy_(rows)
+
+    def _room(self, name: str, rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Return scratch for a contiguous copy; empty for None."""
+        return self._scratch(name, (0,) if rows is None else tuple(rows.shape), like.dtype)
 
 
 def halo_key(like: torch.Tensor, above: int, below: int) -> tuple[object, ...]:

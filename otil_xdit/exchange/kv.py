@@ -113,9 +113,9 @@ class KVGroup:
         """Return what of a layer must be the same on all ranks between two steps, bit for bit."""
         return self._copies.shared_state(layer)
 
-    def own_values(self, layer: int) -> torch.Tensor:
-        """Return what this rank's layer was called with last, [2, B, S, C], until the next call of another group."""
-        return self._transform.own_values(layer)
+    def numbers(self, layer: int) -> torch.Tensor:
+        """Return numbers of which one is NaN or Inf if one is that this rank's layer was called with last."""
+        return self._transform.numbers(layer)
 
     def error(self, layer: int) -> float:
         """Return the largest known prediction error of any rank; see `KVCoder.error`."""
@@ -162,15 +162,17 @@ class KVGroup:
         label = CollectiveLabel("kv", "", step, phase)
         self._messages.send_before(layer, label)
         self._messages.apply_pending()
-        self._transform.set_own(layer, key, value)
         whole = self._scratch("whole", (2, self.shape[1], self._transform.ranks, *self.shape[2:]), self.dtype)
         by_rank = whole.permute(2, 0, 1, 3, 4)
         if mode == "sync":
+            self._transform.set_own(layer, key, value)
             self._gather_all(layer, by_rank, label)
-        elif mode == "fresh":
-            self._gather_sent(layer, by_rank, label)
         else:
-            self._gather_late(layer, by_rank, label if mode == "displaced" else None)
+            self._copies.take_own(layer, key, value, by_rank)
+            if mode == "fresh":
+                self._gather_sent(layer, by_rank, label)
+            else:
+                self._gather_late(layer, by_rank, label if mode == "displaced" else None)
         self.num_calls[layer] += 1
         return whole.flatten(2, 3)
 
@@ -216,20 +218,17 @@ class KVGroup:
 
     def _gather_sent(self, layer: int, out: torch.Tensor, label: CollectiveLabel) -> None:
         """Write to `out`, [N, 2, B, S, C], what follows from everybody's payloads of this step: mode ``fresh``."""
-        self._coder.measure_gain(layer)
         self._coder.select_shared()
         self._messages.send_deferred()
-        self._messages.exchange_now(layer, label)
-        self._copies.write(layer, out)
+        self._messages.exchange_now(layer, label, out)
 
     def _gather_late(self, layer: int, out: torch.Tensor, label: CollectiveLabel | None) -> None:
         """Write the prediction of this step to `out`, [N, 2, B, S, C]: modes ``displaced`` and ``frozen``.
 
         Without a label, in the latter, nothing is sent.
         """
-        gain = self._coder.measure_gain(layer)
         if label is not None:
             self._coder.select_shared()
-        self._copies.write_predicted(layer, gain, out)
+        self._copies.write_predicted(layer, out)
         if label is not None:
             self._messages.defer(layer, label, sum(num_calls > 0 for num_calls in self.num_calls))

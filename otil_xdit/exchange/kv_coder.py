@@ -51,18 +51,19 @@ class KVCoder:
         self._codec = PayloadCodec(transform.shape, transform.dtype, table, config, scratch)
         self._layout = self._codec.layout
         self._errors: torch.Tensor | None = None
+        self._is_settled = False
 
     def allocate(self, name: str, layers: int) -> None:
         """Make the buffers of L layers, the first of which is called `name`."""
         device = self._scratch.device
         self._selection.allocate(name, layers)
-        self._gains = torch.zeros(layers, 2, device=device)
         self._payload = torch.zeros(layers, self.payload_size, dtype=torch.uint8, device=device)
         self._codec.allocate(layers, self._transform.ranks)
 
     def begin(self) -> None:
         """Start a generation."""
         self._errors = None
+        self._is_settled = False
         self._selection.begin()
 
     @property
@@ -78,7 +79,7 @@ class KVCoder:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept on the device."""
-        own = self._gains.nbytes + self._payload.nbytes if self._copies.is_allocated else 0
+        own = self._payload.nbytes if self._copies.is_allocated else 0
         return own + self._selection.nbytes + self._codec.nbytes
 
     def error(self, layer: int) -> float:
@@ -92,12 +93,6 @@ class KVCoder:
         """Take note of a layer's values, coded [2, B, S, C], at a step where nothing was selected of them."""
         self._selection.set_previous(layer, fresh)
 
-    def measure_gain(self, layer: int) -> torch.Tensor:
-        """Return how far this rank's own values of a layer have moved, float32 [2]; its next payload says it."""
-        gain = self._gains[layer]
-        gain.copy_(self._copies.predictor.gain(layer, self._transform.code_own(layer)))
-        return gain
-
     def agree(self, layer: int, label: CollectiveLabel) -> None:
         """Have a layer's next payload follow from the mean of what the ranks of both passes measure; waits for it.
 
@@ -106,11 +101,13 @@ class KVCoder:
         if self._agreement is None:
             return
         run = slice(layer, layer + 1)
-        measured = [self._gains[run]]
+        self._copies.settle(run, self._table, None)
+        measured = [self._copies.gains[run]]
         if self._selection.is_alike_in_both_passes:
             measured.append(self._scores(run))
         gains, *scores = self._agreement.mean(measured, label)
-        self._gains[run] = gains
+        self._copies.gains[run] = gains
+        self._is_settled = True
         if scores:
             self._selection.agree(scores[0])
 
@@ -121,20 +118,34 @@ class KVCoder:
     def pack(self, run: slice) -> torch.Tensor:
         """Fill the payloads of a run of layers from what they were called with, and return them, uint8 [l, size]."""
         predictor, codec, payload = self._copies.predictor, self._codec, self._payload[run]
-        fresh = self._transform.coded_own(run)
+        fresh, is_settled, self._is_settled = self._transform.coded_own(run), self._is_settled, False
         if self._packs_fused:
-            selected = self._selection.select(run, lambda: self._scores(run)) if self._layout.count else None
-            codec.encode_fused(predictor, run, fresh, self._gains[run], payload, selected)
+            selected = self._selection.select_by_kernel(run, is_settled)
+            codec.encode_fused(predictor, run, fresh, self._copies.gains[run], payload, selected)
         else:
+            if not is_settled:
+                self._copies.settle(run, self._table, None)
             self._pack_by_eager(run, fresh, payload)
         return payload
 
-    def apply(self, run: slice, received: torch.Tensor) -> None:
-        """Carry the copies of a run of layers a step forward with everybody's payloads, uint8 [N, l, size]."""
+    def apply(self, run: slice, received: torch.Tensor, out: torch.Tensor | None = None) -> None:
+        """Carry the copies of a run of layers a step forward with everybody's payloads.
+
+        Args:
+            run: layers.
+            received: uint8 [N, l, size].
+            out: becomes everybody's values of the one layer that the run is, as of `KVCopies.write`.
+        """
         if self._codec.can_fuse(received) and self._copies.predictor.can_fuse:
-            self._codec.apply_fused(self._copies.predictor, run, received)
+            writes = out is not None and self._codec.writes_corrected
+            writing = self._transform.writing(run.start, out) if out is not None and writes else None
+            self._codec.apply_fused(self._copies.predictor, run, received, writing)
+            if writes:
+                return
         else:
             self._apply_by_eager(run, received.transpose(0, 1))
+        if out is not None:
+            self._copies.write(run.start, out)
 
     @property
     def _packs_fused(self) -> bool:
@@ -143,15 +154,15 @@ class KVCoder:
 
     def _scores(self, run: slice) -> torch.Tensor:
         """Return what sub-blocks of a run of layers are selected by, float32 [l, K], at this rank's own gains."""
-        return self._selection.scores(run, self._gains[run], self._packs_fused)
+        return self._selection.scores(run, self._copies.gains[run], self._packs_fused)
 
     def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor) -> None:
         codec, layout = self._codec, self._layout
-        codec.pack_gains(payload, self._gains[run])
+        codec.pack_gains(payload, self._copies.gains[run])
         tokens, own, residual = fresh, fresh, None
         if codec.of_residuals or layout.has_error or self._selection.compares_with_prediction:
             own = self._scratch("own", tuple(fresh.shape), torch.float32)
-            self._copies.predictor.predict_own(run, self._gains[run], own)
+            self._copies.predictor.predict_own(run, self._copies.gains[run], own)
             residual = self._scratch("residual", tuple(fresh.shape), torch.float32).copy_(fresh).sub_(own)
             tokens = residual if codec.of_residuals else fresh
         if layout.has_error and residual is not None:
@@ -171,7 +182,7 @@ class KVCoder:
             gains = torch.full((*received.shape[:2], 2), constant, device=received.device)
         if found.errors is not None:
             if self._errors is None:
-                shape = len(self._gains), self._transform.ranks
+                shape = len(self._copies.gains), self._transform.ranks
                 self._errors = torch.full(shape, float("inf"), device=received.device)
             self._errors[run] = found.errors
         if self._codec.of_residuals:

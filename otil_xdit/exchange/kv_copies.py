@@ -9,6 +9,7 @@ import torch
 
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.kernels.tiles import ChangeSums
 from otil_xdit.method.predictor import Predictor, storage_dtypes
 from otil_xdit.method.scratch import ScratchBuffers
 
@@ -26,6 +27,7 @@ class KVCopies:
         self._transform, self._config, self._scratch = transform, config, scratch
         self._first: dict[int, torch.Tensor] = {}
         self._predictor: Predictor | None = None
+        self._sums: ChangeSums | None = None
 
     def allocate(self, layers: int) -> None:
         """Make the buffers of L layers; what the first step has brought is kept."""
@@ -35,6 +37,10 @@ class KVCopies:
         for layer, values in self._first.items():
             self._predictor.set_values(layer, values)
         self._first.clear()
+        self.gains = torch.full((layers, 2), self._predictor.constant_gain, device=self._scratch.device)
+        if self._predictor.can_fuse and self._compares:
+            _, batch, tokens, _ = transform.shape
+            self._sums = ChangeSums.make(layers, batch, tokens, self._scratch.device)
 
     def begin(self) -> None:
         """Start a generation: nothing is known."""
@@ -54,8 +60,17 @@ class KVCopies:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept on the device."""
-        kept = [*self._first.values()] if self._predictor is None else self._predictor.tensors
-        return sum(tensor.nbytes for tensor in kept)
+        if self._predictor is None:
+            return sum(tensor.nbytes for tensor in self._first.values())
+        sums = 0 if self._sums is None else self._sums.nbytes
+        return sum(tensor.nbytes for tensor in (*self._predictor.tensors, self.gains)) + sums
+
+    @property
+    def _compares(self) -> bool:
+        """Tell whether it matters how far this rank's values are from their copies."""
+        config = self._config
+        by_copies = config.select == "kv-l2" and config.score_reference == "prediction"
+        return config.extrapolation == "fitted" or (config.ratio < 1 and by_copies)
 
     def shared_state(self, layer: int) -> list[torch.Tensor]:
         """Return what of a layer must be the same on all ranks between two steps, bit for bit."""
@@ -75,25 +90,70 @@ class KVCopies:
             value_dtype, _ = storage_dtypes(self._config.kv_cache_dtype, self._transform.dtype)
             self._first[layer] = values.to(value_dtype, copy=True)
 
+    def take_own(self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
+        """Take what this rank's layer is called with, and find how far it has moved since the step before.
+
+        Args:
+            layer: its place.
+            key, value: [B, H, S, D].
+            out: [N, 2, B, S, C], a view of a contiguous [2, B, N, S, C]; its part of this rank may become them.
+        """
+        predictor, transform = self.predictor, self._transform
+        if not predictor.can_fuse:
+            transform.set_own(layer, key, value)
+            self.gains[layer].copy_(predictor.gain(layer, transform.code_own(layer)))
+            return
+        copies: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        if self._sums is not None:
+            copies = predictor.own_copies(layer)
+        sums = None if self._sums is None else (self._sums.tokens[layer], self._sums.totals[layer])
+        transform.take_own(layer, (key, value), copies, sums, out[transform.rank])
+
+    def settle(self, run: slice, table: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find this rank's gains, where they are fitted, and what changed most, from what `take_own` found by kernels.
+
+        Args:
+            run: layers.
+            table: int64 [K, T], the tokens of each sub-block.
+            count: how many sub-blocks are selected, the most changed ones; None where none are compared.
+
+        Returns:
+            Squared distances of sub-blocks, float32 [l, K], and those selected, int64 [l, k].
+        """
+        from otil_xdit.method.kernels.choices import settle
+
+        predictor, sums, gains = self.predictor, self._sums, self.gains[run]
+        if sums is None or not (predictor.is_fitted or count is not None):
+            return gains.new_empty(len(gains), 0), table.new_empty(len(gains), 0)
+        _, batch, _, _ = self._transform.shape
+        how = predictor.velocity is not None, predictor.is_fitted, predictor.constant_gain, count is not None
+        scores, selected = settle(sums.tokens[run], sums.totals[run], gains, table, batch, *how, count or 0)
+        return scores, selected
+
     def write(self, layer: int, out: torch.Tensor) -> None:
         """Write everybody's values of this step, whose payloads have been applied, to `out`, [N, 2, B, S, C]."""
-        self._transform.write(layer, self.predictor.value[layer], out)
+        value = self.predictor.value[layer]
+        if self.predictor.can_fuse:
+            self._transform.write_others(layer, value, None, None, 0.0, out)
+        else:
+            self._transform.write(layer, value, out)
 
-    def write_predicted(self, layer: int, gain: torch.Tensor, out: torch.Tensor) -> None:
+    def write_predicted(self, layer: int, out: torch.Tensor) -> None:
         """Write the prediction of everybody's values of this step to `out`; this rank's are the fresh ones.
 
         Args:
             layer: of the L.
-            gain: float32 [2].
             out: [N, 2, B, S, C], a view of a contiguous [2, B, N, S, C].
         """
         predictor, transform = self.predictor, self._transform
-        if not transform.is_identity:
-            predicted = transform.coded_buffer()
-            predictor.predict(layer, gain, predicted)
-            transform.write(layer, predicted, out)
-        elif predictor.can_fuse:
-            predictor.predict_fused(layer, gain, transform.own_values(layer), out)
-        else:
-            predictor.predict(layer, gain, out)
+        if predictor.can_fuse:
+            velocity = None if predictor.velocity is None else predictor.velocity[layer]
+            totals = self._sums.totals[layer] if self._sums is not None and predictor.is_fitted else None
+            transform.write_others(layer, predictor.value[layer], velocity, totals, predictor.constant_gain, out)
+        elif transform.is_identity:
+            predictor.predict(layer, self.gains[layer], out)
             out[transform.rank] = transform.own_values(layer)
+        else:
+            predicted = transform.coded_buffer()
+            predictor.predict(layer, self.gains[layer], predicted)
+            transform.write(layer, predicted, out)

@@ -49,11 +49,11 @@ class KVMessages:
         """
         return self._collectives.all_gather(part, whole, self._label_of(slice(layer, layer + 1), label)).wait()
 
-    def exchange_now(self, layer: int, label: CollectiveLabel) -> None:
-        """Send a layer's payload, wait for everybody's, and have the copies follow them."""
+    def exchange_now(self, layer: int, label: CollectiveLabel, out: torch.Tensor) -> None:
+        """Send a layer's payload, wait for everybody's, and have the copies follow, and `out`; see `apply_pending`."""
         self._coder.agree(layer, replace(label, layer=f"what layer {self._names[layer]} measures"))
         self.send(slice(layer, layer + 1), label)
-        self.apply_pending()
+        self.apply_pending(out)
 
     def send(self, run: slice, label: CollectiveLabel) -> None:
         """Start sending the payloads of a run of layers."""
@@ -89,11 +89,15 @@ class KVMessages:
         if self._unsent and (layer in self._unsent or self._unsent_label != label):
             self.send_deferred()
 
-    def apply_pending(self) -> None:
-        """Wait for what is under way, if anything is, and have the copies follow it."""
+    def apply_pending(self, out: torch.Tensor | None = None) -> None:
+        """Wait for what is under way, if anything is, and have the copies follow it.
+
+        Args:
+            out: becomes everybody's values of the only layer that is under way, as of `KVCopies.write`.
+        """
         pending, self._pending = self._pending, []
         for run, message in pending:
-            self._coder.apply(run, message.wait())
+            self._coder.apply(run, message.wait(), out)
 
     def discard(self) -> None:
         """Wait for what is under way, and forget it and what was not sent yet."""

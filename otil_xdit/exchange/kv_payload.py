@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 
-from otil_xdit.method.codec import Decoded, Quantised
+from otil_xdit.method.codec import Decoded
 from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.kernels import MOST_FEATURES, is_fused
@@ -66,6 +67,13 @@ class PayloadLayout:
         coded = _aligned(indices)
         size = _aligned(coded + make_codec(config.codec, dtype).size(vectors, width))
         return cls(gains, error, indices, coded, size, count, vectors)
+
+
+def _operator(name: str) -> Callable[..., None]:
+    """Return the operator ``module:name`` of `otil_xdit.method.kernels`."""
+    module, _, operator = name.partition(":")
+    found: Callable[..., None] = getattr(import_module(f"otil_xdit.method.kernels.{module}"), operator)
+    return found
 
 
 def _aligned(size: int) -> int:
@@ -184,7 +192,7 @@ class PayloadCodec:
         selected: torch.Tensor | None,
         kernel: Callable[..., None] | None = None,
     ) -> None:
-        """Fill payloads in one launch.
+        """Fill payloads in few launches.
 
         Args:
             predictor: whose copies everybody has.
@@ -195,39 +203,49 @@ class PayloadCodec:
             selected: sub-blocks that are sent, int64 [l, k]; None for all tokens.
             kernel: that does it, where it is not CUDA's.
         """
-        if kernel is None:
-            kernel = import_module("otil_xdit.method.kernels.payloads").encode_residuals
         layout, codec = self.layout, self._codec
-        assert isinstance(codec, Quantised), "see `can_fuse`"
+        assert codec.kernels is not None, "see `can_fuse`"
         value, velocity = predictor.own_copies(run)
         places = {"indices_at": layout.error, "coded_at": layout.coded, "fitted": layout.has_gains}
         own = {"value": value, "velocity": velocity, "fresh": fresh, "gains": gains}
-        kernel(**own, payload=payload, selected=selected, table=self._table, **places, **codec.encoding(fresh.device))
+        arguments, _ = codec.kernel_arguments(fresh.device, layout.vectors, self._shape[-1])
+        encode = kernel or _operator(codec.kernels[0])
+        encode(**own, payload=payload, selected=selected, table=self._table, **places, **arguments)
 
     def can_fuse(self, received: torch.Tensor) -> bool:
         """Tell whether `apply_fused` and `encode_fused` can take the place of the other methods, on that device."""
-        fits = isinstance(self._codec, Quantised) and self._shape[-1] <= MOST_FEATURES
+        fits = self._codec.kernels is not None and self._shape[-1] <= MOST_FEATURES
         return is_fused(received) and fits and not self.layout.has_error
 
+    @property
+    def writes_corrected(self) -> bool:
+        """Tell whether `apply_fused` can write corrected copies to where attention reads them."""
+        return self._codec.writes_corrected
+
     def apply_fused(
-        self, predictor: Predictor, run: slice, received: torch.Tensor, kernel: Callable[..., None] | None = None
+        self,
+        predictor: Predictor,
+        run: slice,
+        received: torch.Tensor,
+        writing: dict[str, Any] | None = None,
+        kernel: Callable[..., None] | None = None,
     ) -> None:
-        """Do what `unpack` and the predictor's `apply_residuals` do, in two launches.
+        """Do what `unpack` and the predictor's `apply_residuals` do, in few launches.
 
         Args:
             predictor: whose copies are advanced.
             run: layers.
             received: everybody's payloads, uint8 [N, l, size].
+            writing: see `KVTransform.writing`; None to write the copies alone.
             kernel: that does it, where it is not CUDA's.
         """
-        if kernel is None:
-            kernel = import_module("otil_xdit.method.kernels.copies").correct_copies
         layout, codec = self.layout, self._codec
-        assert isinstance(codec, Quantised), "see `can_fuse`"
-        levels, scales = codec.tables(received.device)
+        assert codec.kernels is not None, "see `can_fuse`"
         places = {"indices_at": layout.error, "coded_at": layout.coded, "count": layout.count}
-        tables = {"table": self._table, "levels": levels, "scales": scales}
-        predictor.apply_coded(run, partial(kernel, received=received, **tables, **places))
+        _, arguments = codec.kernel_arguments(received.device, layout.vectors, self._shape[-1])
+        correct = kernel or _operator(codec.kernels[1])
+        given = {**arguments, **places, **(writing or {})}
+        predictor.apply_coded(run, partial(correct, received=received, table=self._table, **given))
 
     @property
     def _coded(self) -> slice:

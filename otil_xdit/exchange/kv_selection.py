@@ -12,8 +12,9 @@ import torch
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.kernels import MOST_BLOCKS
 from otil_xdit.method.scratch import ScratchBuffers
-from otil_xdit.method.selection import BlockSelector
+from otil_xdit.method.selection import BlockSelector, blocks_to_send
 
 
 class KVSelection:
@@ -111,16 +112,16 @@ class KVSelection:
         Args:
             run: layers.
             gains: that the others predict this rank's values with, float32 [l, 2].
-            by_kernel: whether a kernel computes it, which `is_one_pass` must allow.
+            by_kernel: whether a kernel computes it, at the gains that `KVCopies.settle` finds; `is_one_pass` must allow
+                it.
 
         Returns:
             float32 [l, K].
         """
         predictor, fresh = self._copies.predictor, self._transform.coded_own(run)
         if by_kernel:
-            from otil_xdit.method.kernels.payloads import block_changes
-
-            return block_changes(*predictor.own_copies(run), fresh, gains, self._table)
+            found, _ = self._copies.settle(run, self._table, 0)
+            return found
         own = self._scratch("own", tuple(fresh.shape), torch.float32)
         predictor.predict_own(run, gains, own)
         residual = self._scratch("residual", tuple(fresh.shape), torch.float32)
@@ -143,3 +144,23 @@ class KVSelection:
         agreed, self._agreed = self._agreed, None
         found = scores() if agreed is None else agreed
         return self._selector.select_scored(self._layers, self._table, found, run)
+
+    def select_by_kernel(self, run: slice, is_settled: bool) -> torch.Tensor | None:
+        """Find gains, and return what `select` does; None where everything is sent.
+
+        Args:
+            run: layers.
+            is_settled: whether the gains are known, and to stay what they are.
+        """
+        copies, table, gains = self._copies, self._table, self._copies.gains[run]
+        if self._config.ratio >= 1 or self._shared is not None or self._agreed is not None:
+            if not is_settled:
+                copies.settle(run, table, None)
+            return None if self._config.ratio >= 1 else self.select(run, lambda: gains)
+        agreed = gains.clone() if is_settled else None
+        picks = self._selector.takes_largest and len(table) <= MOST_BLOCKS
+        count = blocks_to_send(len(table), self._config.ratio) if picks else 0
+        scores, selected = copies.settle(run, table, count)
+        if agreed is not None:
+            gains.copy_(agreed)
+        return selected if picks else self._selector.select_scored(self._layers, table, scores, run)

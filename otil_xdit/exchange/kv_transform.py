@@ -5,10 +5,14 @@ Shapes: L layers, l of them in a run; N patches, B batch, S tokens of one patch,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.method.coordinates import Coordinates
+from otil_xdit.method.kernels import is_fused
+from otil_xdit.method.kernels.tiles import Tiles
 from otil_xdit.method.scratch import ScratchBuffers
 
 
@@ -28,6 +32,9 @@ class KVTransform:
         self.rank, self.ranks = group.rank, group.world_size
         self._scratch = scratch
         self._layers = 0
+        self._coded_dtype = dtype
+        self._heads: dict[int, int] = {}
+        self._numbers: torch.Tensor | None = None
         self._coordinates: list[tuple[Coordinates, bool]] = []
 
     def join(self, coordinates: tuple[Coordinates, bool] | None) -> None:
@@ -55,26 +62,74 @@ class KVTransform:
     def set_own(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Keep what this rank's layer is called with, each [B, H, S, D], and return it as `own_values` does."""
         fresh = self.own_values(layer)
+        if is_fused(key):
+            self._take(layer, (key, value), None, (None, None), None, None, fresh)
+            return fresh
+        self._numbers = None
         for own, given in zip(fresh, (key, value), strict=True):
             own.unflatten(2, (key.shape[1], -1)).copy_(given.transpose(1, 2))
         return fresh
 
+    def take_own(
+        self,
+        layer: int,
+        called_with: tuple[torch.Tensor, torch.Tensor],
+        copies: tuple[torch.Tensor | None, torch.Tensor | None],
+        sums: tuple[torch.Tensor, torch.Tensor] | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Do in one launch what `set_own` and `code_own` do, and more that follows from keys and values.
+
+        Args:
+            layer: its place.
+            called_with: this rank's keys and values, each [B, H, S, D].
+            copies: of them, and their velocities, [2, B, S, C], where they are to be compared.
+            sums: the layer's tokens and totals of `ChangeSums`, which become what the comparison finds.
+            out: becomes the keys and values, [2, B, S, C].
+        """
+        self._coded_dtype = self.dtype  # kernels compute in float32, and write what copies are kept in
+        coded = self.coded_own(slice(layer, layer + 1))[0]
+        matrices = None if self.is_identity else self._coordinates[layer][0].matrices[0]
+        self._take(layer, called_with, matrices, copies, sums, out, coded)
+
+    def _take(
+        self,
+        layer: int,
+        called_with: tuple[torch.Tensor, torch.Tensor],
+        matrices: torch.Tensor | None,
+        copies: tuple[torch.Tensor | None, torch.Tensor | None],
+        sums: tuple[torch.Tensor, torch.Tensor] | None,
+        out: torch.Tensor | None,
+        taken: torch.Tensor,
+    ) -> None:
+        from otil_xdit.method.kernels.own import take_own
+
+        batch, self._heads[layer], tokens, _ = called_with[0].shape
+        self._numbers = taken.new_empty(Tiles.of(batch, tokens).programs, dtype=torch.float32)
+        tokens_sums, totals = (None, None) if sums is None else sums
+        take_own(*called_with, matrices, *copies, out, taken, tokens_sums, totals, self._numbers)
+
+    def numbers(self, layer: int) -> torch.Tensor:
+        """Return numbers of which one is NaN or Inf if one is that this rank's layer was called with last."""
+        return self.own_values(layer) if self._numbers is None else self._numbers
+
     def own_values(self, layer: int) -> torch.Tensor:
-        """Return what this rank's layer was called with last, [2, B, S, C], until the next call of another group."""
+        """Return what `set_own` was given last for a layer, [2, B, S, C], until the next call of another group."""
         return self._scratch("fresh", (self._layers, *self.shape), self.dtype)[layer]
 
     def code_own(self, layer: int) -> torch.Tensor:
         """Take `own_values` into the layer's coordinates, and return them, [2, B, S, C], as `coded_own` does."""
         if self.is_identity:
             return self.own_values(layer)
+        self._coded_dtype = torch.float32
         out = self.coded_own(slice(layer, layer + 1))
         self._coordinates[layer][0].into(self.own_values(layer)[None], out, self._scratch)
         return out[0]
 
     def coded_own(self, run: slice) -> torch.Tensor:
-        """Return what `code_own` has made of a run of layers, [l, 2, B, S, C], in scratch."""
-        name, dtype = ("fresh", self.dtype) if self.is_identity else ("fresh.coordinates", torch.float32)
-        return self._scratch(name, (self._layers, *self.shape), dtype)[run]
+        """Return what `code_own` or `take_own` has made of a run of layers, [l, 2, B, S, C], in scratch."""
+        name = "fresh" if self.is_identity else "fresh.coordinates"
+        return self._scratch(name, (self._layers, *self.shape), self._coded_dtype)[run]
 
     def code(self, layer: int, values: torch.Tensor) -> torch.Tensor:
         """Return everybody's keys and values of a layer, [N, 2, B, S, C], in its coordinates; in scratch."""
@@ -114,3 +169,30 @@ class KVTransform:
                 if len(coded[others]):
                     out[others] = self._coordinates[layer][0].back(coded[others], self._scratch)
         out[self.rank] = self.own_values(layer)
+
+    def write_others(
+        self,
+        layer: int,
+        copies: torch.Tensor,
+        velocities: torch.Tensor | None,
+        totals: torch.Tensor | None,
+        constant: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Do in one launch what `write` does with extrapolated copies, but for this rank's, which `take_own` wrote.
+
+        Args:
+            layer: its place.
+            copies, velocities: in its coordinates, [N, 2, B, S, C]; no velocities to take the copies as they are.
+            totals: of `ChangeSums`, which the gain is fitted by; None for `constant`.
+            out: [N, 2, B, S, C], a view of a contiguous [2, B, N, S, C].
+        """
+        from otil_xdit.method.kernels.others import write_others
+
+        write_others(copies, velocities, totals=totals, constant=constant, **self.writing(layer, out))
+
+    def writing(self, layer: int, out: torch.Tensor) -> dict[str, Any]:
+        """Return what kernels need that write a layer's keys and values to `out`, as of `write_others`."""
+        matrices = None if self.is_identity else self._coordinates[layer][0].matrices[1]
+        whole = out.permute(1, 2, 0, 3, 4)
+        return {"matrices": matrices, "out": whole, "heads": self._heads[layer], "own": self.rank}

@@ -1,5 +1,7 @@
 """Moments: mean and variance of whole maps for a group normalisation, of which every rank holds some rows.
 
+Over 300 lines, as what a kernel does in one launch stands beside the eager code that is its reference.
+
 Shapes: B batch, C channels, W columns, G groups, R ranks that hold rows.
 """
 
@@ -117,15 +119,17 @@ class MomentsLayer(BucketedLayer):
         """
         self.apply_pending()
         self._begin_reception()
+        self.num_calls += 1
         if self._collectives.group.world_size == 2:
-            rows = self._swap(mean, var, halo, x, labels)
+            return self._swap(mean, var, share, halo, x, labels)
+        if is_fused(x):
+            request_rows = halo.request_with_moments(x, (mean, var), self._sent, labels[1])
+            pending = self._gather(labels[0]), request_rows()
         else:
             pending = self._send(mean, var, labels[0]), halo.request(x, labels[1])
-            for message in pending:
-                message.wait()
-            rows = halo.requested_rows()
-        self.num_calls += 1
-        return *combined_moments(self._received, share), rows
+        for message in pending:
+            message.wait()
+        return *combined_moments(self._received, share), halo.requested_rows()
 
     def _corrected(
         self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, extrapolate: bool
@@ -187,32 +191,41 @@ class MomentsLayer(BucketedLayer):
 
     def _send(self, mean: torch.Tensor, var: torch.Tensor, label: CollectiveLabel) -> Pending[torch.Tensor]:
         torch.stack([mean, var], out=self._sent)
+        return self._gather(label)
+
+    def _gather(self, label: CollectiveLabel) -> Pending[torch.Tensor]:
         return self._collectives.all_gather(self._sent, self._received, label)
 
     def _swap(
         self,
         mean: torch.Tensor,
         var: torch.Tensor,
+        share: torch.Tensor,
         halo: HaloLayer,
         x: torch.Tensor,
         labels: tuple[CollectiveLabel, CollectiveLabel],
-    ) -> HaloRows:
-        """Exchange moments and rows with the other of two ranks; return its rows."""
+    ) -> tuple[torch.Tensor, torch.Tensor, HaloRows]:
+        """Do what `combine_with_rows` does with the other of two ranks."""
         own, other = self._own, 1 - self._own
         # Rank 0 has a neighbour below, which is side 1 of a pair of rows; rank 1 has one above, side 0.
         outgoing, incoming = halo.rows_to_send(x)[other], halo.requested_rows()[other]
         assert outgoing is not None and incoming is not None, "each of two ranks has one neighbour"
         if self._swap_buffers is None or self._swap_buffers.halo_key != halo.key:
             self._swap_buffers = _SwapBuffers(self._sent, outgoing, incoming, halo.key)
-        sent, received = self._swap_buffers.sent, self._swap_buffers.received
-        torch.stack([mean, var], out=self._received[own])
-        sent.moments.copy_(self._received[own])
-        sent.rows.copy_(outgoing)
+        sent, received, kept = self._swap_buffers.sent, self._swap_buffers.received, self._received[own]
+        if is_fused(x):
+            from otil_xdit.method.kernels.rows import pack_rows
+
+            pack_rows(mean, var, kept, sent.moments, outgoing, sent.rows, None, None)
+        else:
+            torch.stack([mean, var], out=kept)
+            sent.moments.copy_(kept)
+            sent.rows.copy_(outgoing)
         buffers = (received.bytes, received.bytes)  # the one for the neighbour that is not there is not looked at
         shares = {labels[1].counter: sent.rows.nbytes, labels[0].counter: sent.moments.nbytes}
         self._collectives.neighbours(sent.bytes, sent.bytes, buffers, (shares, shares), labels[0]).wait()
-        self._received[other].copy_(received.moments)
-        return (None, received.rows) if own == 0 else (received.rows, None)
+        rows = (None, received.rows) if own == 0 else (received.rows, None)
+        return *combined_moments(self._received, share, (other, received.moments)), rows
 
     def _apply(self, direction: Direction, received: torch.Tensor) -> None:
         self._begin_reception()
@@ -274,18 +287,24 @@ def moments_key(like: torch.Tensor) -> tuple[object, ...]:
     return (like.shape, like.device)
 
 
-def combined_moments(received: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def combined_moments(
+    received: torch.Tensor, share: torch.Tensor, came: tuple[int, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and biased variance of all ranks' rows together, float32 [B, G].
 
     Args:
         received: the moments of each rank's rows, float32 [R, 2, B, G].
         share: float32 [R], every rank's share of the rows.
+        came: a rank and its moments, [2, B, G], which `received` takes in first.
     """
     if is_fused(share):
         from otil_xdit.method.kernels.group_norm import combine_moments
 
-        mean, var = combine_moments(received, share)
+        other, moments = (0, None) if came is None else came
+        mean, var = combine_moments(received, share, moments, other)
         return mean, var
+    if came is not None:
+        received[came[0]].copy_(came[1])
     weights = share[:, None, None]
     means, variances = received[:, 0], received[:, 1]
     whole = (weights * means).sum(0)

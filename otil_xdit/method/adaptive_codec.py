@@ -10,12 +10,22 @@ codes; ``...`` layers and ranks. An odd number of vectors is one part, of which 
 
 from __future__ import annotations
 
+import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from otil_xdit.method.codec import OCTAVE, Codec, Decoded, scales_of, scattered_codes, write_scales
+from otil_xdit.method.codec import (
+    OCTAVE,
+    ZERO,
+    Codec,
+    Decoded,
+    scale_table,
+    scales_of,
+    scattered_codes,
+    write_scales,
+)
 from otil_xdit.method.scratch import ScratchBuffers
 
 _STEPS = {0: 0.0, 1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}
@@ -62,6 +72,8 @@ class AdaptiveCodec(Codec):
     of_residuals = True
     by_feature = True
     bits = 2
+    kernels = "adaptive:encode_adaptive", "adaptive_copies:correct_adaptive"
+    writes_corrected = True
 
     def row_bytes(self, vectors: int, width: int) -> tuple[int, ...]:
         """Return the bytes of the codes of a key and of a value; of any vector where there is an odd number."""
@@ -103,6 +115,11 @@ class AdaptiveCodec(Codec):
         scales = scratch("scales", (*coded.shape[:-1], total), torch.float32)
         scales.zero_().view(-1).index_copy_(0, rows, scales_of(scale_bytes).reshape(-1))
         return self._levels(everywhere, spectrum, self.row_bytes(vectors, width), scratch), scales[..., None]
+
+    def kernel_arguments(self, device: torch.device, vectors: int, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        gains, rows = upgrade_gains(), list(self.row_bytes(vectors, width))
+        decoding = {"scales": scale_table(device), "upgrades": gains, "rows": rows}
+        return {**decoding, "octave": float(OCTAVE), "zero": float(ZERO)}, decoding
 
     def _sizes(self, vectors: int, width: int) -> tuple[int, ...]:
         """Return the bytes of scales, of features' sizes, and of each part's codes."""
@@ -214,16 +231,20 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return torch.tensor(steps).to(device), torch.tensor(middles).to(device), highest.to(device)
 
 
+def upgrade_gains() -> list[int]:
+    """Return log2 of what a bit of each upgrade gains, in steps of a feature's byte, which is of an amplitude."""
+    return [round(OCTAVE / 2 * math.log2(gain)) for *_, gain in _UPGRADES]
+
+
 @cache
 def _prices(device: torch.device, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what upgrades cost and how they are put in order.
 
     Returns:
-        Bits of each upgrade of each feature, int32 [C * 4]; log2 of what a bit of each gains, in steps of a feature's
-        byte (which is of an amplitude, half of a variance), int32 [4]; and a number for each that falls with its
-        place, int32 [C * 4].
+        Bits of each upgrade of each feature, int32 [C * 4]; `upgrade_gains`, int32 [4]; and a number for each upgrade
+        of each feature that falls with its place, int32 [C * 4].
     """
     costs = torch.tensor([after - before for before, after, _ in _UPGRADES], dtype=torch.int32).repeat(width)
-    gains = torch.tensor([gain for *_, gain in _UPGRADES]).log2().mul(OCTAVE / 2).round().int()
+    gains = torch.tensor(upgrade_gains(), dtype=torch.int32)
     order = torch.arange(len(costs) - 1, -1, -1, dtype=torch.int32)
     return costs.to(device), gains.to(device), order.to(device)

@@ -3,7 +3,7 @@
 A codec turns vectors into bytes and back; every rank that decodes the same bytes gets the same numbers, bit for bit,
 because decoding is table look-ups and one product per number.
 
-Over 300 lines, of which kernels (`otil_xdit.method.kernels.payloads`) need what stands in `Quantised.encoding`.
+Over 300 lines, of which kernels (`otil_xdit.method.kernels`) need what stands in `kernel_arguments`.
 
 Shapes: V vectors (one for each token, key or value, and image), C numbers of a vector, R bytes of its codes; ``...``
 layers and ranks.
@@ -22,7 +22,7 @@ from otil_xdit.method.scratch import ScratchBuffers
 OCTAVE = 6
 """Steps of a scale's byte to a factor of two: a scale is off by at most 2**(1/12), 6%."""
 
-_ZERO = 128
+ZERO = 128
 """The byte of the scale 1; scales reach from 2**-21 to 2**21."""
 
 _GAUSSIAN = {
@@ -57,12 +57,21 @@ class Codec(ABC):
         of_residuals: True to be given residuals, fresh - prediction; False for the fresh values themselves.
         lossless: True where the decoded vectors equal the encoded ones.
         by_feature: True where features of a layer may vary by very different amounts: what coordinates make of them.
+        kernels: the operators of CUDA that write payloads and correct copies by them, ``module:name`` below
+            `otil_xdit.method.kernels`; None where there are none.
+        writes_corrected: True where the latter writes corrected copies to where attention reads them, too.
     """
 
     bits: int
     of_residuals: bool
     lossless: bool = False
     by_feature: bool = False
+    kernels: tuple[str, str] | None = None
+    writes_corrected: bool = False
+
+    def kernel_arguments(self, device: torch.device, vectors: int, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what those operators need of the codec, for `vectors` vectors of `width` numbers."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernels")
 
     @abstractmethod
     def size(self, vectors: int, width: int) -> int:
@@ -133,6 +142,7 @@ class Quantised(Codec):
     """
 
     of_residuals = True
+    kernels = "payloads:encode_residuals", "copies:correct_copies"
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -177,23 +187,19 @@ class Quantised(Codec):
         row = self.row_bytes(width)
         return coded[..., :vectors], coded[..., vectors : vectors * (1 + row)].unflatten(-1, (vectors, row))
 
-    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what a code and a scale's byte stand for, float32 [2**bits] and [256]."""
-        return _level_table(self.bits, device), _scales(device)
-
-    def encoding(self, device: torch.device) -> dict[str, Any]:
-        """Return what a kernel that encodes needs; see `otil_xdit.method.kernels.payloads.encode_residuals`."""
+    def kernel_arguments(self, device: torch.device, vectors: int, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
         step, middle, highest = self._spacing
-        return {
-            "scales": _scales(device),
+        encoding = {
+            "scales": scale_table(device),
             "borders": _borders(4, device),
             "bits": self.bits,
             "octave": float(OCTAVE),
-            "zero": float(_ZERO),
+            "zero": float(ZERO),
             "step": step,
             "middle": middle,
             "highest": highest + 0.5,
         }
+        return encoding, {"levels": _level_table(self.bits, device), "scales": scale_table(device)}
 
     @property
     def _spacing(self) -> tuple[float, float, float]:
@@ -256,12 +262,12 @@ def write_scales(scales: torch.Tensor, out: torch.Tensor, upwards: bool = False)
     """
     steps = scales.log2_().mul_(OCTAVE)  # log2(0) is -inf
     steps = steps.ceil_() if upwards else steps.round_()
-    out.copy_(steps.clamp_(-_ZERO, 255 - _ZERO).add_(_ZERO))
+    out.copy_(steps.clamp_(-ZERO, 255 - ZERO).add_(ZERO))
 
 
 def scales_of(scale_bytes: torch.Tensor) -> torch.Tensor:
     """Return the scales that bytes, uint8 of any shape, stand for; float32."""
-    return _scales(scale_bytes.device)[scale_bytes.int()]
+    return scale_table(scale_bytes.device)[scale_bytes.int()]
 
 
 def scattered_codes(codes: torch.Tensor, rows: torch.Tensor, total: int, scratch: ScratchBuffers) -> torch.Tensor:
@@ -278,9 +284,9 @@ def scattered_codes(codes: torch.Tensor, rows: torch.Tensor, total: int, scratch
 
 
 @cache
-def _scales(device: torch.device) -> torch.Tensor:
+def scale_table(device: torch.device) -> torch.Tensor:
     """Return the scale of each byte; float32 [256]."""
-    return torch.exp2((torch.arange(256, dtype=torch.float64) - _ZERO) / OCTAVE).float().to(device)
+    return torch.exp2((torch.arange(256, dtype=torch.float64) - ZERO) / OCTAVE).float().to(device)
 
 
 def _levels(bits: int) -> torch.Tensor:

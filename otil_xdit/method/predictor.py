@@ -63,6 +63,16 @@ class Predictor:
         return [tensor for tensor in (self.value, self.velocity, self._age) if tensor is not None]
 
     @property
+    def is_fitted(self) -> bool:
+        """Tell whether gains are fitted to what a rank's own values did."""
+        return self._rule == "fitted"
+
+    @property
+    def constant_gain(self) -> float:
+        """Return the gain where it is not fitted."""
+        return self._constant if self._rule == "constant" else 0.0
+
+    @property
     def can_fuse(self) -> bool:
         """Tell whether kernels read and write these copies: Triton has no 8-bit numbers on every card."""
         return is_fused(self.value) and (self.velocity is None or self.velocity.dtype.itemsize > 1)
@@ -108,10 +118,6 @@ class Predictor:
             return torch.zeros(2, device=fresh.device)
         if self._rule == "constant":
             return torch.full((2,), self._constant, device=fresh.device)
-        if self.can_fuse:
-            from otil_xdit.method.kernels.copies import fitted_gain
-
-            return fitted_gain(self.value[layer, self._rank], self.velocity[layer, self._rank], fresh)
         velocity = self._in_float32("velocity", self.velocity[layer, self._rank])
         change = self._scratch("change", tuple(fresh.shape), torch.float32).copy_(fresh)
         change.sub_(self.value[layer, self._rank])
@@ -124,20 +130,6 @@ class Predictor:
         velocity = None if self.velocity is None else self.velocity[layer]
         self._moved(self.value[layer], velocity, gain.view(2, 1, 1, 1), out)
 
-    def predict_fused(self, layer: int, gain: torch.Tensor, fresh: torch.Tensor, out: torch.Tensor) -> None:
-        """Do what `predict` does in one launch, but for this rank's values, which are written as they are.
-
-        Args:
-            layer: of the L.
-            gain: float32 [2].
-            fresh: this rank's keys and values, [2, B, S, C].
-            out: [N, 2, B, S, C], a view of a contiguous [2, B, N, S, C].
-        """
-        from otil_xdit.method.kernels.copies import predict_copies
-
-        velocity = None if self.velocity is None else self.velocity[layer]
-        predict_copies(self.value[layer], velocity, gain, fresh, out.permute(1, 2, 0, 3, 4), self._rank)
-
     def predict_own(self, run: slice, gains: torch.Tensor, out: torch.Tensor) -> None:
         """Write the prediction that the other ranks make of this rank's values once they have its gains.
 
@@ -149,8 +141,8 @@ class Predictor:
         velocity = None if self.velocity is None else self.velocity[run, self._rank]
         self._moved(self.value[run, self._rank], velocity, gains[:, :, None, None, None], out)
 
-    def own_copies(self, run: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return this rank's values and velocities of some layers, each [l, 2, B, S, C], as views."""
+    def own_copies(self, run: slice | int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return this rank's values and velocities of some layers, each [l, 2, B, S, C], or of one; views."""
         return self.value[run, self._rank], None if self.velocity is None else self.velocity[run, self._rank]
 
     def apply_residuals(
@@ -189,14 +181,12 @@ class Predictor:
             correct: given values, velocities and ages of the run, which it advances, and how the velocities are used;
                 see `otil_xdit.method.kernels.copies.correct_copies`.
         """
-        velocity = None if self.velocity is None else self.velocity[run]
-        constant = self._constant if self._rule == "constant" else 0.0
         correct(
             value=self.value[run],
-            velocity=velocity,
+            velocity=None if self.velocity is None else self.velocity[run],
             age=None if self._age is None else self._age[run],
-            fitted=self._rule == "fitted",
-            constant=constant,
+            fitted=self.is_fitted,
+            constant=self.constant_gain,
             damping=self._damping,
         )
 

@@ -69,12 +69,11 @@ class TopKSelector:
         """
         age = self._age[layers]
         assert scores.shape == age.shape, f"scores {tuple(scores.shape)} for {tuple(age.shape)} sub-blocks"
-        if self.polled:
-            oldest = (age * self.total + self._order).topk(self.polled).indices
-            best = scores.scatter(1, oldest, -math.inf).topk(self.count - self.polled).indices
-            selected = torch.cat([oldest, best], dim=1)
-        else:
-            selected = scores.topk(self.count).indices
+        if not self.polled:  # ages do not matter
+            return scores.topk(self.count).indices
+        oldest = (age * self.total + self._order).topk(self.polled).indices
+        best = scores.scatter(1, oldest, -math.inf).topk(self.count - self.polled).indices
+        selected = torch.cat([oldest, best], dim=1)
         age.add_(1).scatter_(1, selected, 0)
         return selected
 
@@ -209,6 +208,11 @@ class BlockSelector:
     def compares_by_l2(self) -> bool:
         """Tell whether sub-blocks are selected by the squared distance of a layer's keys and values."""
         return self._source == "kv" and self._criterion == "l2"
+
+    @property
+    def takes_largest(self) -> bool:
+        """Tell whether none is selected in turn, so that nothing of earlier steps matters."""
+        return not self._config.polling and not self._config.max_age
 
     def select_scored(
         self, layers: tuple[str, int], table: torch.Tensor, scores: torch.Tensor, run: slice

@@ -25,11 +25,32 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from otil_xdit.method.kernels import copies, group_norm, moments, payloads  # noqa: E402
+from otil_xdit.method.kernels import (  # noqa: E402
+    adaptive,
+    adaptive_copies,
+    bits,
+    choices,
+    copies,
+    group_norm,
+    moments,
+    others,
+    own,
+    payloads,
+    rows,
+)
+from otil_xdit.method.kernels.tiles import Tiles  # noqa: E402
 
 CARDS = (80, 86, 89, 90, 120)
 
 HALF, FLOAT, BYTES, INT, LONG = "*fp16", "*fp32", "*u8", "*i32", "*i64"
+
+ALIGNED = {f"{of}_{step}" for of in ("key", "value") for step in ("image", "head", "token")} | {
+    "whole_image",
+    "tokens",
+    "layer_stride",
+    "size",
+}
+"""Numbers that are multiples of 16 in these networks, as pointers are; Triton compiles a kernel of its own for them."""
 
 Kernel = tuple[Any, dict[str, str], dict[str, Any], int]
 """A kernel, its arguments' types by name, its constants, and the warps that run it."""
@@ -38,7 +59,9 @@ Kernel = tuple[Any, dict[str, str], dict[str, Any], int]
 def kernels(width: int) -> Iterator[Kernel]:
     """Yield every kernel, as the strategy otil launches it for so many features."""
     columns = triton.next_power_of_2(width)
-    own = {"value": HALF, "velocity": HALF, "fresh": HALF, "gains": FLOAT}
+    given = {"value": HALF, "velocity": HALF, "fresh": HALF, "gains": FLOAT}
+    yield from of_coordinates(width)
+    yield from of_adaptive(width, columns)
     yield (
         copies._mark_sent,
         {"received": BYTES, "table": LONG, "age": FLOAT, "slots": INT, "share": FLOAT}
@@ -55,40 +78,15 @@ def kernels(width: int) -> Iterator[Kernel]:
         {"C": width, "R": width // 4, "BITS": 2, "COLUMNS": 1024, "MOVES": True, "FITTED": True, "SELECTED": True},
         4,
     )
-    yield (
-        copies._predict,
-        {"value": HALF, "velocity": HALF, "gain": FLOAT, "fresh": HALF, "out": HALF}
-        | dict.fromkeys(("batch", "tokens", "own"), "i32"),
-        {"C": width, "COLUMNS": 1024, "MOVES": True},
-        4,
-    )
-    yield (
-        copies._sum_moves,
-        {"fresh": HALF, "value": HALF, "velocity": HALF, "partial": FLOAT, "count": "i32"},
-        {"BLOCK": 1024},
-        4,
-    )
-    yield copies._finish_gain, {"partial": FLOAT, "gain": FLOAT}, {"LARGEST": 1.25, "PARTS": 64}, 4
-    yield (
-        payloads._token_changes,
-        own | {"changes": FLOAT} | dict.fromkeys(("layer_stride", "batch", "tokens"), "i32"),
-        {"C": width, "COLUMNS": columns, "MOVES": True},
-        4,
-    )
-    yield (
-        payloads._block_changes,
-        {"changes": FLOAT, "table": LONG, "out": FLOAT, "parts": "i32", "tokens": "i32"},
-        {"T": 16, "SIDE": 16},
-        4,
-    )
-    for bits in (1, 2, 4, 8):
+    for of_number in (1, 2, 4, 8):
         yield (
             payloads._encode,
-            own
+            given
             | {"payload": BYTES, "selected": LONG, "table": LONG, "scales": FLOAT, "borders": FLOAT}
             | dict.fromkeys(("layer_stride", "batch", "tokens", "size", "indices_at", "coded_at", "count"), "i32")
             | dict.fromkeys(("octave", "zero", "width_root", "step", "middle", "highest"), "fp32"),
-            {"C": width, "T": 16, "BITS": bits, "BYTES": columns * bits // 8, "R": width * bits // 8}
+            {"C": width, "T": 16, "BITS": of_number, "BYTES": columns * of_number // 8}
+            | {"R": width * of_number // 8}
             | {"MOVES": True, "FITTED": True, "SELECTED": True},
             4,
         )
@@ -101,7 +99,19 @@ def kernels(width: int) -> Iterator[Kernel]:
         {"R": 4, "B": 2, "G": 32, "EXTRAPOLATED": True, "WEIGHT": 2, "ROWS": 2, "COLS": 32},
         1,
     )
+    steps = ("image", "channel", "row", "column")
     for last in (False, True):
+        yield (
+            rows._pad_rows,
+            dict.fromkeys(("x", "out", "above", "above_before", "above_given"), HALF)
+            | dict.fromkeys(("below", "below_before", "below_given"), HALF)
+            | dict.fromkeys(("count", "channels", "height", "width", "above_height", "below_height"), "i32")
+            | {f"{step}_step": "i32" for step in steps}
+            | {f"{side}_{step}": "i32" for side in ("above", "below") for step in steps}
+            | {"gain": "fp32"},
+            {"LAST": last, "ABOVE": 1, "BELOW": 2, "KEPT": 0, "GIVEN": 1, "BLOCK": 512},
+            4,
+        )
         yield (
             group_norm._group_moments,
             {"x": HALF, "mean": FLOAT, "var": FLOAT, "pixels": "i32"},
@@ -117,18 +127,113 @@ def kernels(width: int) -> Iterator[Kernel]:
         )
     yield (
         group_norm._combine_moments,
-        {"received": FLOAT, "share": FLOAT, "mean": FLOAT, "var": FLOAT, "SIZE": "i32"},
-        {"R": 4, "BLOCK": 64},
+        dict.fromkeys(("received", "share", "came", "mean", "var"), FLOAT) | {"other": "i32", "size": "i32"},
+        {"R": 4, "CAME": True, "BLOCK": 64},
         4,
     )
+    yield (
+        rows._pack_rows,
+        dict.fromkeys(("mean", "var", "kept", "sent"), FLOAT)
+        | dict.fromkeys(("up", "to_previous", "down", "to_next"), HALF)
+        | dict.fromkeys(("size", "up_count", "up_height", "down_count", "down_height", "channels", "width"), "i32")
+        | {f"{step}_step": "i32" for step in steps},
+        {"SIZE": 64, "SENDS": True, "BLOCK": 512},
+        4,
+    )
+
+
+def of_coordinates(width: int) -> Iterator[Kernel]:
+    """Yield the kernels between keys and values and their coordinates: heads of 64 features, or of 128 for FLUX."""
+    size = 64 if width < 2048 else 128
+    constants = Tiles.of(2, 512).constants(width // size, size) | {"TURNS": True, "MOVES": True}
+    yield (
+        own._take_own,
+        dict.fromkeys(("key", "value", "copies", "velocities", "whole", "taken"), HALF)
+        | dict.fromkeys(("matrices", "sums", "totals", "numbers"), FLOAT)
+        | {f"{of}_{step}": "i32" for of in ("key", "value") for step in ("image", "head", "token")}
+        | dict.fromkeys(("whole_image", "batch", "tokens", "heads"), "i32"),
+        constants | {"COMPARES": True, "ATTENDS": True},
+        4,
+    )
+    yield (
+        others._write_others,
+        {"copies": HALF, "velocities": HALF, "matrices": FLOAT, "totals": FLOAT, "out": HALF, "constant": "fp32"}
+        | dict.fromkeys(("batch", "tokens", "heads", "ranks", "own", "count"), "i32"),
+        constants | {"FITTED": True, "LARGEST": 1.25, "PARTS": 512},
+        4,
+    )
+    yield (
+        choices._settle,
+        {"sums": FLOAT, "totals": FLOAT, "gains": FLOAT, "table": LONG, "scores": FLOAT, "selected": LONG}
+        | dict.fromkeys(("parts", "tokens", "batch", "count", "blocks", "sent"), "i32")
+        | {"constant": "fp32"},
+        {"T": 4, "SIDE": 4, "BLOCKS": 1024, "STEP": 256, "LARGEST": 1.25, "PARTS": 512, "BINS": 512}
+        | dict.fromkeys(("FITTED", "MOVES", "SCORES", "PICKS"), True),
+        8,
+    )
+
+
+def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:
+    """Yield the adaptive codec's kernels."""
+    given = {"value": HALF, "velocity": HALF, "fresh": HALF, "gains": FLOAT, "payload": BYTES, "selected": LONG}
+    sizes = dict.fromkeys(("layer_stride", "batch", "tokens", "size", "sent", "count"), "i32")
+    places = dict.fromkeys(("codes_at", "scales_at", "key_row", "value_row"), "i32")
+    word = {"BITS_AT": 16, "SIZE_AT": 20}
+    switches = {"MOVES": True, "FITTED": True, "SELECTED": True}
+    yield (
+        adaptive._measure_features,
+        given | {"table": LONG, "sizes_at": "i32"} | sizes | dict.fromkeys(("octave", "zero", "root"), "fp32"),
+        {"C": width, "FEATURES": 32, "ROWS": 64, "T": 4, "MOVES": True, "SELECTED": True},
+        4,
+    )
+    yield (
+        adaptive._encode_adaptive,
+        given
+        | {"table": LONG, "words": INT, "entries": INT, "scales": FLOAT, "indices_at": "i32"}
+        | sizes
+        | places
+        | {"octave": "fp32", "zero": "fp32"},
+        {"C": width, "COLUMNS": 512, "ROW": width // 4, "BYTES": 64, "VECTORS": 4, "T": 4} | word | switches,
+        4,
+    )
+    tiles, size = Tiles.of(2, 512), 64 if width < 2048 else 128
+    for part in (
+        {"FEATURES": 256, "TOKENS": 4, "PARTS": 1, "WIDTH": width, "WRITES": False},
+        {"FEATURES": 64, "TOKENS": tiles.rows, "PARTS": tiles.parts, "WIDTH": 3 * size, "WRITES": True},
+    ):
+        yield (
+            adaptive_copies._correct_adaptive,
+            {"value": HALF, "velocity": HALF, "received": BYTES, "slots": INT, "share": FLOAT, "words": INT}
+            | {"scales": FLOAT, "matrices": FLOAT, "out": HALF, "constant": "fp32", "damping": "fp32"}
+            | dict.fromkeys(("layers", "batch", "tokens", "size", "sent", "heads", "own"), "i32")
+            | places,
+            {"C": width, "TURNS": True} | part | word | switches | tiles.constants(width // size, size),
+            4,
+        )
+    for entries in (True, False):
+        yield (
+            bits._read_plans,
+            {"payloads": BYTES, "words": INT, "entries": INT, "table": LONG, "age": FLOAT, "slots": INT, "share": FLOAT}
+            | dict.fromkeys(("layers", "ranks", "size", "sizes_at", "key_budget", "value_budget", "indices_at"), "i32"),
+            {"C": width, "FEATURES": columns, "ROW": 2 * width, "G1": -2, "G2": -6, "G4": -13, "G8": -26}
+            | {"LEVELS": 512, "ENTRIES": entries, "TOKENS": 2048, "T": 4, "SENT": 1792, "BLOCK": 1024}
+            | word,
+            8 if columns > 2048 else 4,
+        )
 
 
 def compiled(kernel: Kernel, card: int) -> dict[str, Any]:
     """Return what ptxas says of a kernel for a card."""
     function, types, constants, warps = kernel
     signature = types | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=function, signature=signature, constexprs=constants)
-    made = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps})
+    aligned = [name for name, kind in types.items() if kind.startswith("*") or name in ALIGNED]
+    divisible = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=divisible)
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", card, 32),
+        options={"num_warps": warps, "num_stages": 1 if "TURNS" in constants else 3},
+    )
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(made.asm["ptx"])

@@ -1,6 +1,6 @@
 """Compares the fused kernels with the eager code over random shapes, in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/workers/fused_kernels.py moments copies payloads group_norm
+    TRITON_INTERPRET=1 python tests/workers/fused_kernels.py moments own chosen copies payloads group_norm rows
 
 Prints a JSON object for each comparison: the largest difference relative to the largest value, and its bound.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
@@ -27,10 +27,18 @@ from otil_xdit.exchange.buckets import Bucketer  # noqa: E402
 from otil_xdit.exchange.kv_payload import PayloadCodec  # noqa: E402
 from otil_xdit.exchange.moments import MomentsLayer, combined_moments  # noqa: E402
 from otil_xdit.method.config import OtilConfig  # noqa: E402
-from otil_xdit.method.kernels import copies as copies_kernels  # noqa: E402
+from otil_xdit.method.coordinates import Coordinates  # noqa: E402
 from otil_xdit.method.kernels import group_norm as norm_kernels  # noqa: E402
 from otil_xdit.method.kernels import moments as moments_kernels  # noqa: E402
-from otil_xdit.method.kernels import payloads as payload_kernels  # noqa: E402
+from otil_xdit.method.kernels.adaptive import launch_encode_adaptive  # noqa: E402
+from otil_xdit.method.kernels.adaptive_copies import launch_correct_adaptive  # noqa: E402
+from otil_xdit.method.kernels.choices import launch_settle  # noqa: E402
+from otil_xdit.method.kernels.copies import launch_correct_copies  # noqa: E402
+from otil_xdit.method.kernels.others import launch_write_others  # noqa: E402
+from otil_xdit.method.kernels.own import launch_take_own  # noqa: E402
+from otil_xdit.method.kernels.payloads import launch_encode_residuals  # noqa: E402
+from otil_xdit.method.kernels.rows import launch_pack_rows, launch_pad_rows  # noqa: E402
+from otil_xdit.method.kernels.tiles import ChangeSums  # noqa: E402
 from otil_xdit.method.predictor import Predictor  # noqa: E402
 from otil_xdit.method.scores import l2_of_difference  # noqa: E402
 from otil_xdit.method.scratch import ScratchBuffers  # noqa: E402
@@ -73,14 +81,30 @@ def moments_cases() -> Iterator[tuple[str, float, float]]:
         yield f"{ranks} ranks, {batch} x {groups}, gain {gain}", worst, 2e-5
 
 
+SHAPES = ((2, 2, 1, 12, 24), (1, 3, 2, 20, 40), (3, 2, 1, 16, 20))
+"""Layers, ranks, batch, tokens and features of small cases."""
+
+RULES = ("fitted", "constant", "none")
+
+CODED = (
+    *(("adaptive", 0.5, rule) for rule in RULES),
+    ("adaptive", 1.0, "fitted"),
+    ("2bit", 0.5, "constant"),
+    ("int4", 0.5, "fitted"),
+    ("1bit", 1.0, "none"),
+    ("int8", 0.6, "fitted"),
+    ("2bit", 1.0, "fitted"),
+)
+"""Codecs, ratios and rules of extrapolation."""
+
+
 def copies_cases() -> Iterator[tuple[str, float, float]]:
-    """Two steps' payloads of random residuals to copies of random numbers, and what is predicted from them."""
-    shapes = ((2, 2, 1, 12, 24), (1, 3, 2, 20, 48), (3, 2, 1, 16, 20))
+    """Two steps' payloads of random residuals to copies of random numbers."""
     types = ((torch.float32, "auto"), (torch.float16, "auto"), (torch.float32, "bfloat16"))
-    codecs = (("2bit", 0.5), ("int4", 0.5), ("1bit", 1.0), ("int8", 0.6), ("2bit", 1.0))
-    turns = cycle(product(shapes, types))
-    for (codec, ratio), rule, _ in product(codecs, ("fitted", "constant", "none"), range(2)):
-        shape, (dtype, cache) = next(turns)
+    turns = cycle(zip(cycle(SHAPES), (*types, *types[1:], types[0]), strict=False))
+    alone = (("adaptive", 0.5, "fitted"), ("adaptive", 1.0, "constant"))  # a layer that attention waits for
+    cases = [*((case, next(turns)) for case in CODED), *((case, (SHAPES[1], types[n])) for n, case in enumerate(alone))]
+    for (codec, ratio, rule), (shape, (dtype, cache)) in cases:
         config = OtilConfig(codec=codec, ratio=ratio, extrapolation=rule, kv_cache_dtype=cache, block_size=2)
         yield f"{shape}, {dtype}, {cache}, {codec}, {ratio}, {rule}", *copies_case(shape, dtype, config)
 
@@ -99,41 +123,38 @@ def copies_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig) 
     for tensor, twin in zip(eager.tensors, fused.tensors, strict=True):
         tensor.copy_(torch.randint(1, 4, tensor.shape) if tensor.ndim == 3 else torch.randn(tensor.shape))
         twin.copy_(tensor)
-    run = slice(0, layers)
+    run, heads, whole = slice(0, layers), 2, None
+    coordinates = Coordinates(*(torch.randn(2, heads, width // heads, width // heads) for _ in range(2)))
+    if config.uses_coordinates and layers == 1:  # as attention waits for them
+        whole = torch.randn(2, batch, ranks, tokens, width).to(dtype)
+    writing = {"matrices": coordinates.matrices[1], "out": whole, "heads": heads, "own": own}
     for _ in range(2):
         received = payloads(codec, ranks, layers, one, dtype)
         found = codec.unpack(received.transpose(0, 1))
         gains = found.gains if found.gains is not None else constant_gains(layers, ranks, config)
         eager.apply_residuals(run, gains, found.numbers, found.scales, found.sent)
-        codec.apply_fused(fused, run, received, copies_kernels.launch_correct_copies)
+        correct = launch_correct_adaptive if config.uses_coordinates else launch_correct_copies
+        codec.apply_fused(fused, run, received, None if whole is None else writing, correct)
     pairs = [*zip(fused.tensors, eager.tensors, strict=True)]
-    fresh = torch.randn(one).to(dtype)
-    whole = [torch.empty(2, batch, ranks, tokens, width, dtype=dtype) for _ in range(2)]
-    gain = torch.tensor([0.7, 0.3])
-    eager.predict(0, gain, whole[1].permute(2, 0, 1, 3, 4))
-    whole[1][:, :, own] = fresh
-    velocity = None if fused.velocity is None else fused.velocity[0]
-    copies_kernels.launch_predict_copies(fused.value[0], velocity, gain, fresh, whole[0], own)
-    pairs.append((whole[0], whole[1]))
-    if config.extrapolation == "fitted" and eager.velocity is not None and fused.velocity is not None:
-        pairs.append(
-            (
-                copies_kernels.launch_fitted_gain(fused.value[0, own], fused.velocity[0, own], fresh),
-                eager.gain(0, fresh),
-            )
-        )
+    if whole is not None:
+        expected = coordinates.back(eager.value[0], scratch).permute(1, 2, 0, 3, 4)
+        expected = torch.cat([expected[:, :, :own], whole[:, :, own:]], dim=2)
+        pairs.append((whole, expected.to(dtype)))
+    error, bound = worst(pairs, eager.value.dtype)
+    return error, bound if whole is None else 4 * bound  # products of many numbers
+
+
+def worst(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> tuple[float, float]:
+    """Return the largest error of some tensors, and the bound of it."""
     # A number in half precision may be rounded to its neighbour where sums in float32 differ in the last bit.
-    half = torch.float32 not in (eager.value.dtype,)
-    bound = 2 * torch.finfo(eager.value.dtype).eps if half else FLOAT32
+    bound = FLOAT32 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     return max(relative(*pair) for pair in pairs), bound
 
 
 def payloads_cases() -> Iterator[tuple[str, float, float]]:
-    """Payloads as the others read them, of the same sub-blocks; their scores; and the share of bytes that differ."""
-    shapes = ((2, 2, 1, 12, 24), (1, 3, 2, 20, 48), (3, 2, 1, 16, 20))
-    codecs = (("2bit", 0.5), ("int4", 0.5), ("1bit", 1.0), ("int8", 0.6), ("2bit", 1.0))
-    turns = cycle(product(shapes, (torch.float32, torch.float16)))
-    for (codec, ratio), rule, _ in product(codecs, ("fitted", "constant", "none"), range(2)):
+    """Payloads as the others read them, of the same sub-blocks, and the share of bytes that differ."""
+    turns = cycle(product(SHAPES, (torch.float32, torch.float16)))
+    for codec, ratio, rule in CODED:
         shape, dtype = next(turns)
         config = OtilConfig(codec=codec, ratio=ratio, extrapolation=rule, block_size=2)
         yield f"{shape}, {dtype}, {codec}, {ratio}, {rule}", *payloads_case(shape, dtype, config)
@@ -147,23 +168,109 @@ def payloads_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig
     codec = PayloadCodec(one, dtype, table, config, scratch)
     codec.allocate(layers, ranks)
     predictor = Predictor(torch.empty(layers, *one, dtype=dtype), ranks, own, config, scratch)
+    uneven = torch.randn(width).mul(1.5).exp()
     for tensor in predictor.tensors:
-        tensor.copy_(torch.randn(tensor.shape))
-    fresh, gains = torch.randn(layers, *one).to(dtype), torch.rand(layers, 2)
+        tensor.copy_(torch.randn(tensor.shape) * (uneven if tensor.shape[-1] == width else 1))
+    fresh, gains = (torch.randn(layers, *one) * uneven).to(dtype), torch.rand(layers, 2)
     fresh[0, 0, 0, 3] = predictor.value[0, own, 0, 0, 3]  # with no gain, nothing to send
     expected, found = (torch.zeros(layers, codec.layout.size, dtype=torch.uint8) for _ in range(2))
     own_copy = torch.empty(layers, *one)
     predictor.predict_own(run, gains, own_copy)
     residual = fresh.float() - own_copy
-    changes = payload_kernels.launch_block_changes(*predictor.own_copies(run), fresh, gains, table)
-    error = relative(changes, l2_of_difference(residual, table))
-    selected = changes.topk(codec.layout.count).indices.contiguous() if codec.layout.count else None
-    codec.encode_fused(predictor, run, fresh, gains, found, selected, payload_kernels.launch_encode_residuals)
+    count = codec.layout.count
+    selected = torch.stack([torch.randperm(len(table))[:count] for _ in range(layers)]) if count else None
+    encode = launch_encode_adaptive if config.uses_coordinates else launch_encode_residuals
+    codec.encode_fused(predictor, run, fresh, gains, found, selected, encode)
     codec.pack_gains(expected, gains)
     tokens_sent = residual if selected is None else codec.pack_selected(expected, selected, residual)
     codec.pack_tokens(expected, tokens_sent.clone())
-    differing = (expected != found).float().mean().item()  # numbers beside a border may fall to its other side
-    return max(error, differing), 2e-3
+    # A number beside a border may fall to its other side.
+    return (expected != found).float().mean().item(), 2e-3
+
+
+def own_cases() -> Iterator[tuple[str, float, float]]:
+    """What is read of a rank's own keys and values, what follows from it, and what attention reads of the others'."""
+    heads = ((3, 8), (2, 20), (1, 40))
+    types = (torch.float32, torch.float16, torch.bfloat16)
+    turns = cycle(zip(heads, types, SHAPES, strict=True))
+    for rule, turned, count in (*product(RULES[:2], (True, False), (3,)), ("none", True, 0), ("none", False, 3)):
+        (number, size), dtype, (layers, ranks, batch, tokens, _) = next(turns)
+        config = OtilConfig(extrapolation=rule, block_size=2)
+        name = f"{layers} layers, {ranks} ranks, {batch} x {number} x {tokens} x {size}, {dtype}, {rule}, {turned}"
+        case = own_case(layers, ranks, (batch, number, tokens, size), dtype, config, turned, count)
+        yield f"{name}, {count} chosen", *case
+
+
+def own_case(
+    layers: int,
+    ranks: int,
+    of_key: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    config: OtilConfig,
+    turned: bool,
+    count: int,
+) -> tuple[float, float]:
+    batch, heads, tokens, size = of_key
+    one, own = torch.Size((2, batch, tokens, heads * size)), ranks - 1
+    scratch = ScratchBuffers(torch.device("cpu"))
+    predictor = Predictor(torch.empty(layers, *one, dtype=dtype), ranks, own, config, scratch)
+    for tensor in predictor.tensors:
+        tensor.copy_(torch.randn(tensor.shape))
+    coordinates = Coordinates(*(torch.randn(2, heads, size, size) / size**0.5 for _ in range(2)))
+    into, back = coordinates.matrices if turned else (None, None)
+    table = torch.randperm(tokens).view(-1, 4)
+    sums = ChangeSums.make(layers, batch, tokens, torch.device("cpu"))
+    taken, residual = torch.empty(layers, *one, dtype=dtype), torch.empty(layers, *one)
+    gains, pairs = torch.empty(layers, 2), []
+    known = torch.empty(layers, 2)
+    moves, fitted = predictor.velocity is not None, config.extrapolation == "fitted"
+    constant = config.extrapolation_gain if config.extrapolation == "constant" else 0.0
+    whole = [torch.zeros(2, batch, ranks, tokens, heads * size, dtype=dtype) for _ in range(2)]
+    for layer in range(layers):
+        key, value = (torch.randn(batch, tokens, heads, size).to(dtype).transpose(1, 2) for _ in range(2))
+        fresh = torch.stack([key, value]).transpose(2, 3).flatten(3)
+        expected = fresh.float().clone()
+        if turned:
+            coordinates.into(fresh[None], expected[None], scratch)
+        copies, velocities = predictor.own_copies(slice(layer, layer + 1))
+        velocity = None if velocities is None else velocities[0]
+        launch_take_own(
+            key, value, into, copies[0], velocity, whole[0][:, :, own], taken[layer],
+            sums.tokens[layer], sums.totals[layer], sums.numbers[layer],
+        )  # fmt: skip
+        whole[1][:, :, own] = fresh
+        known[layer] = predictor.gain(layer, expected)
+        pairs += [(taken[layer], expected.to(dtype)), (sums.numbers[layer].sum(), fresh.float().sum())]
+        predicted = torch.empty(ranks, *one)
+        predictor.predict(layer, known[layer], predicted)
+        totals = sums.totals[layer] if fitted else None
+        velocity = None if predictor.velocity is None else predictor.velocity[layer]
+        launch_write_others(predictor.value[layer], velocity, back, totals, constant, whole[0], heads, own)
+        written = coordinates.back(predicted, scratch) if turned else predicted.clone()
+        written[own] = fresh.float()
+        whole[1].copy_(written.permute(1, 2, 0, 3, 4))
+        pairs.append((whole[0], whole[1]))
+        residual[layer] = expected - predicted[own]
+    scores, selected = launch_settle(
+        sums.tokens, sums.totals, gains, table, batch, moves, fitted, constant, True, count
+    )
+    expected = l2_of_difference(residual, table)
+    pairs += [(gains, known), (scores, expected)]
+    if count:
+        pairs.append((selected, scores.topk(count).indices.sort().values))
+    error, bound = worst(pairs, dtype)
+    return error, 10 * bound if dtype == torch.float32 else bound  # products of many numbers
+
+
+def chosen_cases() -> Iterator[tuple[str, float, float]]:
+    """Which sub-blocks are chosen: as many as are asked for, the largest, and of equal ones the first."""
+    for blocks, count, distinct in product((5, 64, 700), (1, 5), (True, False)):
+        sums = torch.rand(2, 3, 1, 2, blocks) if distinct else torch.randint(0, 3, (2, 3, 1, 2, blocks)).float()
+        table, totals, gains = torch.arange(blocks)[:, None], torch.zeros(2, 2, 1, 2), torch.empty(2, 2)
+        scores, selected = launch_settle(sums, totals, gains, table, 1, False, False, 0.0, True, count)
+        expected = sums[:, 0, 0].sum(1)
+        order = expected.sort(dim=1, descending=True, stable=True).indices[:, :count].sort().values
+        yield f"{count} of {blocks}, {distinct}", max(relative(scores, expected), relative(selected, order)), FLOAT32
 
 
 def payloads(codec: PayloadCodec, ranks: int, layers: int, one: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -213,12 +320,49 @@ def group_norm_cases() -> Iterator[tuple[str, float, float]]:
     for ranks in (2, 3, 5):
         layer, share = late_layer(ranks, 0, 2, 6, 0.0), torch.rand(ranks)
         layer._received.copy_(torch.rand(ranks, 2, 2, 6))
-        pairs = zip(
-            norm_kernels.launch_combine_moments(layer._received, share),
-            combined_moments(layer._received, share),
-            strict=True,
-        )
-        yield f"combined from {ranks} ranks", max(relative(*pair) for pair in pairs), FLOAT32
+        came = torch.rand(2, 2, 6)
+        for other, moments in ((0, None), (1, came)):
+            received = layer._received.clone()
+            found = norm_kernels.launch_combine_moments(received, share, moments, other)
+            expected = combined_moments(layer._received, share, None if moments is None else (other, moments))
+            error, bound = worst([*zip(found, expected, strict=True), (received, layer._received)], torch.float32)
+            yield f"combined from {ranks} ranks, {moments is None}", error, bound
+
+
+def rows_cases() -> Iterator[tuple[str, float, float]]:
+    """Maps between rows that are kept, given or moved on, and rows packed with moments, in either memory format."""
+    formats, sides = (torch.contiguous_format, torch.channels_last), ("kept", "given", "moved")
+    turns = cycle(product(formats, ((1, 1), (1, 0), (0, 1))))
+    for above, below, dtype in product(sides, sides, (torch.float32, torch.float16)):
+        memory_format, (upper, lower) = next(turns)
+        x = torch.randn(2, 6, 5, 7).to(dtype).contiguous(memory_format=memory_format)
+        out = torch.empty(2, 6, 5 + upper + lower, 7, dtype=dtype).contiguous(memory_format=memory_format)
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        expected, given = [], list[torch.Tensor | None]()
+        for side, count in ((above, upper), (below, lower)):
+            last, before = (torch.randn(2, 6, count, 7).to(dtype) for _ in range(2))
+            rows = torch.randn(2, 6, count, 7).to(dtype).contiguous(memory_format=memory_format)
+            moved = torch.lerp(before, last, 1.75)
+            expected.append({"kept": last.clone(), "given": rows, "moved": moved}[side])
+            kept.append((last, before))
+            given.append(rows if side == "given" else None)
+        launch_pad_rows(x, out, *kept[0], given[0], *kept[1], given[1], 0.75, above == "moved", below == "moved")
+        pairs = [(out, torch.cat([expected[0], x, expected[1]], dim=2))]
+        pairs += [
+            (last, rows) for (last, _), rows in zip(kept, given, strict=True) if rows is not None and len(rows[0, 0])
+        ]
+        yield f"{above}, {below}, {dtype}, {memory_format}", *worst(pairs, dtype)
+    for (up, down), memory_format in product(((1, 1), (1, None), (None, 2)), formats):
+        x, moments = torch.randn(2, 6, 5, 7).contiguous(memory_format=memory_format), torch.rand(2, 2, 4)
+        sides = [None if up is None else x[:, :, :up], None if down is None else x[:, :, 5 - down :]]
+        sent = [None if rows is None else torch.empty(rows.shape) for rows in sides]
+        copies = [torch.empty(2, 2, 4) for _ in range(2)]
+        launch_pack_rows(*moments, *copies, sides[0], sent[0], sides[1], sent[1])
+        pairs = [(copy, moments) for copy in copies]
+        pairs += [
+            (found, rows) for found, rows in zip(sent, sides, strict=True) if found is not None and rows is not None
+        ]
+        yield f"packed {up}, {down}, {memory_format}", *worst(pairs, torch.float32)
 
 
 def late_layer(ranks: int, own: int, batch: int, groups: int, gain: float) -> Any:

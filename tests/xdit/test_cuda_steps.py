@@ -27,8 +27,8 @@ STRATEGIES = (
     "compact-2bit",
     "otil waiting",
     "otil displaced",
-    "otil adaptive waiting",
-    "otil adaptive displaced",
+    "otil 2bit waiting",
+    "otil 2bit displaced",
 )
 RANKS = ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (4, 0), (4, 1), (4, 3))
 """World size and rank: first, middle and last ones."""

@@ -17,6 +17,9 @@ import torch
 MOST_FEATURES = 8192
 """Of a vector that is encoded: one program holds it whole."""
 
+MOST_BLOCKS = 16384
+"""Sub-blocks of a layer that are compared with each other: one program does."""
+
 
 def is_fused(tensor: torch.Tensor) -> bool:
     """Tell whether what is computed of a tensor has kernels here: on CUDA, where Triton is installed."""

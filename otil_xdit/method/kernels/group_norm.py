@@ -70,17 +70,24 @@ def _normalise(
 
 
 @triton.jit
-def _combine_moments(received, share, mean, var, SIZE, R: tl.constexpr, BLOCK: tl.constexpr):
-    """received: float32 [R, 2, B, G]; share: [R]; mean, var: [B, G]."""
+def _combine_moments(
+    received, share, came, mean, var, other, size, R: tl.constexpr, CAME: tl.constexpr, BLOCK: tl.constexpr
+):
+    """received: float32 [R, 2, B, G]; share: [R]; came: [2, B, G], what `other` sent; mean, var: [B, G]."""
     at = tl.arange(0, BLOCK)
-    inside = at < SIZE
+    inside = at < size
+    if CAME:
+        place = received + other * 2 * size + at
+        tl.store(place, tl.load(came + at, mask=inside), mask=inside)
+        tl.store(place + size, tl.load(came + size + at, mask=inside), mask=inside)
+        tl.debug_barrier()
     middle = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(R):
-        middle += tl.load(share + rank) * tl.load(received + rank * 2 * SIZE + at, mask=inside, other=0.0)
+        middle += tl.load(share + rank) * tl.load(received + rank * 2 * size + at, mask=inside, other=0.0)
     spread = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(R):
-        off = tl.load(received + rank * 2 * SIZE + at, mask=inside, other=0.0) - middle
-        within = tl.load(received + (rank * 2 + 1) * SIZE + at, mask=inside, other=0.0)
+        off = tl.load(received + rank * 2 * size + at, mask=inside, other=0.0) - middle
+        within = tl.load(received + (rank * 2 + 1) * size + at, mask=inside, other=0.0)
         spread += tl.load(share + rank) * (within + off * off)
     tl.store(mean + at, middle, mask=inside)
     tl.store(var + at, spread, mask=inside)
@@ -148,18 +155,33 @@ def _(
     return torch.empty_like(x if is_channels_last(x) else x.contiguous())
 
 
-def launch_combine_moments(received: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the moments of whole maps, float32 [B, G], from everybody's, [R, 2, B, G], and shares of rows, [R]."""
+def launch_combine_moments(
+    received: torch.Tensor, share: torch.Tensor, came: torch.Tensor | None = None, other: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the moments of whole maps, float32 [B, G], from everybody's.
+
+    Args:
+        received: means and variances of each rank's rows, float32 [R, 2, B, G].
+        share: of the rows, float32 [R].
+        came: what the rank `other` sent, [2, B, G], which `received` takes in first; None where it has.
+    """
     mean, var = torch.empty_like(received[0, 0]), torch.empty_like(received[0, 0])
     size = mean.numel()
-    _combine_moments[(1,)](received, share, mean, var, size, R=len(received), BLOCK=triton.next_power_of_2(size))
+    _combine_moments[(1,)](
+        received, share, received if came is None else came, mean, var, other, size,
+        R=len(received), CAME=came is not None, BLOCK=triton.next_power_of_2(size),
+    )  # fmt: skip
     return mean, var
 
 
-combine_moments = torch.library.custom_op("otil_xdit::combine_moments", launch_combine_moments, mutates_args=())
+combine_moments = torch.library.custom_op(
+    "otil_xdit::combine_moments", launch_combine_moments, mutates_args=("received",)
+)
 """`launch_combine_moments`, as an operator of torch."""
 
 
 @combine_moments.register_fake
-def _(received: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    received: torch.Tensor, share: torch.Tensor, came: torch.Tensor | None = None, other: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(received[0, 0]), torch.empty_like(received[0, 0])

@@ -1,7 +1,6 @@
-"""What a rank sends of its keys and values: which sub-blocks changed most, and their residuals, quantised and packed.
+"""What a rank sends of its keys and values: residuals, quantised and packed, in equally many bits for every number.
 
-`block_changes` does what `Predictor.predict_own` and `l2_of_difference` do, `encode_residuals` what `PayloadCodec` and
-`Quantised` do to fill a payload. Residuals are computed twice, which moves less than to write and read them.
+`encode_residuals` does what `Predictor.predict_own`, `PayloadCodec` and `Quantised` do to fill a payload.
 
 Shapes: l layers of a run; B batch, S tokens of this rank, C features, K sub-blocks of T tokens, k sent, m = k * T
 tokens, R bytes of a vector's codes.
@@ -19,7 +18,7 @@ _SMALLEST_STEP = tl.constexpr(-128.0)
 
 
 @triton.jit
-def _residual(value, velocity, fresh, gain, at, fresh_at, inside, MOVES: tl.constexpr):
+def residual_of(value, velocity, fresh, gain, at, fresh_at, inside, MOVES: tl.constexpr):
     """Return fresh - (value + gain * velocity), float32."""
     predicted = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
     if MOVES:
@@ -28,31 +27,12 @@ def _residual(value, velocity, fresh, gain, at, fresh_at, inside, MOVES: tl.cons
 
 
 @triton.jit
-def _token_changes(
-    value, velocity, fresh, gains, changes, layer_stride, batch, tokens,
-    C: tl.constexpr, COLUMNS: tl.constexpr, MOVES: tl.constexpr,
-):  # fmt: skip
-    """The squared residual of one token's key, or value: changes, float32 [l, 2 * B, S]."""
-    token, kv_image, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = (kv_image.to(tl.int64) * tokens + token) * C
-    size = tl.num_programs(1).to(tl.int64) * tokens * C
-    gain = tl.load(gains + layer * 2 + kv_image // batch)
-    column = tl.arange(0, COLUMNS)
-    at = layer.to(tl.int64) * layer_stride + row + column
-    found = _residual(value, velocity, fresh, gain, at, layer * size + row + column, column < C, MOVES)
-    tl.store(changes + (layer * tl.num_programs(1) + kv_image) * tokens + token, tl.sum(found * found, 0))
-
-
-@triton.jit
-def _block_changes(changes, table, out, parts, tokens, T: tl.constexpr, SIDE: tl.constexpr):
-    """The sum of one sub-block's token changes: out, float32 [l, K]."""
-    block, layer, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    lane = tl.arange(0, SIDE)
-    token = tl.load(table + block * T + lane, mask=lane < T, other=0)
-    total = tl.zeros((SIDE,), tl.float32)
-    for part in range(0, parts):
-        total += tl.load(changes + (layer * parts + part) * tokens + token, mask=lane < T, other=0.0)
-    tl.store(out + layer * blocks + block, tl.sum(total, 0))
+def scale_byte(spread, octave, zero, UPWARDS: tl.constexpr):
+    """Return the byte of a scale, int32, rounded up or to the nearest; see `otil_xdit.method.codec.write_scales`."""
+    steps = tl.log2(spread) * octave
+    steps = tl.ceil(steps) if UPWARDS else tl.floor(steps + 0.5)
+    steps = tl.where(spread > 0, tl.minimum(tl.maximum(steps, _SMALLEST_STEP), _LARGEST_STEP), _SMALLEST_STEP)
+    return (steps + zero).to(tl.int32)
 
 
 @triton.jit
@@ -83,15 +63,12 @@ def _encode(
     row = (kv_image.to(tl.int64) * tokens + token) * C
     at = layer.to(tl.int64) * layer_stride + row + column
     fresh_at = layer * tl.num_programs(1).to(tl.int64) * tokens * C + row + column
-    residual = _residual(value, velocity, fresh, gain, at, fresh_at, inside, MOVES)
+    residual = residual_of(value, velocity, fresh, gain, at, fresh_at, inside, MOVES)
     if BITS == 8:
         spread = tl.max(tl.max(tl.abs(residual), 1), 0)
-        steps = tl.ceil(tl.log2(spread) * octave)
     else:
         spread = tl.sqrt(tl.sum(tl.sum(residual * residual, 1), 0)) / width_root
-        steps = tl.floor(tl.log2(spread) * octave + 0.5)
-    steps = tl.where(spread > 0, tl.minimum(tl.maximum(steps, _SMALLEST_STEP), _LARGEST_STEP), _SMALLEST_STEP)
-    byte = (steps + zero).to(tl.int32)
+    byte = scale_byte(spread, octave, zero, BITS == 8)
     vectors = tl.num_programs(1) * tl.num_programs(0)
     vector = kv_image * tl.num_programs(0) + slot
     tl.store(out + coded_at + vector, byte.to(tl.uint8))
@@ -107,43 +84,6 @@ def _encode(
     packed = tl.sum(code, 1)
     place = tl.arange(0, BYTES)
     tl.store(out + coded_at + vectors + vector * R + place, packed.to(tl.uint8), mask=place < R)
-
-
-def launch_block_changes(
-    value: torch.Tensor, velocity: torch.Tensor | None, fresh: torch.Tensor, gains: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
-    """Return each sub-block's squared distance from what the others predict of it, float32 [l, K].
-
-    Args:
-        value, velocity: this rank's copies of a run of layers, [l, 2, B, S, C], each layer's contiguous; no velocity
-            where nothing is extrapolated.
-        fresh: what the layers were called with, [l, 2, B, S, C], contiguous.
-        gains: this rank's, float32 [l, 2].
-        table: the tokens of each sub-block, int64 [K, T].
-    """
-    layers, _, batch, tokens, width = fresh.shape
-    blocks, side = table.shape
-    changes = torch.empty(layers, 2 * batch, tokens, dtype=torch.float32, device=fresh.device)
-    found = torch.empty(layers, blocks, dtype=torch.float32, device=fresh.device)
-    _token_changes[(tokens, 2 * batch, layers)](
-        value, value if velocity is None else velocity, fresh, gains, changes, value.stride(0), batch, tokens,
-        C=width, COLUMNS=triton.next_power_of_2(width), MOVES=velocity is not None,
-    )  # fmt: skip
-    _block_changes[(blocks, layers)](
-        changes, table, found, 2 * batch, tokens, T=side, SIDE=triton.next_power_of_2(side)
-    )
-    return found
-
-
-block_changes = torch.library.custom_op("otil_xdit::block_changes", launch_block_changes, mutates_args=())
-"""`launch_block_changes`, as an operator of torch."""
-
-
-@block_changes.register_fake
-def _(
-    value: torch.Tensor, velocity: torch.Tensor | None, fresh: torch.Tensor, gains: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
-    return fresh.new_empty(len(fresh), len(table), dtype=torch.float32)
 
 
 def launch_encode_residuals(
@@ -169,7 +109,11 @@ def launch_encode_residuals(
     """Fill the payloads of a run of layers: gains, the numbers of sub-blocks, scales and codes of residuals.
 
     Args:
-        value, velocity, fresh, gains, table: as for `block_changes`.
+        value, velocity: this rank's copies of a run of layers, [l, 2, B, S, C], each layer's contiguous; no velocity
+            where nothing is extrapolated.
+        fresh: what the layers were called with, [l, 2, B, S, C], contiguous.
+        gains: this rank's, float32 [l, 2].
+        table: the tokens of each sub-block, int64 [K, T].
         payload: uint8 [l, size].
         selected: sub-blocks that are sent, int64 [l, k], contiguous; None for all tokens.
         scales: what the bytes of scales stand for, float32 [256].

@@ -14,8 +14,7 @@ from tests.support.fake_cuda.rank import Scene
 FILE = Path(__file__).parents[2] / "budgets" / "launches.json"
 
 MODELS = ("SDXL", "FLUX", "SD3")
-ADAPTIVE = ("otil adaptive waiting", "otil adaptive displaced")
-STRATEGIES = ("sync", "distrifusion", "otil waiting", "otil displaced", *ADAPTIVE)
+STRATEGIES = ("sync", "distrifusion", "otil waiting", "otil displaced", "otil 2bit waiting", "otil 2bit displaced")
 RANKS = {2: 0, 4: 1}
 """The rank that is counted, by their number: one with two neighbours where there is one."""
 

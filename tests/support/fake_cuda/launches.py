@@ -31,8 +31,26 @@ _NO_LAUNCH = frozenset(
 )
 """Operators that only make another view, or memory; by the name of the overload packet."""
 
-_LAUNCHES = {"native_group_norm": 3, "topk": 2, "sort": 2, "correct_copies": 2, "fitted_gain": 2, "block_changes": 2}
+_LAUNCHES = {
+    "native_group_norm": 3,
+    "topk": 2,
+    "sort": 2,
+    "correct_copies": 2,
+    "correct_adaptive": 2,
+    "encode_adaptive": 3,
+}
 """Operators that are more than one kernel on CUDA, and how many; all others count as one."""
+
+_COPIES_OF_ALL = ("value", "velocity")
+
+_MOVED = {
+    "correct_copies": lambda given: _twice(given, *_COPIES_OF_ALL),
+    "correct_adaptive": lambda given: _twice(given, *_COPIES_OF_ALL) - _share_of_own(given, "out"),
+    "encode_adaptive": lambda given: _twice(given, *_COPIES_OF_ALL, "fresh"),
+    "write_others": lambda given: -_share_of_own(given, "copies", "velocities", "out"),
+}
+"""What our own operators move beyond each tensor once, by their arguments: copies are read and written, features are
+measured before they are coded, and a rank's own part of all ranks' copies may be left out."""
 
 _COPIES = ("_to_copy", "copy_", "_copy_from")
 
@@ -82,7 +100,8 @@ class Launches:
 
 def _is_of_network(site: Site) -> bool:
     """Tell whether a site's launches are those of the network's own layers, on fewer rows."""
-    return site == NETWORK or site.startswith(("networks/unet/conv.py", "networks/unet/attention.py"))
+    layers = ("networks/unet/conv.py", "networks/unet/attention.py", "networks/unet/group_norm.py")
+    return site == NETWORK or site.startswith(layers)
 
 
 class LaunchCounter(TorchDispatchMode):
@@ -161,11 +180,11 @@ class LaunchCounter(TorchDispatchMode):
         if space == "c10d":
             self.found.collectives[name, _site()] += 1
         elif any(one.device.type == self._device for one in tensors):
-            self._count(name, tensors, args)
+            self._count(func, tensors, args)
         return out
 
-    def _count(self, name: str, tensors: list[torch.Tensor], args: tuple[Any, ...]) -> None:
-        site = _site()
+    def _count(self, func: Any, tensors: list[torch.Tensor], args: tuple[Any, ...]) -> None:
+        name, site = func._overloadpacket.__name__, _site()
         if not any(one.numel() for one in tensors):
             return
         if len({one.device.type for one in tensors}) > 1:
@@ -174,6 +193,9 @@ class LaunchCounter(TorchDispatchMode):
         read_again = _distinct_bytes(args[0]) if in_place and isinstance(args[0], torch.Tensor) else 0
         self.found.launches[site] += _LAUNCHES.get(name, 1)
         self._of_network += _is_of_network(site)
+        if name in _MOVED:
+            names = [argument.name for argument in func._schema.arguments]
+            read_again += _MOVED[name](dict(zip(names, args, strict=False)))
         self.found.nbytes[site] += sum(map(_distinct_bytes, tensors)) + read_again
 
     def _check_mix(self, name: str, site: Site, tensors: list[torch.Tensor], args: tuple[Any, ...]) -> None:
@@ -208,6 +230,17 @@ def _distinct_bytes(tensor: torch.Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         found *= size if stride else 1
     return found
+
+
+def _twice(given: dict[str, Any], *names: str) -> int:
+    """Return the bytes of some of an operator's arguments, where they are given."""
+    return sum(_distinct_bytes(given[name]) for name in names if given.get(name) is not None)
+
+
+def _share_of_own(given: dict[str, Any], *names: str) -> int:
+    """Return one rank's share of the bytes of all ranks' keys and values."""
+    copies = given["value"] if "value" in given else given["copies"]
+    return _twice(given, *names) // copies.shape[-5]
 
 
 def _site() -> Site:

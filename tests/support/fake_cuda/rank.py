@@ -31,15 +31,12 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "distrifusion": ("distrifusion", {"warmup_steps": 1}),
     "otil-paper": ("otil-paper", {"warmup_steps": 1, "select": "kv-cosine"}),
     "compact-2bit": ("compact-2bit", {"warmup_steps": 1}),
-    "otil waiting": ("otil", {"warmup_steps": 1, "fresh_share": 1.0, "codec": "2bit"}),
-    "otil displaced": ("otil", {"warmup_steps": 1, "fresh_share": 0.0, "codec": "2bit"}),
-    "otil adaptive waiting": ("otil", {"warmup_steps": 1, "fresh_share": 1.0}),
-    "otil adaptive displaced": ("otil", {"warmup_steps": 1, "fresh_share": 0.0}),
+    "otil waiting": ("otil", {"warmup_steps": 1, "fresh_share": 1.0}),
+    "otil displaced": ("otil", {"warmup_steps": 1, "fresh_share": 0.0}),
+    "otil 2bit waiting": ("otil", {"warmup_steps": 1, "fresh_share": 1.0, "codec": "2bit"}),
+    "otil 2bit displaced": ("otil", {"warmup_steps": 1, "fresh_share": 0.0, "codec": "2bit"}),
 }
-"""Strategies with a short warm-up, so that a few steps hold every kind of theirs; ``otil`` as what its steps are.
-
-The kernels are those of the codec 2bit; the adaptive one, which is the default, has none yet.
-"""
+"""Strategies with a short warm-up, so that a few steps hold every kind of theirs; ``otil`` as what its steps are."""
 
 STEPS = 5
 """A warm-up, the first step after it that finds nothing under way, and two more until moments are fitted."""

@@ -1,0 +1,204 @@
+"""What a rank sends of its keys and values in the adaptive codec: features measured, and residuals coded.
+
+`encode_adaptive` does what `Predictor.predict_own`, `PayloadCodec` and `AdaptiveCodec` do to fill a payload. How many
+bits a feature has is found by `otil_xdit.method.kernels.bits`, whose words and entries are read here.
+
+Shapes: l layers of a run; B batch, S tokens of this rank, C features, K sub-blocks of T tokens, k sent, m = k * T
+tokens, V = 2 * B * m vectors of a layer's payload, R bytes of a row of codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT, read_plans, step_of
+from otil_xdit.method.kernels.payloads import residual_of, scale_byte
+
+_FEATURES = 32
+"""Features of a program that measures them: 64 bytes of a token in half precision."""
+
+_VECTORS = 4
+"""Vectors that a program codes: what it knows of features is read for all of them at once."""
+
+
+@triton.jit
+def _token_of(slot, inside, selected, table, layer, count, T: tl.constexpr, SELECTED: tl.constexpr):
+    """Return the tokens of a payload's slots."""
+    if SELECTED:
+        block = tl.load(selected + layer * count + slot // T, mask=inside, other=0)
+        return tl.load(table + block * T + slot % T, mask=inside, other=0)
+    return slot.to(tl.int64)
+
+
+@triton.jit
+def _measure_features(
+    value, velocity, fresh, gains, payload, selected, table,
+    layer_stride, batch, tokens, size, sent, count, sizes_at, octave, zero, root,
+    C: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, MOVES: tl.constexpr,
+    SELECTED: tl.constexpr,
+):  # fmt: skip
+    """The sizes of some features of one layer's keys, or values, over all that is sent."""
+    kv, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    gain = tl.load(gains + layer * 2 + kv)
+    total = tl.zeros((FEATURES,), tl.float32)
+    for start in range(0, batch * sent, ROWS):
+        vector = start + tl.arange(0, ROWS)
+        there = vector < batch * sent
+        token = _token_of(vector % sent, there, selected, table, layer, count, T, SELECTED)
+        row = ((kv * batch + vector // sent) * tokens + token)[:, None].to(tl.int64) * C + feature[None, :]
+        inside = there[:, None] & (feature < C)[None, :]
+        fresh_at = layer * 2 * batch * tokens * C + row
+        found = residual_of(value, velocity, fresh, gain, layer * layer_stride + row, fresh_at, inside, MOVES)
+        total += tl.sum(found * found, 0)
+    byte = scale_byte(tl.sqrt(total) / root, octave, zero, False)
+    at = payload + layer * size + sizes_at + kv * C + feature
+    tl.store(at, byte.to(tl.uint8), mask=feature < C)
+
+
+@triton.jit
+def _encode_adaptive(
+    value, velocity, fresh, gains, payload, selected, table, words, entries, scales,
+    layer_stride, batch, tokens, size, sent, count, indices_at, scales_at, codes_at, key_row, value_row, octave, zero,
+    C: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, BYTES: tl.constexpr, VECTORS: tl.constexpr,
+    T: tl.constexpr, BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr,
+    MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+):  # fmt: skip
+    """Some vectors of a payload, of one layer's keys, or values, of one image."""
+    kv_image, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv = kv_image // batch
+    slot = tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)
+    there = slot < sent
+    out = payload + layer * size
+    gain = tl.load(gains + layer * 2 + kv)
+    if FITTED:
+        if tl.program_id(0) == 0 and kv_image % batch == 0:
+            tl.store(out.to(tl.pointer_type(tl.float32)) + kv, gain)
+    token = _token_of(slot, there, selected, table, layer, count, T, SELECTED)
+    if SELECTED:
+        if kv_image == 0:
+            block = tl.load(selected + layer * count + slot // T, mask=there, other=0)
+            at = (out + indices_at).to(tl.pointer_type(tl.int32)) + slot // T
+            tl.store(at, block.to(tl.int32), mask=there & (slot % T == 0))
+    row = (kv_image * tokens + token).to(tl.int64) * C
+    copy_at = layer * layer_stride + row
+    fresh_at = layer * tl.num_programs(1) * tokens * C + row
+    of_part = layer * 2 + kv
+    square = tl.zeros((VECTORS,), tl.float32)
+    coded = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(0, C, COLUMNS):
+        feature = start + tl.arange(0, COLUMNS)
+        word = tl.load(words + of_part * C + feature, mask=feature < C, other=0)
+        has_bits = ((word >> BITS_AT) & 15) > 0
+        size_of = tl.load(scales + (word >> SIZE_AT), mask=has_bits, other=1.0)
+        inside = there[:, None] & has_bits[None, :]
+        at = feature[None, :]
+        found = residual_of(value, velocity, fresh, gain, copy_at[:, None] + at, fresh_at[:, None] + at, inside, MOVES)
+        found = found * (1.0 / size_of)[None, :]
+        square += tl.sum(found * found, 1)
+        coded += has_bits.to(tl.int32)
+    weight = tl.sqrt(tl.maximum(tl.sum(coded, 0), 1).to(tl.float32))
+    byte = scale_byte(tl.sqrt(square) / weight, octave, zero, False)
+    vector = kv_image * sent + slot
+    tl.store(out + scales_at + vector, byte.to(tl.uint8), mask=there)
+    scale = 1.0 / tl.load(scales + byte)
+    length = tl.where(kv == 0, key_row, value_row)
+    rows = out + codes_at + tl.where(kv == 0, 0, batch * sent * key_row)
+    rows += (vector - kv * batch * sent) * length
+    lane = tl.arange(0, 8)[None, :]
+    for start in range(0, ROW, BYTES):
+        place = start + tl.arange(0, BYTES)
+        entry = tl.load(
+            entries + of_part * (8 * ROW) + place[:, None] * 8 + lane, mask=(place < length)[:, None], other=-1
+        )
+        begins = entry >= 0
+        bits = tl.where(begins, (entry >> BITS_AT) & 15, 0)
+        size_of = tl.load(scales + (entry >> SIZE_AT), mask=begins, other=1.0)
+        feature = (entry & 0xFFFF)[None, :, :]
+        inside = there[:, None, None] & begins[None, :, :]
+        found = residual_of(
+            value,
+            velocity,
+            fresh,
+            gain,
+            copy_at[:, None, None] + feature,
+            fresh_at[:, None, None] + feature,
+            inside,
+            MOVES,
+        )
+        highest = (1 << bits) - 1
+        middle = ((1 << bits) >> 1).to(tl.float32)
+        factor = (1.0 / size_of) / tl.maximum(step_of(bits), 1e-9)
+        code = found * factor[None, :, :] * scale[:, None, None] + middle[None, :, :]
+        code = tl.minimum(tl.maximum(code, 0.0), highest.to(tl.float32)[None, :, :]).to(tl.int32)
+        packed = tl.sum(tl.where(begins[None, :, :], code << lane[None, :, :], 0), 2)
+        tl.store(rows[:, None] + place[None, :], packed.to(tl.uint8), mask=there[:, None] & (place < length)[None, :])
+
+
+def launch_encode_adaptive(
+    value: torch.Tensor,
+    velocity: torch.Tensor | None,
+    fresh: torch.Tensor,
+    gains: torch.Tensor,
+    payload: torch.Tensor,
+    selected: torch.Tensor | None,
+    table: torch.Tensor,
+    scales: torch.Tensor,
+    indices_at: int,
+    coded_at: int,
+    fitted: bool,
+    upgrades: list[int],
+    rows: list[int],
+    octave: float,
+    zero: float,
+) -> None:
+    """Fill the payloads of a run of layers: gains, the numbers of sub-blocks, and residuals in the adaptive codec.
+
+    Three launches: features are measured, their bits found from the bytes that say how large they are, and all coded.
+
+    Args:
+        value, velocity: this rank's copies of a run of layers, [l, 2, B, S, C], each layer's contiguous; no velocity
+            where nothing is extrapolated.
+        fresh: what the layers were called with, [l, 2, B, S, C], contiguous.
+        gains: this rank's, float32 [l, 2].
+        payload: uint8 [l, size].
+        selected: sub-blocks that are sent, int64 [l, k], contiguous; None for all tokens.
+        table: the tokens of each sub-block, int64 [K, T].
+        scales: what the bytes of scales stand for, float32 [256].
+        indices_at, coded_at: where in a payload the sub-blocks' numbers and the coded tokens begin.
+        fitted: whether gains travel.
+        upgrades, rows, octave, zero: of the codec; see `AdaptiveCodec.kernel_arguments`.
+    """
+    layers, _, batch, tokens, width = fresh.shape
+    count = 0 if selected is None else selected.shape[1]
+    side, size = table.shape[1], payload.shape[1]
+    sent = count * side or tokens
+    moves, chooses = velocity is not None, selected is not None
+    velocities, chosen = value if velocity is None else velocity, table if selected is None else selected
+    sizes_at = coded_at + 2 * batch * sent
+    own = (value, velocities, fresh, gains, payload, chosen, table)
+    _measure_features[(triton.cdiv(width, _FEATURES), 2, layers)](
+        *own, value.stride(0), batch, tokens, size, sent, count, sizes_at, octave, zero, (batch * sent) ** 0.5,
+        C=width, FEATURES=_FEATURES, ROWS=64, T=side, MOVES=moves, SELECTED=chooses,
+    )  # fmt: skip
+    words, entries, _, _ = read_plans(payload[None], upgrades, sizes_at, rows, width, True, None, None, 0, 0, tokens)
+    _encode_adaptive[(triton.cdiv(sent, _VECTORS), 2 * batch, layers)](
+        *own, words, entries, scales, value.stride(0), batch, tokens, size, sent, count, indices_at, coded_at,
+        sizes_at + 2 * width, *rows, octave, zero,
+        C=width, COLUMNS=min(512, triton.next_power_of_2(width)), ROW=entries.shape[3] // 8,
+        BYTES=min(64, triton.next_power_of_2(max(rows))), VECTORS=_VECTORS, T=side, BITS_AT=BITS_AT, SIZE_AT=SIZE_AT,
+        MOVES=moves, FITTED=fitted, SELECTED=chooses,
+    )  # fmt: skip
+
+
+encode_adaptive = torch.library.custom_op(
+    "otil_xdit::encode_adaptive", launch_encode_adaptive, mutates_args=("payload",)
+)
+"""`launch_encode_adaptive`, as an operator of torch."""
+
+
+@encode_adaptive.register_fake
+def _(*args: object) -> None:
+    """Nothing is returned."""

@@ -1,0 +1,158 @@
+"""What a rank decides before it sends: its gains, and which sub-blocks changed most.
+
+`settle` does what the second half of `Predictor.gain`, `l2_of_difference` and `TopKSelector.select` do, from the sums
+that `otil_xdit.method.kernels.own` leaves. With gain g a token's squared residual is the sum of
+``d * d - 2 g d * u + g * g * u * u``.
+
+Shapes: l layers of a run; B batch, S tokens of this rank, K sub-blocks of T tokens, k sent.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from otil_xdit.method.kernels.others import LARGEST_GAIN, fitted_gain
+
+_PARTS = 512
+"""Sums that are added at once to find a gain."""
+
+_TOKENS = 1024
+"""Tokens whose changes are added at once."""
+
+
+@triton.jit
+def _largest(bits, valid, count, BINS: tl.constexpr):
+    """Tell which of some numbers, whole and not negative, are the `count` largest; of equal ones the first.
+
+    In four rounds of eight bits: how many numbers have each value of the next bits, and where the last chosen one is.
+    """
+    bins = tl.arange(0, BINS)
+    prefix = 0
+    needed = count
+    for round in tl.static_range(4):
+        fits = valid
+        if round > 0:
+            fits = valid & ((bits >> (32 - 8 * round)) == prefix)
+        # What does not fit is counted where no digit is.
+        counts = tl.histogram(tl.where(fits, (bits >> (24 - 8 * round)) & 255, BINS - 1), BINS)
+        counts = tl.where(bins < 256, counts, 0)
+        above = tl.cumsum(counts, 0, reverse=True)
+        digit = tl.sum((above >= needed).to(tl.int32), 0) - 1
+        needed -= tl.sum(tl.where(bins > digit, counts, 0), 0)
+        prefix = prefix * 256 + digit
+    same = valid & (bits == prefix)
+    first = tl.cumsum(same.to(tl.int32), 0) <= needed
+    return (valid & (bits > prefix)) | (same & first)
+
+
+@triton.jit
+def _settle(
+    sums, totals, gains, table, scores, selected, parts, tokens, batch, count, constant, blocks, sent,
+    T: tl.constexpr, SIDE: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr, LARGEST: tl.constexpr,
+    PARTS: tl.constexpr, BINS: tl.constexpr, FITTED: tl.constexpr, MOVES: tl.constexpr, SCORES: tl.constexpr,
+    PICKS: tl.constexpr,
+):  # fmt: skip
+    """One layer.
+
+    sums, totals: of `ChangeSums`; gains: float32 [l, 2]; scores: float32 [l, K]; selected: int64 [l, k].
+    """
+    layer = tl.program_id(0).to(tl.int64)
+    keys, values = constant, constant
+    if FITTED:
+        keys = fitted_gain(totals + layer * 4 * count, 0, count, LARGEST, PARTS)
+        values = fitted_gain(totals + layer * 4 * count, 1, count, LARGEST, PARTS)
+    tl.store(gains + layer * 2, keys)
+    tl.store(gains + layer * 2 + 1, values)
+    if SCORES:
+        images = 2 * batch
+        size = parts * images * tokens
+        for start in range(0, blocks, STEP):
+            block = start + tl.arange(0, STEP)[:, None]
+            lane = tl.arange(0, SIDE)[None, :]
+            there = (block < blocks) & (lane < T)
+            token = tl.load(table + block * T + lane, mask=there, other=0)
+            change = tl.zeros((STEP, SIDE), tl.float32)
+            for place in range(0, parts * images):
+                at = sums + layer * 3 * size + place * tokens + token
+                found = tl.load(at, mask=there, other=0.0)
+                if MOVES:
+                    gain = tl.where((place % images) < batch, keys, values)
+                    found -= 2.0 * gain * tl.load(at + size, mask=there, other=0.0)
+                    found += gain * gain * tl.load(at + 2 * size, mask=there, other=0.0)
+                change += found
+            one = start + tl.arange(0, STEP)
+            tl.store(scores + layer * blocks + one, tl.maximum(tl.sum(change, 1), 0.0), mask=one < blocks)
+        if PICKS:
+            tl.debug_barrier()
+            block = tl.arange(0, BLOCKS)
+            valid = block < blocks
+            score = tl.load(scores + layer * blocks + block, mask=valid, other=0.0)
+            chosen = _largest(score.to(tl.int32, bitcast=True), valid, sent, BINS)
+            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+            tl.store(selected + layer * sent + place, block.to(tl.int64), mask=chosen)
+
+
+def launch_settle(
+    sums: torch.Tensor,
+    totals: torch.Tensor,
+    gains: torch.Tensor,
+    table: torch.Tensor,
+    batch: int,
+    moves: bool,
+    fitted: bool,
+    constant: float,
+    scored: bool,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the gains of a run of layers, and the sub-blocks that are sent of them.
+
+    Args:
+        sums, totals: the layers' of `ChangeSums`.
+        gains: becomes the gains of keys and values, float32 [l, 2].
+        table: the tokens of each sub-block, int64 [K, T].
+        batch: B.
+        moves: whether copies are extrapolated.
+        fitted: whether by a fitted gain; otherwise it is `constant`.
+        scored: whether sub-blocks are compared.
+        count: how many of the most changed are selected, k of `MOST_BLOCKS` at most, in the order of their numbers; 0
+            for none.
+
+    Returns:
+        Each sub-block's squared distance from what the others predict, float32 [l, K], and those selected, int64
+        [l, k]; without numbers where nothing is compared, or selected.
+    """
+    layers, _, parts, _, tokens = sums.shape
+    blocks, side = table.shape
+    scores = torch.empty(layers, blocks if scored else 0, dtype=torch.float32, device=sums.device)
+    selected = torch.empty(layers, count, dtype=torch.int64, device=sums.device)
+    lanes = triton.next_power_of_2(side)
+    step = min(triton.next_power_of_2(blocks), max(1, _TOKENS // lanes))
+    _settle[(layers,)](
+        sums, totals, gains, table, scores, selected, parts, tokens, batch, totals.shape[2], constant, blocks, count,
+        T=side, SIDE=lanes, BLOCKS=triton.next_power_of_2(blocks), STEP=step, LARGEST=LARGEST_GAIN, PARTS=_PARTS,
+        BINS=512, FITTED=fitted, MOVES=moves, SCORES=scored, PICKS=count > 0, num_warps=8,
+    )  # fmt: skip
+    return scores, selected
+
+
+settle = torch.library.custom_op("otil_xdit::settle", launch_settle, mutates_args=("gains",))
+"""`launch_settle`, as an operator of torch."""
+
+
+@settle.register_fake
+def _(
+    sums: torch.Tensor,
+    totals: torch.Tensor,
+    gains: torch.Tensor,
+    table: torch.Tensor,
+    batch: int,
+    moves: bool,
+    fitted: bool,
+    constant: float,
+    scored: bool,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = sums.new_empty(len(sums), len(table) if scored else 0)
+    return scores, sums.new_empty(len(sums), count, dtype=torch.int64)

@@ -1,0 +1,134 @@
+"""A rank's own keys and values, read once: for attention, for the payload and for what they tell of their change.
+
+`take_own` does what copies of keys and values, `Coordinates.into`, `Predictor.gain` and the first half of a change
+score do, and sums the numbers, so that NaN among them is found.
+
+Shapes: N patches, B batch, H heads, S tokens of this rank, d features of a head, C = H * d.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from otil_xdit.method.kernels.tiles import Tiles
+
+
+@triton.jit
+def _take_own(
+    key, value, matrices, copies, velocities, whole, taken, sums, totals, numbers,
+    key_image, key_head, key_token, value_image, value_head, value_token, whole_image, batch, tokens, heads,
+    D: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    TURNS: tl.constexpr, COMPARES: tl.constexpr, MOVES: tl.constexpr, ATTENDS: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of some heads of one image's keys, or values.
+
+    key, value: [B, H, S, d]; matrices: float32 [2, H, d, d]; copies, velocities, taken: [2, B, S, C]; whole: this
+    rank's part of [2, B, N, S, C]; sums, totals, numbers: one layer's of `ChangeSums`.
+    """
+    tile, part, kv_image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv, image = kv_image // batch, (kv_image % batch).to(tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    inside = row < tokens
+    if kv == 0:
+        source = key + image * key_image + row[:, None].to(tl.int64) * key_token
+        head_stride = key_head
+    else:
+        source = value + image * value_image + row[:, None].to(tl.int64) * value_token
+        head_stride = value_head
+    own = (kv_image.to(tl.int64) * tokens + row[:, None]) * (heads * D)
+    attended = whole + kv_image.to(tl.int64) * whole_image + row[:, None].to(tl.int64) * (heads * D)
+    square = tl.zeros((ROWS,), tl.float32)
+    along = tl.zeros((ROWS,), tl.float32)
+    speed = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for unit in range(part * UNITS, min(part * UNITS + UNITS, heads * SPLIT)):
+        head, first = unit // SPLIT, (unit % SPLIT) * COLUMNS
+        column = first + tl.arange(0, COLUMNS)
+        there = inside[:, None] & (column < D)[None, :]
+        given = tl.load(source + head * head_stride + column[None, :], mask=there, other=0.0)
+        if ATTENDS:
+            tl.store(attended + head * D + column[None, :], given.to(whole.dtype.element_ty), mask=there)
+        found = given.to(tl.float32)
+        total += tl.sum(found, 1)
+        if TURNS:
+            found = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for start in range(0, D, CHUNK):
+                feature = start + tl.arange(0, CHUNK)
+                known = inside[:, None] & (feature < D)[None, :]
+                factor = tl.load(source + head * head_stride + feature[None, :], mask=known, other=0.0)
+                known = (feature < D)[:, None] & (column < D)[None, :]
+                at = ((kv * heads + head) * D + feature[:, None]) * D + column[None, :]
+                matrix = tl.load(matrices + at, mask=known, other=0.0)
+                found = tl.dot(factor.to(tl.float32), matrix, found, input_precision="tf32x3")
+        place = own + head * D + column[None, :]
+        tl.store(taken + place, found.to(taken.dtype.element_ty), mask=there)
+        if COMPARES:
+            change = found - tl.load(copies + place, mask=there, other=0.0).to(tl.float32)
+            change = tl.where(there, change, 0.0)
+            square += tl.sum(change * change, 1)
+            if MOVES:
+                velocity = tl.load(velocities + place, mask=there, other=0.0).to(tl.float32)
+                along += tl.sum(change * velocity, 1)
+                speed += tl.sum(velocity * velocity, 1)
+    parts, images, tiles = tl.num_programs(1), tl.num_programs(2), tl.num_programs(0)
+    program = (kv_image * parts + part) * tiles + tile
+    tl.store(numbers + program, tl.sum(total, 0))
+    if COMPARES:
+        of_token = (part * images + kv_image) * tokens + row
+        tl.store(sums + of_token, square, mask=inside)
+        if MOVES:
+            size = parts * images * tokens
+            tl.store(sums + size + of_token, along, mask=inside)
+            tl.store(sums + 2 * size + of_token, speed, mask=inside)
+            tl.store(totals + program * 2, tl.sum(along, 0))
+            tl.store(totals + program * 2 + 1, tl.sum(speed, 0))
+
+
+def launch_take_own(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    matrices: torch.Tensor | None,
+    copies: torch.Tensor | None,
+    velocities: torch.Tensor | None,
+    whole: torch.Tensor | None,
+    taken: torch.Tensor,
+    sums: torch.Tensor,
+    totals: torch.Tensor,
+    numbers: torch.Tensor,
+) -> None:
+    """Read this rank's keys and values of a layer.
+
+    Args:
+        key, value: [B, H, S, d], a head's features next to each other.
+        matrices: of `Coordinates.into`, float32 [2, H, d, d]; None to take the features as they are.
+        copies, velocities: what the others know, [2, B, S, C], contiguous; None where nothing is to be compared, or
+            nothing is extrapolated.
+        whole: becomes keys and values, a part of [2, B, N, S, C], [2, B, S, C]; None to leave it.
+        taken: becomes what is coded of them, [2, B, S, C], contiguous.
+        sums, totals, numbers: become one layer's of `ChangeSums`; the first two where there are copies.
+    """
+    batch, heads, tokens, size = key.shape
+    key, value = (one if one.stride(3) == 1 else one.contiguous() for one in (key, value))
+    tiles = Tiles.of(batch, tokens)
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    _take_own[tiles.grid](
+        key, value, taken if matrices is None else matrices, taken if copies is None else copies,
+        taken if velocities is None else velocities, taken if whole is None else whole, taken, sums, totals, numbers,
+        *strides, 0 if whole is None else whole.stride(1), batch, tokens, heads,
+        **tiles.constants(heads, size), TURNS=matrices is not None, COMPARES=copies is not None,
+        MOVES=velocities is not None, ATTENDS=whole is not None, num_stages=1,
+    )  # fmt: skip
+
+
+take_own = torch.library.custom_op(
+    "otil_xdit::take_own", launch_take_own, mutates_args=("whole", "taken", "sums", "totals", "numbers")
+)
+"""`launch_take_own`, as an operator of torch."""
+
+
+@take_own.register_fake
+def _(*args: object) -> None:
+    """Nothing is returned."""
