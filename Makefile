@@ -16,8 +16,10 @@ CPU_RANKS = OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRE
 demo: install
 	$(CPU_RANKS) $(VENV)/bin/python examples/demo.py
 
+# Most of it is one process's work, which leaves a core of two idle: JOBS files at a time.
+JOBS ?= 2
 test: install
-	$(CPU_RANKS) $(VENV)/bin/python -m pytest
+	$(CPU_RANKS) $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 # The slow set in parts: PART is a folder or a file under tests/.
 test-slow: install

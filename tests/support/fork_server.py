@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = 2
-PATIENCE = 120.0
+PATIENCE = 400.0
 """Seconds that a server may take to import, on a busy machine."""
 NUMBER = struct.Struct("q")
 

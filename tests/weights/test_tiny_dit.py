@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.torchrun import lines_of
 
 ROOT = Path(__file__).parents[2]
 EXACT = 1e-4
@@ -26,7 +27,7 @@ def torchrun(ranks: int, *command: str, timeout: int = 240) -> str:
 
 
 def measured(ranks: int, *flags: str) -> dict[str, Any]:
-    return json.loads(torchrun(ranks, "tests/workers/tiny_dit.py", *flags).splitlines()[-1])
+    return lines_of(ranks, "tiny_dit.py", *flags)[-1]
 
 
 @pytest.fixture(scope="module")

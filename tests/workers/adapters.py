@@ -62,8 +62,9 @@ def main() -> None:
 def measured(
     config: Any, unchecked: AbstractContextManager[Any] | None = None, merge: bool = False
 ) -> dict[str, float | str | None]:
-    alone = draw(adapted(config, merge))
-    pipe = otil_xdit.parallelize(adapted(config, merge), "sync")
+    pipe = adapted(config, merge)
+    alone = draw(pipe)
+    pipe = otil_xdit.parallelize(pipe, "sync")
     try:
         with unchecked or nullcontext():
             difference, refused = (draw(pipe) - alone).abs().max().item(), None
