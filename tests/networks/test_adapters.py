@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.torchrun import lines_of
 
-TOLERANCE = 1e-3
-"""float32: adapters this large amplify rounding to 3e-4 at most, and zeros at a patch's edge cost 3.5 at least."""
+TOLERANCE = 1e-5
+"""float32, images of one step: rounding is 1.5e-6 at most, and zeros at a patch's edge cost 5e-3 at least."""
 EXACT = ("LoRA", "DoRA", "IA3", "IA3 of inputs")
 REFUSED = ("LoKr", "LoHa", "HRA", "HiRA", "BOFT")
 
@@ -41,4 +41,4 @@ def test_merged_and_on_linear_layers_all_are_exact(adapter: str, found: dict[str
 
 @pytest.mark.parametrize("adapter", REFUSED)
 def test_what_is_refused_would_be_wrong(adapter: str, found: dict[str, dict[str, Any]]) -> None:
-    assert found[adapter]["not refused"]["difference"] > 1000 * TOLERANCE
+    assert found[adapter]["not refused"]["difference"] > 100 * TOLERANCE

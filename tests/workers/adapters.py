@@ -89,7 +89,7 @@ def adapted(config: Any, merge: bool) -> Any:
 
 
 def draw(pipe: Any) -> torch.Tensor:
-    return image(pipe, steps=2)
+    return image(pipe, steps=1)
 
 
 if __name__ == "__main__":
