@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -109,10 +109,19 @@ class Worker:
         self._start_beating(rank, world_size)
 
     def warm_up(self, values: dict[str, Any]) -> None:
-        """Make a first image, and find out which rank has it: all with a U-Net, the last one with most of xDiT's."""
-        steps = min(values.get("num_inference_steps") or WARMUP_STEPS, WARMUP_STEPS)
-        request = ImageRequest(prompt=_first(values["prompt"]), seed=0, steps=steps)
-        images = self._draw("", [request], lambda step, steps: None, None)
+        """Make a first image, and find out which rank has it: all with a U-Net, the last one with most of xDiT's.
+
+        Raises:
+            ValueError: for what no image of the server's own settings would be made with.
+        """
+        own = values.get("num_inference_steps") or WARMUP_STEPS
+        request = ImageRequest(prompt=_first(values["prompt"]), seed=0, steps=min(own, WARMUP_STEPS))
+        try:
+            images = self._draw("", [request], lambda step, steps: None, None)
+        except ValueError:  # on all ranks alike; hybridiff's window may be longer than so few steps
+            if own <= WARMUP_STEPS:
+                raise
+            images = self._draw("", [replace(request, steps=own)], lambda step, steps: None, None)
         if self._relay is not None:
             held = self._relay.exchange("holds", str(int(bool(images))), self._timeout)
             self._holder = 0 if held[0] == "1" else held.index("1")
