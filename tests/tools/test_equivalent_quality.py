@@ -39,4 +39,4 @@ def test_halves_are_as_near_as_the_same_patches_alone(tmp_path: Path) -> None:
         (row,) = json.loads((tmp_path / "rows.json").read_text())
         found.append(row["psnr"])
     patches, halves = found
-    assert halves > patches - 1.5
+    assert halves > patches - 0.5  # 58.6 and 57.4 dB; 56.2 where the halves do not agree
