@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.served import PATIENCE, Served, served
 
-PROMPT, SEED, STEPS = "a large red circle on the left, striped background", 11, 5
+PROMPT, SEED, STEPS = "a large red circle on the left, striped background", 11, 8
 
 CASES = {
     "U-Net": "--model tiny-sdxl --parallel otil --patch_degree 2",
