@@ -34,7 +34,7 @@ def test_kernels_compute_what_the_eager_code_does() -> None:
 def check_compiled(*cards: str) -> None:
     """No kernel keeps numbers in local memory, and each fits an SM at two blocks or more of it."""
     found = worker("compiled_kernels", "--cards", *cards)
-    assert len({case["kernel"] for case in found}) >= 17
+    assert len({case["kernel"] for case in found}) >= 16
     for case in found:
         print(case)
         assert case["spilled"] == 0 and case["registers"] <= 128 and case["shared"] <= 48 * 1024, case
