@@ -279,7 +279,7 @@ def payloads(codec: PayloadCodec, ranks: int, layers: int, one: torch.Size, dtyp
     received = torch.zeros(ranks, layers, layout.size, dtype=torch.uint8)
     for payload in received:
         codec.pack_gains(payload, torch.rand(layers, 2))
-        residual = 0.3 * torch.randn(layers, *one)
+        residual = 0.3 * torch.randn(layers, *one) * torch.randn(one[-1]).mul(1.5).exp()  # features of 0 to 8 bits
         if layout.count:
             blocks = codec._table.shape[0]
             selected = torch.stack([torch.randperm(blocks)[: layout.count] for _ in range(layers)])
