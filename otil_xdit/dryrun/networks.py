@@ -55,7 +55,7 @@ class Network:
     patch: int = 1
     batch: int = 2
     text: int = 77
-    controls: Mapping[str, Any] = field(default_factory=dict)
+    controls: Mapping[str, Any] = field(default_factory=dict, hash=False)  # a mapping has no hash
 
     @property
     def is_unet(self) -> bool:

@@ -23,7 +23,7 @@ from otil_xdit.networks.compiled import CompiledCalls, is_compiled
 from otil_xdit.networks.dit.architectures import check_architecture, read_call, token_layout
 from otil_xdit.networks.dit.key_plan import KeyPlan
 from otil_xdit.networks.dit.keys import DitKeys
-from otil_xdit.networks.dit.layer_names import LayerNames
+from otil_xdit.networks.dit.layer_names import LayerNames, NamedModule
 from otil_xdit.networks.dit.token_counts import Rows
 from otil_xdit.networks.offload import execution_device
 from otil_xdit.networks.unet.control_calls import ControlCalls
@@ -125,7 +125,7 @@ class NetworkHooks:
         cfg = (0, 1) if unets is None else (unets[0].cfg_rank, unets[0].cfg_degree)
         self._keys = DitKeys(session.group, cfg)
         self._inspectors: dict[int, ModuleInspector] = {}
-        self._handles: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
+        self._handles: dict[int, tuple[nn.Module, list[RemovableHandle | NamedModule]]] = {}
         self._compiled: dict[int, CompiledCalls] = {}
         self._is_bracketed = False
         self._patched: dict[int, PatchedNetwork] = {}

@@ -28,6 +28,7 @@ from torch.nn.utils import parametrizations, parametrize
 from otil_xdit.dryrun.job import ParallelDegrees
 from otil_xdit.dryrun.stand_ins import DryRunSession, unet_groups
 from otil_xdit.networks.compatibility import ModuleInspector
+from otil_xdit.networks.handles import make_order
 from otil_xdit.networks.unet.attention import PLAIN_PROCESSORS, check_attention
 from otil_xdit.networks.unet.context import LayerContext
 from otil_xdit.networks.unet.layers import wrap_layer
@@ -256,7 +257,7 @@ def test_a_processor_that_is_taken_computes_plain_attention() -> None:
 def test_a_processor_that_is_put_in_place_during_an_image_is_refused() -> None:
     """Some pipelines, and callbacks, do so after the networks have been looked at."""
     attention = attention_processor.Attention(8)
-    wrap_layer(attention, LayerContext(cast(Any, SimpleNamespace(running=True)), "mid", 0))
+    wrap_layer(attention, LayerContext(cast(Any, SimpleNamespace(running=True, order=make_order())), "mid", 0))
     attention.processor = attention_processor.PAGIdentitySelfAttnProcessor2_0()
     with pytest.raises(ValueError, match="PAGIdentitySelfAttnProcessor2_0 of the layer mid"):
         attention(torch.zeros(1, 4, 8))

@@ -46,8 +46,11 @@ def play(
             await engine.stop()
         assert engine.status.state == "stopped"
 
+    before = set(psutil.Process().children())
     asyncio.run(run())
-    assert not [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+    assert not [
+        one for one in psutil.Process().children() if one not in before and one.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 async def draw(engine: RankEngine, prompt: str) -> bytes:

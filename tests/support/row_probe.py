@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
+from otil_xdit.networks.handles import make_order
 from otil_xdit.networks.unet.context import LayerContext, LayerExchange
 from otil_xdit.networks.unet.layers import is_spatial, unwrap_layer, wrap_layer
 from otil_xdit.networks.unet.text_cache import TextCache
@@ -116,6 +117,9 @@ class _Attending:
     """What wrapped attention asks."""
 
     running = True
+
+    def __init__(self) -> None:
+        self.order = make_order()
 
     def attend(self, context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend as if no query, key or value were NaN, to a result that is where a query, key or value was."""

@@ -354,6 +354,11 @@ def test_what_was_not_compared_is_not_advised() -> None:
 # ---- the tool ------------------------------------------------------------------------------------------------------
 
 
+def degrees_of(option: dict[str, Any]) -> tuple[int, ...]:
+    """Return an option's degrees, as the plan's JSON has them: CFG, Ulysses, patches."""
+    return tuple(option["degrees"][name] for name in ("cfg", "ulysses", "patches"))
+
+
 def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     line = "plan --model tiny-dit --size 128 --gpus 4 --link 1gbe --step_time 0.1 --dtype float32 --steps 10"
     assert tools.main(line.split()) == 0
@@ -361,14 +366,14 @@ def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"\n    xfuser --model tiny-dit .*--parallel otil .*--height 128 --width 128", said)
     assert tools.main([*line.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    by_degrees = {tuple(option["degrees"].values()) for option in found["options"]}
+    by_degrees = {degrees_of(option) for option in found["options"]}
     assert by_degrees == {(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)}
     best = found["advice"]
     modes = best["steps"].values()
     assert sum(mode["count"] for mode in modes) == 10
     assert best["seconds"] == pytest.approx(sum(mode["count"] * mode["seconds"]["total"] for mode in modes))
     assert best["seconds"] <= min(one["seconds"] for one in found["options"] if one["strategy"] == "sync")
-    staged = [tuple(one["degrees"].values()) for one in found["options"] if one["strategy"] == "hybridiff"]
+    staged = [degrees_of(one) for one in found["options"] if one["strategy"] == "hybridiff"]
     assert staged == [(2, 1, 2), (2, 2, 1)], "wherever the two passes are on different ranks"
 
 

@@ -39,7 +39,9 @@ FOURFOLD = (8, 16, 16)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--strategies", nargs="+", default=["sync", "otil", "distrifusion"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)

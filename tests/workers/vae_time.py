@@ -30,7 +30,9 @@ WAYS = {"alone": False, "shared": True}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

@@ -183,9 +183,10 @@ def test_a_folder_is_checked_before_anything_starts(folder: Path, no_start: None
 
 
 def json_folder(path: Path, pipeline: str, unet: dict | None, network: str = "UNet2DConditionModel") -> str:
-    """A folder with the json files alone; nothing reads more before weights load."""
+    """A folder with its json files, and weights of no tensors; nothing reads more before weights load."""
     for part in ("unet", "vae"):
         (path / part).mkdir(parents=True)
+        (path / part / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     index = {"_class_name": pipeline, "unet": ["diffusers", network]}
     (path / "model_index.json").write_text(json.dumps(index))
     (path / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [1, 2, 3, 4]}))

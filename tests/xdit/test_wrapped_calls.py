@@ -131,6 +131,12 @@ def test_a_default_that_differs_is_given_to_the_wrapper() -> None:
     ("scale", "distilled", "refused"), [(3.0, False, True), (3.0, True, False), (1.0, False, False)]
 )
 def test_guidance_of_an_undistilled_klein_is_refused(scale: float, distilled: bool, refused: bool) -> None:
-    pipe = SimpleNamespace(module=object(), config=SimpleNamespace(is_distilled=distilled))
+    pipe = SimpleNamespace(
+        module=object(),
+        config=SimpleNamespace(is_distilled=distilled),
+        engine_config=SimpleNamespace(parallel_config=SimpleNamespace(sp_degree=1)),
+        vae_scale_factor=8,
+        default_sample_size=128,
+    )
     with pytest.raises(ValueError, match="pass without the prompt") if refused else nullcontext():
         WRAPPED_CALLS["xFuserFlux2KleinPipeline"].check(pipe, {"guidance_scale": scale})

@@ -51,6 +51,18 @@ class AttentionPlace:
             _under_way.remove(self)
 
 
+class NamedModule:
+    """An attention module that knows its place, as its hooks read it, until ``remove``."""
+
+    def __init__(self, module: nn.Module, place: AttentionPlace) -> None:
+        self._module = module
+        vars(module)[_PLACE] = place
+
+    def remove(self) -> None:
+        """Let the module forget its place."""
+        vars(self._module).pop(_PLACE, None)
+
+
 def place_under_way() -> AttentionPlace | None:
     """Return the innermost attention module under way; None where there is none."""
     return _under_way[-1] if _under_way else None
@@ -70,14 +82,15 @@ class LayerNames:
         self._step = -1
         self._context = ""
 
-    def watch(self, network: str, module: nn.Module) -> list[RemovableHandle]:
+    def watch(self, network: str, module: nn.Module) -> list[RemovableHandle | NamedModule]:
         """Hook every attention module below `module`; the handles' ``remove`` undoes it."""
-        handles, order = [], make_order()
+        handles: list[RemovableHandle | NamedModule] = []
+        order = make_order()
         for path, child in module.named_modules():
             if is_attention(child):
                 place = AttentionPlace(network, path)
                 place.handle = Handle.make(place, order)
-                vars(child)[_PLACE] = place
+                handles.append(NamedModule(child, place))
                 # Not with always_call, by whose keys torch.compile tells blocks apart: `begin` sees to exceptions.
                 handles.append(child.register_forward_pre_hook(_enter))
                 handles.append(child.register_forward_hook(_leave))

@@ -93,7 +93,7 @@ def check_model_name(model: str | None) -> None:
     Raises:
         FlagError: naming those that are spelled like it.
     """
-    models = _names_in_xfuser("model_executor/models/runner_models", r'@register_model\("([^"]+)"\)')
+    models = _models_of_xfuser()
     if not model or not models or "xfuser" in sys.modules:  # otherwise its registry, which may have more, is asked
         return
     if model not in models and model not in BUNDLED and find_record(model) is None and not Path(model).is_dir():
@@ -107,9 +107,15 @@ def check_model_folder(values: Mapping[str, Any]) -> None:
         FlagError: naming the file.
     """
     model, allow_pickle = values.get("model"), bool(values.get("allow_pickle"))
+    if model in BUNDLED or model in _models_of_xfuser():
+        return  # a folder of the same name does not hide it
     if model and (Path(model) / "model_index.json").is_file():
         check_folder(model, allow_pickle, trust_remote_code=True)  # code is looked at when all flags are known
         check_weights(model, allow_pickle)
+
+
+def _models_of_xfuser() -> frozenset[str]:
+    return _names_in_xfuser("model_executor/models/runner_models", r'@register_model\("([^"]+)"\)')
 
 
 def unknown_model(name: str, known: Iterable[str]) -> str:

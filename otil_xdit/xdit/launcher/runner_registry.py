@@ -19,7 +19,7 @@ def model_registry() -> dict[str, Any]:
     enable_cpu_ranks()
     with _quiet():
         base_model = importlib.import_module("xfuser.model_executor.models.runner_models.base_model")
-    register()
+        register()
     registry: dict[str, Any] = base_model.MODEL_REGISTRY
     return registry
 
