@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import os
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +13,16 @@ from tests.support.fork_server import stop_servers
 def pytest_sessionfinish() -> None:
     """End the processes that ranks are forked from."""
     stop_servers()
+
+
+@pytest.fixture(autouse=True)
+def no_rank() -> Iterator[None]:
+    """The process of the tests does not become a rank: tests after it would start as one."""
+    yield
+    left = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if name in os.environ]
+    for name in left:
+        del os.environ[name]
+    assert not left, f"the test left {', '.join(left)} in the environment"
 
 
 @pytest.fixture

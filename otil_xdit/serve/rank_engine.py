@@ -168,9 +168,10 @@ class RankEngine:
         """Start the ranks, and again whenever they are lost, until that has been too often."""
         while True:
             reason = await self._live_once()
-            self._fail_drawing(reason)
             if self._status.state == "stopped":
+                self._fail_drawing(self._status.reason)
                 return
+            self._fail_drawing(reason)
             if self._restarts_in_a_row >= self._settings.max_restarts or self._facts is None:
                 await self._set(EngineStatus("failed", reason, self._status.restarts))
                 logger.error("the ranks are not started again", extra={"reason": reason})
