@@ -20,7 +20,6 @@ register()
 
 from xfuser import xFuserArgs  # noqa: E402
 from xfuser.config.config import ParallelConfig  # noqa: E402
-from xfuser.runner import xFuserModelRunner  # noqa: E402
 
 ACTOR = """
 import pickle, sys
@@ -37,7 +36,13 @@ print(config.otil_choice.choice.strategy.name, config.otil_choice.choice.config.
 @pytest.fixture(autouse=True)
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", "0")  # without it, importing xfuser.runner would set it for the whole process
+
+
+def make_runner(config: dict[str, Any]) -> Any:
+    from xfuser.runner import xFuserModelRunner
+
+    return xFuserModelRunner(config)
 
 
 def test_arguments_built_in_python_carry_the_choice() -> None:
@@ -98,14 +103,14 @@ def test_actors_of_ray_are_counted() -> None:
 @pytest.mark.parametrize("given", [{}, {"prompt": "a prompt", "num_inference_steps": 2}])
 def test_a_runner_made_from_a_dictionary(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xFuserArgs, "create_config", lambda self: (None, None))  # which makes process groups
-    runner = xFuserModelRunner({"model": "tiny-dit", "parallel": "otil", "patch_degree": 2, **given})
+    runner = make_runner({"model": "tiny-dit", "parallel": "otil", "patch_degree": 2, **given})
     choice = choice_of(runner.config)
     assert choice is not None and (choice.strategy.name, runner.config.ring_degree) == ("otil", 2)
 
 
 def test_xdits_runner_starts_no_actors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FlagError, match="--use_ray are not supported together here"):
-        xFuserModelRunner({"model": "tiny-dit", "parallel": "otil", "use_ray": True, "ray_world_size": 2})
+        make_runner({"model": "tiny-dit", "parallel": "otil", "use_ray": True, "ray_world_size": 2})
 
 
 @pytest.mark.slow  # for importing xfuser in another process
