@@ -5,7 +5,8 @@
 
 Each table is one or a few runs of `otil-xdit eval` over real gloo ranks. Images that the folder has are not made again.
 A table stands in its page between two comments that name it, under the commands that made it; the text round it is
-nobody's but the author's. Two idle cores take some three hours.
+nobody's but the author's. The plot and the contact sheet of fidelity.md are made anew with their tables. Two idle cores
+take some three hours.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ from typing import Any
 
 from otil_xdit.tools import main as tools
 from otil_xdit.tools.common.tables import markdown, table
+from otil_xdit.tools.eval.report import plot
 from otil_xdit.tools.eval.rows import FLOOR
+from otil_xdit.tools.eval.rows import Row as EvalRow
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 
@@ -42,6 +46,7 @@ STRATEGIES = (
 )
 UNET_STRATEGIES = f"{STRATEGIES} otil:halo=fresh,moments=fresh"
 EQUIVALENTS = "--variant log-normal:1 --variant outliers:32 --variant heads:32 --variant rotated:1"
+MORE_EQUIVALENTS = f"{EQUIVALENTS} --variant log-normal:0.5 --variant log-normal:1.5 --variant outliers:8"
 
 
 def _share(row: Row, name: str) -> str:
@@ -199,23 +204,32 @@ TABLES: dict[str, Table] = {
         (f"{UNET.format('tiny-sd')} --prompts 8 --lora otil_xdit/weights/tiny-sd-lora --presets distrifusion otil",),
         whole,
     ),
-    "2 ranks": Table(
+    "uneven on 2 ranks": Table(
         "covariance.md",
-        _each(f"--prompts 8 --presets otil {BEFORE} distrifusion {EQUIVALENTS}"),
-        grid(_model_and_variant, _network, _psnr),
-    ),
-    "more variants": Table(
-        "covariance.md",
-        _each("--prompts 8 --presets otil --variant log-normal:0.5 --variant log-normal:1.5 --variant outliers:8"),
+        (*_each("--prompts 8 --presets distrifusion"), *_each(f"--prompts 8 --presets otil {MORE_EQUIVALENTS}")),
         grid(_model_and_variant, _network, _psnr),
     ),
     "uneven on 4 ranks": Table(
         "covariance.md",
-        _each("--ranks 4 --prompts 4 --presets otil --variant outliers:32 --variant rotated:1"),
+        (
+            *_each("--ranks 4 --prompts 8 --presets distrifusion"),
+            *_each(f"--ranks 4 --prompts 8 --presets otil {MORE_EQUIVALENTS}"),
+        ),
+        grid(_model_and_variant, _network, _psnr),
+    ),
+    "the codec of before": Table(
+        "covariance.md",
+        _each(f"--prompts 4 --presets otil {BEFORE} distrifusion {EQUIVALENTS}"),
         grid(_model_and_variant, _network, _psnr),
     ),
 }
 """All tables by the name that stands in their comments."""
+
+PLOTTED = ("tiny-sd", "tiny-sdxl", "tiny-dit")
+"""Tables that the plot is of; it is made where all of them are."""
+
+SHEETS = {"4 ranks": ("sheet-tiny-sd-4-dpm-solver-15.png", "sheet-tiny-sd-4.png")}
+"""Of a table, the contact sheet that its runs write, and its name beside the pages."""
 
 
 def main() -> None:
@@ -227,13 +241,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TABLES, metavar="TABLE", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, and stop")
     given = parser.parse_args()
+    made_rows: dict[str, list[Row]] = {}
     for name in given.only or TABLES:
         made = TABLES[name]
         if given.dry_run:
             print(name, *(f"    otil-xdit eval {run}" for run in made.runs), sep="\n")
             continue
-        rows = [row for run in made.runs for row in rows_of(run, given.out)]
-        write(name, made, rows)
+        made_rows[name] = [row for run in made.runs for row in rows_of(run, given.out)]
+        write(name, made, made_rows[name])
+        if name in SHEETS:
+            written, target = SHEETS[name]
+            shutil.copy(given.out / written, RESULTS / target)
+    if all(name in made_rows for name in PLOTTED):
+        plot([as_eval_row(row) for name in PLOTTED for row in made_rows[name]], RESULTS / "psnr-bytes.png")
 
 
 def rows_of(run: str, out: Path) -> list[Row]:
@@ -242,6 +262,11 @@ def rows_of(run: str, out: Path) -> list[Row]:
     assert code == 0, f"otil-xdit eval {run}: exit code {code}; what failed stands above"
     found: list[Row] = json.loads((out / "rows.json").read_text())
     return found
+
+
+def as_eval_row(row: Row) -> EvalRow:
+    """Return what a row of ``rows.json`` was written from."""
+    return EvalRow(**{name: row[name] for name in EvalRow.__dataclass_fields__})
 
 
 def write(name: str, made: Table, rows: Sequence[Row]) -> None:

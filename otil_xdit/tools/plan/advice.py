@@ -9,13 +9,13 @@ from otil_xdit.tools.plan.options import CFG, ULYSSES, Option
 
 PSNR: dict[str, dict[str, tuple[float, ...]]] = {
     "U-Net": {
-        "otil high": (68.7, 66.9),
-        "otil": (58.3, 57.5),
-        "compact-2bit": (54.1, 59.2),
-        "otil draft": (50.1, 52.2),
-        "distrifusion": (46.1, 47.1),
-        "otil-paper 1/8": (39.0, 41.8),
-        "naive": (29.9,),
+        "otil high": (68.7, 75.7),
+        "otil": (58.3, 57.9),
+        "compact-2bit": (54.1, 58.9),
+        "otil draft": (50.1, 54.9),
+        "distrifusion": (46.1, 46.3),
+        "otil-paper 1/8": (39.0, 41.4),
+        "naive": (29.9, 29.1),
     },
     "DiT": {
         "otil high": (58.2,),
@@ -24,11 +24,11 @@ PSNR: dict[str, dict[str, tuple[float, ...]]] = {
         "otil draft": (43.3,),
         "distrifusion": (42.6,),
         "otil-paper 1/8": (32.5,),
+        "naive": (25.2,),
     },
 }
 """Mean PSNR to one process's images, in dB, on 2 ranks with 15 steps: of tiny-sd and tiny-sdxl, and of tiny-dit
-(docs/results/fidelity.md; tiny-sdxl's of "otil" are in docs/results/covariance.md, and those of "otil high" and "otil
-draft" are of the default until 2026-11-26). What is not there is exact or has not been measured."""
+(docs/results/fidelity.md). What is not there is exact or has not been measured."""
 
 _EXACT = (math.inf, math.inf)
 """PSNR of one process's images to themselves."""
