@@ -6,6 +6,9 @@ import gc
 import traceback
 from pathlib import Path
 
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
 
 def described(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -14,9 +17,19 @@ def described(error: Exception) -> str:
 
 
 def leave_groups() -> None:
-    """The next composition makes its own groups; xDiT makes none while it has some."""
-    from xfuser.core.distributed.parallel_state import destroy_model_parallel, model_parallel_is_initialized
+    """The next composition makes its own groups; xDiT makes none while it has some.
+
+    xDiT keeps some of those that it made (for pipelines, Ulysses and rings). gloo wakes a thread of each a hundred
+    times a second, which after some cases is all that a machine does: so everything but the groups of all ranks ends.
+    """
+    from xfuser.core.distributed import parallel_state
 
     gc.collect()
-    if model_parallel_is_initialized():
-        destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    everybody = parallel_state.get_world_group()
+    kept = (dist.group.WORLD, everybody.device_group, everybody.cpu_group)
+    for group in list(distributed_c10d._world.pg_map):
+        if all(group is not one for one in kept):
+            dist.destroy_process_group(group)
