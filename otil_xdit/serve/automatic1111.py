@@ -77,6 +77,7 @@ class TextBody(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=1000)] = 1
     n_iter: Annotated[int, Field(ge=1, le=1000)] = 1
     send_images: bool = True
+    override_settings: dict[str, Any] | None = None
 
 
 class ImageBody(TextBody):
@@ -89,7 +90,7 @@ class ImageBody(TextBody):
 
 
 class Answer(BaseModel):
-    """The answer of both: images in base64, what was asked for, and a JSON text on what was made."""
+    """The answer of both: images in base64, the fields that were read, and a JSON text on what was made."""
 
     images: list[str]
     parameters: dict[str, Any]
@@ -229,7 +230,7 @@ def _bytes(text: str, field: str) -> bytes:
 
 
 async def _answer(service: Service, body: TextBody, wish: Wish, request: Request) -> Answer:
-    _check_model(service, ((body.model_extra or {}).get("override_settings") or {}).get("sd_model_checkpoint"))
+    _check_model(service, (body.override_settings or {}).get("sd_model_checkpoint"))
     job = service.submit(wish, request_id(request), NAMES)
     try:
         await service.finish(job, request)
@@ -253,7 +254,8 @@ async def _answer(service: Service, body: TextBody, wish: Wish, request: Request
         "interrupted": job.stage == "cancelled",
     }
     shown = [base64.b64encode(one).decode() for one in coded] if body.send_images else []
-    parameters = body.model_dump(exclude={"init_images", "mask"})
+    # What was ignored is not sent back: it may be megabytes, or no text at all.
+    parameters = body.model_dump(include=set(type(body).model_fields) - {"init_images", "mask", "override_settings"})
     return Answer(images=shown, parameters=parameters, info=json.dumps(info))
 
 
