@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,7 +18,8 @@ from otil_xdit import __version__
 from otil_xdit.serve.automatic1111 import automatic1111_router
 from otil_xdit.serve.engine import Engine
 from otil_xdit.serve.middleware import BodyLimit, Envelope, KeyCheck, request_id
-from otil_xdit.serve.openai_api import invalid, openai_router
+from otil_xdit.serve.openai_api import ERRORS, invalid, openai_router
+from otil_xdit.serve.page import page_router
 from otil_xdit.serve.problems import Problem
 from otil_xdit.serve.service import Service
 from otil_xdit.serve.settings import ServeSettings
@@ -47,6 +50,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     app.state.service = service
     app.include_router(openai_router(service))
     app.include_router(automatic1111_router(service))
+    app.include_router(page_router())
     _add_operation(app, service)
     _add_handlers(app)
     # The last one added is the outermost.
@@ -72,6 +76,19 @@ def _add_operation(app: FastAPI, service: Service) -> None:
             "model": service.settings.name,
         }
         return JSONResponse(body, 200 if state == "ready" else 503)
+
+    @app.get("/facts", tags=["operation"], responses={status: ERRORS[status] for status in (401, 503)})
+    async def facts() -> dict[str, Any]:
+        """Tell what is served, by which ranks, and what a request may ask for."""
+        known = service.engine.facts or service.ready_facts()
+        limits = service.settings
+        return {
+            **asdict(known),
+            "loras": service.loras.names(),
+            "max_pixels": limits.max_pixels,
+            "max_steps": limits.max_steps,
+            "max_images": limits.max_images,
+        }
 
     @app.get("/liveness", tags=["operation"])
     async def liveness() -> dict[str, str]:

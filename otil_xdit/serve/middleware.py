@@ -18,8 +18,8 @@ from otil_xdit.serve.problems import Problem
 
 logger = logging.getLogger(__name__)
 
-OPEN = ("/health", "/liveness", "/v1/files/")
-"""Beginnings of paths that need no key: probes have none, and the names of files cannot be guessed."""
+OPEN = ("/health", "/liveness", "/v1/files/", "/page/")
+"""Beginnings of paths that need no key: probes have none, names of files cannot be guessed, the page asks for it."""
 
 
 class Envelope:
