@@ -1,6 +1,6 @@
 """A server under load, beside a loop that calls the pipeline directly; one JSON line.
 
-    python tests/workers/serving_load.py [--clients 16] [--requests 200] [--queue 8]
+    python tests/workers/serving_load.py [--clients 16] [--requests 200] [--queue 8] [--loops 2]
 
 Clients ask for images of random sizes, steps, schedulers, LoRA and seeds, drawn from some kinds that are made one by
 one at first. Who is answered 429 asks again. The same file is what torchrun runs for the direct loop.
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--queue", type=int, default=8)
+    parser.add_argument("--loops", type=int, default=2, choices=(0, 2), help="direct loops beside the server")
     asked = parser.parse_args()
     if "RANK" in os.environ:
         direct(asked.requests)
@@ -185,11 +186,13 @@ def main() -> None:
         done = subprocess.run([*command, "--requests", str(asked.requests)], capture_output=True, text=True, check=True)
         loops.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))["seconds"])
 
-    loop()
+    if asked.loops:
+        loop()
     measured = load(asked.clients, asked.requests, asked.queue)
-    loop()  # before and after, as other work on the machine comes and goes
-    share = min(loops) / measured["seconds"]
-    print(json.dumps({**measured, "direct_seconds": loops, "share_of_direct": round(share, 3)}))
+    if asked.loops:
+        loop()  # before and after, as other work on the machine comes and goes
+        measured |= {"direct_seconds": loops, "share_of_direct": round(min(loops) / measured["seconds"], 3)}
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":
