@@ -18,7 +18,8 @@ from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.exchange.report import Report
 from otil_xdit.exchange.synchronous import SynchronousExchange
 from otil_xdit.networks.offload import execution_device
-from otil_xdit.networks.vae.coder import PatchedCoder, why_whole
+from otil_xdit.networks.vae.coder import PatchedCoder
+from otil_xdit.networks.vae.support import coder_class, is_of_video, why_whole
 
 KIND = "vae"
 """The counter of what a VAE's ranks send."""
@@ -64,6 +65,8 @@ class VaeSharing:
         self._traffic.clear()
         self._is_generating, self._by_last, self._decodes_alike = is_generating, by_last, True
         reason = why_whole(vae)
+        if reason is None and by_last and is_of_video(vae):
+            reason = "the last rank alone decodes, frame by frame"
         if reason is not None or vae is not self._vae:
             self.release()
         if reason is not None:
@@ -75,7 +78,7 @@ class VaeSharing:
                 (vae.decoder, self._is_shared_decoding, self._announce),
             )
             for coder, is_shared, announce in ways:
-                self._coders.append(PatchedCoder(coder, self._exchange, is_shared, announce, self._shares))
+                self._coders.append(coder_class(vae)(coder, self._exchange, is_shared, announce, self._shares))
                 self._coders[-1].prepare()
         return {_FACT: "on patches"}
 

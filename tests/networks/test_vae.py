@@ -7,18 +7,20 @@ import os
 import subprocess
 import sys
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 
 from otil_xdit.comm.collectives import Collectives
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.dryrun.vae_memory import peak_of_decoding
 from otil_xdit.exchange.synchronous import SynchronousExchange
 from otil_xdit.networks.unet import group_norm
-from otil_xdit.networks.vae.coder import PatchedCoder, why_whole
+from otil_xdit.networks.vae.coder import PatchedCoder
+from otil_xdit.networks.vae.support import coder_class, why_whole
 from tests.support.fake_cuda.guard import why_no_guard
 from tests.support.ranks import run_ranks
 
@@ -87,6 +89,67 @@ def errors(kind: type[SynchronousExchange]) -> list[tuple[float, float]]:
         coder.release()
     assert not any("_otil" in name for module in vae.modules() for name in vars(type(module)))
     return found
+
+
+VIDEO_SIZES = [(1, 6, 4), (3, 5, 4)]
+"""Of a latent: frames, and rows that two and three ranks share evenly and unevenly."""
+
+
+def build_video(name: str) -> Any:
+    """A VAE of two or three resolutions, with attention in the middle; one of Wan 2.2 works on 2 x 2 pixels."""
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1}
+    size["temperal_downsample"] = [False, True]
+    if name == "wan 2.2":
+        size |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "decoder_base_dim": 8}
+    kind = AutoencoderKLQwenImage if name == "qwen-image" else AutoencoderKLWan
+    plain = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    return kind(**size, **plain).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def video_errors(kind: type[SynchronousExchange], name: str) -> list[float]:
+    """Largest differences of `encode` and `decode` from one device's, for every size."""
+    vae, found = build_video(name), []
+    group = PatchGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    exchange, is_active = kind(Collectives(group, 20), "vae"), [False]
+    coders = [coder_class(vae)(coder, exchange, lambda: is_active[0]) for coder in (vae.encoder, vae.decoder)]
+    for coder in coders:
+        coder.prepare()
+        coder.prepare()
+    assert why_whole(vae) is None, "wrapping it does not make it unknown"
+    draw = torch.Generator().manual_seed(1)
+    scale = 8 if name == "wan 2.2" else 4
+    for frames, rows, cols in VIDEO_SIZES:
+        latent = torch.randn(1, 4, frames, rows, cols, generator=draw)
+        video = torch.randn(1, 3, 1 + 2 * (frames - 1), rows * scale, cols * scale, generator=draw)
+        calls = partial(vae.decode, latent, return_dict=False), partial(vae.encode, video)
+        for call, of in zip(calls, (lambda made: made[0], lambda made: made.latent_dist.mean), strict=True):
+            is_active[0] = False
+            best = of(call())
+            is_active[0] = True
+            found.append(((of(call()) - best).abs().max() / best.std()).item())
+    for coder in coders:
+        coder.release()
+    assert not any("_otil" in one for module in vae.modules() for one in vars(type(module)))
+    return found
+
+
+VIDEO_VAES = [("wan", 2), ("wan 2.2", 3), ("qwen-image", 3)]
+MORE_VIDEO_VAES = [("wan", 3), ("wan 2.2", 2), ("qwen-image", 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [*VIDEO_VAES, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE_VIDEO_VAES)]
+)
+def test_a_videos_vae_on_patches_gives_what_one_device_gives(name: str, ranks: int) -> None:
+    for found in run_ranks(ranks, partial(video_errors, SynchronousExchange, name)):
+        assert max(found) < BOUND, found
+
+
+def test_without_the_neighbours_rows_a_videos_would_not() -> None:
+    for found in run_ranks(2, partial(video_errors, Deaf, "wan")):
+        assert min(found) > 0.05
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

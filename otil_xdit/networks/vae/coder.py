@@ -9,14 +9,12 @@ Shapes: B batch, C channels, H x W the map that comes in, S tokens of this rank,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.vae import Decoder, Encoder
-from torch import nn
 from torch.nn import functional
 
 from otil_xdit.exchange.halo import HaloRows
@@ -28,18 +26,19 @@ from otil_xdit.networks.unet.context import CONTEXT, LayerContext
 from otil_xdit.networks.unet.layers import is_spatial, unwrap_layer, wrap_layer
 from otil_xdit.networks.unet.sharding import kept_keys_of, row_shares_of
 from otil_xdit.networks.vae.downsampling import pads_below, patched_downsampling
-from otil_xdit.networks.vae.levels import CoderLevels
+from otil_xdit.networks.vae.levels import CoderLevels, Levels
 
 
 class PatchedCoder:
     """One encoder or decoder whose layers reach the other ranks.
 
     Args:
-        coder: diffusers' `Encoder` or `Decoder`, for which `why_whole` is None; its layers are wrapped by `prepare`.
+        coder: diffusers' `Encoder` or `Decoder` of a VAE that ranks can share (`.support`); `prepare` wraps its layers.
         exchange: between all ranks that work on the image.
         is_active: tells whether all these ranks make the call under way, or are about to.
         announce: told of the input of each call that the ranks share.
         shares: of the rows, for each rank, in any unit; empty for equal ones.
+        levels: resolutions of its layers; None for those of an `AutoencoderKL`.
     """
 
     def __init__(
@@ -49,11 +48,12 @@ class PatchedCoder:
         is_active: Callable[[], bool],
         announce: Callable[[torch.Tensor], None] = lambda x: None,
         shares: tuple[int, ...] = (),
+        levels: Levels | None = None,
     ) -> None:
         self.coder, self.is_active, self._announce = coder, is_active, announce
         self.running = False
         self.order = make_order()
-        self._exchange, self._levels, self._shares = exchange, CoderLevels(coder), shares
+        self._exchange, self._levels, self._shares = exchange, levels or CoderLevels(coder), shares
         self._grid: LevelGrid | None = None
 
     @property
@@ -98,17 +98,28 @@ class PatchedCoder:
         if grid is None:
             return plain(x)
         self._announce(x)
-        coarsest = self._levels.count - 1
-        source, target = (0, coarsest) if self._levels.is_encoder else (coarsest, 0)
+        source, target = self._ends
         rows = grid.slice_of(source, self._exchange.rank)
-        self._grid, self.running = grid, True
-        try:
+        with self._running_on(grid):
             part = plain(x[:, :, rows].contiguous())
-        finally:
-            self._grid, self.running = None, False
         most = max(grid.rows[target])
         parts = self._exchange.gather("the output", functional.pad(part, (0, 0, 0, most - part.shape[2])))
         return torch.cat([theirs[:, :, :count] for theirs, count in zip(parts, grid.rows[target], strict=True)], dim=2)
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """Return the levels of what comes in and of what goes out."""
+        coarsest = self._levels.count - 1
+        return (0, coarsest) if self._levels.is_encoder else (coarsest, 0)
+
+    @contextmanager
+    def _running_on(self, grid: LevelGrid) -> Iterator[None]:
+        """Bracket a pass of this rank's rows, in which layers reach the other ranks."""
+        self._grid, self.running = grid, True
+        try:
+            yield
+        finally:
+            self._grid, self.running = None, False
 
     # ---- what layers ask for: see `LayerExchange` ------------------------------------------------------------------
 
@@ -158,50 +169,6 @@ class PatchedCoder:
         if height % scale or width % scale or height // scale < self._exchange.ranks or torch.is_grad_enabled():
             return None
         return LevelGrid.build(height, width, self._levels.count, self._exchange.ranks, self._shares)
-
-
-def why_whole(vae: Any) -> str | None:
-    """Return why every rank is to compute a VAE by itself; None where the ranks can share it.
-
-    Args:
-        vae: a pipeline's, or None.
-    """
-    if type(vae).__name__ != "AutoencoderKL":
-        return "it is no AutoencoderKL"
-    if getattr(vae, "use_tiling", False):
-        return "it works in tiles"
-    for name, coder, kind in (("encoder", vae.encoder, Encoder), ("decoder", vae.decoder, Decoder)):
-        base = getattr(type(coder), "_otil_base", type(coder))
-        if base is not kind:
-            return f"its {name} is a {base.__name__}"
-        for path, module in coder.named_modules():
-            reason = _why_unknown(module)
-            if reason is not None:
-                return f"its layer {name}.{path} {reason}"
-    return None
-
-
-def _why_unknown(module: nn.Module) -> str | None:
-    """Return why a module may not compute on a patch what it computes on the whole map; None where it does."""
-    kind = type(module)
-    if kind.__name__ not in _KNOWN or not kind.__module__.startswith(("torch.nn.", "diffusers.models.")):
-        return f"is a {kind.__module__}.{kind.__name__}"
-    if "forward" in vars(module) or module._compiled_call_impl is not None:
-        return "has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "has hooks"
-    if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
-        return "draws at random"
-    if isinstance(module, Attention) and (module.spatial_norm is not None or module.is_cross_attention):
-        return "attends to more than the map"
-    return None
-
-
-_KNOWN = frozenset(
-    "Encoder Decoder DownEncoderBlock2D UpDecoderBlock2D UNetMidBlock2D ResnetBlock2D Downsample2D Upsample2D "
-    "Attention GroupNorm Conv2d Linear SiLU Dropout ModuleList Identity".split()
-)
-"""Modules of a VAE that work on every row by itself, or that have wrappers."""
 
 
 @cache

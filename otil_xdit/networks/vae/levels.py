@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Protocol
+
+
+class Levels(Protocol):
+    """Resolutions of an encoder or a decoder: level 0 is the image's, each further level has half the rows.
+
+    Attributes:
+        is_encoder: whether it begins with the image.
+        count: of the levels.
+    """
+
+    is_encoder: bool
+    count: int
+
+    def of(self, path: str) -> int:
+        """Return the level of a layer's input, by the layer's name."""
+        ...
 
 
 class CoderLevels:

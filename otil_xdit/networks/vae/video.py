@@ -1,0 +1,154 @@
+"""`PatchedVideoCoder`: the encoder or the decoder of Wan's and Qwen-Image's VAEs on patches.
+
+Their convolutions reach over frames and rows. Frames come one after the other, and what a convolution keeps of earlier
+ones is kept of this rank's rows, so rows alone are exchanged. Norms look at one place at a time. The attention in the
+middle is within a frame.
+
+Shapes: B batch, C channels, T frames, h rows of this rank, W columns, S tokens of this rank's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from otil_xdit.exchange.synchronous import SynchronousExchange
+from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
+from otil_xdit.networks.unet.context import CONTEXT, LayerContext, running_context
+from otil_xdit.networks.unet.layers import is_spatial, wrap_layer
+from otil_xdit.networks.vae.coder import PatchedCoder
+
+VIDEO_VAES = {"AutoencoderKLWan": "Wan", "AutoencoderKLQwenImage": "QwenImage"}
+"""Classes of VAEs, and what the names of their layers begin with."""
+
+
+class VideoLevels:
+    """Resolutions of an encoder or a decoder: level 0 is the image's.
+
+    Args:
+        coder: of one of `VIDEO_VAES`.
+    """
+
+    def __init__(self, coder: nn.Module) -> None:
+        self.is_encoder = hasattr(coder, "down_blocks")
+        modes = [getattr(module, "mode", "") for module in coder.modules() if hasattr(module, "resample")]
+        self.count = 1 + sum(mode.startswith(("upsample", "downsample")) for mode in modes)
+
+    def of(self, path: str) -> int:
+        """Return the level of a layer that asks for it: attention, which is in the middle."""
+        return self.count - 1
+
+
+class PatchedVideoCoder(PatchedCoder):
+    """One encoder or decoder whose layers reach the other ranks; see `PatchedCoder` for the arguments."""
+
+    def __init__(
+        self,
+        coder: Any,
+        exchange: SynchronousExchange,
+        is_active: Callable[[], bool],
+        announce: Callable[[torch.Tensor], None] = lambda x: None,
+        shares: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(coder, exchange, is_active, announce, shares, VideoLevels(coder))
+
+    def prepare(self) -> None:
+        """Wrap the coder and its layers."""
+        for path, module in self.coder.named_modules():
+            context = LayerContext(self, path, self._levels.of(path))
+            derive = _derivation(module)
+            if is_spatial(module):
+                wrap_layer(module, context)
+            elif derive is not None:
+                if not is_swapped(module):
+                    swap_class(module, derive)
+                vars(module)[CONTEXT] = context
+
+    def forward(self, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Compute ``plain(x)`` on all ranks together, [B, C, T, H, W]; see `PatchedCoder.forward`."""
+        frames = x.transpose(1, 2)  # rows stand where a map of four dimensions has them, behind a batch of frames
+        grid = self._grid_of(frames[:, 0])
+        if grid is None:
+            return plain(x)
+        source, target = self._ends
+        rows = grid.slice_of(source, self._exchange.rank)
+        with self._running_on(grid):
+            part = plain(x[:, :, :, rows].contiguous())
+        most = max(grid.rows[target])
+        parts = self._exchange.gather("the output", functional.pad(part, (0, 0, 0, most - part.shape[3])))
+        pairs = zip(parts, grid.rows[target], strict=True)
+        return torch.cat([theirs[:, :, :, :count] for theirs, count in pairs], dim=3)
+
+
+def _derivation(module: nn.Module) -> Callable[[type], type] | None:
+    """Return what makes a class on patches of a module's; None for one that needs none."""
+    name = getattr(type(module), "_otil_base", type(module)).__name__
+    if name.endswith("CausalConv3d") and isinstance(module, nn.Conv3d) and module.kernel_size[1] > 1:
+        return _patched_conv
+    if name.endswith("AttentionBlock"):
+        return _patched_attention
+    if name.endswith(("Encoder3d", "Decoder3d")):
+        return _patched_coder
+    return _patched_padding if isinstance(module, nn.ZeroPad2d) else None
+
+
+@cache
+def _patched_conv(kind: Any) -> type:
+    def forward(self: Any, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        context = running_context(self)
+        if context is None:
+            return kind.forward(self, x, cache_x)
+        left, right, above, below, before, _ = self._padding  # of one device: columns, rows, frames
+        if cache_x is not None and before > 0:
+            x = torch.cat([cache_x.to(x.device), x], dim=2)
+            before -= cache_x.shape[2]
+        merged = context.exchange.halo(context, x.flatten(1, 2), above, below, None)
+        padded = functional.pad(merged.unflatten(1, x.shape[1:3]), (left, right, 0, 0, before, 0))
+        return functional.conv3d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    return subclass_of(kind, {"forward": forward, CONTEXT: None})
+
+
+@cache
+def _patched_attention(kind: Any) -> type:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        context = running_context(self)
+        if context is None:
+            return kind.forward(self, x)
+        frames = x.transpose(1, 2).flatten(0, 1)
+        tokens = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
+        out = context.exchange.attend(context, *tokens.chunk(3, dim=-1))
+        out = out.squeeze(1).transpose(1, 2).unflatten(2, frames.shape[2:])
+        return x + self.proj(out).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+    return subclass_of(kind, {"forward": forward, CONTEXT: None})
+
+
+@cache
+def _patched_padding(kind: Any) -> type:
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if running_context(self) is None:
+            return kind.forward(self, input)
+        # The row below comes with the halo of the convolution, and is zeros on the last rank only.
+        left, right, above, _ = self.padding
+        assert above == 0, "an encoder pads below and to the right"
+        return functional.pad(input, (left, right, 0, 0))
+
+    return subclass_of(kind, {"forward": forward, CONTEXT: None})
+
+
+@cache
+def _patched_coder(kind: Any) -> type:
+    @wraps(kind.forward)
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        coder: PatchedVideoCoder = self._otil_context.exchange
+        if not coder.is_active():
+            return kind.forward(self, x, *args, **kwargs)
+        return coder.forward(lambda part: kind.forward(self, part, *args, **kwargs), x)
+
+    return subclass_of(kind, {"forward": forward, CONTEXT: None})
