@@ -137,7 +137,8 @@ def _initialize_in_place(pipe: Any, engine_config: Any, use_cfg_parallel: bool) 
 def restore(pipe: Any) -> Any:
     """Undo `parallelize`: give classes, hooks, layers and attributes back as they were, and free the buffers.
 
-    Every rank that called `parallelize` calls this; nothing is sent. Process groups stay, for the next `parallelize`.
+    Every rank that called `parallelize` calls this; nothing is sent. Process groups stay, for the next `parallelize`;
+    one with other degrees gets new ones, and so does a pipeline of xDiT without a strategy.
 
     Args:
         pipe: what `parallelize` returned, or the pipeline of any other call that was attached to a strategy.

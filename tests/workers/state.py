@@ -75,6 +75,7 @@ def main() -> None:
         tell(f"{kind}, told", told(make, draw))
     tell("side by side", side_by_side())
     tell("denoising_end", counted_steps())
+    tell("other degrees", other_degrees())
     dist.barrier()
     dist.destroy_process_group()
 
@@ -299,6 +300,32 @@ def counted_steps() -> list[int | None]:
         totals += [clock.total, clock.step]
     otil_xdit.restore(pipe)
     return totals
+
+
+def other_degrees() -> dict[str, Any]:
+    """What xDiT without a strategy computes on two Ulysses ranks, and we do, once nobody uses groups of two patches."""
+    from xfuser import xFuserArgs, xFuserStableDiffusion3Pipeline
+    from xfuser.core.distributed import parallel_state
+
+    alone, found = draw_dit(load()), {}
+    for name in ("ours", "xDiT"):
+        unused = otil_xdit.parallelize(pipeline(), config=CONFIGS["otil"])
+        try:
+            otil_xdit.parallelize(load(), "sync", ulysses_degree=2)
+        except ValueError as error:
+            found["refused"] = str(error)
+        otil_xdit.restore(unused)
+        if name == "ours":
+            pipe = otil_xdit.parallelize(load(), "sync", ulysses_degree=2)
+        else:
+            engine_config, _ = xFuserArgs(model="tiny-dit", ulysses_degree=2).create_config()
+            engine_config.runtime_config.dtype = torch.float32
+            pipe = xFuserStableDiffusion3Pipeline(load(), engine_config)
+        sequence, made = parallel_state.get_sp_group(), draw_dit(pipe)
+        found[name] = [sequence.ring_world_size, sequence.ulysses_world_size]
+        found[f"{name}: error"] = None if made is None else (made - alone).abs().max().item()
+        otil_xdit.restore(pipe)
+    return found
 
 
 if __name__ == "__main__":

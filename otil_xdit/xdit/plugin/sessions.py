@@ -32,6 +32,7 @@ from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.plugin.adapters import take_adapters
 from otil_xdit.xdit.plugin.args import choice_of
 from otil_xdit.xdit.plugin.backends import check_backends, hook_backends, use_sdpa_unless_named
+from otil_xdit.xdit.plugin.group_lifetime import LIFETIME, degrees_of, degrees_of_groups
 from otil_xdit.xdit.plugin.groups import connect
 from otil_xdit.xdit.plugin.rows import allow_any_height, hook_heights, rows_of
 from otil_xdit.xdit.plugin.shims import without_ring
@@ -63,6 +64,7 @@ def undo(pipe: Any) -> Any:
         session = session_of(one)
         if session is not None:
             session.detach()
+        LIFETIME.released_by(one)
     vars(pipe).pop(_UNDO, _nothing)()
     return inner
 
@@ -85,8 +87,13 @@ def hook_runtime_state() -> None:
 
     @wraps(initialize)
     def initialize_runtime_state(pipeline: Any = None, engine_config: Any = None) -> None:
+        parallel = getattr(engine_config, "parallel_config", None)
+        if parallel is not None:
+            LIFETIME.give_up(parallel)
         initialize(pipeline, engine_config)
         session = _session_for(engine_config, pipeline)
+        if parallel is not None and pipeline is not None:
+            LIFETIME.used_by(pipeline, session)
         if session is not None and choice_of(engine_config.parallel_config) is None:
             use_sdpa_unless_named(runtime_state.get_runtime_state(), engine_config)
         if session is not None and pipeline is not None:
@@ -192,10 +199,12 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
         if choice.strategy.requires_cfg_parallel:
             check_stages(network)
     check_backends(engine_config.runtime_config, pipeline)
-    if getattr(parallel, _SESSION, None) is None:
+    generation, session = getattr(parallel, _SESSION, (None, None))
+    if session is None or generation != LIFETIME.generation:
         _warn_of_untested(pipeline)
-        setattr(parallel, _SESSION, connect(choice))
-    return getattr(parallel, _SESSION)
+        session = connect(choice)
+        setattr(parallel, _SESSION, (LIFETIME.generation, session))
+    return session
 
 
 def _warn_of_untested(pipeline: Any) -> None:
@@ -214,21 +223,12 @@ def _check_groups(parallel: Any) -> None:
     Raises:
         ValueError: naming both.
     """
-    from xfuser.core.distributed import parallel_state
-
-    if not parallel_state.model_parallel_is_initialized():
-        return
-    sequence = parallel_state.get_sp_group()
-    wanted = (parallel.ring_degree, parallel.ulysses_degree, parallel.cfg_degree)
-    made = (
-        sequence.ring_world_size,
-        sequence.ulysses_world_size,
-        parallel_state.get_classifier_free_guidance_world_size(),
-    )
-    if wanted != made:
+    wanted, made = degrees_of(parallel), degrees_of_groups()
+    if made is not None and wanted != made:
         raise ValueError(
             "this pipeline is to run on {} patches x {} Ulysses x {} CFG, and this process's groups were made for {} x "
-            "{} x {}; xDiT makes them once: give all pipelines of a process the same degrees".format(*wanted, *made)
+            "{} x {}, which other pipelines use: give all pipelines of a process the same degrees, or call "
+            "otil_xdit.restore for the others first".format(*wanted, *made)
         )
 
 

@@ -7,6 +7,7 @@ import json
 import os
 
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 
 import otil_xdit
@@ -39,12 +40,13 @@ def sent(pipe: DiffusionPipeline) -> float:
     return 0 if found is None else sum(sum(phases.values()) for phases in found.sent_bytes.values())
 
 
-print(
-    json.dumps(
-        {
-            "rank": int(os.environ.get("RANK", "0")),
-            "images": {name: list(image.convert("L").tobytes()) for name, image in images.items()},
-            "sent": {name: sent(dit if "dit" in name else edit if "to image" in name else unet) for name in images},
-        }
-    )
-)
+line = {
+    "rank": int(os.environ.get("RANK", "0")),
+    "images": {name: list(image.convert("L").tobytes()) for name, image in images.items()},
+    "sent": {name: sent(dit if "dit" in name else edit if "to image" in name else unet) for name in images},
+}
+for rank in range(int(os.environ.get("WORLD_SIZE", "1"))):  # in turns: such long lines would be mixed up
+    if rank == line["rank"]:
+        print(json.dumps(line), flush=True)
+    if dist.is_initialized():
+        dist.barrier()

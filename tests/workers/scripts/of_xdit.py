@@ -92,10 +92,14 @@ def main() -> None:
     pipe = case.build()
     pipe.set_progress_bar_config(disable=True)
     initialize_runtime_state(pipe, engine_config)
-    get_runtime_state().set_input_parameters(
-        height=input_config.height, width=input_config.width, batch_size=1, num_inference_steps=3
-    )
-    (parallelize_flux if "flux" in args.case else parallelize_cogvideox)(pipe)
+    height, width = (case.call.get(side, getattr(input_config, side)) for side in ("height", "width"))
+    size = {"height": height, "width": width, "batch_size": 1, "num_inference_steps": 3}
+    if "flux" in args.case:
+        get_runtime_state().set_input_parameters(**size, max_condition_sequence_length=512)
+        parallelize_flux(pipe)
+    else:
+        get_runtime_state().set_video_input_parameters(**size, num_frames=case.call["num_frames"])
+        parallelize_cogvideox(pipe)
     reference = run_plain(case)
     errors = [(pipe(**case.arguments())[0] - reference).abs().max().item() for _ in range(2)]
     if os.environ["RANK"] == "0":
