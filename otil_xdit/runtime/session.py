@@ -120,6 +120,11 @@ class PatchSession:
         """Return whether a generation of this session is under way in this context."""
         return _ACTIVE.get() is self
 
+    @property
+    def is_attached(self) -> bool:
+        """Return whether a pipeline may generate with this session."""
+        return bool(self._attached)
+
     # ---- pipelines -------------------------------------------------------------------------------------------------
 
     def attach(self, pipe: Any, rules: CallRules | None = None) -> None:
