@@ -141,6 +141,7 @@ class StepCallbacks:
     Args:
         collect: see `WholeLatent`.
         whole: of a pipeline that has this rank's part of the latent only; None for one that has all of it.
+        alone: brackets a callback, which may do on one rank what the others do not, such as decode a preview.
     """
 
     def __init__(
@@ -221,7 +222,8 @@ class StepCallbacks:
         if callback is None:
             return {}
         version, scales = _version(whole), _scales(pipe)
-        made = callback(pipe, step, timestep, {"latents": whole} if wants_latents else {})
+        with self._alone():
+            made = callback(pipe, step, timestep, {"latents": whole} if wants_latents else {})
         if _scales(pipe) != scales:
             raise ValueError(
                 "--parallel does not support a callback that changes guidance_scale: xDiT's wrapper of this pipeline "
@@ -250,13 +252,15 @@ class StepCallbacks:
             whole = self._whole.join(part)
             if callback is not None and next(calls) % steps == 0:
                 version = _version(whole)
-                callback(step, timestep, whole)
+                with self._alone():
+                    callback(step, timestep, whole)
                 if self._record(step, whole, version, whole):
                     part.copy_(self._whole.cut(whole))
 
         def watched(step: int, timestep: Any, latents: torch.Tensor) -> None:
             version = _version(latents)
-            cast(Any, callback)(step, timestep, latents)
+            with self._alone():
+                cast(Any, callback)(step, timestep, latents)
             self._record(step, latents, version, latents)
 
         given[LEGACY] = watched if self._whole is None else whole_callback

@@ -247,10 +247,11 @@ class PatchSession:
                     with self._exchange(networks, whole):
                         callbacks = callbacks_of(by_rank, collect, whole, self._vae)
                         yield callbacks
-                        if callbacks is not None:
-                            callbacks.check_alike(device_of(networks))
+                        # First what another rank may be computing already: where it decodes alone, it is in its call.
                         if self._vae is not None:
                             self._vae.finish()
+                        if callbacks is not None:
+                            callbacks.check_alike(device_of(networks))
                         self.communicator.clock.finish()
             finally:
                 _of_graphs.remove(self)

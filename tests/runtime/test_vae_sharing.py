@@ -48,5 +48,13 @@ def test_a_dit_s_last_rank_decodes_with_all_others() -> None:
         assert "vae" not in line["patches"]["whole"] and "vae" in line["whole"]["whole"] and line["left"] == 0
 
 
+def test_a_dit_s_callbacks_see_the_latent_and_do_not_keep_the_others_waiting() -> None:
+    """The last rank decodes alone, and its callback's calls of the VAE are its own; at the end all ranks meet."""
+    first, last = (line["dit"] for line in found())
+    for vae in ("patches", "whole"):
+        for callback in ("previewed", "halved"):
+            assert first[vae][callback] is None and last[vae][callback] <= 1e-4
+
+
 def test_tiles_are_each_rank_s_own_and_nothing_is_left_behind() -> None:
     assert all(line["tiled"] is None and line["left"] == 0 for line in found())

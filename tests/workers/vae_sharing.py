@@ -79,13 +79,29 @@ def of_a_dit() -> dict[str, Any]:
         model_folder("tiny-dit"), text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
     )
     pipe.set_progress_bar_config(disable=True)
-    alone, found = image(pipe), {}
+
+    def previewed(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Decode on every rank, of which the last one's VAE tells the others of the call at the end."""
+        pipe.vae.decode(tensors["latents"])
+        return {}
+
+    def halved(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] / 2}
+
+    alone, halved_alone, found = image(pipe), image(pipe, callback_on_step_end=halved), {}
     for vae in ("patches", "whole"):
         parallel = otil_xdit.parallelize(pipe, "sync", vae=vae)
         made = [image(parallel, output_type=kind) for kind in ("pt", "latent", "pt")]
         sent = otil_xdit.report(parallel).sent_bytes.get("vae")
         error = None if made[0] is None else max(difference(one, alone) for one in (made[0], made[2]))
-        found[vae] = {"error": error, "sent": sent, "whole": otil_xdit.summary(parallel).splitlines()[-1]}
+        watched = [image(parallel, callback_on_step_end=previewed), image(parallel, callback_on_step_end=halved)]
+        found[vae] = {
+            "error": error,
+            "sent": sent,
+            "whole": otil_xdit.summary(parallel).splitlines()[-1],
+            "previewed": None if watched[0] is None else difference(watched[0], alone),
+            "halved": None if watched[1] is None else difference(watched[1], halved_alone),
+        }
         pipe = otil_xdit.restore(parallel)
     found["left"] = sum("_otil" in name for part in pipe.vae.modules() for name in vars(type(part)))
     return found
