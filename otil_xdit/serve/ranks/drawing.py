@@ -32,7 +32,7 @@ class Painter:
         self._model, self._values = model, values
         self._record = find_record(model.config.model)
         self._is_unet = find_unet(model.config.model) is not None
-        self._editing = EditingPipelines(model.pipe) if self._is_unet else None
+        self._editing = EditingPipelines(model.pipe)
         self._loras = LoraShelf(model.pipe) if self._is_unet else None
 
     @property
@@ -54,12 +54,17 @@ class Painter:
             steps=values.get("num_inference_steps"),
             guidance_scale=values.get("guidance_scale"),
             negative_prompt=values.get("negative_prompt"),
-            edits=self._editing.kinds if self._editing is not None else (),
+            edits=self._editing.kinds,
             schedulers=tuple(SCHEDULERS) if self._is_unet else (),
             scheduler=_own_name(getattr(inner, "scheduler", None)),
             takes_lora=self._is_unet,
             takes_batches=self._is_unet,
         )
+
+    def size_of(self, request: ImageRequest) -> tuple[int | None, int | None]:
+        """Return height and width of an image; None for the pipeline's own."""
+        values = self._values_of(request)
+        return values.get("height"), values.get("width")
 
     def check(self, request: ImageRequest) -> None:
         """Refuse what this model cannot make, before any rank begins.
@@ -69,8 +74,7 @@ class Painter:
         """
         values = self._values_of(request)
         check_numbers(values, CALL_NUMBERS)
-        kind = "inpaint" if request.mask is not None else "image"
-        if request.image is not None and (self._editing is None or kind not in self._editing.kinds):
+        if request.image is not None and _kind(request) not in self._editing.kinds:
             raise ValueError(f"this server's model, {self._model.config.model}, does not edit images")
         if request.scheduler is not None and not self._is_unet:
             raise ValueError("scheduler: this model keeps its own; leave it out")
@@ -113,36 +117,32 @@ class Painter:
             if self._loras is not None:
                 self._loras.switch_to(request.loras)
             stack.enter_context(self._scheduler(request.scheduler))
-            if request.image is not None:
-                return self._edit(request, values, control, extra)
-            stack.enter_context(control.of(self.pipe))
-            stack.enter_context(_calling_with(self._model, extra))
+            if request.image is None:
+                pipe = self.pipe
+            else:
+                pipe, extra = self._editing.get(_kind(request)), extra | _images_of(request)
+            stack.enter_context(control.of(pipe))
+            if request.image is not None and self._is_unet:
+                return self._edit(pipe, values, extra)
+            stack.enter_context(_calling(self._model, pipe, extra))
             self._model._validate_args(values)
             self._model.prepare_run(values)
             output = self._model._run_pipe(values)
             return list(output.images or ())
 
-    def _edit(
-        self, request: ImageRequest, values: dict[str, Any], control: StepControl, extra: dict[str, Any]
-    ) -> list[Any]:
-        assert self._editing is not None and request.image is not None, "check has been called"
-        pipe = self._editing.get("image" if request.mask is None else "inpaint")
+    def _edit(self, pipe: Any, values: dict[str, Any], extra: dict[str, Any]) -> list[Any]:
+        """Edit with a U-Net: its pipelines do not all take the size, so that xDiT's call of them would not do."""
         pipe.scheduler = self.pipe.scheduler
-        images: dict[str, Any] = {"image": _image(request.image)}
-        if request.mask is not None:
-            images |= {"mask_image": _image(request.mask), "height": values["height"], "width": values["width"]}
-        if request.strength is not None:
-            images["strength"] = request.strength
-        with control.of(pipe):
-            output = pipe(
-                prompt=values["prompt"],
-                num_inference_steps=values["num_inference_steps"],
-                guidance_scale=values["guidance_scale"],
-                generator=self._model._make_generator(values["seed"]),
-                **({"negative_prompt": values["negative_prompt"]} if values["negative_prompt"] else {}),
-                **images,
-                **extra,
-            )
+        if "mask_image" in extra:
+            extra = {"height": values["height"], "width": values["width"], **extra}
+        output = pipe(
+            prompt=values["prompt"],
+            num_inference_steps=values["num_inference_steps"],
+            guidance_scale=values["guidance_scale"],
+            generator=self._model._make_generator(values["seed"]),
+            **({"negative_prompt": values["negative_prompt"]} if values["negative_prompt"] else {}),
+            **extra,
+        )
         return list(output.images)
 
     def _values_of(self, request: ImageRequest) -> dict[str, Any]:
@@ -183,15 +183,30 @@ class _CallWith:
 
 
 @contextmanager
-def _calling_with(model: Any, extra: Mapping[str, Any]) -> Iterator[None]:
-    """Let xDiT's model call its pipeline with more arguments within: its own call of it knows no callbacks."""
-    pipe = model.pipe
-    if extra:
-        model.pipe = _CallWith(pipe, extra)
+def _calling(model: Any, pipe: Any, extra: Mapping[str, Any]) -> Iterator[None]:
+    """Let xDiT's model call that pipeline, with more arguments, within: its own call knows no callbacks, no images."""
+    own = model.pipe
+    model.pipe = _CallWith(pipe, extra) if extra else pipe
     try:
         yield
     finally:
-        model.pipe = pipe
+        model.pipe = own
+
+
+def _kind(request: ImageRequest) -> str:
+    """Return what an edit starts from, as `EditingPipelines.kinds` has it."""
+    return "image" if request.mask is None else "inpaint"
+
+
+def _images_of(request: ImageRequest) -> dict[str, Any]:
+    """Return the arguments of an edit that text to image has not."""
+    assert request.image is not None, "it is an edit"
+    images: dict[str, Any] = {"image": _image(request.image)}
+    if request.mask is not None:
+        images["mask_image"] = _image(request.mask)
+    if request.strength is not None:
+        images["strength"] = request.strength
+    return images
 
 
 def pixels_of(image: Any) -> Pixels:

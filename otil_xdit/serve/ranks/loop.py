@@ -164,7 +164,8 @@ class Worker:
             self._tell({"type": "step", "id": number, "step": step, "steps": steps}, preview)
 
         count = requests[0].previews if len(requests) == 1 else 0
-        previews = Previews(count, shown.append) if count and self._head else None
+        size = self.painter.size_of(requests[0])
+        previews = Previews(count, size, shown.append) if count and self._head else None
         begun = time.monotonic()
         try:
             images = self._draw(number, requests, on_step, previews)

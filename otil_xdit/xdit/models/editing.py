@@ -1,4 +1,4 @@
-"""Image to image and inpainting with the networks of a U-Net's text-to-image pipeline."""
+"""Image to image and inpainting with the networks of a text-to-image pipeline."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ _EDITING = {
         "inpaint": "StableDiffusionXLInpaintPipeline",
     },
     "LatentConsistencyModelPipeline": {"image": "LatentConsistencyModelImg2ImgPipeline"},
+    "FluxPipeline": {"image": "FluxImg2ImgPipeline", "inpaint": "FluxInpaintPipeline"},
+    "QwenImagePipeline": {"image": "QwenImageImg2ImgPipeline", "inpaint": "QwenImageInpaintPipeline"},
+    "ZImagePipeline": {"image": "ZImageImg2ImgPipeline", "inpaint": "ZImageInpaintPipeline"},
 }
-"""By the text-to-image pipeline's class: those that edit, by what they start from."""
+"""By the text-to-image pipeline's class: those that edit, by what they start from.
+
+Of DiTs those whose networks cut and join their tokens themselves. Where xDiT wraps the pipeline, as with SD3, the
+wrapper's own loop does that, and it starts from noise only.
+"""
 
 
 class EditingPipelines:
@@ -45,8 +52,9 @@ class EditingPipelines:
         if kind not in self._made:
             edits = getattr(importlib.import_module("diffusers"), self._classes[kind])
             # Not `from_pipe`: a network on patches is of a subclass, which it takes for another network.
-            parts = dict(self._pipe.components)
-            if "requires_safety_checker" in signature(edits.__init__).parameters:
+            taken, parts = signature(edits.__init__).parameters, self._pipe.components
+            parts = {name: part for name, part in parts.items() if name in taken}
+            if "requires_safety_checker" in taken:
                 parts["requires_safety_checker"] = parts.get("safety_checker") is not None
             made = edits(**parts)
             share_session(self._pipe, made)

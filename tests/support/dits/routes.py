@@ -40,7 +40,7 @@ def run_xdit(case: Case, folder: Path, degrees: Degrees, exchange: Exchange) -> 
     """
     case.prepare()
     if case.network is None:
-        _allow_missing_encoders(folder)
+        allow_missing_encoders(folder)
     run = _run_network if case.network else _run_runner if case.runner else _run_wrapper
     with exchange.active():
         latents = run(case, folder, [*xdit_flags(case, degrees, exchange), *_image_flags(case, folder)])
@@ -101,9 +101,11 @@ def _parsed(flags: list[str]) -> dict[str, Any]:
     return vars(xFuserArgs.add_runner_args(FlexibleArgumentParser(allow_abbrev=False)).parse_args(flags))
 
 
-def _run_runner(case: Case, folder: Path, flags: list[str]) -> torch.Tensor:
+def loaded_runner(case: Case, folder: Path, flags: list[str]) -> tuple[Any, dict[str, Any]]:
+    """xDiT's runner with the pipeline of `folder`, in float32, and its arguments."""
     from xfuser.runner import MODEL_REGISTRY, xFuserModelRunner
 
+    assert case.runner is not None, "it has a runner"
     model_class = MODEL_REGISTRY[case.runner]
     model_class.settings = replace(model_class.settings, model_name=str(folder))
     _load_in_float32(model_class)
@@ -113,6 +115,11 @@ def _run_runner(case: Case, folder: Path, flags: list[str]) -> torch.Tensor:
     arguments = runner.preprocess_args(arguments)
     runner.initialize(arguments)
     runner.model.pipe.set_progress_bar_config(disable=True)
+    return runner, arguments
+
+
+def _run_runner(case: Case, folder: Path, flags: list[str]) -> torch.Tensor:
+    runner, arguments = loaded_runner(case, folder, flags)
     runner.model.pipe = LatentsOf(runner.model.pipe, case)
     output, _ = runner.run(arguments)
     latents = output.images or output.videos
@@ -166,7 +173,7 @@ def _run_network(case: Case, folder: Path, flags: list[str]) -> torch.Tensor:
     return pipe(**case.arguments())[0]
 
 
-def _allow_missing_encoders(folder: Path) -> None:
+def allow_missing_encoders(folder: Path) -> None:
     """The zoo's pipelines are saved without text encoders, which diffusers allows for optional components only."""
     index = json.loads((folder / "model_index.json").read_text())
     pipeline_class = getattr(diffusers, index["_class_name"])
