@@ -18,9 +18,10 @@ from otil_xdit import __version__
 from otil_xdit.serve.automatic1111 import automatic1111_router
 from otil_xdit.serve.engine import Engine
 from otil_xdit.serve.middleware import BodyLimit, Envelope, KeyCheck, request_id
-from otil_xdit.serve.openai_api import ERRORS, invalid, openai_router
+from otil_xdit.serve.openai_api import invalid, openai_router
 from otil_xdit.serve.page import page_router
 from otil_xdit.serve.problems import Problem
+from otil_xdit.serve.schemas import ERRORS
 from otil_xdit.serve.service import Service
 from otil_xdit.serve.settings import ServeSettings
 

@@ -21,7 +21,7 @@ from otil_xdit.serve import images
 from otil_xdit.serve.job import Job
 from otil_xdit.serve.middleware import request_id
 from otil_xdit.serve.problems import Problem
-from otil_xdit.serve.schemas import MAX_PROMPT, MAX_SEED, Finite
+from otil_xdit.serve.schemas import ERRORS, MAX_PROMPT, MAX_SEED, Finite
 from otil_xdit.serve.service import FieldNames, Service, Wish
 
 NAMES = FieldNames("width", "steps", "sampler_name", "prompt", "init_images", "mask", "n_iter")
@@ -99,14 +99,15 @@ class Answer(BaseModel):
 
 def automatic1111_router(service: Service) -> APIRouter:
     """Return the routes."""
-    router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+    known = {status: ERRORS[status] for status in (400, 401)}
+    router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=known)
 
-    @router.post("/txt2img")
+    @router.post("/txt2img", responses=ERRORS)
     async def txt2img(body: TextBody, request: Request) -> Answer:
         """Make images from a text."""
         return await _answer(service, body, _wish(body), request)
 
-    @router.post("/img2img")
+    @router.post("/img2img", responses=ERRORS)
     async def img2img(body: ImageBody, request: Request) -> Answer:
         """Make images from an image and a text; with a mask only where that is white."""
         service.check_room()
@@ -160,7 +161,7 @@ def _add_lists(router: APIRouter, service: Service) -> None:
         """Tell the settings that there are."""
         return {"sd_model_checkpoint": name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
 
-    @router.post("/options")
+    @router.post("/options", responses={422: ERRORS[422]})
     async def set_options(options: dict[str, Any]) -> None:
         """Take settings that change nothing; another model is refused."""
         _check_model(service, options.get("sd_model_checkpoint"))

@@ -20,8 +20,8 @@ from otil_xdit.serve.middleware import request_id
 from otil_xdit.serve.problems import Problem, problem_of
 from otil_xdit.serve.requests import DrawnImage, Pixels, StepDone
 from otil_xdit.serve.schemas import (
+    ERRORS,
     EditBody,
-    ErrorAnswer,
     GenerationBody,
     ImageData,
     ImageFields,
@@ -57,23 +57,6 @@ class EditForm(EditBody):
             return LoraBody.model_validate_json(f'{{"lora": {self.lora}}}').named()
         except ValidationError as error:
             raise invalid(error.errors()) from error
-
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text}
-    for status, text in {
-        400: "a field is wrong; it is named",
-        401: "the key is wrong",
-        404: "no such model",
-        413: "too many bytes or pixels",
-        422: "the model cannot make this image",
-        429: "the queue is full",
-        499: "cancelled",
-        500: "the ranks were lost",
-        503: "no image can be made now",
-        504: "over the time limit",
-    }.items()
-}
 
 
 def openai_router(service: Service) -> APIRouter:

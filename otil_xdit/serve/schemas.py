@@ -161,6 +161,24 @@ class ErrorAnswer(BaseModel):
     detail: str
 
 
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in {
+        400: "a field is wrong; it is named",
+        401: "the key is wrong",
+        404: "no such model",
+        413: "too many bytes or pixels",
+        422: "the model cannot make this image",
+        429: "the queue is full",
+        499: "cancelled",
+        500: "the ranks were lost",
+        503: "no image can be made now",
+        504: "over the time limit",
+    }.items()
+}
+"""Answers other than 200, for the descriptions of routes."""
+
+
 def _named(text: str) -> tuple[str, float]:
     """Return name and weight of "name" or "name:0.8"."""
     found = re.fullmatch(r"(.+):(-?\d{1,2}(?:\.\d{1,6})?)", text)
