@@ -99,7 +99,7 @@ class Answer(BaseModel):
 
 def automatic1111_router(service: Service) -> APIRouter:
     """Return the routes."""
-    known = {status: ERRORS[status] for status in (400, 401)}
+    known: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (400, 401)}
     router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=known)
 
     @router.post("/txt2img", responses=ERRORS)
