@@ -47,7 +47,8 @@ class FailureDetector:
         groups: name of the connections that the session shares with others: who breaks them breaks those, too.
         ranks: all ranks that work on one image, by their global number.
         rank: this one.
-        timeout: seconds that a rank waits for the others to begin a generation, and for a message of a device.
+        timeout: seconds that a rank waits for the others to begin a generation, for the store where nothing has failed,
+            and for a message of a device.
         store: where the ranks found each other; `FailureDetector` uses a connection of its own to it.
         host: who keeps it, for messages.
         sever: breaks this rank's connections, so that every wait on them, here and there, ends at once.
@@ -73,7 +74,7 @@ class FailureDetector:
         self.rank, self.timeout = rank, timeout
         self.where, self.calls, self.waiting = START, 0, False
         self.why_broken = ""
-        self._board = StatusBoard(name, groups, ranks, rank, store, self._poll)
+        self._board = StatusBoard(name, groups, ranks, rank, store, self._poll, timeout)
         self._rendezvous = Rendezvous(self._board, rank, timeout, self._check_before_first_step)
         self._host, self._sever = host, sever
         self._alarmed_in = 0
@@ -203,6 +204,7 @@ class FailureDetector:
     def _give_up(self, own: PeerStatus, reason: str) -> None:
         """Allow no more generations: tell the others, and end their waits."""
         self.why_broken = reason
+        self._board.hurry()
         self._board.post(own)
         self._board.raise_alarm(reason)
         self._sever()

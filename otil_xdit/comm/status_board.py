@@ -21,7 +21,7 @@ class StatusBoard:
         ranks: all ranks that work on one image, by their global number.
         rank: this one.
         store: where the ranks found each other.
-        on_poll: see `StoreThread`.
+        on_poll, patience: see `StoreThread`.
 
     Attributes:
         generation: number of the generation under way, from 1.
@@ -36,13 +36,14 @@ class StatusBoard:
         rank: int,
         store: Store,
         on_poll: Callable[[Store], None],
+        patience: float,
     ) -> None:
         self.generation, self._forgotten = 0, 0
         self.others = [other for other in ranks if other != rank]
         self._rank, self._name, self._broken_key = rank, name, f"otil/broken/{groups}"
         self._on_poll = on_poll
-        self._thread = StoreThread(store, on_poll)
-        self.close, self.stop_polling = self._thread.close, self._thread.stop_polling
+        self._thread = StoreThread(store, on_poll, patience)
+        self.close, self.stop_polling, self.hurry = self._thread.close, self._thread.stop_polling, self._thread.hurry
 
     @property
     def is_silent(self) -> bool:

@@ -1,7 +1,8 @@
 """`StoreThread`: talk with the key-value store in which the ranks found each other, from a thread that may hang.
 
 A store on a stopped machine may never answer, and whoever asks must be able to go on. So one thread makes all calls,
-and others give it jobs and wait for `STORE_SECONDS` at most.
+and others give it jobs and wait for so long at most: while all is well, as long as for another rank, since the store's
+keeper is a process like the ranks and may be as busy; once something has failed, `STORE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ POLL_SECONDS = 0.25
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.0005, 0.01
 """Seconds between two looks for keys that are waited for: the others often come within a millisecond."""
 
-STORE_SECONDS = 2.0
-"""What the store may take for one answer, which is below a millisecond otherwise."""
+STORE_SECONDS = 5.0
+"""What the store may take for one answer once something has failed; it is below a millisecond otherwise. Longer than
+a busy machine lets a process wait, as its keeper would be blamed; shorter than torchrun waits for ranks to end."""
 
 
 class Store(Protocol):
@@ -48,14 +50,15 @@ class StoreThread:
     Args:
         store: where the ranks found each other; the thread uses a connection of its own to it.
         on_poll: called with the store in the thread every `POLL_SECONDS` while polling.
+        patience: seconds that one answer may take while nothing has failed.
 
     Attributes:
         is_silent: whether the store did not answer in time once; it is not asked again then.
     """
 
-    def __init__(self, store: Store, on_poll: Callable[[Store], None]) -> None:
+    def __init__(self, store: Store, on_poll: Callable[[Store], None], patience: float) -> None:
         self.is_silent = False
-        self._store, self._on_poll = store, on_poll
+        self._store, self._on_poll, self._patience = store, on_poll, patience
         self._jobs: SimpleQueue[Callable[[Store], object] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_polling = False
@@ -72,6 +75,10 @@ class StoreThread:
     def stop_polling(self) -> None:
         """Poll no more; jobs are still done."""
         self._is_polling = False
+
+    def hurry(self) -> None:
+        """Wait for `STORE_SECONDS` at most from now on: something has failed, and the others wait to hear of it."""
+        self._patience = min(self._patience, STORE_SECONDS)
 
     def submit(self, job: Callable[[Store], object]) -> None:
         """Have `job` done in the thread, and do not wait for it."""
@@ -90,7 +97,7 @@ class StoreThread:
         if self.is_silent:
             return None
         self.submit(run)
-        if not answered.wait(STORE_SECONDS) or not found:
+        if not answered.wait(self._patience) or not found:
             self.is_silent = True
             return None
         return found[0]

@@ -155,6 +155,30 @@ def test_a_store_that_does_not_answer_is_said_and_hangs_nobody(store: Any, monke
     assert time.monotonic() - started < 2 and ranks.severed == [0]
 
 
+class Paused:
+    """A store whose keeper is stopped for a while."""
+
+    def __init__(self, seconds: float) -> None:
+        self._store, self._until = dist.HashStore(), time.monotonic() + seconds
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "clone":
+            raise AttributeError
+        time.sleep(max(self._until - time.monotonic(), 0))
+        return getattr(self._store, name)
+
+
+def test_a_store_that_is_slow_is_waited_for_as_long_as_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "STORE_SECONDS", 0.1)
+    for call in (lambda one: one.exchange_facts({"a": "1"}), lambda one: one.failed(ValueError("boom"))):
+        ranks = Ranks(2, store=Paused(0.5))
+        ranks.begin()
+        ranks.at_once(*(partial(call, one) for one in ranks.all))
+        assert not ranks.severed and not any(one.why_broken for one in ranks.all)
+        for one in ranks.all:
+            one.close()
+
+
 def test_the_order_of_nan_travels(two: Ranks) -> None:
     first, second = two.all
     statuses = two.at_once(failing(first, NotFinite("here", (3, 7))), failing(second))

@@ -21,7 +21,7 @@ def store() -> TCPStore:
 
 @pytest.fixture
 def board(store: TCPStore) -> Iterator[StatusBoard]:
-    made = StatusBoard("s", "g", (0, 1), 0, store, lambda store: None)
+    made = StatusBoard("s", "g", (0, 1), 0, store, lambda store: None, 10.0)
     made.begin()
     yield made
     made.close()

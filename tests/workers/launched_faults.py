@@ -45,6 +45,9 @@ DISKS = ("full", "read-only")
 UNTIL_ENDED = 400.0
 """Seconds that a run may take, on a machine with others."""
 
+PAUSED = 3.0
+"""Seconds that the store's keeper is stopped: less than `TIMEOUT`, which is what healthy ranks wait for."""
+
 UNTIL_LEFT = 30.0
 """Seconds after which processes count as left behind."""
 
@@ -84,6 +87,10 @@ LAUNCHED: dict[str, tuple[Case, Expected]] = {
     "SIGKILL of torchrun, which keeps the store": (
         Case("torchrun", "tiny-sd", 2, {}, -1, 0, 0.0),
         Expected(137, "torchrun was ended by SIGKILL, all processes stopped"),
+    ),
+    "torchrun, which keeps the store, is stopped for 3 s": (
+        Case("pause", "tiny-sd", 2, {}, -1, 0, 0.0),
+        Expected(0, "", image=True),
     ),
     "SIGKILL of both": (Case("launcher and torchrun", "tiny-sd", 2, {}, -1, 0, 0.0), Expected(-9, "")),
     "the disk is full at the end": (
@@ -246,7 +253,9 @@ def run_launched(case: Case) -> Outcome:
         while deed is not None and process.poll() is None:
             time.sleep(0.05)
             since = time.time() - _moment(folder, time.time())
-            if since > {"stop": 2 * TIMEOUT, **dict.fromkeys(DISKS, 0.0)}.get(case.kind, 1.0) and happened(folder):
+            if since > {"stop": 2 * TIMEOUT, **dict.fromkeys((*DISKS, "pause"), 0.0)}.get(case.kind, 1.0) and happened(
+                folder
+            ):
                 deed()
                 if case.kind != "stop":
                     (folder / "happened").write_text(repr(time.time()))
@@ -288,6 +297,8 @@ def _deed(case: Case, process: subprocess.Popen[bytes], folder: Path, output: Pa
         return lambda: _kill(process, KILLED[case.kind])
     if case.kind in DISKS:
         return lambda: spoil(case.kind, output)
+    if case.kind == "pause":
+        return lambda: _pause(process)
     return (lambda: _resume(folder)) if case.kind == "stop" else None
 
 
@@ -295,6 +306,13 @@ def _kill(launcher: subprocess.Popen[bytes], which: tuple[str, ...]) -> None:
     (torchrun,) = psutil.Process(launcher.pid).children()
     for name in which:
         os.kill(launcher.pid if name == "launcher" else torchrun.pid, signal.SIGKILL)
+
+
+def _pause(launcher: subprocess.Popen[bytes]) -> None:
+    (torchrun,) = psutil.Process(launcher.pid).children()
+    torchrun.suspend()
+    time.sleep(PAUSED)
+    torchrun.resume()
 
 
 def _resume(folder: Path) -> None:
