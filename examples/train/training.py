@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from scenes import contact_sheet
 from torch import nn
 from torch.nn import functional
@@ -112,11 +113,14 @@ class Trainer(ABC):
         torch.save(state, out.with_name(f"{out.name}-state.pt"))
         out.with_name(f"{out.name}-losses.json").write_text(json.dumps([round(loss, 4) for loss in self.losses]))
         pipeline.set_progress_bar_config(disable=True)
+        self.sheet(pipeline).save(out.with_name(f"{out.name}-sheet-{name}.png"))
+        return pipeline
+
+    def sheet(self, pipeline: DiffusionPipeline) -> Image.Image:
+        """What the pipeline draws of a few prompts."""
         draw = torch.Generator().manual_seed(0)
         images = pipeline(SHEET_PROMPTS, num_inference_steps=15, guidance_scale=4.0, generator=draw, output_type="np")
-        sheet = contact_sheet((images.images * 255).round().astype(np.uint8), SHEET_PROMPTS)
-        sheet.save(out.with_name(f"{out.name}-sheet-{name}.png"))
-        return pipeline
+        return contact_sheet((images.images * 255).round().astype(np.uint8), SHEET_PROMPTS)
 
     def resume(self) -> None:
         out = self.args.out

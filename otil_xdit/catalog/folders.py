@@ -24,6 +24,9 @@ MODELS_HELP = f"{', '.join(BUNDLED)}, or folders in diffusers format (default ti
 DIT_PIPELINES = ("StableDiffusion3Pipeline",)
 """DiTs whose rows of tokens are cut evenly, at a size that the caller chooses."""
 
+VIDEO_PIPELINES = ("WanPipeline",)
+"""DiTs that draw clips; their tokens, all frames' one after the other, are cut wherever the ranks' shares end."""
+
 OWN = "own"
 """The sampler that a model comes with; DiTs have no other here."""
 
@@ -39,6 +42,7 @@ class Model:
         vae: image pixels of a latent pixel, per side.
         levels: resolutions of a U-Net; 0 for a DiT.
         patch: latent pixels of a DiT's token, per side; 1 for a U-Net.
+        frames: frames of a clip for every latent one after the first; 0 for images.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Model:
     vae: int
     levels: int = 0
     patch: int = 1
+    frames: int = 0
 
     @property
     def label(self) -> str:
@@ -59,11 +64,13 @@ class Model:
         Raises:
             ValueError: naming the flag and what would be accepted.
         """
-        step = self.vae * self.patch * ranks
+        step = self.vae * self.patch * (1 if self.frames else ranks)
         if not self.is_unet and (size < step or size % step):
             raise ValueError(
                 f"--size {size} cannot be cut into {ranks} patches with {self.name}; give a multiple of {step}"
             )
+        if self.frames:
+            return
         try:
             check_geometry({"model": self.name, "height": size, "width": size}, ranks, 1, block)
         except ValueError as error:
@@ -71,7 +78,12 @@ class Model:
             raise ValueError(f"{self.name}: {message}") from error
 
     def borders(self, size: int, ranks: int) -> tuple[int, ...]:
-        """The first image row of every patch but the first one's, for an image of `size` x `size` pixels."""
+        """The first image row of every patch but the first one's, for an image of `size` x `size` pixels.
+
+        There is none in a clip: patches are runs of tokens, and where they end lies in the middle of a row.
+        """
+        if self.frames:
+            return ()
         if self.is_unet:
             latent = size // self.vae
             rows, pixels = LevelGrid.build(latent, latent, self.levels, ranks).rows[0], self.vae
@@ -81,8 +93,12 @@ class Model:
         return tuple(pixels * row for row in accumulate(rows[:-1]))
 
 
-def find_model(name: str) -> Model:
+def find_model(name: str, videos: bool = False) -> Model:
     """A shipped model by its name, or a folder in diffusers format.
+
+    Args:
+        name: of a model, or a folder.
+        videos: take models that draw clips, too.
 
     Raises:
         ValueError: naming what is accepted.
@@ -96,13 +112,24 @@ def find_model(name: str) -> Model:
     if pipeline in TEXT_TO_IMAGE:
         record = read_folder(str(folder))
         return Model(name, str(folder), True, record.vae, levels=record.levels)
-    if pipeline not in DIT_PIPELINES:
-        known = ", ".join((*TEXT_TO_IMAGE, *DIT_PIPELINES))
-        raise ValueError(f"--models {name} is a {pipeline}; eval compares folders of {known}")
+    dits = (*DIT_PIPELINES, *VIDEO_PIPELINES) if videos else DIT_PIPELINES
+    if pipeline not in dits:
+        raise ValueError(f"--models {name} is a {pipeline}; give a folder of {', '.join((*TEXT_TO_IMAGE, *dits))}")
     vae = json.loads((folder / "vae" / "config.json").read_text())
     transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    if pipeline in VIDEO_PIPELINES:
+        patch, (space, time) = transformer["patch_size"], _wan_factors(vae)
+        return Model(name, str(folder), False, space, patch=int(patch[-1]), frames=time)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     return Model(name, str(folder), False, factor, patch=int(transformer["patch_size"]))
+
+
+def _wan_factors(vae: dict[str, Any]) -> tuple[int, int]:
+    """Return pixels of a latent pixel, per side, and frames of a latent frame, of Wan's autoencoder.
+
+    Folders of Wan 2.1 do not name them; they are diffusers' defaults.
+    """
+    return int(vae.get("scale_factor_spatial", 8)), int(vae.get("scale_factor_temporal", 4))
 
 
 def load_pipe(folder: str, sampler: str, lora: str | None, dtype: torch.dtype = torch.float32) -> Any:

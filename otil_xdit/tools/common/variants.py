@@ -105,7 +105,7 @@ def check_guidance(model: Model, guidance: float) -> None:
     Raises:
         ValueError: naming the flag and what would be accepted.
     """
-    if not model.is_unet and guidance <= 1:
+    if not model.is_unet and not model.frames and guidance <= 1:
         raise ValueError(f"--guidance {guidance:g}: xDiT's SD3 pipeline needs guidance; give more than 1")
 
 

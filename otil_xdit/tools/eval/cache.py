@@ -32,7 +32,7 @@ class DrawnImage:
     """One image as it was made.
 
     Attributes:
-        image: float32 [3, H, W] in 0..1.
+        image: float32 [3, H, W] in 0..1; of a clip [F, 3, H, W].
         report: `otil_xdit.exchange.report.Report` of the rank that has the image, as a dict; None for one process.
         seconds: that the call of the pipeline took.
     """
@@ -74,6 +74,8 @@ class ImageCache:
             "prompt": call.prompt,
             "seed": call.seed,
         }
+        if case.model.frames:
+            facts["frames"] = self._matrix.frames
         if case.variant is not None:
             settings = {name: value for name, value in case.variant.settings.items() if name != "timeout"}
             facts |= {"preset": case.variant.preset, "settings": settings, "ranks": case.ranks}

@@ -27,7 +27,15 @@ from otil_xdit.tools.eval.cache import ImageCache
 from otil_xdit.tools.eval.contact_sheets import write_sheets
 from otil_xdit.tools.eval.equivalents import CHANGES, parse_equivalent
 from otil_xdit.tools.eval.generate import Failures, ImageMaker
-from otil_xdit.tools.eval.matrix import Case, Matrix, make_calls, parse_sampler, read_prompts
+from otil_xdit.tools.eval.matrix import (
+    PROMPTS,
+    VIDEO_PROMPTS,
+    Case,
+    Matrix,
+    make_calls,
+    parse_sampler,
+    read_prompts,
+)
 from otil_xdit.tools.eval.perceptual_metrics import absences
 from otil_xdit.tools.eval.report import plot, table
 from otil_xdit.tools.eval.rows import as_json, make_rows
@@ -39,6 +47,9 @@ EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplo
 
 DEFAULT_SIZE = 128
 """Height and width of an image, which the bundled models were trained for."""
+
+DEFAULT_FRAMES = 9
+"""Of a clip."""
 
 T = TypeVar("T")
 
@@ -64,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance", "guidance scale", 4.0, "G")
     about = "height and width (default 128; with --stats the pipeline's own)"
     add("--size", about, None, "PIXELS", type=int)
+    add("--frames", "of a clip, with models that draw clips (default 9)", None, "N", type=int)
     about = "of weights and images; 16 bits bring a row of what the order of sums leaves undecided (default float32)"
     add("--dtype", about, "float32", choices=DTYPES)
     about = "LoRA weights: a file, or a folder with one .safetensors; one model only; fused into a DiT"
@@ -140,14 +152,20 @@ def read_matrix(arguments: argparse.Namespace) -> Matrix:
     Raises:
         ValueError: naming the flag, its value and what is accepted.
     """
+    models = _each(_trusted_model, arguments.models)
+    videos = any(model.frames for model in models)
+    if arguments.frames is not None and not videos:
+        raise ValueError(f"--frames {arguments.frames}: {models[0].name} draws images; leave it out")
+    prompts = arguments.prompt_file or (VIDEO_PROMPTS if videos else PROMPTS)
     return Matrix(
-        models=_each(_trusted_model, arguments.models),
+        models=models,
         variants=_each(parse_variant, arguments.presets),
         ranks=tuple(dict.fromkeys(arguments.ranks)),
         samplers=_each(parse_sampler, arguments.samplers),
-        calls=make_calls(read_prompts(arguments.prompt_file), arguments.prompts, arguments.seeds),
+        calls=make_calls(read_prompts(prompts), arguments.prompts, arguments.seeds),
         guidance=arguments.guidance,
         size=arguments.size or DEFAULT_SIZE,
+        frames=DEFAULT_FRAMES if arguments.frames is None else arguments.frames,
         equivalents=(None, *_each(parse_equivalent, arguments.variant or [])),
         lora=None if arguments.lora is None else str(lora_file(Path(arguments.lora))),
         cfg_parallel=arguments.use_cfg_parallel,
@@ -161,7 +179,7 @@ def measure_statistics(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: naming the flag, its value and what is accepted.
     """
-    sampler, prompts = parse_sampler(arguments.samplers[0]), read_prompts(arguments.prompt_file)
+    sampler, prompts = parse_sampler(arguments.samplers[0]), read_prompts(arguments.prompt_file or PROMPTS)
     (call,) = make_calls(prompts, 1, 1)
     dtype = getattr(torch, arguments.dtype)
     drawing = Drawing(call.prompt, sampler.name, sampler.steps, arguments.size, arguments.guidance, dtype)
@@ -176,7 +194,7 @@ def _each(parse: Callable[[str], T], texts: Iterable[str]) -> tuple[T, ...]:
 
 def _trusted_model(name: str) -> Model:
     """Return a model whose files run no code."""
-    model = find_model(name)
+    model = find_model(name, videos=True)
     check_folder(model.folder)
     return model
 
@@ -230,7 +248,7 @@ def command_of(arguments: argparse.Namespace) -> str:
         words += [f"--{name}", *map(str, getattr(arguments, name))]
     words += [word for text in arguments.variant or [] for word in ("--variant", text)]
     words += ["--use_cfg_parallel"] if arguments.use_cfg_parallel else []
-    for name in ("prompts", "prompt_file", "seeds", "guidance", "size", "dtype", "lora"):
+    for name in ("prompts", "prompt_file", "seeds", "guidance", "size", "frames", "dtype", "lora"):
         value = DEFAULT_SIZE if name == "size" and arguments.size is None else getattr(arguments, name)
         words += [] if value is None else [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(words)

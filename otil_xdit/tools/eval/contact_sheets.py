@@ -71,7 +71,9 @@ def write_sheets(out: Path, matrix: Matrix, cache: ImageCache, rows: Mapping[Cas
 
 
 def _images(cache: ImageCache, case: Case, count: int) -> tuple[torch.Tensor, ...]:
-    return tuple(drawn.image for drawn in cache.load(case)[:count])
+    """Return a case's images; of a clip the frames beside each other."""
+    images = (drawn.image for drawn in cache.load(case)[:count])
+    return tuple(torch.cat(list(image), dim=-1) if image.ndim == 4 else image for image in images)
 
 
 def _column(images: tuple[torch.Tensor, ...], row: Row) -> Column:

@@ -99,4 +99,5 @@ class ImageMaker:
         changed = None if case.equivalent is None else case.equivalent.text
         parts = case.model.folder, sampler.name, sampler.steps, matrix.lora
         spec = PipelineSpec(*parts, variant, changed, case.cfg_parallel, matrix.dtype)
-        return Question(spec, call.prompt, call.seed, matrix.guidance, matrix.size)
+        frames = matrix.frames if case.model.frames else 0
+        return Question(spec, call.prompt, call.seed, matrix.guidance, matrix.size, frames)

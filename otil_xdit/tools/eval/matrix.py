@@ -21,6 +21,8 @@ from otil_xdit.tools.eval.equivalents import Equivalent, parse_equivalent
 PROMPTS = Path(__file__).with_name("prompts.txt")
 """One prompt a line, of the kind that the shipped models were trained on."""
 
+VIDEO_PROMPTS = PROMPTS.with_name("video_prompts.txt")
+"""The same for clips: one shape and where it goes."""
 
 REORDERED = parse_equivalent("reordered:0")
 """The change of a network whose image is at the noise floor: nothing but the order of sums is another."""
@@ -88,6 +90,7 @@ class Matrix:
         calls: the images of each case.
         guidance: guidance scale.
         size: height and width in pixels.
+        frames: of a clip; one, and as many for each latent frame after the first.
         lora: a file of LoRA weights, or None.
         equivalents: what each model's network is changed to in turn; None for the model as it is.
         cfg_parallel: whether the passes with and without the prompt are on different halves of the ranks.
@@ -104,6 +107,7 @@ class Matrix:
     calls: tuple[Call, ...]
     guidance: float = 4.0
     size: int = 128
+    frames: int = 9
     lora: str | None = None
     equivalents: tuple[Equivalent | None, ...] = (None,)
     cfg_parallel: bool = False
@@ -117,6 +121,7 @@ class Matrix:
             check_guidance(model, self.guidance)
             for ranks, variant, sampler in product(self.ranks, self.variants, self.samplers_of(model)):
                 variant.check_image(model, self.size, ranks, sampler.steps, self.guidance, self.cfg_parallel)
+        self._check_clips()
         if self.cfg_parallel and self.guidance <= 1:
             raise ValueError(
                 f"--guidance {self.guidance:g}: --use_cfg_parallel has a half of the ranks for the pass without the "
@@ -125,6 +130,27 @@ class Matrix:
         if self.lora is not None and len(self.models) > 1:
             names = " ".join(model.name for model in self.models)
             raise ValueError(f"--lora fits one architecture, and --models {names} are several; give one model")
+
+    def _check_clips(self) -> None:
+        videos = [model for model in self.models if model.frames]
+        if videos and len(videos) < len(self.models):
+            names = " ".join(model.name for model in self.models)
+            raise ValueError(f"--models {names}: {videos[0].name} draws clips and others images; give them apart")
+        for model in videos:
+            if self.frames < 1 or self.frames % model.frames != 1 % model.frames:
+                raise ValueError(
+                    f"--frames {self.frames}: {model.name} has one frame and {model.frames} for each latent frame "
+                    f"after it; give 1, {1 + model.frames}, {1 + 2 * model.frames}, ..."
+                )
+            halves = [variant.text for variant in self.variants if variant.requires_cfg_parallel]
+            if self.cfg_parallel or halves:
+                given = "--use_cfg_parallel" if self.cfg_parallel else f"--presets {halves[0]}"
+                raise ValueError(f"{given}: xDiT has no CFG parallelism for {model.name}; leave it out")
+            if any(self.equivalents):
+                raise ValueError(
+                    f"--variant {next(filter(None, self.equivalents)).text}: equivalents of {model.name} are not known "
+                    "here; leave it out"
+                )
 
     def samplers_of(self, model: Model) -> tuple[Sampler, ...]:
         """Return those of the samplers that a model takes."""
@@ -166,14 +192,14 @@ def parse_sampler(text: str) -> Sampler:
     return Sampler(name, int(steps))
 
 
-def read_prompts(file: Path | None = None) -> list[str]:
-    """Return the prompts of a file, one a line, or those that ship.
+def read_prompts(file: Path = PROMPTS) -> list[str]:
+    """Return the prompts of a file, one a line; by default those that ship.
 
     Raises:
         ValueError: for a file that cannot be read.
     """
     try:
-        text = (file or PROMPTS).read_text()
+        text = file.read_text()
     except OSError as error:
         raise ValueError(f"--prompt_file {file}: {error.strerror}; give a text file, a prompt a line") from error
     return [line.strip() for line in text.splitlines() if line.strip()]

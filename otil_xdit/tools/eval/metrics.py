@@ -1,11 +1,12 @@
 """How close an image is to one process's: PSNR, SSIM, and how visible the borders of the patches are.
 
-Images are float32 [3, H, W] in 0..1.
+Images are float32 [3, H, W] in 0..1, clips [F, 3, H, W], whose figures are means over their frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 
@@ -24,6 +25,8 @@ def psnr(image: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the peak signal-to-noise ratio in dB, at most `IDENTICAL`."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
+    if image.ndim == 4:
+        return fmean(psnr(*pair) for pair in zip(image, reference, strict=True))
     return min(peak_signal_noise_ratio(image, reference, data_range=1.0).item(), IDENTICAL)
 
 
@@ -31,9 +34,20 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the structural similarity (Wang et al., 2004), 1 for the same image."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    value = structural_similarity_index_measure(image[None], reference[None], data_range=1.0)
+    frames, best = (images if images.ndim == 4 else images[None] for images in (image, reference))
+    value = structural_similarity_index_measure(frames, best, data_range=1.0)
     assert isinstance(value, torch.Tensor), "only asked for the mean"
     return value.item()
+
+
+def flicker(clip: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return how far the changes from frame to frame are from the reference's, root mean square, in levels of 8 bits.
+
+    An error that stands still in a clip does not count; one that comes and goes counts for more than it does in
+    `psnr`: of independent errors in all frames, sqrt(2) times their size.
+    """
+    error = clip - reference
+    return 255 * (error[1:] - error[:-1]).square().mean().sqrt().item()
 
 
 def seam(image: torch.Tensor, reference: torch.Tensor, borders: Sequence[int]) -> float:

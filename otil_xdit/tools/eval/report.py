@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "PSNR (min) ± std, dB": lambda row: f"{row.psnr:.1f} ({row.psnr_min:.1f}) ± {row.psnr_std:.1f}",
     "SSIM": lambda row: number(row.ssim, 4),
     "seam": lambda row: number(row.seam, 2),
+    "flicker": lambda row: number(row.flicker, 2),
     "s": lambda row: number(row.seconds, 2),
 }
 """What the table has of a row that did not fail, by title."""
@@ -39,7 +40,9 @@ mean over the images (the worst one), and the standard deviation over them. kB: 
 collectives: keys, values and what tells their places, in a step (mean over the steps after warm-up) and in all steps,
 warm-up included; halo rows and moments of U-Nets. Share: of the row `{yardstick}` in the same table. Seam: how much
 steeper the image is across the patches' borders than in the four rows on either side, over the same of one process;
-1.00 is one process's. s: seconds of an image, whatever else the machine did meanwhile: not a benchmark.
+1.00 is one process's. Figures of clips are means over their frames, and flicker is how far the changes from frame to
+frame are from one process's, root mean square, in levels of 8 bits. s: seconds of an image, whatever else the machine
+did meanwhile: not a benchmark.
 """
 
 
@@ -55,11 +58,13 @@ def table(rows: Sequence[Row], command: str, absent: Sequence[str]) -> str:
     lines = [f"    {command}", "", HEADER.format(yardstick=YARDSTICK).rstrip(), "", f"{known}.", ""]
     lines += [f"Not measured: {'; '.join(absent)}.", ""] if absent else []
     for title, group in _by_place(rows):
-        count = max(row.images for row in group)
-        lines += [f"### {title}, {count} image{'' if count == 1 else 's'}", ""]
+        count, clips = max(row.images for row in group), any(row.flicker is not None for row in group)
+        lines += [f"### {title}, {count} {'clip' if clips else 'image'}{'' if count == 1 else 's'}", ""]
         weighted = [metric.name for metric in WEIGHTED if any(metric.name in row.weighted for row in group)]
-        cells = [_cells(row, weighted) for row in group]
-        lines += [markdown([*COLUMNS, *weighted], cells), "", *filter(None, map(_note, group))]
+        absent = "seam" if clips else "flicker"
+        columns = {title: cell for title, cell in COLUMNS.items() if title != absent}
+        cells = [_cells(row, columns.values(), weighted) for row in group]
+        lines += [markdown([*columns, *weighted], cells), "", *filter(None, map(_note, group))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -79,10 +84,10 @@ def _title(row: Row) -> str:
     return f"{network}, {row.ranks} ranks{halves}, {row.sampler}, {row.steps} steps{dtype}"
 
 
-def _cells(row: Row, weighted: Sequence[str]) -> list[str]:
+def _cells(row: Row, columns: Collection[Callable[[Row], str]], weighted: Sequence[str]) -> list[str]:
     if row.error:
-        return [row.variant, f"failed: {row.error}", *[""] * (len(COLUMNS) + len(weighted) - 2)]
-    return [*(cell(row) for cell in COLUMNS.values()), *(number(row.weighted.get(name), 3) for name in weighted)]
+        return [row.variant, f"failed: {row.error}", *[""] * (len(columns) + len(weighted) - 2)]
+    return [*(cell(row) for cell in columns), *(number(row.weighted.get(name), 3) for name in weighted)]
 
 
 def _note(row: Row) -> str:

@@ -11,7 +11,7 @@ from otil_xdit.tools.common.environment import versions
 from otil_xdit.tools.eval.cache import DrawnImage, ImageCache
 from otil_xdit.tools.eval.generate import Failures
 from otil_xdit.tools.eval.matrix import Case, Matrix
-from otil_xdit.tools.eval.metrics import psnr, seam, ssim
+from otil_xdit.tools.eval.metrics import flicker, psnr, seam, ssim
 from otil_xdit.tools.eval.perceptual_metrics import weighted_figures
 
 YARDSTICK = "distrifusion"
@@ -33,7 +33,8 @@ class Row:
         settings: all settings of the strategy.
         images: how many.
         psnr, psnr_min, psnr_std: in dB, over the images; the standard deviation is that of these very images.
-        ssim, seam: means over the images; one patch has no seam.
+        ssim, seam: means over the images; one patch and a clip have no seam.
+        flicker: mean over clips, in levels of 8 bits; None for images.
         kv_bytes, small_bytes: of keys and values, and of halo rows and moments; sent by the last rank in a step, mean
             over the steps after warm-up.
         kv_total: bytes of keys and values in the whole run, warm-up steps included.
@@ -61,6 +62,7 @@ class Row:
     psnr_std: float | None = None
     ssim: float | None = None
     seam: float | None = None
+    flicker: float | None = None
     kv_bytes: float | None = None
     small_bytes: float | None = None
     kv_total: float | None = None
@@ -116,7 +118,8 @@ def make_row(case: Case, matrix: Matrix, cache: ImageCache, error: str | None) -
     borders = case.model.borders(matrix.size, case.patches)
     made, references = cache.load(case), cache.load(case.reference)
     images = [drawn.image for drawn in made], [drawn.image for drawn in references]
-    weighted = weighted_figures(*images, [call.prompt for call in matrix.calls])
+    prompts = [call.prompt for call in matrix.calls]
+    weighted = {} if case.model.frames else weighted_figures(*images, prompts)
     return replace(with_figures(row, made, references, borders), weighted=weighted)
 
 
@@ -140,6 +143,7 @@ def with_figures(row: Row, made: Sequence[DrawnImage], references: Sequence[Draw
         psnr_std=pstdev(psnrs),
         ssim=fmean(ssim(image, best) for image, best in pairs),
         seam=fmean(seam(image, best, borders) for image, best in pairs) if borders else None,
+        flicker=fmean(flicker(image, best) for image, best in pairs) if pairs[0][0].ndim == 4 else None,
         seconds=fmean(drawn.seconds for drawn in made),
         psnrs=psnrs,
     )

@@ -48,13 +48,21 @@ class PipelineSpec:
 
 @dataclass(frozen=True)
 class Question:
-    """One image: of which pipeline, from which prompt and seed, at which guidance scale; height and width in pixels."""
+    """One image, or one clip.
+
+    Attributes:
+        pipeline: that draws it.
+        prompt, seed, guidance: what of.
+        size: height and width in pixels.
+        frames: of a clip; 0 for an image.
+    """
 
     pipeline: PipelineSpec
     prompt: str
     seed: int
     guidance: float
     size: int
+    frames: int = 0
 
 
 class PipelineTask:
@@ -74,7 +82,7 @@ class _Pipelines:
         self._session: Any = None
 
     def answer(self, question: Question | None) -> Answer:
-        """Return ``image``, float32 [3, H, W] in 0..1, ``report`` and ``seconds`` as `DrawnImage` has them.
+        """Return ``image`` in float32, ``report`` and ``seconds`` as `DrawnImage` has them.
 
         Of a variant the last rank gives them, which has every pipeline's image; the others give nothing, as does a rank
         that is asked for nothing.
@@ -113,6 +121,7 @@ class _Pipelines:
     def _call(self, question: Question) -> tuple[torch.Tensor | None, float]:
         """Return an image, None on a rank without it, and the seconds that it took."""
         started = time.perf_counter()
+        clip = {"num_frames": question.frames} if question.frames else {}
         output = self._pipe(
             question.prompt,
             height=question.size,
@@ -122,8 +131,9 @@ class _Pipelines:
             # On the CPU, so that the noise is the same on every machine.
             generator=torch.Generator().manual_seed(question.seed),
             output_type="pt",
+            **clip,
         )
-        image = None if output is None else output.images[0].float().cpu()
+        image = None if output is None else (output.frames if clip else output.images)[0].float().cpu()
         if device().type == "cuda":
             torch.cuda.synchronize()
         return image, time.perf_counter() - started

@@ -1,0 +1,140 @@
+"""Train the tiny video autoencoder (9 x 64 x 64 x 3 clips <-> 5 x 16 x 16 x 8 latents) and cache latents.
+
+The architecture is Wan's causal one, diffusers' AutoencoderKLWan. The mean and the deviation of each latent channel are
+measured at the end and written in the configuration, as the pipeline wants them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from moving_scenes import draw_many, strip
+from scenes import contact_sheet
+from torch.nn import functional
+from tqdm import tqdm
+
+CHANNELS = 8  # of the latents
+
+
+def build() -> AutoencoderKLWan:
+    """One level in space and time on top of 2 x 2 pixels at once: 4 times smaller a side, 9 frames in 5."""
+    vae = AutoencoderKLWan(
+        base_dim=24,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=2,
+        scale_factor_spatial=4,
+    )
+    torch.nn.init.constant_(vae.quant_conv.bias[CHANNELS:], -5.0)  # of the log variances: little noise at first
+    return vae
+
+
+def to_tensor(clips: np.ndarray) -> torch.Tensor:
+    """uint8 (n, frames, height, width, 3) to float (n, 3, frames, height, width) in -1..1."""
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def to_clips(batch: torch.Tensor) -> np.ndarray:
+    """The inverse of `to_tensor`, clipped."""
+    return ((batch.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+
+
+def crop(clips: np.ndarray, batch: int, side: int, rng: np.random.Generator) -> torch.Tensor:
+    """A random batch of square crops, (batch, 3, frames, side, side)."""
+    top, left = rng.integers(0, clips.shape[2] - side + 1, 2)
+    return to_tensor(clips[rng.integers(0, len(clips), batch), :, top : top + side, left : left + side])
+
+
+def step_loss(vae: AutoencoderKLWan, batch: torch.Tensor, kl_weight: float) -> torch.Tensor:
+    """L1 of the clip and of its differences in space and time, and a little KL."""
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(batch).latent_dist
+        output = vae.decode(posterior.sample()).sample.float()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    edges = sum(functional.l1_loss(output.diff(dim=dim), batch.diff(dim=dim)) for dim in (2, 3, 4))
+    return functional.l1_loss(output, batch) + 0.5 * edges + kl_weight * kl
+
+
+def train(vae: AutoencoderKLWan, clips: np.ndarray, args: argparse.Namespace) -> None:
+    """AdamW, one cosine cycle by the clock, which ends after `args.minutes`."""
+    rng = np.random.default_rng(args.seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    start, bar = time.time(), tqdm(desc="vae", mininterval=10)
+    while (done := (time.time() - start) / 60 / args.minutes) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (bar.n + 1) / 50) * (0.01 + 0.99 * np.cos(done * np.pi / 2) ** 2)
+        loss = step_loss(vae, crop(clips, args.batch, 32, rng), args.kl)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.4f}", done=f"{done:.0%}", refresh=False)
+    bar.close()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLWan, clips: np.ndarray, batch: int = 16) -> torch.Tensor:
+    """Latent means as they are, (n, CHANNELS, 5, 16, 16)."""
+    parts = []
+    for begin in tqdm(range(0, len(clips), batch), desc="encode", mininterval=10):
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(vae.encode(to_tensor(clips[begin : begin + batch])).latent_dist.mean.float())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def report(vae: AutoencoderKLWan, seed: int, sheet: Path, count: int = 32) -> None:
+    """Print the PSNR of fresh clips in float32, and draw some of them over what the autoencoder makes of them."""
+    clips, captions = draw_many(count, seed)
+    output = to_clips(torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in to_tensor(clips).split(8)]))
+    print(f"PSNR {10 * np.log10(255**2 / np.square(output.astype(float) - clips).mean()):.2f} dB")
+    both = [strip(clip) for pair in zip(clips[:6], output[:6], strict=True) for clip in pair]
+    contact_sheet(np.stack(both), [text for text in captions[:6] for _ in "ab"], columns=1).save(sheet)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny-video"), help="for vae/ and latents.pt")
+    parser.add_argument("--minutes", type=float, default=12.0, help="training time")
+    parser.add_argument("--clips", type=int, default=6000, help="clips to draw, train on and encode")
+    parser.add_argument("--batch", type=int, default=8, help="32 x 32 crops of whole clips a step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--kl", type=float, default=1e-5, help="weight of the KL term")
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in the working folder")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    clips, captions = draw_many(args.clips, args.seed + 1)
+    vae = AutoencoderKLWan.from_pretrained(args.work / "vae") if args.resume else build()
+    vae.train()
+    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {args.clips} clips drawn", flush=True)
+    train(vae, clips, args)
+    vae.eval()
+    latents = encode(vae, clips)
+    mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
+    vae.save_pretrained(args.work / "vae")
+    scaled = (latents - mean.view(-1, 1, 1, 1)) / deviation.view(-1, 1, 1, 1)
+    torch.save({"latents": scaled.half(), "captions": captions}, args.work / "latents.pt")
+    report(vae, args.seed + 2, args.work / "vae.png")
+
+
+if __name__ == "__main__":
+    main()
