@@ -58,6 +58,8 @@ class Architecture:
         refused: why it cannot run on patches at all; empty where it can.
         refused_settings: settings of its configuration that xDiT does not read, and why they cannot be used.
         stages: whether it has been compared with one process under ``--parallel hybridiff``.
+        step_caches: whether it has been compared with one process where both have a step cache; its blocks are then
+            called with the image's tokens.
     """
 
     rows: bool = False
@@ -70,6 +72,7 @@ class Architecture:
     refused: str = ""
     refused_settings: Mapping[str, str] = field(default_factory=dict)
     stages: bool = False
+    step_caches: bool = False
 
     def fills_frames(self, tokens: str) -> bool:
         """Return whether whole frames fill these tokens up until the ranks divide them."""
@@ -94,20 +97,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "CogVideoXTransformer3DModel": Architecture(call="rows", sequences={"": (Part("text", "joint"), Part("image"))}),
     "ConsisIDTransformer3DModel": Architecture(call="rows", sequences={"": (Part("text", "joint"), Part("image"))}),
     "FluxTransformer2DModel": Architecture(
-        text="front", call="packed", sequences={"": (Part("text", "split"), Part("image"))}
+        text="front", call="packed", sequences={"": (Part("text", "split"), Part("image"))}, step_caches=True
     ),
-    "Flux2Transformer2DModel": Architecture(text="front", call="packed", sequences={"": (Part("text"), Part("image"))}),
+    "Flux2Transformer2DModel": Architecture(
+        text="front", call="packed", sequences={"": (Part("text"), Part("image"))}, step_caches=True
+    ),
     "QwenImageTransformer2DModel": Architecture(
-        text="front", call="packed", sequences={"": (Part("text"), Part("image"))}
+        text="front", call="packed", sequences={"": (Part("text"), Part("image"))}, step_caches=True
     ),
     "ZImageTransformer2DModel": Architecture(
         call="lists",
         sequences={"": PADDED_WHOLE, "noise_refiner": PADDED_IMAGE, "context_refiner": (Part("text"),)},
     ),
-    "WanTransformer3DModel": Architecture(call="video", sequences={"": PADDED_IMAGE}),
+    "WanTransformer3DModel": Architecture(call="video", sequences={"": PADDED_IMAGE}, step_caches=True),
     "WanVACETransformer3DModel": Architecture(call="video", sequences={"": PADDED_IMAGE}),
     "HunyuanVideoTransformer3DModel": Architecture(
-        call="video", sequences={"": (Part("image", "frames"), Part("text", "joint"))}, masks="alike"
+        call="video",
+        sequences={"": (Part("image", "frames"), Part("text", "joint"))},
+        masks="alike",
+        step_caches=True,
     ),
     "HunyuanVideo15Transformer3DModel": Architecture(
         call="video", sequences={"": (Part("image"), Part("text", "joint"))}, masks="alike"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from otil_xdit.networks.dit.step_cache import OF_DIFFUSERS, is_of_xdit
 from otil_xdit.networks.offload import WHOLE_NETWORK, hook_names, is_of_class
 from otil_xdit.networks.origins import (
     KNOWN_PACKAGES,
@@ -82,6 +83,8 @@ class ModuleInspector:
                 reason = kind.reason
                 if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                     hooked.append(module)
+            if reason is None and self._patched and is_of_xdit(module):
+                reason = "is a step cache of xDiT's, which is for transformers"
             weight = own["_parameters"].get("weight")
             if reason is None and type(weight) is not nn.Parameter and quantises_input(weight):
                 reason = "quantises its input too, by which rounding becomes whole levels; quantise the weights alone"
@@ -131,7 +134,7 @@ class ModuleInspector:
             # The patched class is put under the hook, if what the hook calls is the network's own.
             if is_of_class(module, vars(module)["_old_forward"] if carried else forward):
                 return None
-        harmless = {*hooks} <= {*_CARRIES_WEIGHTS} and {*carried} <= {*_CARRIES_DEVICES}
+        harmless = {*hooks} <= {*_CARRIES_WEIGHTS, *OF_DIFFUSERS} and {*carried} <= {*_CARRIES_DEVICES}
         if harmless and not self._patched and (hooks or carried or _is_own(module, forward)):
             return None
         by = ", ".join((*hooks, *carried)) or getattr(forward, "__module__", None) or type(forward).__name__

@@ -21,7 +21,6 @@ KNOWN_PACKAGES = ("torch", "diffusers", "transformers", "peft", "xfuser", "yunch
 
 _UNKNOWN_PARTS = {
     "torch.ao": "it is quantised, and scales taken from a patch are not those of the whole image",
-    "xfuser.model_executor.cache": "a cached step would skip the exchange",
 }
 """Parts of the known packages that change what a network computes, and how."""
 

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from otil_xdit.comm.groups import PatchGroup, UnetGroups
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.hybridiff.controller import CfgController
+from otil_xdit.method.config import OtilConfig
 from otil_xdit.networks.attention_weights import attention_weights
 from otil_xdit.networks.compatibility import ModuleInspector, check_no_gradients
 from otil_xdit.networks.compiled import CompiledCalls, is_compiled
@@ -29,6 +30,7 @@ from otil_xdit.networks.offload import execution_device
 from otil_xdit.networks.unet.control_calls import ControlCalls
 from otil_xdit.networks.unet.controlnet import PatchedControlNet, controlnets_in, is_controlnet, why_whole
 from otil_xdit.networks.unet.model import Attend, PatchedNetwork, PatchedUNet, SessionProtocol, is_unet
+from otil_xdit.runtime.step_caches import StepCaches
 
 LOGGER = logging.getLogger(__name__)
 
@@ -114,6 +116,7 @@ class NetworkHooks:
     Attributes:
         coordinates: a digest of what keys and values are coded in, which follows from the networks' weights.
         foreign: forward hooks of unknown packages on the networks' layers, in words.
+        step_caches: of the DiTs.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class NetworkHooks:
         self._names = LayerNames()
         cfg = (0, 1) if unets is None else (unets[0].cfg_rank, unets[0].cfg_degree)
         self._keys = DitKeys(session.group, cfg)
+        self.step_caches = StepCaches(session.group, _timeout(session.group), self._keys, cfg[1])
         self._inspectors: dict[int, ModuleInspector] = {}
         self._handles: dict[int, tuple[nn.Module, list[RemovableHandle | NamedModule]]] = {}
         self._compiled: dict[int, CompiledCalls] = {}
@@ -154,6 +158,7 @@ class NetworkHooks:
             _check_not_compiled(holders.values())
         holders |= {id(holder): (name, holder) for pipe in pipes for name, holder in _held_controlnets(pipe).items()}
         self._controls.clear()
+        self.step_caches.find(networks, {name: holder for name, holder in holders.values()})
         for name, network in networks.items():
             self._inspector_of(name, network).check()
             if is_patched(network):
@@ -181,6 +186,7 @@ class NetworkHooks:
         self._names.begin()
         self._keys.begin()
         with ExitStack() as stack:
+            stack.enter_context(self.step_caches.comparing())
             for network in networks:
                 stack.enter_context(self._names.follow_contexts(network))
             yield
@@ -281,6 +287,11 @@ class NetworkHooks:
             found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
             if found is not None:
                 self._session.cfg_controller.record_own(found)
+
+
+def _timeout(group: PatchGroup) -> float:
+    """Return how many seconds one wait may take."""
+    return OtilConfig.timeout if group.detector is None else group.detector.timeout
 
 
 def _take_out(found: dict[int, T], kept: set[int]) -> list[T]:

@@ -283,6 +283,7 @@ class PatchSession:
             return check_agreement(None, {}, refusal)
         facts = {**self._facts, **self._network_facts.of(self._pipe, networks), **call}
         facts["the coordinates of keys and values"] = self._hooks.coordinates
+        facts |= self._hooks.step_caches.facts
         facts["forward hooks of layers"] = described(self._hooks.foreign) or ""
         if any(map(is_unet, networks.values())):
             facts.pop(RANDOM_STATE, None)  # they are made to draw alike

@@ -17,6 +17,7 @@ from otil_xdit.catalog.unets import heads_of
 from otil_xdit.method.checks import check_choice, check_integer
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.networks.dit.architectures import check_architecture
+from otil_xdit.networks.dit.step_cache import is_of_xdit
 from otil_xdit.networks.unet.model import is_unet
 from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
@@ -171,6 +172,7 @@ def _check_transformers(pipe: Any, allow_untested: bool) -> None:
         if not isinstance(network, torch.nn.Module) or is_unet(getattr(network, "_orig_mod", network)):
             continue
         check_architecture(name, network, allow_untested)
+        _check_no_cached_blocks(name, network)
         if not _runs_in_place(pipe):
             _check_no_adapters(name, network)
         _check_nothing_else_attends(pipe, name, network)
@@ -191,6 +193,20 @@ def _check_nothing_else_attends(pipe: Any, name: str, network: torch.nn.Module) 
         raise ValueError(
             f"--parallel does not support {type(pipe).__name__}: its ControlNet adds to the tokens of the whole image, "
             "and each rank has a part of them"
+        )
+
+
+def _check_no_cached_blocks(name: str, network: torch.nn.Module) -> None:
+    """Refuse a transformer whose blocks are in a step cache of xDiT's already, where xDiT does not find them.
+
+    Raises:
+        ValueError: naming the cache, and what to do.
+    """
+    cached = next((module for module in network.modules() if is_of_xdit(module)), None)
+    if cached is not None:
+        raise ValueError(
+            f"--parallel does not support the {type(cached).__name__} on the pipeline's {name} here: call apply_cache "
+            "after parallelize, as xDiT's runner does"
         )
 
 

@@ -40,7 +40,7 @@ DIT = {
     "a layer's processor": "now is OwnJointProcessor",
     "pyramid attention broadcast": "pyramid_attention_broadcast",
     "a hook of diffusers": "faster_cache_block",
-    "xDiT's cache": "xfuser.model_executor.cache",
+    "xDiT's cache": "the step cache FBCachedTransformerBlocks(rel_l1_thresh=0.6, num_steps=2)",
     "forward of a block": "transformer_blocks.1 (JointTransformerBlock)",
     "token merging": "tomesd.patch",
     "dropout": "p = 0.1",

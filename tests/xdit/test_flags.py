@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(f"--{number}", type=int)
     made.add_argument("--guidance_scale", type=float)
     made.add_argument("--cache_method")
-    made.add_argument("--use_fp8_comms", action="store_true")
+    for switch in ("use_fp8_comms", "use_torch_compile"):
+        made.add_argument(f"--{switch}", action="store_true")
     add_otil_args(made)
     return made
 
@@ -44,6 +45,11 @@ def chosen(line: str, world_size: int | None = 2) -> ParallelChoice | None:
 def test_without_parallel_there_is_no_choice() -> None:
     assert chosen("", 1) is None
     assert chosen("--ring_degree 2 --pipefusion_parallel_degree 2", 4) is None
+
+
+@pytest.mark.parametrize("cache", ["FLUX.1-dev --cache_method teacache", "FLUX.2-dev --cache_method fbcache"])
+def test_xdits_own_step_caches_are_taken(cache: str) -> None:
+    assert chosen(f"--parallel otil --patch_degree 2 --model {cache}") is not None
 
 
 def test_only_given_settings_reach_the_strategy() -> None:
@@ -149,6 +155,16 @@ WRONG = [
     ("--parallel otil --pipefusion_parallel_degree 2", "--pipefusion_parallel_degree 2 are not supported together"),
     ("--parallel otil --tensor_parallel_degree 2", "--tensor_parallel_degree 2 are not supported together"),
     ("--parallel otil --cache_method fbcache", "--cache_method fbcache are not supported together"),
+    (
+        "--parallel otil --model FLUX.1-dev --cache_method dbcache",
+        "--cache_method dbcache are .*teacache for FluxTrans",
+    ),
+    ("--parallel otil --model FLUX.1-dev --cache_method fbcache", "--cache_method fbcache are .*fbcache for Flux2"),
+    ("--parallel otil --model SDXL --cache_method teacache", "--cache_method teacache are .*are for transformers"),
+    (
+        "--parallel otil --model FLUX.2-dev --cache_method fbcache --use_torch_compile",
+        "--cache_method fbcache are .*in the middle of a graph",
+    ),
     ("--parallel otil --use_fp8_comms", "--parallel otil and --use_fp8_comms are not supported together"),
     ("--parallel otil --otil_select latent-l2 --ulysses_degree 2", "choose kv-cosine or kv-l2"),
     (

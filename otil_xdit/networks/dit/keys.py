@@ -108,6 +108,24 @@ class DitKeys:
             return None
         return count.count if keys == -(-count.count // ranks) * ranks else None
 
+    def real_tokens(self, tokens: int, place: int, device: torch.device) -> torch.Tensor | None:
+        """Return which of the tokens that a rank's first block is called with are no padding.
+
+        Args:
+            tokens: of this rank, of the image.
+            place: of this rank among those that share them.
+            device: of the positions.
+
+        Returns:
+            int64, their positions; None where all are real.
+        """
+        image = self._counts.get("image")
+        if image is None or (image.real is None and tokens * self._chunks * self._patches == image.count):
+            return None
+        (real,) = image.real or (torch.arange(image.count),)
+        own = real[real // tokens == place] % tokens
+        return None if len(own) == tokens else own.to(device)
+
     def _count(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], splits_text: bool) -> Counts:
         ranks = self._chunks * self._patches
         counts = count_tokens(network, self._facts.call, args, kwargs, self._cfg)

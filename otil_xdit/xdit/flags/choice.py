@@ -31,9 +31,6 @@ T = TypeVar("T")
 _REFUSED = {
     "pipefusion_parallel_degree": "PipeFusion cuts the image into patches itself",
     "tensor_parallel_degree": "untested",
-    "cache_method": "a cached step would skip the exchange",
-    "use_teacache": "a cached step would skip the exchange",
-    "use_fbcache": "a cached step would skip the exchange",
     "use_fp8_comms": "it rewrites what the ring slot sends",
     "use_fast_attn": "it skips attention layers, and their exchange with them",
     "vae_parallel_size": "it takes ranks away from the patches",
@@ -42,12 +39,16 @@ _REFUSED = {
 
 _REFUSED_BY_UNETS = {
     **_REFUSED,
+    **dict.fromkeys(("cache_method", "use_teacache", "use_fbcache"), "xDiT's step caches are for transformers"),
     **dict.fromkeys(
         ("enable_sequential_cpu_offload", "enable_group_cpu_offload"),
         "it replaces the forward methods that patches replace; --enable_model_cpu_offload moves whole networks",
     ),
 }
 """The same for U-Nets that share an image among ranks, whether a strategy is named or not."""
+
+_STEP_CACHES = {"teacache": "FluxTransformer2DModel", "fbcache": "Flux2Transformer2DModel"}
+"""xDiT's own step caches, and the network that each is for; what it gives other networks is cache-dit's."""
 
 _SHARING = (
     "ulysses_degree",
@@ -107,6 +108,7 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     strategy = _flag_errors(lambda: get_strategy(name))
     values, given = implied(values), given_settings(values)
     _check_unsupported(values, f"--parallel {name}", _REFUSED if unet is None else _REFUSED_BY_UNETS)
+    _check_step_cache(values, f"--parallel {name}")
     patch_degree, ulysses_degree = _patch_degree(values, world_size, strategy), degree(values, "ulysses_degree")
     config = _flag_errors(lambda: strategy.make_config(given))
     if strategy.requires_cfg_parallel:
@@ -162,6 +164,26 @@ def _check_unsupported(values: Mapping[str, Any], what: str, refused: Mapping[st
             continue
         shown = f"--{flag}" if value is True else f"--{flag} {value}"
         raise FlagError(f"{what} and {shown} are not supported together ({reason})")
+
+
+def _check_step_cache(values: Mapping[str, Any], what: str) -> None:
+    """Refuse xDiT's step caches where ranks would decide apart, or nobody has compared them with one process."""
+    methods = ("fbcache" if values.get("use_fbcache") else None, "teacache" if values.get("use_teacache") else None)
+    method = values.get("cache_method") or next(filter(None, methods), None)
+    if method is None:
+        return
+    record = find_record(values.get("model"))
+    kind = record.kind if isinstance(record, DitRecord) else None
+    reason = ""
+    if kind is None or _STEP_CACHES.get(method) != kind:
+        own = ", ".join(f"{cache} for {network}" for cache, network in _STEP_CACHES.items())
+        reason = f"of xDiT's caches those decide alike on all ranks: {own}"
+    elif values.get("use_cfg_parallel"):
+        reason = "with --use_cfg_parallel each half of the ranks has one pass of guidance, and would decide by itself"
+    elif values.get("use_torch_compile"):
+        reason = "with --use_torch_compile ranks would be asked in the middle of a graph"
+    if reason:
+        raise FlagError(f"{what} and --cache_method {method} are not supported together ({reason})")
 
 
 def _check_shared_unet(values: Mapping[str, Any], unet: UnetRecord | None) -> None:
