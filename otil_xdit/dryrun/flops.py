@@ -94,7 +94,8 @@ def conditions_of(job: Job) -> dict[str, Any]:
                 "encoder_hidden_states": _empty(job, *text, config.caption_channels),
                 "added_cond_kwargs": {"resolution": _empty(job, batch, 2), "aspect_ratio": _empty(job, batch, 1)},
             }
-    raise ValueError(f"how {job.network.name} is called is not known here; give --step_time in place of --flops")
+    unknown = f"how {job.network.name} is called is not known here"
+    raise ValueError(f"{unknown}; give --step_time in place of --flops or --card")
 
 
 def _sdxl_conditions(job: Job) -> dict[str, torch.Tensor]:

@@ -101,7 +101,9 @@ class Pass:
         requests: of its layers, in order.
         messages: those that xDiT sends by itself (Ulysses' all-to-alls; with a DiT what joins the passes of guidance,
             and packed tokens), which no communicator counts.
+        launches: kernels of everything but the exchange, where they were counted.
     """
 
     requests: list[Request]
     messages: list[Message]
+    launches: int = 0

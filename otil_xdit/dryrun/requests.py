@@ -17,6 +17,7 @@ from torch.nn import functional
 from otil_xdit.dryrun.blocks import BlockWatch
 from otil_xdit.dryrun.flops import call_controls, call_network
 from otil_xdit.dryrun.job import Job, ParallelDegrees, Pass, Request
+from otil_xdit.dryrun.launches import LaunchCounter, Launches, as_on_cuda, launches_of_network
 from otil_xdit.dryrun.networks import META, Layer, attention_layers, check_size
 from otil_xdit.dryrun.recorder import FOREIGN, Log, Message, Pattern, ShapesOnly
 from otil_xdit.dryrun.stand_ins import DryRunSession, RecordingCommunicator, unet_groups
@@ -28,8 +29,23 @@ from otil_xdit.networks.unet.control_calls import ControlCalls
 from otil_xdit.networks.unet.controlnet import PatchedControlNet
 from otil_xdit.networks.unet.model import PatchedNetwork, PatchedUNet
 
+_ROWS_OF_A_PAIR = 2
+"""Launches that make a neighbour's rows into what a norm's convolution reads: the norm, and the activation."""
 
-def requests_of(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch | None = None) -> Pass:
+_JOINS = 3
+"""Launches of xDiT in an attention layer of a DiT: text and image of queries, keys and values are joined again."""
+
+_PROJECTIONS = 2
+"""Launches that give an attention layer the keys and values of the text, which are kept from step to step."""
+
+
+def requests_of(
+    job: Job,
+    degrees: ParallelDegrees,
+    place: int,
+    watch: BlockWatch | None = None,
+    counts_launches: bool = False,
+) -> Pass:
     """Return what one rank does in a step.
 
     Args:
@@ -37,15 +53,19 @@ def requests_of(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatc
         degrees: of the ranks that share it.
         place: the rank's, from the top of the image, among patches x Ulysses.
         watch: sees which block makes which request; attention is then computed, for its operations to be seen.
+        counts_launches: whether the kernels are counted as well, without a `watch`.
 
     Raises:
-        ValueError: where so many ranks cannot share the job.
+        ValueError: where so many ranks cannot share the job, or launches are to be counted of a DiT whose call is not
+            known here.
     """
     check_size(job.network, job.height, job.width)
-    return (_unet_pass if job.network.is_unet else _dit_pass)(job, degrees, place, watch)
+    if not job.network.is_unet:
+        return _dit_pass(job, degrees, place, watch, counts_launches)
+    return _unet_pass(job, degrees, place, watch, LaunchCounter() if counts_launches else None)
 
 
-def replay(requests: list[Request], communicator: Communicator, log: Log) -> None:
+def replay(requests: list[Request], communicator: Communicator, log: Log, counter: LaunchCounter | None = None) -> None:
     """Make all requests to a communicator, as the network's layers would at the step that its clock shows.
 
     Where a norm's convolution cannot have its rows together with the moments, both are requested by themselves, as
@@ -55,9 +75,10 @@ def replay(requests: list[Request], communicator: Communicator, log: Log) -> Non
         requests: of one pass.
         communicator: answers them.
         log: counts them; the communicator's collectives add their messages to it.
+        counter: counts the exchange's launches, where it is given.
     """
     prefetched: dict[str, HaloRows] = {}
-    with ShapesOnly():
+    with ShapesOnly() if counter is None else nullcontext():
         for method, args in requests:
             log.request += 1
             if method == "norm_halo":
@@ -67,6 +88,8 @@ def replay(requests: list[Request], communicator: Communicator, log: Log) -> Non
                     communicator.moments(names[0], mean, var, share)
                 else:
                     prefetched[names[1]] = found[2]
+                    if counter is not None:
+                        counter.found += Launches(_ROWS_OF_A_PAIR * sum(rows is not None for rows in found[2]))
             elif method == "halo":
                 name, x, above, below = args
                 communicator.halo(name, x, above, below, prefetched.pop(name, None))
@@ -78,7 +101,10 @@ def replay(requests: list[Request], communicator: Communicator, log: Log) -> Non
 # ---- U-Nets ----------------------------------------------------------------------------------------------------------
 
 
-def _unet_pass(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch | None) -> Pass:
+def _unet_pass(
+    job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch | None, counter: LaunchCounter | None
+) -> Pass:
+    job.cast_network()  # once an image, so nothing that a step launches
     messages: list[Message] = []
     communicator = RecordingCommunicator(degrees, place)
     session = DryRunSession(communicator)
@@ -87,6 +113,8 @@ def _unet_pass(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch
         messages.extend(_ulysses_messages(query, key, value, degrees.ulysses))
         if degrees.patches > 1:
             communicator.gather(session.layer, *(_over_heads(part, degrees.ulysses) for part in (key, value)))
+        if counter is not None:
+            counter.found += Launches(1)
         if watch is None:
             return query
         tokens = degrees.rows * key.shape[2] if session.kept_keys is None else len(session.kept_keys)
@@ -100,31 +128,40 @@ def _unet_pass(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch
     try:
         for network in patched:
             network.prepare()
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if counter is None else as_on_cuda(counter):
             residuals = call_controls(job)
             with nullcontext() if watch is None else watch.over(communicator.requests, messages):
                 call_network(job, residuals)
+        texts = sum(len(network.text_cache) for network in patched)
     finally:
         for network in patched:
             network.release()
-    return Pass(communicator.requests, messages)
+    if counter is None:
+        return Pass(communicator.requests, messages)
+    # The recorder answers every norm with rows; a replay adds those of the norms that are given some in its step.
+    once = _PROJECTIONS * texts + _ROWS_OF_A_PAIR * communicator.neighbours_rows
+    return Pass(communicator.requests, messages, counter.found.count - once)
 
 
 # ---- DiTs ------------------------------------------------------------------------------------------------------------
 
 
-def _dit_pass(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch | None) -> Pass:
+def _dit_pass(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch | None, counts_launches: bool) -> Pass:
     requests: list[Request] = []
     messages: list[Message] = []
     batch = job.batch_of_rank(degrees)
-    for number, layer in enumerate(attention_layers(job.network, job.height, job.width, degrees.rows, job.text)):
+    layers = attention_layers(job.network, job.height, job.width, degrees.rows, job.text)
+    for number, layer in enumerate(layers):
         with nullcontext() if watch is None else watch.inside(watch.number_of(layer.path), requests, messages):
             requests += _attention_requests(job, degrees, layer, number, messages, batch)
     joined = _output_messages(job, degrees, batch)
     if degrees.cfg > 1:
         shown = torch.empty(joined[-1].nbytes, dtype=torch.uint8, device=META)
         requests.append(("count", (shown, "guidance")))
-    return Pass(requests, messages + joined)
+    # The network launches as much on fewer tokens; of ranks that share none, xDiT leaves text and image joined.
+    joins = _JOINS * len(layers) if degrees.rows > 1 and architecture_of(job.network.module).text != "none" else 0
+    launches = launches_of_network(job).count + joins if counts_launches else 0
+    return Pass(requests, messages + joined, launches)
 
 
 def _attention_requests(

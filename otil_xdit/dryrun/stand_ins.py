@@ -41,10 +41,12 @@ class RecordingCommunicator:
 
     Attributes:
         requests: all of them, in order.
+        neighbours_rows: how many times a norm was given the rows of a neighbour for its convolution.
     """
 
     def __init__(self, degrees: ParallelDegrees, place: int) -> None:
         self.requests: list[Request] = []
+        self.neighbours_rows = 0
         self.clock = Clock()
         self._degrees = degrees
         self._place = place
@@ -99,6 +101,7 @@ class RecordingCommunicator:
         self.requests.append(("norm_halo", (names, mean, var, share, x, above, below)))
         last = self._degrees.rows - 1
         rows = (x[:, :, :above] if self._place > 0 else None, x[:, :, :below] if self._place < last else None)
+        self.neighbours_rows += sum(one is not None for one in rows)
         return mean, var, rows
 
     def collect(self, part: torch.Tensor, kind: str = "output") -> torch.Tensor:

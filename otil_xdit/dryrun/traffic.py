@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,18 +16,15 @@ import torch
 
 from otil_xdit.comm.collectives import ByKind, CollectiveLabel, CounterKey, by_kind
 from otil_xdit.dryrun.job import Job, ParallelDegrees, Pass
+from otil_xdit.dryrun.launches import LaunchCounter, Launches
 from otil_xdit.dryrun.recorder import FOREIGN, Log, Message, RecordedCollectives
 from otil_xdit.dryrun.requests import replay, requests_of
 from otil_xdit.dryrun.segments import Segments, segments_of
 from otil_xdit.dryrun.stand_ins import dry_communicator, patch_group
+from otil_xdit.dryrun.step_modes import STAGED, WARMUP, is_staged, modes_of, steady_config, window_of
 from otil_xdit.method.config import OtilConfig
-from otil_xdit.method.schedule import Schedule
-from otil_xdit.method.window import AUTO, NONE
-
-WARMUP = "warm-up"
-
-STAGED, LAST_STAGED = "staged", "staged, last"
-"""Steps in two stages; after the last one of the window nobody wants to know what the first stage gave."""
+from otil_xdit.method.kernels import meta_as_cuda
+from otil_xdit.method.window import AUTO
 
 _NUMBER = 8
 """Bytes of an int64 or a float64."""
@@ -43,6 +41,8 @@ class StepTraffic:
         layers: number of attention layers whose keys and values predictor and codec handle in the step.
         numbers: how many keys and values these are, of all patches.
         share: part of a whole call of the network that the busiest rank computes.
+        launches: number of kernels of network and exchange together, and the bytes that the exchange's alone move;
+            where they were counted.
     """
 
     sent: Mapping[CounterKey, int]
@@ -52,6 +52,7 @@ class StepTraffic:
     layers: int = 0
     numbers: int = 0
     share: float = 1.0
+    launches: Launches = Launches()
 
     def bytes_of(self, what: str) -> int:
         """Return the bytes of one kind: ``kv``, ``halo``, ``moments``, ``output``, ``stages`` or ``ulysses``."""
@@ -90,48 +91,6 @@ class RunTraffic:
         return _summed([once, *(self.steps[mode].messages for mode in self.modes)])
 
 
-def modes_of(
-    config: OtilConfig, steps: int, is_unet: bool = True, found: Sequence[int] | None = None
-) -> tuple[str, ...]:
-    """Return the mode of every step: `WARMUP`, `STAGED`, `LAST_STAGED`, or that of `Schedule.mode`.
-
-    Args:
-        config: the settings.
-        steps: their number.
-        is_unet: whether the network is a U-Net, where the settings leave the window open.
-        found: where that window was found, as a report has it; None for the step at which it begins at the latest.
-
-    Raises:
-        ValueError: for settings under which that is decided by what the network computes, or a window that so many
-            steps have no room for.
-    """
-    if config.tolerance:
-        raise ValueError(f"tolerance is {config.tolerance:g}: which layers wait then depends on the image; give 0")
-    schedule, window = Schedule.from_config(config), _window_of(config, steps, is_unet, found)
-    has_window = config.window != NONE
-
-    def mode(step: int) -> str:
-        if step in window and config.requires_cfg_parallel:
-            return STAGED if step + 1 in window else LAST_STAGED
-        if step < config.warmup_steps and step not in window:
-            return WARMUP
-        return schedule.mode(step, step, steps if step else None, step in window if has_window else None)
-
-    return tuple(map(mode, range(steps)))
-
-
-def _window_of(config: OtilConfig, steps: int, is_unet: bool, found: Sequence[int] | None) -> range:
-    """Return the steps of the window; an empty range where there is none."""
-    settings = config.window_settings
-    if settings.kind == NONE:
-        return range(0)
-    settings.check(steps)
-    if settings.kind == AUTO and found is None:
-        cap = settings.thresholds(is_unet, steps).cap
-        return range(cap, cap + settings.steps)
-    return range(*(settings.given or found or (0, 0)))
-
-
 class Traffic:
     """Counts what one rank sends under any settings.
 
@@ -140,17 +99,26 @@ class Traffic:
         degrees: of the ranks that share it.
         place: the rank's, from the top of the image; None for one that sends most.
         cfg_rank: the rank's CFG group: in two stages 0 computes the first segment and sends its output, 1 the second.
+        counts_launches: whether to count kernels as well, which takes longer; bytes that are kept are then those on
+            CUDA.
 
     Raises:
         ValueError: where so many ranks cannot share the job.
     """
 
-    def __init__(self, job: Job, degrees: ParallelDegrees, place: int | None = None, cfg_rank: int = 0) -> None:
+    def __init__(
+        self,
+        job: Job,
+        degrees: ParallelDegrees,
+        place: int | None = None,
+        cfg_rank: int = 0,
+        counts_launches: bool = False,
+    ) -> None:
         # A rank in the middle has two neighbours; of two ranks the upper one sends the row that a stride of 2 reads.
         self.place = min(1, max(degrees.rows - 2, 0)) if place is None else place
         self.degrees = degrees
-        self._job, self._cfg_rank = job, cfg_rank
-        self._whole = requests_of(job, degrees, self.place)
+        self._job, self._cfg_rank, self._counts_launches = job, cfg_rank, counts_launches
+        self._whole = requests_of(job, degrees, self.place, counts_launches=counts_launches)
         self._known: dict[tuple[OtilConfig, int, str], tuple[StepTraffic, StepTraffic, int, Counter[str]]] = {}
 
     @cached_property
@@ -174,12 +142,12 @@ class Traffic:
             ValueError: as `modes_of` and `segments_of`.
         """
         is_unet = self._job.network.is_unet
-        modes, begins = modes_of(config, steps, is_unet, window), _window_of(config, steps, is_unet, window).start
+        modes, begins = modes_of(config, steps, is_unet, window), window_of(config, steps, is_unet, window).start
         found: dict[str, StepTraffic] = {}
         kept, scratch = 0, Counter[str]()
         # A warm-up step comes before every other, so only a run of nothing else replays it for its own sake.
         for mode in list(dict.fromkeys(mode for mode in modes if mode != WARMUP)) or [WARMUP]:
-            steady = _steady(config, mode)
+            steady = steady_config(config, mode)
             # Three displaced steps: payloads arrive in the second, and buffers are used again from the third on.
             count = steady.warmup_steps + {WARMUP: 0, "displaced": 3}.get(mode, 1)
             found[WARMUP], found[mode], nbytes, sizes = self._replayed(steady, count, mode)
@@ -187,7 +155,7 @@ class Traffic:
         total = kept + sum(scratch.values())
         if config.requires_cfg_parallel:
             total += 2 * self._segments.boundary.memory.nbytes
-            total += self._segments.prompt if any(map(_is_staged, modes)) else 0
+            total += self._segments.prompt if any(map(is_staged, modes)) else 0
         once = self._once(config, modes, begins)
         return RunTraffic(modes, {mode: found[mode] for mode in dict.fromkeys(modes)}, total, once)
 
@@ -206,22 +174,32 @@ class Traffic:
                 patch_group(self.degrees, self.place), config.timeout, run.collectives.traffic, log=log
             )
             run.begin()
-            steps = []
-            is_staged = _is_staged(mode)
-            last = self._segments.passes[self._cfg_rank] if is_staged else self._whole
-            for made in [*[self._whole] * (count - 1), last]:
+            steps, launches = [], dict[int, Launches]()
+            in_stages = is_staged(mode)
+            last = self._segments.passes[self._cfg_rank] if in_stages else self._whole
+            warmup = max(config.warmup_steps - 1, 0)  # the last one, when all buffers are there
+            for number, made in enumerate([*[self._whole] * (count - 1), last]):
                 traffic, first = run.collectives.traffic, len(log.messages)
                 traffic.clear()
-                replay(made.requests, run, log)
+                if self._counts_launches and number in (warmup, count - 1):
+                    with meta_as_cuda(), LaunchCounter() as counter:
+                        replay(made.requests, run, log, counter)
+                    launches[number] = counter.found
+                else:
+                    with meta_as_cuda() if self._counts_launches else nullcontext():
+                        replay(made.requests, run, log)
                 if made is last and mode == STAGED and self._cfg_rank == 0:
                     replica.send(self._segments.boundary.memory, 1, CollectiveLabel("stages", "the boundary", None))
                 messages = (*log.messages[first:], *made.messages)
                 steps.append((Counter(traffic.sent), Counter(traffic.messages), messages))
                 run.clock.tick()
             run.end()
-            coded, share = self._coded(config), self._segments.share if is_staged else 1.0
-            first_step = StepTraffic(*steps[0], _count(self._whole), *coded[0])
-            last_step = StepTraffic(*steps[-1], _count(last), *coded[1], share)
+            coded, share = self._coded(config), self._segments.share if in_stages else 1.0
+            network, none = self._whole.launches, Launches()
+            first_launches = launches.get(warmup, none) + Launches(network)
+            last_launches = launches.get(count - 1, none) + Launches(round(share * network))
+            first_step = StepTraffic(*steps[0], _count(self._whole), *coded[0], launches=first_launches)
+            last_step = StepTraffic(*steps[-1], _count(last), *coded[1], share, last_launches)
             kept = run.report().buffer_bytes - sum(run.scratch_sizes.values())
             self._known[config, count, mode] = (first_step, last_step, kept, Counter(run.scratch_sizes))
         return self._known[config, count, mode]
@@ -248,21 +226,16 @@ class Traffic:
             found[CounterKey("random-state", "warmup")].append(torch.get_rng_state().nbytes)
         if config.requires_cfg_parallel:
             found[CounterKey("stages", "warmup")].append(_NUMBER * (self._segments.blocks + 1))
-            if self._cfg_rank == 1 and self._segments.prompt and any(map(_is_staged, modes)):
+            if self._cfg_rank == 1 and self._segments.prompt and any(map(is_staged, modes)):
                 found[CounterKey("prompt")].append(self._segments.prompt)
         if config.window == AUTO:
             # Steps are counted when they are done, so the first is told of at the second's.
             for done in range(1, begins + 1):
                 found[_discrepancy(config, done)].append(2 * _NUMBER)
         if self._job.is_guided and not self._job.network.is_unet and self.degrees.rows > 1:
-            seen = sum(not _is_staged(mode) for mode in modes)
+            seen = sum(not is_staged(mode) for mode in modes)
             found[_discrepancy(config, len(modes))].append(2 * _NUMBER * seen)
         return dict(found)
-
-
-def _is_staged(mode: str) -> bool:
-    """Tell whether a step of this mode is computed in two stages."""
-    return mode in (STAGED, LAST_STAGED)
 
 
 def _count(made: Pass) -> int:
@@ -273,20 +246,6 @@ def _count(made: Pass) -> int:
 def _discrepancy(config: OtilConfig, done: int) -> CounterKey:
     """Return the counter of the predictions' discrepancy when so many steps are done."""
     return CounterKey("discrepancy", "warmup" if done < config.warmup_steps else "steady")
-
-
-def _steady(config: OtilConfig, mode: str) -> OtilConfig:
-    """Return settings whose steps are of `mode`, as they are under `config`, after one or two of warm-up.
-
-    The second warm-up step is the first that needs memory for a velocity. There is no window, as nothing is predicted.
-    """
-    warmup = min(config.warmup_steps, 2)
-    config = config.replace(window=NONE, requires_cfg_parallel=False)
-    if mode == WARMUP or config.freshness == "sync":
-        return config.replace(warmup_steps=warmup)
-    if mode == "sync":
-        return config.replace(warmup_steps=warmup, refresh=1)
-    return config.replace(warmup_steps=warmup, refresh=0, freshness=mode, fresh_share=0.0)
 
 
 def _summed(counts: Iterable[Mapping[CounterKey, int]]) -> ByKind:

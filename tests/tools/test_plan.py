@@ -18,10 +18,12 @@ from otil_xdit.dryrun.flops import flops_of
 from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import find_network
 from otil_xdit.dryrun.recorder import Message
-from otil_xdit.dryrun.traffic import RunTraffic, Traffic, modes_of
+from otil_xdit.dryrun.step_modes import modes_of
+from otil_xdit.dryrun.traffic import RunTraffic, Traffic
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy
 from otil_xdit.tools import main as tools
+from otil_xdit.tools.common.cards import CARDS, Card, find_card
 from otil_xdit.tools.common.links import LINKS, Link, parse_link
 from otil_xdit.tools.common.variants import parse_variant
 from otil_xdit.tools.plan.advice import advise, bar_of
@@ -29,6 +31,17 @@ from otil_xdit.tools.plan.fit import Comparison, compare, fit, least_squares, or
 from otil_xdit.tools.plan.latency import Load, Machine, share_of, step_time
 from otil_xdit.tools.plan.observations import IN_FLIGHT, read_bench
 from otil_xdit.tools.plan.options import Option
+
+BUDGETS = json.loads((Path(__file__).parents[1] / "budgets" / "launches.json").read_text())["budgets"]
+"""What steps on fake CUDA tensors launch and move (docs/results/launches.md)."""
+
+STEP_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sync": ("sync", {}),
+    "distrifusion": ("distrifusion", {"warmup_steps": 1}),
+    "otil waiting": ("otil", {"warmup_steps": 1, "fresh_share": 1.0}),
+    "otil displaced": ("otil", {"warmup_steps": 1, "fresh_share": 0.0}),
+}
+"""As tests/support/fake_cuda/rank.py has them, which needs a process of its own."""
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
 
@@ -157,6 +170,59 @@ def test_the_time_of_a_step_by_hand() -> None:
     assert crowded.computing == pytest.approx(0.8), "two ranks on one core"
 
 
+def test_a_card_is_no_faster_than_the_host_launches_and_its_memory_moves() -> None:
+    card = Card("", peak=1e12, memory_rate=1e9, launch=1e-3, source="")
+    load = Load(4, 0.25, travels=1, travelling_bytes=0.5, launches=50, moved=10_000_000)
+    found = step_time(load, Machine(Link("", rate=10.0, latency=0.0), card=card), 0.14)
+    assert found.computing == pytest.approx(0.035) and found.launching == pytest.approx(0.050 - 0.035)
+    assert found.moving == pytest.approx(0.010) and found.late == 0
+    assert found.total == pytest.approx(0.060)
+    busy = step_time(load, Machine(Link("", rate=10.0, latency=0.0), card=card), 0.4)
+    assert busy.launching == 0 and busy.total == pytest.approx(0.110)
+
+
+@pytest.mark.parametrize(
+    ("model", "label", "degrees"),
+    [
+        ("SDXL", "otil waiting", ParallelDegrees(patches=2)),
+        ("SD3", "otil displaced", ParallelDegrees(patches=2)),
+        *(
+            pytest.param(model, label, ParallelDegrees(patches=ranks), marks=pytest.mark.slow)
+            for model in ("SDXL", "SD3", "FLUX")
+            for label in ("sync", "distrifusion", "otil waiting", "otil displaced")
+            for ranks in (2, 4)
+        ),
+    ],
+)
+def test_launches_are_those_of_fake_cuda(model: str, label: str, degrees: ParallelDegrees) -> None:
+    """Within 2%, and bytes within 5%: a pipeline's own operators, and xDiT's few besides its joins, are not counted."""
+    network = find_network(model)
+    # tests/support/fake_cuda/pipelines.py has so few tokens of text.
+    job = Job(network, 1024, 1024, network.batch, torch.float16, {"SD3": 77}.get(model, network.text))
+    name, settings = STEP_SETTINGS[label]
+    traffic = Traffic(job, degrees, counts_launches=True)
+    step = list(traffic.of_run(get_strategy(name).make_config(settings), 4).steps.values())[-1]
+    budget = BUDGETS[f"{model}, {label}, {degrees.patches} ranks"]
+    assert step.launches.count == pytest.approx(budget["launches"], rel=0.02)
+    assert step.launches.nbytes == pytest.approx(budget["own_bytes"], rel=0.05)
+
+
+def test_sdxl_takes_as_long_as_the_host_launches() -> None:
+    """On cfg 2 x patch 2 an H100 computes its share of SDXL's step sooner than the host launches it; a 4090 later."""
+    job, degrees = Job(find_network("SDXL"), 1024, 1024, 2, torch.float16, 77), ParallelDegrees(cfg=2, patches=2)
+    run = Traffic(job, degrees, counts_launches=True).of_run(get_strategy("otil").make_config({"warmup_steps": 1}), 5)
+    fast, slow = (CARDS[name] for name in ("H100", "4090"))
+    option, alone = Option("otil", degrees, run, share_of(job, degrees)), flops_of(job) / fast.reached
+    for mode, step in run.steps.items():
+        host = step.launches.count * fast.launch
+        on_fast = option.timed(Machine(LINKS["nvlink"], card=fast), alone).times[mode]
+        assert on_fast.total > on_fast.computing + on_fast.launching == pytest.approx(host) and on_fast.launching > 0
+        on_slow = option.timed(Machine(LINKS["pcie4-x16"], card=slow), 0.140).times[mode]
+        assert on_slow.computing == pytest.approx(0.035) and on_slow.launching == 0
+        assert on_slow.moving == step.launches.nbytes / slow.memory_rate > 0.001
+        assert on_slow.total >= 0.036, f"{mode}: it is not the 35 ms that a quarter of the network takes"
+
+
 def test_the_tallest_patch_is_the_slowest() -> None:
     job = Job(find_network("tiny-sd"), 128, 128, 2, torch.float32, 77)
     # 32 rows of the latent are 4 at the lowest resolution: 2, 1 and 1 for three ranks.
@@ -181,6 +247,12 @@ def test_links(text: str, rate: float | None, latency: float | None) -> None:
     else:
         link = parse_link(text)
         assert (link.rate, link.latency) == (pytest.approx(rate), pytest.approx(latency))
+
+
+def test_cards_are_found_as_people_write_them() -> None:
+    assert find_card("RTX 4090") is find_card("4090") is CARDS["4090"]
+    assert find_card("rtx-pro-6000") is find_card("RTX PRO 6000") is CARDS["RTX-PRO-6000"]
+    assert find_card("l40s").peak == 362.05e12 and all(card.source for card in CARDS.values())
 
 
 def test_named_links_are_in_the_order_of_their_rates() -> None:
@@ -429,6 +501,9 @@ def test_flops_are_counted() -> None:
         ("--model tiny-sd --gpus 3 --cfg_degree 2", "--gpus 3 cannot be shared out with --cfg_degree 2; give degrees"),
         ("--model tiny-sd --gpus 2 --near best", "--near best: give a strategy .* or decibels"),
         ("--model tiny-sd --gpus 64 --size 128", "ranks cannot share; give at least"),
+        ("--model SDXL --gpus 2 --card 1080", "--card 1080: give 3090, 4090, .*RTX-PRO-6000; of another card --flops"),
+        ("--model SDXL --gpus 2 --card 4090 --machine m.json", "--card 4090 and --machine m.json contradict"),
+        ("--model SDXL --gpus 2 --card 4090 --dtype float32", "--card 4090, --dtype float32: give float16 or"),
         ("--fit bench.json", "--fit writes what it finds; give --out FILE"),
         ("--check bench.json", "--check predicts with a machine's terms; give --machine FILE"),
     ],

@@ -27,6 +27,7 @@ import otil_xdit  # noqa: E402
 
 otil_xdit.register()
 
+from otil_xdit.tools.common.cards import CARDS  # noqa: E402
 from tests.support.fake_cuda.budgets import (  # noqa: E402
     FILE,
     MODELS,
@@ -44,8 +45,8 @@ from tests.support.fake_cuda.rank import run  # noqa: E402
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "launches.md"
 
-CARDS = {"RTX 4090": (6.0, 1008.0), "H100 SXM": (5.0, 3350.0)}
-"""Microseconds of the host for a launch in eager PyTorch (assumed), and the memory's GB/s (NVIDIA's data sheets)."""
+SHOWN = ("4090", "H100")
+"""Cards of the estimates; their figures are the planner's."""
 
 HEAD = """# Launches: what a step asks of a GPU
 
@@ -69,6 +70,9 @@ Before the default had kernels (commit f61759a, 2026-11-26) it launched, in brac
 |---|---|---|---|---|
 | SDXL | 14528 (7.4) | 8215 (4.2) | 15023 (7.7) | 6908 (3.5) |
 | SD3 | 5587 (4.6) | 5659 (4.7) | 5731 (4.8) | 5779 (4.8) |
+
+`otil-xdit plan --card 4090` counts launches and bytes on "meta" tensors, by the same rules: within 2% and 5% of this
+page's (`tests/tools/test_plan.py`), and predicts a step from them ([planner.md](planner.md)).
 
 `python tests/workers/launches.py --write` makes this page, and the ceilings that a test holds
 (tests/budgets/launches.json).
@@ -104,12 +108,12 @@ def parse_arguments() -> argparse.Namespace:
 def table(model: str, found: dict[str, Figures], before: dict[str, Any]) -> str:
     """Return a model's table, in Markdown."""
     plain = found[f"{model}, plain"]
-    cards = " | ".join(f"own work on {card}, ms (estimate)" for card in CARDS)
+    cards = " | ".join(f"own work on {card}, ms (estimate)" for card in SHOWN)
     lines = [
         f"\n## {model}\n",
         f"Plain: {plain.launches} launches.\n",
         f"| ranks | step | launches | bytes a number | messages | {cards} |",
-        "|---|---|---|---|---|" + "---|" * len(CARDS),
+        "|---|---|---|---|---|" + "---|" * len(SHOWN),
     ]
     for ranks in RANKS:
         for strategy in STRATEGIES:
@@ -126,9 +130,9 @@ def row(now: Figures, plain: Figures, strategy: str, before: dict[str, Any] | No
         _and(old and f"{old.bytes_per_number:.0f}", f"{now.bytes_per_number:.0f}"),
         _and(old and f"{old.awaited} + {old.displaced}", f"{now.awaited} + {now.displaced}"),
     ]
-    for launch, speed in CARDS.values():
-        host = 1e-3 * launch * max(now.launches - plain.launches, 0)
-        cells.append(f"host {host:.1f}, memory {1e-6 * now.own_bytes / speed:.1f}")
+    for card in map(CARDS.__getitem__, SHOWN):
+        host = 1e3 * card.launch * max(now.launches - plain.launches, 0)
+        cells.append(f"host {host:.1f}, memory {1e3 * now.own_bytes / card.memory_rate:.1f}")
     return " | ".join(cells)
 
 
@@ -138,8 +142,9 @@ def _and(old: Any, now: Any) -> str:
 
 def write(found: dict[str, Figures], tables: str) -> None:
     """Write the page and the ceilings."""
-    launch = " and ".join(f"{launch:g} us ({card})" for card, (launch, _) in CARDS.items())
-    speed = " and ".join(f"{speed:,.0f} GB/s" for _, speed in CARDS.values())
+    shown = [CARDS[name] for name in SHOWN]
+    launch = " and ".join(f"{card.launch * 1e6:g} us ({card.name})" for card in shown)
+    speed = " and ".join(f"{card.memory_rate / 1e9:,.0f} GB/s" for card in shown)
     head = HEAD.format(launch=launch, speed=speed, target=TARGET_BYTES, awaited=TARGET_AWAITED)
     PAGE.write_text(head + tables)
     targets = {"launches_over_plain": TARGET_RATIOS, "bytes_per_number": TARGET_BYTES, "awaited": TARGET_AWAITED}

@@ -9,6 +9,8 @@ to, and never look inside. All ranks of an image must take the same way, as thei
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -21,11 +23,27 @@ MOST_BLOCKS = 16384
 """Sub-blocks of a layer that are compared with each other: one program does."""
 
 
+_fused_on = {"cuda"}
+"""Types of devices that have kernels."""
+
+
 def is_fused(tensor: torch.Tensor) -> bool:
     """Tell whether what is computed of a tensor has kernels here: on CUDA, where Triton is installed."""
-    return tensor.device.type == "cuda" and _has_triton()
+    return tensor.device.type in _fused_on and has_triton()
+
+
+@contextmanager
+def meta_as_cuda() -> Iterator[None]:
+    """Let "meta" tensors take the way that tensors on CUDA take, for a dry run of what a card would be asked."""
+    before = set(_fused_on)
+    _fused_on.add("meta")
+    try:
+        yield
+    finally:
+        _fused_on.intersection_update(before)
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Tell whether the kernels' language is installed."""
     return find_spec("triton") is not None

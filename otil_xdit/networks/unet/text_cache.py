@@ -22,6 +22,9 @@ class TextCache:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[tuple[Any, ...], torch.Tensor, Any]] = {}
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def clear(self) -> None:
         """Forget all keys and values."""
         self._kept.clear()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from otil_xdit.dryrun.traffic import LAST_STAGED, STAGED, modes_of
+from otil_xdit.dryrun.step_modes import LAST_STAGED, STAGED, modes_of
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.tools.bench.calibrate import ShapedLink
 from otil_xdit.tools.bench.plan import Cell, Plan, Strategy

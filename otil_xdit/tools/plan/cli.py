@@ -12,6 +12,8 @@ from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.flops import flops_of
 from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import DTYPES, check_size, find_network, with_controlnets
+from otil_xdit.method.kernels import has_triton
+from otil_xdit.tools.common.cards import CARDS, REACHED, find_card
 from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.links import LINKS, parse_link
 from otil_xdit.tools.plan.advice import advise, bar_of
@@ -32,8 +34,8 @@ from otil_xdit.xdit.flags.degrees import check_at_least
 from otil_xdit.xdit.flags.options import parse_shares
 
 MISSING = (
-    "give --step_time SECONDS (measured: one process's step) or --flops RATE (operations a second that one process "
-    "reaches); bytes and memory above need neither"
+    "give --step_time SECONDS (measured: one process's step), --flops RATE (operations a second that one process "
+    "reaches) or --card NAME; bytes and memory above need none"
 )
 
 
@@ -56,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", "denoising steps", 15, "N")
     add("--step_time", "of one step on one process, measured", None, "SECONDS", type=float)
     add("--flops", "operations a second that one process reaches, such as 60e12", None, "RATE", type=float)
+    about = f"{', '.join(CARDS)}: one's data sheet gives --flops, and launches and memory are counted"
+    add("--card", about, None, "NAME")
     add("--cfg_degree", "ranks for the two passes of guidance (default: what is fastest)", type=int, choices=(1, 2))
     add("--ulysses_degree", "ranks that share attention heads (default: what is fastest)", None, "N", type=int)
     add(
@@ -90,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     candidates = degrees_of(
         arguments.gpus, job, arguments.cfg_degree, arguments.ulysses_degree, arguments.patch_shares or ()
     )
-    options, refused = options_of(job, candidates, arguments.steps)
+    options, refused = options_of(job, candidates, arguments.steps, arguments.card is not None)
     one_process = step_time_of(arguments, job)
     if machine is not None and one_process is not None:
         options = [option.timed(machine, one_process) for option in options]
@@ -133,6 +137,16 @@ def job_of(arguments: argparse.Namespace) -> Job:
         raise ValueError(f"--step_time {arguments.step_time:g} and --flops {arguments.flops:g}; give one of them")
     if arguments.size is not None and (arguments.height or arguments.width):
         raise ValueError(f"--size {arguments.size} and --height or --width contradict each other; give one of them")
+    card = None if arguments.card is None else find_card(arguments.card)
+    if card is not None and arguments.machine is not None:
+        raise ValueError(
+            f"--card {arguments.card} and --machine {arguments.machine} contradict each other: a fitted machine has "
+            "the exchange's own work in it; give one of them"
+        )
+    if card is not None and not has_triton():
+        raise ValueError(f"--card {arguments.card} needs Triton, whose kernels are counted; pip install triton")
+    if card is not None and arguments.dtype == "float32":
+        raise ValueError(f"--card {arguments.card}, --dtype float32: give float16 or bfloat16, whose rate is known")
     network = with_controlnets(find_network(arguments.model), arguments.controlnets)
     size = arguments.size or 1024
     height, width = arguments.height or size, arguments.width or size
@@ -147,7 +161,8 @@ def machine_of(arguments: argparse.Namespace) -> Machine | None:
     """Return the machine of --machine and --link; None where no link is known."""
     link = None if arguments.link is None else parse_link(arguments.link)
     if arguments.machine is None:
-        return None if link is None else Machine(link)
+        card = None if arguments.card is None else find_card(arguments.card)
+        return None if link is None else Machine(link, card=card)
     machine, _ = read_machine(arguments.machine)
     if link is None:
         return None if machine.link == LOOPBACK else machine
@@ -205,7 +220,10 @@ def step_time_of(arguments: argparse.Namespace, job: Job) -> float | None:
     """Return the seconds of one process's step, measured or from its operations; None where nothing is given."""
     if arguments.step_time is not None:
         return float(arguments.step_time)
-    return None if arguments.flops is None else flops_of(job) / arguments.flops
+    rate = arguments.flops
+    if rate is None and arguments.card is not None:
+        rate = find_card(arguments.card).reached
+    return None if rate is None else flops_of(job) / rate
 
 
 def show(job: Job, best: list[Option], refused: dict[ParallelDegrees, str], arguments: argparse.Namespace) -> None:
@@ -226,8 +244,14 @@ def show_times(best: list[Option], machine: Machine, one_process: float, steps: 
     """Print predictions, and what they rest on."""
     link = machine.link
     said = ", ".join(f"{term} {value:.3g}" for term, value in zip(TERMS, machine.terms, strict=True))
-    if machine == Machine(link):
-        said = "for the link alone: without --machine the exchange's own work is free"
+    card = machine.card
+    if card is not None:
+        said = (
+            f"{card.name} ({card.source}): {REACHED:.0%} of {card.peak / 1e12:g} TFLOP/s, {card.memory_rate / 1e9:g} "
+            f"GB/s, {card.launch * 1e6:g} us a launch. The share and the launch are estimates"
+        )
+    elif machine == Machine(link):
+        said = "for the link alone: without --machine or --card the exchange's own work is free"
     print(f"\nPredicted, {link.name}: {link.rate / 1e9:g} GB/s, {link.latency * 1e6:g} us; {said}.")
     print(f"One process: {one_process * 1e3:.1f} ms a step, {one_process * steps:.2f} s.\n")
     print(time_table(best, steps), "\n")

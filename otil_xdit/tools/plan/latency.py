@@ -1,6 +1,6 @@
 """The time of a step, from what one process needs for it, from the link, and from what is sent.
 
-    step = work + waiting + max(0, travelling - work)            work = computing + handling
+    step = work + waiting + max(0, travelling - work)        work = max(computing, launching) + moving + handling
 
 computing
     What one process needs, times the share of the work that the busiest rank has, times `slowdown`. The share is that
@@ -8,6 +8,10 @@ computing
     in two stages of that the longer segment's.
     `slowdown` is what is lost by computing on a part: smaller matrices, what every rank does by itself (text, time),
     memory shared by the ranks of one host. 1 is a perfect split.
+launching, moving
+    Of a named card (`otil_xdit.tools.common.cards`), in the place of `handling`: what the host needs to launch all
+    kernels of a step, network and exchange, which the card computes meanwhile; and what the card's memory takes for the
+    bytes that the exchange moves. Both are counted in the dry run. Without a card they are 0.
 handling
     What the exchange costs a rank besides waiting: `per_ask` seconds for each request of a layer (halo rows, moments,
     keys and values), whether anything is sent for it or not; `per_message` for each message; for what is sent for the
@@ -38,6 +42,7 @@ from otil_xdit.dryrun.recorder import FOREIGN
 from otil_xdit.dryrun.traffic import StepTraffic
 from otil_xdit.method.grid import LevelGrid
 from otil_xdit.networks.unet.levels import Levels
+from otil_xdit.tools.common.cards import Card
 from otil_xdit.tools.common.links import Link
 
 TERMS = ("slowdown", "per_ask", "per_message", "per_byte", "per_layer", "per_number", "contention")
@@ -54,6 +59,7 @@ class Machine:
         per_ask, per_message, per_byte, per_layer, per_number: seconds.
         contention: seconds for a second of travelling.
         cores: that all ranks share; None where each has its own device.
+        card: of each rank; None where launching and moving are not in the model.
     """
 
     link: Link
@@ -65,6 +71,7 @@ class Machine:
     per_number: float = 0.0
     contention: float = 0.0
     cores: int | None = field(default=None, kw_only=True)
+    card: Card | None = field(default=None, kw_only=True)
 
     @property
     def terms(self) -> tuple[float, ...]:
@@ -86,6 +93,8 @@ class Load:
         swapped: the same of all-to-alls.
         travels: messages for the next step.
         travelling_bytes: on the wire, of those.
+        launches: kernels of network and exchange.
+        moved: bytes that the exchange reads and writes.
     """
 
     ranks: int
@@ -98,6 +107,8 @@ class Load:
     swapped: tuple[float, ...] = ()
     travels: int = 0
     travelling_bytes: float = 0.0
+    launches: int = 0
+    moved: int = 0
 
     @classmethod
     def of(cls, traffic: StepTraffic, ranks: int, share: float) -> Load:
@@ -120,6 +131,8 @@ class Load:
             tuple(swapped),
             len(travelling),
             sum(travelling),
+            traffic.launches.count,
+            traffic.launches.nbytes,
         )
 
     def waiting(self, link: Link) -> float:
@@ -140,17 +153,26 @@ class Load:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds, by the terms of the model; `late` is what of travelling is not hidden."""
+    """Seconds, by the terms of the model.
+
+    Attributes:
+        computing, handling, waiting: as at the top of this file.
+        late: what of travelling is not hidden.
+        launching: what the host needs beyond computing.
+        moving: as at the top of this file.
+    """
 
     computing: float
     handling: float
     waiting: float
     late: float
+    launching: float = 0.0
+    moving: float = 0.0
 
     @property
     def total(self) -> float:
         """Return the seconds of the step."""
-        return self.computing + self.handling + self.waiting + self.late
+        return self.computing + self.launching + self.moving + self.handling + self.waiting + self.late
 
 
 def share_of(job: Job, degrees: ParallelDegrees) -> float:
@@ -179,5 +201,10 @@ def step_time(load: Load, machine: Machine, one_process: float) -> StepTime:
     alone, *counts = load.features(machine, one_process)
     computing = alone * (slowdown if load.ranks > 1 else 1.0)
     handling = sum(cost * count for cost, count in zip(costs, counts, strict=True))
-    late = max(0.0, load.travelling(machine.link) - computing - handling)
-    return StepTime(computing, handling, load.waiting(machine.link), late)
+    launching = moving = 0.0
+    if machine.card is not None:
+        launching = max(0.0, load.launches * machine.card.launch - computing)
+        moving = load.moved / machine.card.memory_rate
+    work = computing + launching + moving + handling
+    late = max(0.0, load.travelling(machine.link) - work)
+    return StepTime(computing, handling, load.waiting(machine.link), late, launching, moving)

@@ -122,7 +122,7 @@ def degrees_of(
 
 
 def options_of(
-    job: Job, candidates: list[ParallelDegrees], steps: int
+    job: Job, candidates: list[ParallelDegrees], steps: int, counts_launches: bool = False
 ) -> tuple[list[Option], dict[ParallelDegrees, str]]:
     """Find every strategy on all degrees that fit.
 
@@ -130,6 +130,7 @@ def options_of(
         job: the step.
         candidates: degrees to try.
         steps: number of steps.
+        counts_launches: whether kernels are counted as well, and the bytes that they move.
 
     Returns:
         The options, and why other degrees are left out.
@@ -141,7 +142,7 @@ def options_of(
     refused: dict[ParallelDegrees, str] = {}
     for degrees in candidates:
         try:
-            traffic = Traffic(job, degrees)
+            traffic = Traffic(job, degrees, counts_launches=counts_launches)
         except ValueError as error:
             refused[degrees] = str(error)
             continue

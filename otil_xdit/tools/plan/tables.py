@@ -48,14 +48,16 @@ def memory_table(options: list[Option]) -> str:
 def time_table(options: list[Option], steps: int) -> str:
     """Return predicted milliseconds of a step of each mode, by the model's terms, and seconds of all steps."""
     rows = []
+    of_card = any(time.moving for option in options for time in option.times.values())
+    parts = ("computing", *(("launching", "moving") if of_card else ("handling",)), "waiting", "late", "total")
     for option in sorted(options, key=lambda option: option.seconds or 0.0):
         whole = number(option.seconds, 2)
         for name, mode, _ in _modes(option):
             time = option.times[mode]
-            terms = (time.computing, time.handling, time.waiting, time.late, time.total)
-            rows.append((option.label, str(option.degrees), name, *(number(term, 1, 1e3) for term in terms), whole))
+            terms = (number(getattr(time, part), 1, 1e3) for part in parts)
+            rows.append((option.label, str(option.degrees), name, *terms, whole))
             whole = ""
-    titles = ("steps", "computing", "handling", "waiting", "late", "step, ms", f"{steps} steps, s")
+    titles = ("steps", *parts[:-1], "step, ms", f"{steps} steps, s")
     return markdown((*_TITLES, *titles), rows, text=3)
 
 
@@ -119,6 +121,8 @@ def _option_data(option: Option) -> dict[str, Any]:
                 "count": option.run.modes.count(mode),
                 "bytes": {kind: step.bytes_of(kind) for kind in KINDS},
                 "messages": len(step.log),
+                "launches": step.launches.count or None,
+                "moved_bytes": step.launches.nbytes or None,
                 "seconds": {**asdict(option.times[mode]), "total": option.times[mode].total}
                 if mode in option.times
                 else None,

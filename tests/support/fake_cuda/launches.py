@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otil_xdit
 from otil_xdit.comm.collectives import Collectives, Pending
+from otil_xdit.dryrun.launches import is_launched, launches_of, tensors_of
 from otil_xdit.exchange.communicator import OtilCommunicator
 from tests.support.fake_cuda.machine import LISTENERS
 
@@ -23,34 +24,6 @@ _PACKAGE = str(Path(otil_xdit.__file__).parent) + "/"
 
 NETWORK = "network"
 """The site of what the network itself, diffusers and xDiT launch."""
-
-_NO_LAUNCH = frozenset(
-    "view _unsafe_view expand permute transpose t slice select unsqueeze squeeze as_strided detach alias split "
-    "split_with_sizes unbind unfold diagonal _reshape_alias empty empty_like new_empty empty_strided "
-    "new_empty_strided lift_fresh view_as_real view_as_complex resize_ set_ real imag device".split()
-)
-"""Operators that only make another view, or memory; by the name of the overload packet."""
-
-_LAUNCHES = {
-    "native_group_norm": 3,
-    "topk": 2,
-    "sort": 2,
-    "correct_copies": 2,
-    "correct_adaptive": 2,
-    "encode_adaptive": 3,
-}
-"""Operators that are more than one kernel on CUDA, and how many; all others count as one."""
-
-_COPIES_OF_ALL = ("value", "velocity")
-
-_MOVED = {
-    "correct_copies": lambda given: _twice(given, *_COPIES_OF_ALL),
-    "correct_adaptive": lambda given: _twice(given, *_COPIES_OF_ALL) - _share_of_own(given, "out"),
-    "encode_adaptive": lambda given: _twice(given, *_COPIES_OF_ALL, "fresh"),
-    "write_others": lambda given: -_share_of_own(given, "copies", "velocities", "out"),
-}
-"""What our own operators move beyond each tensor once, by their arguments: copies are read and written, features are
-measured before they are coded, and a rank's own part of all ranks' copies may be left out."""
 
 _COPIES = ("_to_copy", "copy_", "_copy_from")
 
@@ -107,9 +80,6 @@ def _is_of_network(site: Site) -> bool:
 class LaunchCounter(TorchDispatchMode):
     """Counts while it is entered.
 
-    Args:
-        device: "cuda" for fake tensors, "meta" to count by shapes alone.
-
     Attributes:
         found: since `take` was called last.
 
@@ -118,10 +88,9 @@ class LaunchCounter(TorchDispatchMode):
             number. What gives a shape that depends on numbers is refused by fake tensors themselves.
     """
 
-    def __init__(self, device: str = "cuda") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.found = Launches()
-        self._device = device
         self._open: list[tuple[Pending[Any], str, int]] = []
         self._of_network = 0
 
@@ -174,12 +143,12 @@ class LaunchCounter(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return self._read_number(args[0])
         out = func(*args, **given)
-        if space == "prim" or name in _NO_LAUNCH:
+        if not is_launched(func):
             return out
-        tensors = list({id(one): one for one in _tensors((args, tuple(given.values()), out))}.values())
+        tensors = tensors_of(args, tuple(given.values()), out)
         if space == "c10d":
             self.found.collectives[name, _site()] += 1
-        elif any(one.device.type == self._device for one in tensors):
+        elif any(one.device.type == "cuda" for one in tensors):
             self._count(func, tensors, args)
         return out
 
@@ -189,17 +158,13 @@ class LaunchCounter(TorchDispatchMode):
             return
         if len({one.device.type for one in tensors}) > 1:
             self._check_mix(name, site, tensors, args)
-        in_place = name.endswith("_") and name not in ("copy_", "zero_", "fill_")
-        read_again = _distinct_bytes(args[0]) if in_place and isinstance(args[0], torch.Tensor) else 0
-        self.found.launches[site] += _LAUNCHES.get(name, 1)
+        asked = launches_of(func, tensors, args)
+        self.found.launches[site] += asked.count
+        self.found.nbytes[site] += asked.nbytes
         self._of_network += _is_of_network(site)
-        if name in _MOVED:
-            names = [argument.name for argument in func._schema.arguments]
-            read_again += _MOVED[name](dict(zip(names, args, strict=False)))
-        self.found.nbytes[site] += sum(map(_distinct_bytes, tensors)) + read_again
 
     def _check_mix(self, name: str, site: Site, tensors: list[torch.Tensor], args: tuple[Any, ...]) -> None:
-        others = [one for one in tensors if one.device.type != self._device]
+        others = [one for one in tensors if one.device.type != "cuda"]
         if name in _COPIES:
             source = args[1] if name == "copy_" else args[0]
             self.found.host[f"copy from {source.device.type}", site] += 1
@@ -212,35 +177,9 @@ class LaunchCounter(TorchDispatchMode):
 
     def _read_number(self, tensor: torch.Tensor) -> Any:
         site = _site()
-        if tensor.device.type == self._device:
+        if tensor.device.type == "cuda":
             self.found.host[f"number from {tensor.device.type}", site] += 1
         return True if tensor.dtype == torch.bool else 0.5 if tensor.is_floating_point() else 1
-
-
-def _tensors(given: Any) -> Iterator[torch.Tensor]:
-    if isinstance(given, torch.Tensor):
-        yield given
-    elif isinstance(given, (list, tuple)):
-        for one in given:
-            yield from _tensors(one)
-
-
-def _distinct_bytes(tensor: torch.Tensor) -> int:
-    found = tensor.element_size()
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        found *= size if stride else 1
-    return found
-
-
-def _twice(given: dict[str, Any], *names: str) -> int:
-    """Return the bytes of some of an operator's arguments, where they are given."""
-    return sum(_distinct_bytes(given[name]) for name in names if given.get(name) is not None)
-
-
-def _share_of_own(given: dict[str, Any], *names: str) -> int:
-    """Return one rank's share of the bytes of all ranks' keys and values."""
-    copies = given["value"] if "value" in given else given["copies"]
-    return _twice(given, *names) // copies.shape[-5]
 
 
 def _site() -> Site:
