@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # torchrun puts this folder there, not the checkout
 
 MODEL, LORA = "tiny-sd", "tiny-sd-lora"
-KINDS = 24
+KINDS = 12
 PROMPTS = ("a large red circle", "a blue square on stripes", "two green triangles")
 
 
@@ -38,7 +38,7 @@ def kinds() -> list[dict[str, Any]]:
             "prompt": draw.choice(PROMPTS),
             "seed": number,
             "size": f"{draw.choice((64, 96, 128))}x{draw.choice((64, 96, 128))}",
-            "num_inference_steps": draw.randint(2, 8),
+            "num_inference_steps": draw.randint(2, 5),
             "guidance_scale": draw.choice((1.0, 4.0)),
             "scheduler": draw.choice((None, "ddim", "euler", "dpm-solver")),
             "lora": draw.choice((None, "style", "style:0.5")),
@@ -69,6 +69,7 @@ def load(clients: int, requests: int, queue: int) -> dict[str, Any]:
             for kind in kinds():  # once more, after every LoRA has been loaded
                 server.image(**kind)
             before = memory(server)
+            say(f"{2 * len(wanted)} images made one by one")
             todo, statuses, wrong = sequence(requests), Counter[int](), []
             lock = threading.Lock()
 
@@ -83,6 +84,8 @@ def load(clients: int, requests: int, queue: int) -> dict[str, Any]:
                             answer = http.post("/v1/images/generations", json=kinds()[kind])
                             with lock:
                                 statuses[answer.status_code] += 1
+                                if answer.status_code == 200 and statuses[200] % 20 == 0:
+                                    say(f"{statuses[200]} images under load")
                             if answer.status_code != 429:
                                 break
                             time.sleep(0.2)
@@ -108,6 +111,11 @@ def load(clients: int, requests: int, queue: int) -> dict[str, Any]:
         "ranks_left": left,
         "images": len({base64.b64decode(one) for one in wanted}),
     }
+
+
+def say(text: str) -> None:
+    """Tell whoever waits how far this is."""
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 def memory(server: Any) -> dict[str, float]:
