@@ -147,13 +147,22 @@ async def _exit_without_a_model(engine: RankEngine, server: uvicorn.Server) -> N
 
 def _follow(launch: RanksLaunch, settings: ServeSettings) -> int:
     """Run this machine's ranks of a server on another machine, again when they were lost."""
-    for attempt in range(settings.max_restarts + 1):
+    losses = 0
+    while True:
+        begun = time.monotonic()
         code = run_to_end(launch.command, launch.environment)
-        if code == 0 or code > 128:
+        # A rank that was killed gives more than 128, too; these two are what this process was told itself.
+        if code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
             return code
+        losses = 1 if time.monotonic() - begun > _STEADY_SECONDS else losses + 1
+        if losses > settings.max_restarts:
+            return 1
         print(f"xfuser: the ranks of this machine ended with exit code {code}", file=sys.stderr)
-        time.sleep(min(2.0**attempt, 30.0))
-    return 1
+        time.sleep(min(2.0 ** (losses - 1), 30.0))
+
+
+_STEADY_SECONDS = 600.0
+"""What ranks of another machine's server must have lived for, so that their losses are counted anew."""
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from otil_xdit.errors import FlagError
+from otil_xdit.serve import main as serve_main
 from otil_xdit.serve.logs import JsonLines
 from otil_xdit.serve.main import main
-from otil_xdit.serve.planning import check_served
+from otil_xdit.serve.planning import RanksLaunch, check_served
 from otil_xdit.serve.settings import API_KEY_VARIABLE, read_settings
 
 WRONG = {
@@ -45,6 +46,19 @@ def test_all_other_flags_are_the_launchers(tmp_path: Path, monkeypatch: pytest.M
     check_served(others)
     with pytest.raises(FlagError, match="--profile"):
         check_served(["--profile"])
+
+
+def test_another_machines_ranks_are_started_again_until_this_process_is_told_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rank that was killed ends with more than 128, as this process does when it is told to."""
+    ends = [137, 1, 139, 143]
+    monkeypatch.setattr(serve_main, "plan_ranks", lambda *flags: RanksLaunch(("--node_rank=1",), {}))
+    monkeypatch.setattr(serve_main, "run_to_end", lambda command, environment: ends.pop(0))
+    monkeypatch.setattr(serve_main.time, "sleep", lambda seconds: None)
+    assert main(["--model", "tiny-sd", "--port", "0"]) == 143 and not ends
+    ends += [137] * 3
+    assert main(["--model", "tiny-sd", "--port", "0", "--max_restarts", "2"]) == 1 and not ends
 
 
 def test_the_log_is_json_with_what_is_told() -> None:

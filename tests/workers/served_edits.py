@@ -75,6 +75,7 @@ def edits_of(case: Case, scratch: Path) -> None:
         give_embeddings(getattr(diffusers, kind), case)
     requests = {"image": request(None), "inpaint": request(mask())}
     wanted = {kind: plainly(case, kind, one) for kind, one in requests.items()}
+    case.prepare()
     allow_missing_encoders(Path(folder[0]))
     exchange, degrees = EXCHANGES["plugin"], Degrees(patch=dist.get_world_size())
     with exchange.active(), torch.no_grad():
