@@ -51,6 +51,9 @@ SUPPORTED = (
     "StableDiffusionXLControlNetUnionPipeline",
     "StableUnCLIPImg2ImgPipeline",
     "KolorsPipeline",
+    "KolorsImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
 )
 """By the class that diffusers gives them; subclasses of these count as these."""
 
@@ -86,10 +89,7 @@ REFUSED = {
     "StableDiffusionGLIGENTextImagePipeline": "its gated attention joins tokens for boxes to those of the image",
     "StableDiffusionPanoramaPipeline": "MultiDiffusion calls the U-Net for many overlapping views in one step",
     "StableDiffusionLatentUpscalePipeline": "its U-Net is made of blocks of k-diffusion, which are not cut",
-    "StableDiffusionXLControlNetUnionImg2ImgPipeline": _UNTRIED,
-    "StableDiffusionXLControlNetUnionInpaintPipeline": _UNTRIED,
     "StableUnCLIPPipeline": "a prior makes the embedding of an image first, and how it draws has not been checked",
-    "KolorsImg2ImgPipeline": _UNTRIED,
     "MarigoldDepthPipeline": _UNTRIED,
     "MarigoldNormalsPipeline": _UNTRIED,
     "MarigoldIntrinsicsPipeline": _UNTRIED,

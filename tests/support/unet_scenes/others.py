@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from diffusers import (
     ControlNetUnionModel,
     DDPMScheduler,
+    KolorsImg2ImgPipeline,
     KolorsPipeline,
     StableDiffusionDepth2ImgPipeline,
     StableDiffusionImageVariationPipeline,
     StableDiffusionUpscalePipeline,
+    StableDiffusionXLControlNetUnionImg2ImgPipeline,
+    StableDiffusionXLControlNetUnionInpaintPipeline,
     StableDiffusionXLControlNetUnionPipeline,
     StableUnCLIPImg2ImgPipeline,
 )
@@ -20,7 +24,7 @@ from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.support.dits.weights import noise, seeded
-from tests.support.unet_scenes.parts import INIT, SIZE, TEXT_WIDTH, drawn, pipeline, unet
+from tests.support.unet_scenes.parts import INIT, SIZE, TEXT_WIDTH, drawn, mask, pipeline, unet
 from tests.support.unet_scenes.scene import Scene, calling, images
 
 WORDS = 7
@@ -57,9 +61,17 @@ def unclip() -> Any:
     return pipeline(StableUnCLIPImg2ImgPipeline, unet=unet("sd1.5", **size), **parts)
 
 
-def kolors() -> Any:
+def kolors(kind: Any = KolorsPipeline) -> Any:
     """Its text encoder is ChatGLM; embeddings of text are given instead."""
-    return pipeline(KolorsPipeline, "sdxl", text_encoder=None, tokenizer=None)
+    return pipeline(kind, "sdxl", text_encoder=None, tokenizer=None)
+
+
+def kolors_edit() -> Any:
+    """diffusers' own call does not hand pooled embeddings on, so these are what encoding gives."""
+    pipe, given = kolors(KolorsImg2ImgPipeline), embedded()
+    names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+    pipe.encode_prompt = lambda *args, **kwargs: tuple(given[name] for name in names)
+    return pipe
 
 
 def embedded() -> dict[str, torch.Tensor]:
@@ -69,7 +81,7 @@ def embedded() -> dict[str, torch.Tensor]:
     return {"prompt": None, **given, **pooled}
 
 
-def union() -> Any:
+def union(kind: Any = StableDiffusionXLControlNetUnionPipeline) -> Any:
     """One network for several kinds of condition, which looks at the mean of the whole map."""
     network = unet("sdxl")
     known = signature(ControlNetUnionModel.__init__).parameters
@@ -77,7 +89,7 @@ def union() -> Any:
     sizes |= {"num_trans_channel": 32, "num_trans_head": 4, "num_proj_channel": 32}
     sizes |= {"conditioning_embedding_out_channels": (8, 16, 16)}
     made = ControlNetUnionModel(**sizes)
-    return pipeline(StableDiffusionXLControlNetUnionPipeline, "sdxl", unet=network, controlnet=seeded(made, **INIT))
+    return pipeline(kind, "sdxl", unet=network, controlnet=seeded(made, **INIT))
 
 
 def enlarged(pipe: Any) -> list[torch.Tensor]:
@@ -97,6 +109,12 @@ SCENES = (
     Scene("image variation", varied, variations),
     Scene("unCLIP img2img", unclip, calling(image_embeds=noise(1, TEXT_WIDTH, seed=9), noise_level=3)),
     Scene("Kolors", kolors, calling(**embedded())),
+    Scene("Kolors img2img", kolors_edit, calling(image=drawn(), strength=0.7, num_inference_steps=6)),
+    Scene("ControlNet-Union img2img", partial(union, StableDiffusionXLControlNetUnionImg2ImgPipeline),
+          calling(image=drawn(), strength=0.7, num_inference_steps=6, control_image=[drawn(2)], control_mode=[1])),
+    Scene("ControlNet-Union inpaint", partial(union, StableDiffusionXLControlNetUnionInpaintPipeline),
+          calling(image=drawn(), mask_image=mask(), strength=0.7, num_inference_steps=6, control_image=[drawn(2)],
+                  control_mode=[1])),
     Scene("ControlNet-Union", union, calling(control_image=[drawn(2)], control_mode=[1])),
     Scene("ControlNet-Union, two", union, calling(control_image=[drawn(2), drawn(3)], control_mode=[0, 2])),
 )  # fmt: skip
