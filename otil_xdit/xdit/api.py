@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,7 @@ def parallelize(
 
     Raises:
         ValueError: for an unknown strategy, settings that contradict it, degrees that do not fill the world or do not
-            divide the attention heads, or a pipeline that cannot be run on patches.
+            divide the attention heads, a transformer with one patch, or a pipeline that cannot be run on patches.
     """
     strategy = check_strategy(strategy)
     config = check_config(strategy, config)
@@ -105,6 +105,8 @@ def parallelize_as(pipe: Any, choice: ParallelChoice, use_cfg_parallel: bool) ->
     check_shares(choice.patch_shares, choice.patch_degree, unet is not None)
     if dist.get_world_size() == 1:
         return pipe
+    if unet is None and choice.patch_degree * (1 + use_cfg_parallel) == 1:
+        _refuse_one_patch(ulysses_degree)
     args = carry(xFuserArgs(model=type(pipe).__name__, ring_degree=choice.patch_degree, **degrees), choice)
     if dist.get_rank() == 0 and choice.patch_degree > 1:
         from otil_xdit.dryrun.memory_estimate import log_memory_estimate
@@ -119,6 +121,18 @@ def parallelize_as(pipe: Any, choice: ParallelChoice, use_cfg_parallel: bool) ->
     else:
         initialize_runtime_state(pipe, engine_config)
     return pipe
+
+
+def _refuse_one_patch(ulysses_degree: int) -> NoReturn:
+    """Refuse a transformer whose ranks all share one patch's heads: xDiT's own wrappers and layers would run unwatched.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"ulysses_degree is {ulysses_degree} for {ulysses_degree} processes, which leaves one patch and the strategy "
+        "nothing to do; give a smaller one, or run Ulysses alone by xDiT's command line"
+    )
 
 
 def _initialize_in_place(pipe: Any, engine_config: Any, use_cfg_parallel: bool) -> None:

@@ -56,5 +56,11 @@ def test_a_dit_s_callbacks_see_the_latent_and_do_not_keep_the_others_waiting() -
             assert first[vae][callback] is None and last[vae][callback] <= 1e-4
 
 
+def test_a_dit_with_one_patch_is_refused() -> None:
+    """It would run as xDiT's wrapper alone has it, whose calls nobody checks."""
+    for line in found():
+        assert "ulysses_degree is 2 for 2 processes, which leaves one patch" in line["dit"]["one patch"]
+
+
 def test_tiles_are_each_rank_s_own_and_nothing_is_left_behind() -> None:
     assert all(line["tiled"] is None and line["left"] == 0 for line in found())

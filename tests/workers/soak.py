@@ -1,18 +1,22 @@
 """A service for hundreds of images: each of two ranks keeps tiny-sd and tiny-dit, and everything else changes.
 
-    python tests/workers/soak.py --out soak.json [--count 300] [--seed 0] [--skip 0] [--part serve|compare]
+    python tests/workers/soak.py --out soak.json [--count 300] [--seed 0] [--skip 0] [--part serve|compare|plain]
 
 Sizes, batches, steps, guidance, samplers and strategies are drawn at random; so are adapters (LoRA from its file,
 LoKr made anew, both let go afterwards), callbacks, and who calls: the main thread, a thread of a pool, or two of them
 at the same time, of which one waits for its turn. ``serve`` makes all images on two gloo ranks that live throughout,
 and notes each one's digest and the resident memory of both ranks. ``compare`` makes every 10th image again on two
 ranks that were started for it alone, from their main thread. The verdict, at the end of ``compare``: how many are
-identical, and by how much memory has grown after image 30. Exit code 1 for a difference or for 2% and more.
+identical, and by how much memory has grown after image 30: resident, and in use by glibc's count, without the buffers of
+the exchange, whose size goes with the image. What the heaps (each thread has one) were given back and keep is resident
+and not in use. Exit code 1 for a difference or for 2% and more of either. ``plain`` is diffusers in one process with
+the same calls.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import json
@@ -42,6 +46,9 @@ CALLBACKS = ("", "", "observe", "scale")
 CALLERS = ("main", "main", "thread", "two threads")
 PLAIN = {"adapter": "", "callback": "", "caller": "main"}
 PROMPTS = ("a large red circle on the left", "a small blue square on the right, dotted background", "a green triangle")
+MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+"""The fields of glibc's `struct mallinfo2`."""
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
@@ -58,30 +65,43 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip", type=int, default=0, help="so many drawn images, made in another piece")
-    parser.add_argument("--part", choices=("serve", "compare"), help="one of the two only (default both)")
+    parser.add_argument("--part", choices=("serve", "compare", "plain"), help="that alone (default serve and compare)")
     parser.add_argument("--rank-jobs", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_jobs is not None:
         return in_rank(json.loads(arguments.rank_jobs.read_text()), arguments.out)
     jobs = draw_jobs(arguments.count, arguments.seed, arguments.skip)
+    if arguments.part == "plain":
+        on_ranks(1, jobs, arguments.out)
+        print(memory_after_settling(json.loads(arguments.out.read_text())))
+        return 0
     if arguments.part != "compare":
-        on_two_ranks(jobs, arguments.out)
+        on_ranks(2, jobs, arguments.out)
     return compare(jobs, arguments.out) if arguments.part != "serve" else 0
 
 
 def draw_jobs(count: int, seed: int, skip: int) -> list[dict[str, Any]]:
     """What is made, one after the other; first the largest of each network and strategy, twice, for memory to settle.
 
-    Twice, as the first of them are made before the other network has been loaded.
+    Twice, as the first of them are made before the other network has been loaded; the second time by two threads, since
+    each has a heap of its own, and with adapters, whose package is then imported.
     """
     dice = random.Random(seed)
     # As many steps as the longest: under `otil` the first half waits, and steps that do not have buffers of their own.
     largest = {"height": 96, "width": 96, "batch": 2, "steps": 6, "guidance": 4.0, "prompt": 0}
     samplers = {"tiny-sd": "heun", "tiny-dit": "own"}  # of second order: it keeps most
     jobs = [
-        {"model": model, "strategy": strategy, "sampler": sampler, "seed": turn, **largest, **PLAIN}
-        for turn in range(2)
-        for strategy in STRATEGIES
+        {
+            "model": model,
+            "strategy": strategy,
+            "sampler": sampler,
+            "seed": turn,
+            **largest,
+            **PLAIN,
+            **(how if model == "tiny-dit" else {**how, **({"adapter": adapter} if how else {})}),
+        }
+        for turn, how in enumerate(({}, {"callback": "scale", "caller": "two threads"}))
+        for strategy, adapter in zip(STRATEGIES, ("LoRA", "LoKr", "LoRA", "LoKr", "LoRA"), strict=True)
         for model, sampler in samplers.items()
     ]
     strategy, largest_jobs = "otil", len(jobs)
@@ -109,12 +129,12 @@ def draw_jobs(count: int, seed: int, skip: int) -> list[dict[str, Any]]:
     return [*jobs[:largest_jobs], *jobs[largest_jobs + skip :]][:count]
 
 
-def on_two_ranks(jobs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """Have two new ranks make `jobs`; their notes, which lie in `out` too."""
+def on_ranks(count: int, jobs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Have new ranks make `jobs`; their notes, which lie in `out` too."""
     with tempfile.TemporaryDirectory() as folder:
         listed = Path(folder) / "jobs.json"
         listed.write_text(json.dumps(jobs))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__]
         command = [*launch, "--rank-jobs", str(listed), "--out", str(out)]
         done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
     if done.returncode:
@@ -135,13 +155,13 @@ def compare(jobs: list[dict[str, Any]], out: Path) -> int:
             if fresh["digests"] != notes[number]["digests"]:
                 different.append(number)
                 print(f"image {number} differs: {jobs[number]}", flush=True)
-    growth, before, since = grown(notes), most(notes[:SETTLED]), most(notes[SETTLED:])
+    before, since = most(notes[:SETTLED]), most(notes[SETTLED:])
     seconds = sum(note["seconds"] for note in notes)
     print(
         f"{len(notes)} images in {seconds:.0f} s; {compared} compared with fresh ranks', {len(different)} different; "
-        f"memory after image {SETTLED}: {', '.join(f'rank {rank} {share:+.2%}' for rank, share in enumerate(growth))}; "
-        f"the exchange's buffers: at most {before:.1f} MB until then, {since:.1f} MB since"
+        f"{memory_after_settling(notes)}; the exchange's buffers: at most {before:.1f} MB until then, {since:.1f} since"
     )
+    growth = [*grown(notes, "resident"), *grown(notes, "used")]
     return int(bool(different) or max(growth) >= MOST_GROWTH)
 
 
@@ -169,9 +189,20 @@ def alone(job: dict[str, Any], out: Path) -> dict[str, Any]:
     return dict(note)
 
 
-def grown(notes: list[dict[str, Any]]) -> list[float]:
-    """By which share each rank's resident memory at the end is above that after image 30."""
-    settled, last = notes[min(SETTLED, len(notes)) - 1]["resident"], notes[-1]["resident"]
+def memory_after_settling(notes: list[dict[str, Any]]) -> str:
+    """How each rank's memory has grown, in words."""
+    settled, last = notes[min(SETTLED, len(notes)) - 1], notes[-1]
+    told = [
+        f"rank {rank} {kind} {settled[kind][rank] / 1e6:.1f} to {last[kind][rank] / 1e6:.1f} MB ({share:+.2%})"
+        for kind in ("resident", "used")
+        for rank, share in enumerate(grown(notes, kind))
+    ]
+    return f"memory from image {SETTLED} to {len(notes)}: {', '.join(told)}"
+
+
+def grown(notes: list[dict[str, Any]], kind: str) -> list[float]:
+    """By which share each rank's memory at the end is above that after image 30."""
+    settled, last = notes[min(SETTLED, len(notes)) - 1][kind], notes[-1][kind]
     return [end / start - 1 for start, end in zip(settled, last, strict=True)]
 
 
@@ -210,14 +241,27 @@ def in_rank(jobs: list[dict[str, Any]], out: Path) -> int:
         seconds = time.perf_counter() - started
         gc.collect()
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (digest, process.memory_info().rss, service.buffer_bytes))
-        digests, resident, buffers = zip(*ranks, strict=True)
-        notes.append({"digests": digests, "resident": resident, "buffers": buffers, "seconds": seconds})
+        buffer_bytes = service.buffer_bytes
+        dist.all_gather_object(ranks, (digest, process.memory_info().rss, in_use() - buffer_bytes, buffer_bytes))
+        digests, resident, used, buffers = zip(*ranks, strict=True)
+        notes.append({"digests": digests, "resident": resident, "used": used, "buffers": buffers, "seconds": seconds})
         if dist.get_rank() == 0:
             out.write_text(json.dumps(notes))
     dist.barrier()
     dist.destroy_process_group()
     return 0
+
+
+def in_use() -> int:
+    """Bytes that glibc has given out, in the heaps of all threads, and not been given back."""
+
+    class MallInfo(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO]
+
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = MallInfo
+    found = libc.mallinfo2()
+    return int(found.uordblks + found.hblkhd)
 
 
 class Service:

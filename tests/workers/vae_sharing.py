@@ -103,6 +103,10 @@ def of_a_dit() -> dict[str, Any]:
             "halved": None if watched[1] is None else difference(watched[1], halved_alone),
         }
         pipe = otil_xdit.restore(parallel)
+    try:
+        otil_xdit.parallelize(pipe, "sync", ulysses_degree=2)
+    except ValueError as error:
+        found["one patch"] = str(error)
     found["left"] = sum("_otil" in name for part in pipe.vae.modules() for name in vars(type(part)))
     return found
 
