@@ -21,6 +21,7 @@ from otil_xdit.serve.problems import Problem, problem_of
 from otil_xdit.serve.requests import DrawnImage, Pixels, StepDone
 from otil_xdit.serve.schemas import (
     ERRORS,
+    PATTERNS,
     EditBody,
     GenerationBody,
     ImageData,
@@ -116,7 +117,8 @@ def invalid(errors: Any) -> Problem:
     field = place[0] if place else None
     value = first.get("input")
     shown = f" (given: {json.dumps(value)[:80]})" if isinstance(value, (str, int, float, bool)) else ""
-    return Problem(400, f"{'.'.join(place) or 'the body'}: {first['msg']}{shown}", field, "invalid_value")
+    text = PATTERNS.get(field, first["msg"]) if first["type"] == "string_pattern_mismatch" else first["msg"]
+    return Problem(400, f"{'.'.join(place) or 'the body'}: {text}{shown}", field, "invalid_value")
 
 
 def _check_model(service: Service, model: str | None) -> None:

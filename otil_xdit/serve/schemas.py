@@ -14,6 +14,9 @@ MAX_SEED = 2**63 - 1
 
 SIZE = r"^(auto|[1-9][0-9]{1,4}x[1-9][0-9]{1,4})$"
 
+PATTERNS: dict[str | None, str] = {"size": "give WIDTHxHEIGHT, from 10 to 99999 pixels each, or auto"}
+"""What the patterns of fields mean, for people."""
+
 IGNORED = {
     "user": "for statistics of OpenAI's own",
     "quality": "a model here has one quality; steps are num_inference_steps",
