@@ -36,6 +36,17 @@ def call_controls(job: Job) -> dict[str, Any]:
     return found  # those of several are added up, and of one shape
 
 
+def arguments_of(job: Job) -> dict[str, Any]:
+    """Return what a job's network is called with, by name: tensors without storage.
+
+    Raises:
+        ValueError: for networks whose call is not known here.
+    """
+    latent, times = _inputs(job)
+    name = "sample" if job.network.is_unet else "hidden_states"
+    return {name: latent, "timestep": times, **conditions_of(job)}
+
+
 def call_network(job: Job, residuals: Mapping[str, Any]) -> None:
     """Call a job's network with everything that it is to be given.
 
@@ -46,9 +57,7 @@ def call_network(job: Job, residuals: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for networks whose call is not known here.
     """
-    conditions = {**conditions_of(job), **residuals}
-    latent, times = _inputs(job)
-    job.cast_network()(latent, timestep=times, return_dict=False, **conditions)
+    job.cast_network()(return_dict=False, **arguments_of(job), **residuals)
 
 
 def _inputs(job: Job) -> tuple[torch.Tensor, torch.Tensor]:

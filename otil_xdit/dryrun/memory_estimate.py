@@ -58,16 +58,25 @@ def estimate_memory(
     Raises:
         AttributeError, RuntimeError, TypeError, ValueError: where the pipeline does not tell what is needed.
     """
+    job = job_of(pipe)
+    degrees = ParallelDegrees(cfg_degree, ulysses_degree, patches)
+    # Which layers wait under a tolerance depends on the image; that they may takes a number for each layer.
+    traffic = Traffic(job, degrees).of_run(config.replace(tolerance=0.0), _STEPS)
+    return (job.height, job.width), traffic.buffer_bytes
+
+
+def job_of(pipe: Any) -> Job:
+    """Return a step of an image of a pipeline's own size, by its network without weights.
+
+    Raises:
+        AttributeError, TypeError, ValueError: where the pipeline does not tell what is needed.
+    """
     module = pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet
     sample = module.config.get("sample_size") or pipe.default_sample_size
     rows, cols = sample if isinstance(sample, (list, tuple)) else (sample, sample)
     height, width = rows * pipe.vae_scale_factor, cols * pipe.vae_scale_factor
     network = _network_of(pipe, module)
-    job = Job(network, height, width, network.batch, module.dtype, network.text)
-    degrees = ParallelDegrees(cfg_degree, ulysses_degree, patches)
-    # Which layers wait under a tolerance depends on the image; that they may takes a number for each layer.
-    traffic = Traffic(job, degrees).of_run(config.replace(tolerance=0.0), _STEPS)
-    return (height, width), traffic.buffer_bytes
+    return Job(network, height, width, network.batch, module.dtype, network.text)
 
 
 def _network_of(pipe: Any, module: Any) -> Network:

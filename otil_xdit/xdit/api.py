@@ -23,7 +23,7 @@ from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
-from otil_xdit.xdit.flags.options import VAE_CHOICES, check_shares, parse_shares
+from otil_xdit.xdit.flags.options import VAE_CHOICES, check_shares, parse_shares_or_auto
 from otil_xdit.xdit.plugin import transformers
 from otil_xdit.xdit.plugin.args import carry
 from otil_xdit.xdit.plugin.register import register
@@ -41,7 +41,7 @@ def parallelize(
     use_cfg_parallel: bool = False,
     allow_untested: bool = False,
     vae: str = ParallelChoice.vae,
-    patch_shares: Sequence[int] = (),
+    patch_shares: Sequence[int] | str = (),
 ) -> Any:
     """Run every image of `pipe` on all ranks of this torchrun.
 
@@ -58,7 +58,7 @@ def parallelize(
         allow_untested: take a transformer on that nobody has compared with one process; rank 0 warns.
         vae: "patches", where the ranks share the rows of an `AutoencoderKL`, or "whole".
         patch_shares: rows of each patch of a U-Net, as shares in any unit: (3, 2) for two patches, the first on a
-            faster card; empty for equal ones.
+            faster card; "auto" has every rank time a step of the U-Net now; empty for equal ones.
 
     Returns:
         A pipeline that is called like `pipe`, on every rank with the same arguments. It is `pipe` itself, and every
@@ -74,7 +74,8 @@ def parallelize(
     config = check_config(strategy, config)
     check_choice("vae", vae, VAE_CHOICES)
     check_integer("ulysses_degree", ulysses_degree, 1)
-    shares = parse_shares(",".join(map(str, patch_shares))) if patch_shares else ()
+    given = patch_shares if isinstance(patch_shares, str) else ",".join(map(str, patch_shares))
+    shares = parse_shares_or_auto(given) if given else ()
     choice = ParallelChoice(strategy, config, 1, ulysses_degree, None, allow_untested, vae, shares)
     return parallelize_as(pipe, choice, use_cfg_parallel)
 

@@ -22,7 +22,7 @@ from otil_xdit.errors import FlagError
 from otil_xdit.method.config import SETTINGS, OtilConfig
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.degrees import degree, resolve_patch_degree
-from otil_xdit.xdit.flags.options import check_shares, given_settings, options
+from otil_xdit.xdit.flags.options import AUTO, Shares, check_shares, given_settings, options
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class ParallelChoice:
         allow_untested: take models on that nobody has compared with one process.
         report: file for rank 0's report of bytes and waiting time, or None.
         vae: one of `VAE_CHOICES`.
-        patch_shares: of the rows, for each patch, in any unit; empty for equal ones.
+        patch_shares: of the rows, for each patch, in any unit; empty for equal ones, ``auto`` for measured ones.
     """
 
     strategy: Strategy
@@ -82,7 +82,7 @@ class ParallelChoice:
     report: str | None = None
     allow_untested: bool = False
     vae: str = "patches"
-    patch_shares: tuple[int, ...] = ()
+    patch_shares: Shares = ()
 
 
 def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice | None:
@@ -119,8 +119,9 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     _check_backend(values)
     _check_batch(values)
     shares = values.get("patch_shares") or ()
+    by_number = () if shares == AUTO else shares
     _flag_errors(lambda: check_shares(shares, patch_degree, unet is not None))
-    _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block_size"), shares))
+    _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block_size"), by_number))
     _check_report(values.get("otil_report"))
     _warn_of_unet_settings(given, unet)
     if patch_degree == 1 and (unet is None or ulysses_degree == 1) and not strategy.requires_cfg_parallel:

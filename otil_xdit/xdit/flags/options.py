@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from otil_xdit.catalog.schedulers import SCHEDULERS, scheduler_name
 from otil_xdit.method.checks import check_choice, parse_whole_number
@@ -43,16 +43,28 @@ def parse_shares(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def check_shares(shares: tuple[int, ...], patches: int, is_unet: bool) -> None:
+AUTO = "auto"
+"""Shares that a measured step decides."""
+
+Shares = tuple[int, ...] | Literal["auto"]
+"""Of the patches, in any unit; empty for equal ones."""
+
+
+def parse_shares_or_auto(text: str) -> Shares:
+    """Read the shares of patches, which may be ``auto``; see `parse_shares`."""
+    return "auto" if text == AUTO else parse_shares(text)
+
+
+def check_shares(shares: Shares, patches: int, is_unet: bool) -> None:
     """Refuse shares that do not go with a model or with the number of patches.
 
     Raises:
         ValueError: naming flag and value.
     """
-    given = ",".join(map(str, shares))
+    given = shares if isinstance(shares, str) else ",".join(map(str, shares))
     if shares and not is_unet:
         raise ValueError(f"--patch_shares {given} is for U-Nets: xDiT cuts the tokens of a DiT evenly; leave it out")
-    if shares and len(shares) != patches:
+    if shares and shares != AUTO and len(shares) != patches:
         raise ValueError(f"--patch_shares {given} has {len(shares)} shares for {patches} patches; give one for each")
 
 
@@ -90,8 +102,8 @@ def options() -> tuple[Option, ...]:
             "patch_shares",
             "N,N,...",
             "Rows of each patch of a U-Net, as shares: 3,2 gives the first of two patches 3/5 of them, for a faster "
-            "card. Default: equal.",
-            parse_shares,
+            "card; auto has every card time a step first. Default: equal.",
+            parse_shares_or_auto,
         ),
         Option(
             "otil_quality",

@@ -70,6 +70,7 @@ def connect(choice: ParallelChoice) -> PatchSession:
     cfg_degree = parallel_state.get_classifier_free_guidance_world_size()
     places = tuple(divmod(number, sequence.world_size) for number in range(replica.world_size))
     assert places[replica.rank_in_group] == (cfg_rank, place), "xDiT's replicas are expected in the order CFG x rows"
+    assert not isinstance(choice.patch_shares, str), "a measured step has decided by now"
     shares = tuple(share for share in choice.patch_shares for _ in range(choice.ulysses_degree))
     unets = UnetGroups(rows, choice.ulysses_degree, cfg_degree, cfg_rank, places, shares)
     communicator = choice.strategy.connect(choice.config, group)

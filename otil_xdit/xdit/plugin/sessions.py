@@ -29,11 +29,13 @@ from otil_xdit.runtime.network_hooks import NETWORKS, networks_of
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.runtime.strategies import SYNC
 from otil_xdit.xdit.flags.choice import ParallelChoice
+from otil_xdit.xdit.flags.options import AUTO
 from otil_xdit.xdit.plugin.adapters import take_adapters
 from otil_xdit.xdit.plugin.args import choice_of
 from otil_xdit.xdit.plugin.backends import check_backends, hook_backends, use_sdpa_unless_named
 from otil_xdit.xdit.plugin.group_lifetime import LIFETIME, degrees_of, degrees_of_groups
 from otil_xdit.xdit.plugin.groups import connect
+from otil_xdit.xdit.plugin.measured_shares import measure_shares
 from otil_xdit.xdit.plugin.rows import allow_any_height, hook_heights, rows_of
 from otil_xdit.xdit.plugin.shims import without_ring
 from otil_xdit.xdit.plugin.unwrap import parts_of, processors_of, unwrap
@@ -202,6 +204,8 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
     generation, session = getattr(parallel, _SESSION, (None, None))
     if session is None or generation != LIFETIME.generation:
         _warn_of_untested(pipeline)
+        if choice.patch_shares == AUTO:
+            choice = replace(choice, patch_shares=measure_shares(pipeline, choice.ulysses_degree))
         session = connect(choice)
         setattr(parallel, _SESSION, (LIFETIME.generation, session))
     return session
