@@ -108,6 +108,22 @@ def test_layers_and_ranks_are_coded_at_once(name: str) -> None:
         assert torch.equal(decoded[layer, rank], decoded_alone)
 
 
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("width", [8, 33])
+def test_some_rows_are_read_to_their_places_and_the_others_are_zero(name: str, width: int) -> None:
+    """Twice with the same scratch: what stood there before must not be seen."""
+    codec, total = make_codec(name, torch.float32), 6
+    for rows, seed in (([2, 3], 0), ([0, 5], 1)):  # a key among the first half of the rows, a value among the second
+        vectors = torch.randn(2, 2, width, generator=torch.Generator().manual_seed(seed))
+        payload, decoded = coded(name, vectors)
+        places = torch.tensor([rows, [total + row for row in rows]]).flatten()
+        numbers, scales = codec.decode_at(payload, 2, width, places, total, ROOM)
+        found = numbers if scales is None else numbers * scales
+        expected = torch.zeros(2, total, width)
+        expected[:, rows] = decoded
+        assert torch.equal(found, expected)
+
+
 @settings(deadline=None)
 @given(
     name=st.sampled_from(ALONE),

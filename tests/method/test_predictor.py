@@ -26,9 +26,9 @@ ALL = slice(0, 1)
 """The run of the one layer that most tests have."""
 
 
-def make_predictor(layers: int = 1, **settings: object) -> Predictor:
+def make_predictor(layers: int = 1, rank: int = 0, **settings: object) -> Predictor:
     scratch = ScratchBuffers(torch.device("cpu"))
-    return Predictor(torch.zeros(layers, *SHAPE), 2, 0, OtilConfig(**settings), scratch)
+    return Predictor(torch.zeros(layers, *SHAPE), 2, rank, OtilConfig(**settings), scratch)
 
 
 def everybody(step: float) -> torch.Tensor:
@@ -109,6 +109,49 @@ def test_a_residual_corrects_value_and_velocity_by_its_age() -> None:
     torch.testing.assert_close(predictor.velocity[0], velocity)
 
 
+def test_a_synchronous_step_brings_the_velocity_of_one_step() -> None:
+    """After a step without news of some tokens, their change is that of two steps; news makes them one step old."""
+    predictor = make_predictor(ratio=0.5, velocity_damping=1.0)
+    for step in (0, 1):
+        predictor.set_values(0, everybody(step))
+    slope, gains = everybody(1) - everybody(0), torch.zeros(1, 2, 2)
+    bend = torch.randn(2, 2, 1, 6, 4, generator=torch.Generator().manual_seed(3))
+    levels, scales, sent = ones_at([0, 1])
+    predictor.velocity[0].copy_(slope)
+    predictor.apply_residuals(ALL, torch.ones_like(gains), 0 * levels, scales, sent)  # as foretold
+    predictor.apply_residuals(ALL, torch.ones_like(gains), 0 * levels, scales, sent)
+    predictor.set_values(0, everybody(4) + bend)
+    # Twice without news since step 1, so that the tokens are three steps old; the first two are one step old.
+    beyond = everybody(4) + bend - everybody(3)
+    expected = slope + (beyond - slope) / torch.tensor([1.0, 1, 3, 3, 3, 3])[:, None]
+    torch.testing.assert_close(predictor.velocity[0], expected)
+    predictor.set_values(0, everybody(6))
+    torch.testing.assert_close(predictor.velocity[0], everybody(6) - everybody(4) - bend)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_gain_is_of_this_rank_s_values_whatever_their_size(rank: int, size: float) -> None:
+    predictor = make_predictor(rank=rank)
+    for step in (0, 1):
+        predictor.set_values(0, size * everybody(step))
+    gain = predictor.gain(0, size * everybody(1.75)[rank])
+    torch.testing.assert_close(gain, torch.full((2,), 0.75), atol=1e-4, rtol=0)
+    expected = size * everybody(1.75)[rank]
+    torch.testing.assert_close(own(predictor, gain), expected, atol=1e-4 * size, rtol=0)
+
+
+def test_a_new_generation_knows_nothing_of_the_last() -> None:
+    predictor = make_predictor()
+    for step in (0, 1):
+        predictor.set_values(0, everybody(step))
+    assert torch.equal(predictor.last_values(0), everybody(1))
+    predictor.reset()
+    assert not predictor.last_values(0).any()
+    predictor.set_values(0, everybody(5))
+    assert torch.equal(predictor.value[0], everybody(5)) and not predictor.velocity[0].any()
+
+
 def test_a_layer_of_many_moves_as_one_by_itself() -> None:
     alone, many = make_predictor(ratio=0.5), make_predictor(layers=3, ratio=0.5)
     for step in (0, 1):
@@ -143,6 +186,19 @@ def test_some_values_replace_their_predictions(extrapolation: str) -> None:
     assert torch.equal(predictor.value[0], value)
     if predictor.velocity is not None:
         torch.testing.assert_close(predictor.velocity[0], value - everybody(0))
+
+
+def test_values_of_some_tokens_leave_the_others_on_their_way() -> None:
+    predictor = make_predictor(ratio=0.5, velocity_damping=1.0)
+    for step in (0, 1):
+        predictor.set_values(0, everybody(step))
+    slope, value = everybody(1) - everybody(0), everybody(2)
+    value[..., 4, :] += 1
+    rows = torch.arange(2 * 2 * 1) * 6 + 4
+    predictor.apply_values(ALL, torch.ones(1, 2, 2), value[None][..., [4], :], rows, ones_at([4])[2])
+    slope[..., 4, :] += 1
+    torch.testing.assert_close(predictor.value[0], value)
+    torch.testing.assert_close(predictor.velocity[0], slope)
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "share"), [("auto", 1.0), ("bfloat16", 0.5), ("float8", 0.375)])

@@ -102,6 +102,13 @@ def test_a_sub_block_without_change_can_starve_without_polling_but_not_with_it()
     assert any(0 in polled.select(scores).tolist() for _ in range(8))
 
 
+def test_what_its_score_selected_is_not_polled_before_what_waits() -> None:
+    """One of two is polled, the other is always sub-block 3; the rest are polled in turn."""
+    selector = make_selector(4, 1 / 2, 0.5)
+    scores = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    assert [sorted(selector.select(scores).tolist()) for _ in range(6)] == [[0, 3], [1, 3], [2, 3]] * 2
+
+
 def test_reset_makes_generations_alike() -> None:
     selector = make_selector(10, 0.3, 1.0)
     first = [selector.select(torch.zeros(10)).tolist() for _ in range(5)]
