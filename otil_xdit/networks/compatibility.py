@@ -251,9 +251,9 @@ def check_adapter(name: str, module: nn.Module) -> None:
         return
     if not layer.disable_adapters and not layer.merged:
         raise ValueError(
-            f"--parallel does not support the adapter {kind.__module__}.{kind.__name__} round the convolution "
-            f"{name}: it computes the convolution itself, and reads zeros where a patch ends; merge it into the "
-            "weights (unet.fuse_lora()), or use LoRA"
+            f"--parallel does not support the adapter on the convolution {name} ({kind.__module__}.{kind.__name__}): "
+            "it computes the convolution itself, and would read zeros where a patch ends; merge it into the weights "
+            "before the call (unet.fuse_lora()), leave convolutions out of its target_modules, or take LoRA"
         )
 
 

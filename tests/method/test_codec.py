@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otil_xdit.exchange.kv_payload import PayloadLayout
-from otil_xdit.method.codec import Quantised, Raw, scales_of
+from otil_xdit.method.codec import Quantised, Raw, scales_of, write_scales
 from otil_xdit.method.codecs import CODECS, make_codec
 from otil_xdit.method.config import Extrapolation, OtilConfig
 from otil_xdit.method.grid import Segment, block_table
@@ -90,6 +90,15 @@ def test_the_largest_number_is_not_cut_off_by_int8() -> None:
     vectors = torch.tensor([[0.0, 1.0, -37.3], [0.0, 0.001, 0.0007]])
     _, decoded = coded("int8", vectors)
     assert ((decoded - vectors).abs() <= vectors.abs().amax(1, keepdim=True) * 1.13 / 254).all()
+
+
+def test_a_scale_is_off_by_the_half_of_a_sixth_of_an_octave_at_most() -> None:
+    scales = torch.logspace(-20, 20, 999, base=2.0)
+    nearest, above = torch.empty(2, 999, dtype=torch.uint8)
+    write_scales(scales.clone(), nearest)
+    write_scales(scales.clone(), above, upwards=True)
+    assert (scales_of(nearest) / scales).log2().abs().max() <= 1 / 12 + 1e-5
+    assert 0 <= (scales_of(above) / scales).log2().min() + 1e-5 and (scales_of(above) / scales).log2().max() <= 1 / 6
 
 
 @pytest.mark.parametrize("name", LOSSY)
