@@ -132,7 +132,7 @@ def judged(kind: str, what: str) -> str:
 @pytest.mark.parametrize("kind", [pytest.param("BOFT", marks=pytest.mark.slow), *CONVOLVES_ITSELF[1:]])
 def test_adapters_that_convolve_themselves_are_refused_on_convolutions(kind: str) -> None:
     unet = adapted(kind, TARGETS["convolutions"])
-    assert unet is not None and "round the convolution unet.conv_in" in refusal(unet)
+    assert unet is not None and "adapter on the convolution unet.conv_in" in refusal(unet)
     assert "conv_in" in leak(unet)
     assert judged(kind, "linear layers") == "apart"
 

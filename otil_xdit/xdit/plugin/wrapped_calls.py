@@ -52,8 +52,8 @@ class WrappedCall:
             if self.guidance == "always" or _prompts(arguments) > 1:
                 several = "" if self.guidance == "always" else " where there are several"
                 raise ValueError(
-                    f"guidance_scale is {scale:g}, which is no guidance, and without it xDiT's wrapper of {inner} makes "
-                    f"wrong images or none{several}; give a guidance_scale above 1, or run on one rank"
+                    f"guidance_scale is {scale:g}, which is no guidance, and without it xDiT's wrapper of {inner} "
+                    f"makes wrong images or none{several}; give a guidance_scale above 1, or run on one rank"
                 )
         for name, how in self.wrong:
             if arguments.get(name) not in (None, 0.0):
