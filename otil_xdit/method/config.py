@@ -258,6 +258,12 @@ class OtilConfig:
         return self.coordinates != "none" and self.freshness != "sync" and by_feature
 
     @property
+    def computes_copies(self) -> bool:
+        """True where copies of others' keys and values are more than what was sent of them: coded, or moved on."""
+        is_coded = self.codec != "raw" or self.warmup_codec != "raw"
+        return self.freshness != "sync" and (is_coded or self.extrapolation != "none")
+
+    @property
     def selects_by_layer(self) -> bool:
         """True where each layer's sub-blocks are selected by its own keys and values."""
         return self.ratio < 1 and self.select.startswith("kv")

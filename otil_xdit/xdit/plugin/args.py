@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any
 
 from otil_xdit.errors import FlagError
+from otil_xdit.runtime.card_agreement import check_cards
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice, choose, implied
 from otil_xdit.xdit.flags.degrees import given_patch_degree
@@ -120,6 +121,11 @@ def _with_flags(add_args: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _resolved(values: dict[str, Any]) -> tuple[ParallelChoice | None, dict[str, Any]]:
     """Return the choice that flags stand for, and the flags with the patch degree in the ring slot."""
     choice = choose(values, _world_size(values))
+    if choice is not None and "RANK" in os.environ:  # of ranks only: the launcher may be without cards
+        try:
+            check_cards(choice.config, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        except ValueError as error:
+            raise FlagError(f"--parallel {choice.strategy.name}: {error}") from None
     ring = choice.patch_degree if choice is not None else values.get("ring_degree") or 1
     return choice, {**implied(values), "ring_degree": ring}
 

@@ -19,6 +19,7 @@ from otil_xdit.comm.groups import PatchGroup, UnetGroups, break_connections, lim
 from otil_xdit.comm.store import default_store
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.agreement import facts_of_settings, versions
+from otil_xdit.runtime.card_agreement import facts_of_card
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.runtime.vae_sharing import VaeSharing
 from otil_xdit.xdit.flags.choice import ParallelChoice
@@ -78,6 +79,7 @@ def connect(choice: ParallelChoice) -> PatchSession:
     facts = {
         **versions(),
         **facts_of_settings(choice.strategy.name, choice.config),
+        **facts_of_card(choice.config),
         "the number of patches": str(group.world_size),
         "the Ulysses degree": str(choice.ulysses_degree),
         "the CFG degree": str(cfg_degree),
