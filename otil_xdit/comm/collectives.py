@@ -16,6 +16,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from otil_xdit.comm.device_times import DeviceTimes
 from otil_xdit.comm.groups import PatchGroup, reason_of
 from otil_xdit.comm.host_copies import Transfer, is_on_host, start_through_host
 from otil_xdit.errors import ExchangeTimeout
@@ -80,12 +81,14 @@ class Traffic:
     Attributes:
         sent: bytes of this rank's payloads; an all-gather delivers each of them to world_size - 1 receivers.
         messages: their number.
-        waited: seconds.
+        waited: seconds of the host.
+        device_times: of the device, where one computes.
     """
 
     sent: Counter[CounterKey] = field(default_factory=Counter)
     messages: Counter[CounterKey] = field(default_factory=Counter)
     waited: defaultdict[CounterKey, float] = field(default_factory=lambda: defaultdict(float))
+    device_times: DeviceTimes = field(default_factory=DeviceTimes)
 
     def count(self, shares: Shares) -> None:
         """Count one message."""
@@ -94,7 +97,7 @@ class Traffic:
         self.messages[max(shares, key=lambda counter: shares[counter])] += 1
 
     def clear(self) -> None:
-        for counts in (self.sent, self.messages, self.waited):
+        for counts in (self.sent, self.messages, self.waited, self.device_times):
             counts.clear()
 
 
@@ -128,6 +131,8 @@ class Pending(Generic[T]):
         """
         started = time.perf_counter()
         collectives, detector = self._collectives, self._collectives.group.detector
+        device_times = collectives.traffic.device_times
+        began = device_times.mark() if device_times.is_timing else None
         if detector is not None:
             detector.waiting = True
         try:
@@ -137,6 +142,8 @@ class Pending(Generic[T]):
             raise collectives.timed_out(self._label, error) from error
         if detector is not None:
             detector.waiting = False
+        if began is not None:
+            device_times.add("waited", began)
         collectives.traffic.waited[self._label.counter] += time.perf_counter() - started
         return self._output
 
@@ -151,13 +158,16 @@ class Collectives:
         group: the ranks.
         timeout: seconds that one wait may take.
         traffic: counters to share with other collectives; None for their own.
+
+    Attributes:
+        host_waits: whether a wait stops the host; otherwise it stops the device's stream.
     """
 
     def __init__(self, group: PatchGroup, timeout: float, traffic: Traffic | None = None) -> None:
         self.group = group
         self.traffic = Traffic() if traffic is None else traffic
         self._timeout = timeout
-        self._host_waits = self._waits_on_host()
+        self.host_waits = self._waits_on_host()
 
     def all_gather(self, payload: torch.Tensor, output: torch.Tensor, label: CollectiveLabel) -> Pending[torch.Tensor]:
         """Start sending `payload` to every rank of the group.
@@ -228,7 +238,7 @@ class Collectives:
         if detector is not None:
             detector.on_collective(str(label))
         try:
-            if detector is None or self._host_waits:
+            if detector is None or self.host_waits:
                 return start()
             reached = torch.cuda.Event()
             reached.record()
@@ -248,7 +258,7 @@ class Collectives:
 
     def _start_gather(self, payload: torch.Tensor, output: torch.Tensor) -> list[dist.Work]:
         group = self.group
-        if not self._host_waits:
+        if not self.host_waits:
             return [_all_gather_flat(output, payload, group=group.process_group, async_op=True)]
         # gloo's own all-gather is a ring, whose every round waits for the slowest link in both directions in turn.
         # Straight to everybody the same bytes use 93% of a shaped link instead of 60 to 80%.
@@ -264,7 +274,7 @@ class Collectives:
         if not receives and not sends:
             return []
         group, transfers = self.group.process_group, [*receives, *sends]
-        if self._host_waits and not all(is_on_host(tensor) for _, tensor, _ in transfers):
+        if self.host_waits and not all(is_on_host(tensor) for _, tensor, _ in transfers):
             return start_through_host(transfers, group)
         return dist.batch_isend_irecv(
             [dist.P2POp(way, tensor, group=group, group_peer=peer) for way, tensor, peer in transfers]
@@ -272,7 +282,7 @@ class Collectives:
 
     def wait_for(self, work: dist.Work) -> None:
         """Wait for one of a message's works, with the deadline where the backend takes one."""
-        if self._host_waits:
+        if self.host_waits:
             work.wait(timedelta(seconds=self._timeout))
         else:
             work.wait()

@@ -55,6 +55,8 @@ def _timed(call: Callable[Concatenate[OtilCommunicator, P], T]) -> Callable[Conc
     @keeps_tensors
     def timed(run: OtilCommunicator, *args: P.args, **kwargs: P.kwargs) -> T:
         started = time.perf_counter()
+        device_times = run.collectives.traffic.device_times
+        began = device_times.mark() if device_times.is_timing else None
         try:
             return call(run, *args, **kwargs)
         except RuntimeError as error:  # OutOfMemory is one
@@ -63,6 +65,8 @@ def _timed(call: Callable[Concatenate[OtilCommunicator, P], T]) -> Callable[Conc
             raise OutOfMemory(run.out_of_memory(error)) from error
         finally:
             run._spent += time.perf_counter() - started
+            if began is not None:
+                device_times.add("exchange", began)
 
     return timed
 
@@ -316,6 +320,8 @@ class OtilCommunicator:
         detector, group = self.group.detector, self.group
         if detector is not None and detector.is_alarmed:
             raise ExchangeTimeout(f"rank {detector.rank}: given up after step {step}: {detector.diagnose()}")
+        if not (is_last or self.collectives.host_waits):
+            self.collectives.traffic.device_times.after_step(step)
         self._finite.check(step, group.rank if detector is None else detector.rank, is_last)
 
     def _scratch(self, device: torch.device) -> ScratchBuffers:

@@ -21,7 +21,11 @@ class Report:
         sent_bytes, messages: by kind of message and phase of its step: ``{"kv": {"warmup": 7, "steady": 9}}``.
         waited_seconds: the host's waiting for messages.
         exchange_seconds: the host's time in the communicator, with that waiting; without it, what predicting,
-            selecting, coding, copying and sending take.
+            selecting, coding, copying and sending take. On CUDA both are what the host needs to enqueue.
+        timed_steps: number of steps that CUDA events were recorded in; 0 where the host waits for messages itself.
+        device_waited_seconds, device_exchange_seconds: the same of the device in those steps: how long its stream
+            waited for messages, and how long it took from each of the layers' requests to its answer, with that
+            waiting; None where no step was timed.
         buffer_bytes: kept on the device.
         discrepancy: the denoising discrepancy of each step (`otil_xdit.hybridiff.guidance`), None for one that was not
             computed with and without the prompt.
@@ -38,6 +42,9 @@ class Report:
     waited_seconds: float
     exchange_seconds: float
     buffer_bytes: int
+    timed_steps: int = 0
+    device_waited_seconds: float | None = None
+    device_exchange_seconds: float | None = None
     discrepancy: list[float | None] = field(default_factory=list)
     window: tuple[int, int] | None = None
 
@@ -68,6 +75,9 @@ class Report:
             waited_seconds=sum(traffic.waited.values()),
             exchange_seconds=exchange_seconds,
             buffer_bytes=buffer_bytes,
+            timed_steps=traffic.device_times.steps,
+            device_waited_seconds=traffic.device_times.seconds("waited"),
+            device_exchange_seconds=traffic.device_times.seconds("exchange"),
             window=window,
         )
 

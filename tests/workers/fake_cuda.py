@@ -39,7 +39,7 @@ def main() -> None:
 def outcome(given: dict[str, Any], steps: int) -> dict[str, Any]:
     scene, started = Scene(**given), time.perf_counter()
     try:
-        found, backend = run(scene, steps)
+        found, backend, report = run(scene, steps)
     except Exception as error:  # a scene that fails is a result, and must not stop the next
         message = str(error).partition("\n")[0][:300]
         places = [f"{Path(at.filename).name}:{at.lineno}" for at in traceback.extract_tb(error.__traceback__)]
@@ -50,6 +50,7 @@ def outcome(given: dict[str, Any], steps: int) -> dict[str, Any]:
         "backend": backend,
         "seconds": round(time.perf_counter() - started, 2),
         "steps": [described(step) for step in found],
+        "report": None if report is None else report.to_dict(),
         "excesses": excesses(scene, Figures.of(found[-1])),
     }
 

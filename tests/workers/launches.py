@@ -86,7 +86,7 @@ def main() -> None:
     before = json.loads(arguments.before.read_text())["budgets"] if arguments.before else {}
     found: dict[str, Figures] = {}
     for scene in scenes(tuple(arguments.models)):
-        steps, _ = run(scene, 2 if scene.strategy == "plain" else STEPS)
+        steps, *_ = run(scene, 2 if scene.strategy == "plain" else STEPS)
         found[key_of(scene)] = Figures.of(steps[-1])
         print(f"{key_of(scene)}: {vars(found[key_of(scene)])}", file=sys.stderr, flush=True)
     tables = "\n".join(table(model, found, before) for model in arguments.models)

@@ -91,6 +91,10 @@ def check(outcome: dict[str, Any]) -> None:
     """Check what one scene did with the host."""
     assert outcome["error"] is None, f"{outcome['scene']}: {outcome['error']} at {outcome['at'][-8:]}"
     assert outcome["backend"] == "SDPA", f"{outcome['scene']}: attention is {outcome['backend']}'s"
+    report, waits = outcome["report"], ", sync, " in outcome["scene"] or "waiting" in outcome["scene"]
+    assert report["timed_steps"] == 1, f"{outcome['scene']}: one of the steps has events"
+    assert report["device_exchange_seconds"] > 0 <= report["device_waited_seconds"], outcome["scene"]
+    assert report["device_waited_seconds"] >= 0.001 * waits, f"{outcome['scene']}: a span of a fake device takes 1 ms"
     first, *steps = outcome["steps"]
     beyond = [what for what in first["host"] if not what.startswith(ONCE) and what not in LATE_CHECK]
     assert not beyond, f"{outcome['scene']}: at its first step {beyond}"

@@ -103,12 +103,12 @@ class Run:
     @property
     def waited_seconds(self) -> list[float] | None:
         """Seconds that each round's image waited for others' messages, mean of the ranks; None where nobody counts."""
-        return self._means(lambda report: report["waited_seconds"])
+        return self._means(_waited)
 
     @property
     def worked_seconds(self) -> list[float] | None:
-        """Seconds of the exchange's own work on the host, waiting left out; likewise."""
-        return self._means(lambda report: report["exchange_seconds"] - report["waited_seconds"])
+        """Seconds of the exchange's own work, waiting left out; likewise."""
+        return self._means(lambda report: _exchanged(report) - _waited(report))
 
     @property
     def rank_bytes(self) -> list[dict[str, float]] | None:
@@ -221,3 +221,18 @@ class Results:
             "link": None if self.link is None else asdict(self.link),
             "runs": [run.to_dict(self.plan) for run in self.runs],
         }
+
+
+def _waited(report: dict[str, Any]) -> float:
+    """Return the seconds of waiting in an image: the host's, or those of the device's timed steps for all steps."""
+    return _of_image(report, "device_waited_seconds", "waited_seconds")
+
+
+def _exchanged(report: dict[str, Any]) -> float:
+    """Return the seconds that the exchange took in an image, likewise."""
+    return _of_image(report, "device_exchange_seconds", "exchange_seconds")
+
+
+def _of_image(report: dict[str, Any], of_device: str, of_host: str) -> float:
+    timed = report.get(of_device)
+    return float(report[of_host] if timed is None else timed * report["steps"] / report["timed_steps"])

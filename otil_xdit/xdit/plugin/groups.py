@@ -17,6 +17,7 @@ import torch.distributed as dist
 from otil_xdit.comm.failure_detector import FailureDetector
 from otil_xdit.comm.groups import PatchGroup, UnetGroups, break_connections, limit_waits
 from otil_xdit.comm.store import default_store
+from otil_xdit.exchange.report import Report
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.agreement import facts_of_settings, versions
 from otil_xdit.runtime.card_agreement import facts_of_card
@@ -136,14 +137,14 @@ def _reporter(choice: ParallelChoice) -> Callable[[PatchSession], None]:
         report = session.report()
         logger.info(
             "%s: %d steps (%d warm-up), sent per step and rank after warm-up: %.1f kB of keys and values, %.1f kB of "
-            "halo rows and moments, %.1f kB of output; waited %.2f s, buffers %.1f MB",
+            "halo rows and moments, %.1f kB of output; %s, buffers %.1f MB",
             choice.strategy.name,
             report.steps,
             report.warmup_steps,
             report.kv_bytes_per_step / 1e3,
             report.small_bytes_per_step / 1e3,
             report.output_bytes_per_step / 1e3,
-            report.waited_seconds,
+            _waiting(report),
             report.buffer_bytes / 1e6,
         )
         if choice.report is not None:
@@ -152,3 +153,11 @@ def _reporter(choice: ParallelChoice) -> Callable[[PatchSession], None]:
             )
 
     return finished
+
+
+def _waiting(report: Report) -> str:
+    """Say how long an image waited for messages, on the clock of what waits."""
+    if report.device_waited_seconds is None:
+        return f"waited {report.waited_seconds:.2f} s"
+    each = 1e3 * report.device_waited_seconds / report.timed_steps
+    return f"the GPU waited {each:.1f} ms in each of {report.timed_steps} timed steps"

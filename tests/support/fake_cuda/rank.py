@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import otil_xdit
 from otil_xdit import get_strategy
+from otil_xdit.exchange.report import Report
 from otil_xdit.method.coordinates import Coordinates
 from otil_xdit.method.schedule import Clock
 from otil_xdit.runtime import session as session_module
@@ -69,8 +70,12 @@ class Scene:
         return f"{self.pipeline}, {self.strategy}, rank {self.rank} of {self.world_size}{degrees}, {self.dtype}"
 
 
-def run(scene: Scene, steps: int = STEPS) -> tuple[list[Launches], str]:
-    """Make an image on fake tensors; return what each step asked of the device, and the attention backend."""
+def run(scene: Scene, steps: int = STEPS) -> tuple[list[Launches], str, Report | None]:
+    """Make an image on fake tensors.
+
+    Returns:
+        What each step asked of the device, the attention backend, and the report.
+    """
     from tests.support.fake_cuda.pipelines import PIPELINES  # it imports diffusers' pipelines, after the machine
 
     made = PIPELINES[scene.pipeline]()
@@ -88,7 +93,7 @@ def run(scene: Scene, steps: int = STEPS) -> tuple[list[Launches], str]:
                 call = made.call(getattr(torch, scene.dtype), DEVICE)
                 with counter:
                     pipe(**call, num_inference_steps=steps)
-        return found, attention_backend()
+        return found, attention_backend(), None if scene.strategy == "plain" else otil_xdit.report(pipe)
     finally:
         leave()
 
