@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from otil_xdit.tools import main as tools
 from otil_xdit.tools.bench import link
@@ -90,6 +91,12 @@ def test_only_namespaces_of_ended_benches_are_stale() -> None:
     shell = Recorder([f"otil-bench-{ended.pid}-0", f"otil-bench-{os.getppid()}-0", "somebody-elses"])
     link.remove_stale(shell)
     assert shell.there == [f"otil-bench-{os.getppid()}-0", "somebody-elses"]
+
+
+def test_no_link_between_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"--link 1gbit shapes the sockets of ranks on the CPU.*CUDA_VISIBLE_DEVICES"):
+        link.check_possible("1gbit")
 
 
 def no_link() -> str:

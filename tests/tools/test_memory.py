@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from otil_xdit.comm.groups import PatchGroup
+from otil_xdit.dryrun.communicators import COMMUNICATOR_BYTES, communicators_of
+from otil_xdit.dryrun.job import ParallelDegrees
 from otil_xdit.dryrun.memory import memory_of
 from otil_xdit.dryrun.memory_estimate import estimate_memory, log_memory_estimate
 from otil_xdit.dryrun.networks import attention_layers, find_network
@@ -145,3 +147,11 @@ def test_wrong_arguments_are_one_line(line: str, message: str, capsys: pytest.Ca
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert ended.value.code == 2
     assert re.search(message, said), said
+
+
+def test_the_communicators_of_a_rank() -> None:
+    """Two, bulk and urgent, where the same ranks hold rows and image; what xDiT has for Ulysses besides."""
+    assert communicators_of(ParallelDegrees(patches=4)) == ("keys and values", "rows, moments, the output")
+    assert len(communicators_of(ParallelDegrees(cfg=2, patches=2))) == 4
+    assert communicators_of(ParallelDegrees(ulysses=2)) == ("rows, moments, the output", "Ulysses")
+    assert COMMUNICATOR_BYTES == 4 * 2 * 10_485_760

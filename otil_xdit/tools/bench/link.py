@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import psutil
+import torch
 
 PREFIX = "otil-bench-"
 """Of the names of all namespaces; the process id of the bench follows, by which a killed one's are known."""
@@ -50,6 +51,11 @@ def check_possible(text: str) -> None:
     """
     if not sys.platform.startswith("linux"):
         raise ValueError(f"--link {text} needs Linux's network namespaces; this is {sys.platform}")
+    if torch.cuda.is_available():
+        raise ValueError(
+            f"--link {text} shapes the sockets of ranks on the CPU, and NCCL's messages between cards take other ways; "
+            "hide the cards (CUDA_VISIBLE_DEVICES=-1) or leave it out"
+        )
     if os.geteuid() != 0:
         raise ValueError(f"--link {text} needs root, for network namespaces; run it as root or leave it out")
     missing = [program for program in ("ip", "tc") if shutil.which(program) is None]

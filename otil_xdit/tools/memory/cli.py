@@ -9,6 +9,8 @@ from typing import get_args
 import torch
 
 from otil_xdit.catalog.models import published_networks
+from otil_xdit.dryrun.communicators import CHANNELS, COMMUNICATOR_BYTES, CONNECTIONS, communicators_of
+from otil_xdit.dryrun.job import ParallelDegrees
 from otil_xdit.dryrun.memory import Memory, memory_of
 from otil_xdit.dryrun.networks import DTYPES, Network, attention_layers, find_network, with_controlnets
 from otil_xdit.dryrun.vae_memory import peak_of_decoding
@@ -60,6 +62,18 @@ def run(arguments: argparse.Namespace) -> None:
     decodes = [(str(ranks), f"{peak / MEGABYTE:.0f}") for ranks, peak in peaks.items()]
     print("\nThe VAE of SD1.5, SD2 and SDXL decoding an image: MB of activations that a rank holds at most:\n")
     print(markdown(("ranks", "decode"), decodes, text=1))
+    print(
+        f"\nNCCL's communicators: about {COMMUNICATOR_BYTES / MEGABYTE:.0f} MB each on PCIe (an estimate: {CHANNELS} "
+        f"channels of {CONNECTIONS} connections), made when first used:\n"
+    )
+    print(markdown(("ranks", "communicators", "MB"), list(communicator_rows()), text=2))
+
+
+def communicator_rows() -> Iterator[tuple[str, ...]]:
+    """Yield a row for each way to share an image that has communicators of its own."""
+    for degrees in (ParallelDegrees(patches=2), ParallelDegrees(cfg=2, patches=2), ParallelDegrees(1, 2, 2)):
+        named = communicators_of(degrees)
+        yield str(degrees), "; ".join(named), f"{len(named) * COMMUNICATOR_BYTES / MEGABYTE:.0f}"
 
 
 def presets(dtypes: list[str]) -> dict[str, OtilConfig]:
