@@ -76,5 +76,5 @@ class CompiledCalls:
 
 
 def is_compiled(network: nn.Module) -> bool:
-    """Tell whether a network, as a pipeline holds it, was compiled as a whole."""
+    """Tell whether a network, as a pipeline holds it, or a part of one was compiled as a whole."""
     return hasattr(network, "_orig_mod") or getattr(network, _IN_PLACE, None) is not None

@@ -51,8 +51,8 @@ def _held_by(pipe: Any) -> dict[str, nn.Module]:
     return {name: net for name in NETWORKS if isinstance(net := getattr(pipe, name, None), nn.Module)}
 
 
-def _check_not_compiled(networks: Iterable[tuple[str, nn.Module]]) -> None:
-    """Check that no network is compiled as a whole, by attribute of the pipeline.
+def check_not_compiled(networks: Iterable[tuple[str, nn.Module]]) -> None:
+    """Check that no network, and no part of one (`compile_repeated_blocks`), is compiled, by attribute of the pipeline.
 
     Raises:
         ValueError: naming one that is.
@@ -63,6 +63,12 @@ def _check_not_compiled(networks: Iterable[tuple[str, nn.Module]]) -> None:
                 f"--parallel hybridiff does not support the compiled {name}: its blocks are called one by one; give "
                 "the network that it was"
             )
+        for path, module in network.named_modules():
+            if is_compiled(module):
+                raise ValueError(
+                    f"--parallel hybridiff does not support compiled blocks, and {path} of the {name} is one: in the "
+                    "window a block may be left out, or wait for the other ranks; leave compile_repeated_blocks() out"
+                )
 
 
 def is_patched(network: Any) -> bool:
@@ -155,7 +161,7 @@ class NetworkHooks:
         self.keep_only({id(net) for pipe in pipes for net in {**networks_of(pipe), **controlnets_of(pipe)}.values()})
         holders = {id(holder): (name, holder) for pipe in pipes for name, holder in _held_by(pipe).items()}
         if self._session.cfg_controller.calls_blocks:
-            _check_not_compiled(holders.values())
+            check_not_compiled(holders.values())
         holders |= {id(holder): (name, holder) for pipe in pipes for name, holder in _held_controlnets(pipe).items()}
         self._controls.clear()
         self.step_caches.find(networks, {name: holder for name, holder in holders.values()})

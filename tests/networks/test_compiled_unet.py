@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from torch._dynamo.utils import counters
 
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.networks.handles import Handle, make_order, owner_of
+from otil_xdit.runtime.network_hooks import check_not_compiled
 from otil_xdit.runtime.strategies import get_strategy
 from tests.support.looped import LoopedSession
 from tests.support.torchrun import lines_of
@@ -172,3 +174,13 @@ def test_compiled_networks_on_ranks() -> None:
         assert strategy != "sync" or line["exact"] <= rounding, line
         assert model == "dit" or line["restored"] <= (1e-4 if backend == "inductor" else 0.0), line
     assert found["dit/xdit/module/eager"]["exact"] <= 5e-4
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_hybridiff_takes_no_compiled_network_and_no_compiled_blocks(whole: bool) -> None:
+    network = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
+    check_not_compiled([("transformer", network)])
+    (network if whole else network[1][0]).compile(backend="eager")
+    said = "the compiled transformer" if whole else "compiled blocks, and 1.0 of the transformer is one: .* leave"
+    with pytest.raises(ValueError, match=f"--parallel hybridiff does not support {said}"):
+        check_not_compiled([("transformer", network)])
