@@ -78,3 +78,23 @@ class CompiledCalls:
 def is_compiled(network: nn.Module) -> bool:
     """Tell whether a network, as a pipeline holds it, or a part of one was compiled as a whole."""
     return hasattr(network, "_orig_mod") or getattr(network, _IN_PLACE, None) is not None
+
+
+def check_not_compiled(networks: Iterable[tuple[str, nn.Module]]) -> None:
+    """Check that no network, and no part of one (`compile_repeated_blocks`), is compiled, by attribute of the pipeline.
+
+    Raises:
+        ValueError: naming one that is.
+    """
+    for name, network in networks:
+        if is_compiled(network):
+            raise ValueError(
+                f"--parallel hybridiff does not support the compiled {name}: its blocks are called one by one; give "
+                "the network that it was"
+            )
+        for path, module in network.named_modules():
+            if is_compiled(module):
+                raise ValueError(
+                    f"--parallel hybridiff does not support compiled blocks, and {path} of the {name} is one: in the "
+                    "window a block may be left out, or wait for the other ranks; leave compile_repeated_blocks() out"
+                )

@@ -20,7 +20,7 @@ from otil_xdit.hybridiff.controller import CfgController
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.networks.attention_weights import attention_weights
 from otil_xdit.networks.compatibility import ModuleInspector, check_no_gradients
-from otil_xdit.networks.compiled import CompiledCalls, is_compiled
+from otil_xdit.networks.compiled import CompiledCalls, check_not_compiled
 from otil_xdit.networks.dit.architectures import check_architecture, read_call, token_layout
 from otil_xdit.networks.dit.key_plan import KeyPlan
 from otil_xdit.networks.dit.keys import DitKeys
@@ -49,26 +49,6 @@ def networks_of(pipe: Any) -> dict[str, nn.Module]:
 def _held_by(pipe: Any) -> dict[str, nn.Module]:
     """Return what a pipeline has for denoising networks, by attribute: they may be in ``torch.compile``."""
     return {name: net for name in NETWORKS if isinstance(net := getattr(pipe, name, None), nn.Module)}
-
-
-def check_not_compiled(networks: Iterable[tuple[str, nn.Module]]) -> None:
-    """Check that no network, and no part of one (`compile_repeated_blocks`), is compiled, by attribute of the pipeline.
-
-    Raises:
-        ValueError: naming one that is.
-    """
-    for name, network in networks:
-        if is_compiled(network):
-            raise ValueError(
-                f"--parallel hybridiff does not support the compiled {name}: its blocks are called one by one; give "
-                "the network that it was"
-            )
-        for path, module in network.named_modules():
-            if is_compiled(module):
-                raise ValueError(
-                    f"--parallel hybridiff does not support compiled blocks, and {path} of the {name} is one: in the "
-                    "window a block may be left out, or wait for the other ranks; leave compile_repeated_blocks() out"
-                )
 
 
 def is_patched(network: Any) -> bool:

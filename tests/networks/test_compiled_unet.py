@@ -19,8 +19,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.networks.compiled import check_not_compiled
 from otil_xdit.networks.handles import Handle, make_order, owner_of
-from otil_xdit.runtime.network_hooks import check_not_compiled
 from otil_xdit.runtime.strategies import get_strategy
 from tests.support.looped import LoopedSession
 from tests.support.torchrun import lines_of
