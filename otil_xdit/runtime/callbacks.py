@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from inspect import Signature
+from inspect import Signature, isfunction, unwrap
+from types import CodeType
 from typing import Any, Protocol, cast
 
 import torch
@@ -286,6 +287,32 @@ class StepCallbacks:
         digest = torch.stack([values.norm(), *waves]) * (1 + step % 7)
         self._digest = digest if self._digest is None else self._digest + digest
         return True
+
+
+def check_loop_shows(kind: type, arguments: Mapping[str, Any]) -> None:
+    """Refuse a callback that wants tensors of a loop which looks for them where they are not.
+
+    Some of xDiT's own loops ask for ``locals()`` inside a comprehension, which before Python 3.12 has its own.
+
+    Args:
+        kind: the pipeline's class.
+        arguments: of the call.
+
+    Raises:
+        ValueError: naming what to give.
+    """
+    callback = arguments.get(STEP_END)
+    wanted = getattr(callback, "tensor_inputs", arguments.get(f"{STEP_END}_tensor_inputs"))
+    if callback is None or not wanted:
+        return
+    owners = [owner for owner in kind.__mro__ if owner.__module__.startswith("xfuser.")]
+    methods = [unwrap(method) for owner in owners for method in vars(owner).values() if isfunction(method)]
+    inner = [part for method in methods for part in method.__code__.co_consts if isinstance(part, CodeType)]
+    if any("locals" in part.co_names for part in inner):
+        raise ValueError(
+            f"{STEP_END} wants {', '.join(wanted)}, which xDiT's loop of this pipeline cannot find before Python 3.12; "
+            f"give {STEP_END}_tensor_inputs=[], or leave use_cfg_parallel out"
+        )
 
 
 def callbacks_of(

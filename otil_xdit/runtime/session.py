@@ -43,7 +43,14 @@ from otil_xdit.runtime.agreement import (
     lora_facts,
     share_random_state,
 )
-from otil_xdit.runtime.callbacks import CallRules, StepCallbacks, WholeLatent, callbacks_of, whole_latent
+from otil_xdit.runtime.callbacks import (
+    CallRules,
+    StepCallbacks,
+    WholeLatent,
+    callbacks_of,
+    check_loop_shows,
+    whole_latent,
+)
 from otil_xdit.runtime.dit_attention import DitAttention
 from otil_xdit.runtime.failures import tell_failures
 from otil_xdit.runtime.network_hooks import NetworkHooks, controlnets_of, device_of, networks_of
@@ -338,6 +345,8 @@ def _bracketed(kind: type) -> type:
             rules: CallRules | None = vars(self).get("_otil_rules")
             if rules is not None:
                 rules.check(self, arguments)
+            else:
+                check_loop_shows(kind, arguments)
             session.cfg_controller.check_call(arguments)
 
         with session.generation(self, facts_of_call(call, (self, *args), kwargs), check) as callbacks:

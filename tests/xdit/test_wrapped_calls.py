@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from diffusers import StableDiffusionPipeline
 
 from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.networks.compatibility import defaults_of_pipeline
+from otil_xdit.runtime.callbacks import check_loop_shows
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.xdit.plugin.register import register
+from otil_xdit.xdit.plugin.transformers import pipeline_class
 from otil_xdit.xdit.plugin.wrapped_calls import WRAPPED_CALLS
 from tests.support.communicators import FakeCommunicator
 from tests.support.torchrun import lines_of
@@ -140,3 +144,20 @@ def test_guidance_of_an_undistilled_klein_is_refused(scale: float, distilled: bo
     )
     with pytest.raises(ValueError, match="pass without the prompt") if refused else nullcontext():
         WRAPPED_CALLS["xFuserFlux2KleinPipeline"].check(pipe, {"guidance_scale": scale})
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="comprehensions have no locals of their own there")
+@pytest.mark.parametrize("name", ["pipeline_cosmos3_omni", "pipeline_ideogram4"])
+def test_a_loop_that_cannot_find_what_a_callback_wants_refuses_it(name: str) -> None:
+    register()
+    classes = {
+        "pipeline_cosmos3_omni": "get_cosmos3_pipeline_class",
+        "pipeline_ideogram4": "get_ideogram4_pipeline_class",
+    }
+    kind = pipeline_class((name, classes[name]))
+    wanted = {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["latents"]}
+    with pytest.raises(ValueError, match="callback_on_step_end wants latents, which .* cannot find before Python 3.12"):
+        check_loop_shows(kind, wanted)
+    for allowed in ({**wanted, "callback_on_step_end_tensor_inputs": []}, {**wanted, "callback_on_step_end": None}):
+        check_loop_shows(kind, allowed)
+    check_loop_shows(StableDiffusionPipeline, wanted)
