@@ -77,7 +77,7 @@ def of_xdit(kind: str, threshold: float) -> Callable[[Any], None]:
 CACHES: dict[str, tuple[str, Callable[[Any], None]]] = {
     "flux2, xDiT's fbcache": ("flux2, 7 text tokens", of_xdit("fbcache", 0.12)),
     "qwen-image, first block": ("qwen-image, prompts of 7 and 4 tokens", first_block(1.0)),
-    "wan, first block": ("wan, 27 tokens", first_block(0.4)),
+    "wan, first block": ("wan, 27 tokens", first_block(0.411)),
     "hunyuan-video, first block": ("hunyuan-video, 27 tokens", first_block(0.82)),
     "flux-kontext, xDiT's teacache": ("flux-kontext", of_xdit("teacache", 0.3)),
     "wan, pyramid attention broadcast": ("wan, 27 tokens", broadcast),
