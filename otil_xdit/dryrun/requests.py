@@ -181,8 +181,7 @@ def _attention_requests(
             latent = torch.empty(batch, channels, rows, cols, dtype=job.dtype, device=META)
         chunked = TokenLayout(layout.rows, layout.cols, layout.pixels, layout.text, degree)
         yield "observe", (latent, chunked)
-        part = _over_heads(own, degree)
-        yield "gather", (f"layer {number}", part, part)
+        yield "gather", (f"layer {number}", _over_heads(own, degree), _over_heads(own, degree))
 
 
 def _output_messages(job: Job, degrees: ParallelDegrees, batch: int) -> list[Message]:

@@ -149,7 +149,8 @@ class Traffic:
         for mode in list(dict.fromkeys(mode for mode in modes if mode != WARMUP)) or [WARMUP]:
             steady = steady_config(config, mode)
             # Three displaced steps: payloads arrive in the second, and buffers are used again from the third on.
-            count = steady.warmup_steps + {WARMUP: 0, "displaced": 3}.get(mode, 1)
+            # Of other modes the second is like all that follow, also in what it launches.
+            count = steady.warmup_steps + {WARMUP: 0, "displaced": 3}.get(mode, 1 + self._counts_launches)
             found[WARMUP], found[mode], nbytes, sizes = self._replayed(steady, count, mode)
             kept, scratch = max(kept, nbytes), scratch | sizes  # the largest of each name
         total = kept + sum(scratch.values())

@@ -71,8 +71,33 @@ Before the default had kernels (commit f61759a, 2026-11-26) it launched, in brac
 | SDXL | 14528 (7.4) | 8215 (4.2) | 15023 (7.7) | 6908 (3.5) |
 | SD3 | 5587 (4.6) | 5659 (4.7) | 5731 (4.8) | 5779 (4.8) |
 
-`otil-xdit plan --card 4090` counts launches and bytes on "meta" tensors, by the same rules: within 2% and 5% of this
+`otil-xdit plan --card 4090` counts launches and bytes on "meta" tensors, by the same rules: within 2% of this
 page's (`tests/tools/test_plan.py`), and predicts a step from them ([planner.md](planner.md)).
+
+## Where the bytes go
+
+Of SDXL's displaced step with `otil` on 2 ranks, bytes a number (2026-11-26):
+
+    python tests/workers/fake_cuda.py '[{{"pipeline": "SDXL", "strategy": "otil displaced", "steps": 4}}]'
+
+| bytes | what for |
+|---:|---|
+| 8.2 | copies corrected and moved on: a value and a velocity of 16 bits, of all patches, read and written; payloads |
+| 6.1 | own payload: fresh values, copies and velocities read to measure each feature, and again to be coded |
+| 5.1 | own keys and values: read once, compared with their copies, written for attention and in their coordinates |
+| 3.1 | the other ranks' keys and values written for attention, from copies and velocities |
+| 1.6 | halo rows: maps written with the rows above and below them |
+| 0.7 | codes of halo rows and moments, and the rest |
+
+12 is out of reach of this arithmetic. The first row is 8 as long as every number has a value and a velocity of 16
+bits that move at every step; attention's keys and values must be written (2) and read where they come from (2 or
+more), and the payload reads what it codes (3). What could go: the second reading for the payload (3; a feature's
+size is known only when all of it was read, and taking the step before's would change images), the coordinates' copy
+(1), and with velocities of 8 bits a quarter of the first row (`--otil_kv_cache_dtype float8`, which has no
+kernels). A step that waits writes attention's keys and values where it corrects the copies, and has 22.
+
+Warm-up steps of `otil` are in no budget: what codes them has no kernels, so they launch about 4,900 where cfg 2 x
+patch 2 share SDXL (`otil-xdit plan --card H100`, [planner.md](planner.md)).
 
 `python tests/workers/launches.py --write` makes this page, and the ceilings that a test holds
 (tests/budgets/launches.json).
