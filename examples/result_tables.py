@@ -254,7 +254,8 @@ def main() -> None:
             written, target = SHEETS[name]
             shutil.copy(given.out / written, RESULTS / target)
     if all(name in made_rows for name in PLOTTED):
-        plot([as_eval_row(row) for name in PLOTTED for row in made_rows[name]], RESULTS / "psnr-bytes.png")
+        rows = [row for name in PLOTTED for row in made_rows[name] if row["variant"] != BEFORE]
+        plot([as_eval_row(row) for row in rows], RESULTS / "psnr-bytes.png")
 
 
 def rows_of(run: str, out: Path) -> list[Row]:
