@@ -38,6 +38,6 @@ def test_edits_on_two_ranks_are_those_of_diffusers() -> None:
     for line in lines:
         assert line["ranks_agree"], line
         if line["kind"] == "cancelled":
-            assert line["left"] == "after step 3 of 4", line
+            assert line["left"] == "after step 3 of 5", line
         else:
             assert line["off"] <= 1 and line["away"] > 2 and len(line["previews"]) == 2, line

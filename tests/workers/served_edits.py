@@ -73,7 +73,7 @@ def edits_of(case: Case, scratch: Path) -> None:
     dist.broadcast_object_list(folder)
     for kind in EDITED[case.name]:
         give_embeddings(getattr(diffusers, kind), case)
-    requests = {"image": request(None), "inpaint": request(mask())}
+    requests = {"image": request(case, None), "inpaint": request(case, mask())}
     wanted = {kind: plainly(case, kind, one) for kind, one in requests.items()}
     case.prepare()
     allow_missing_encoders(Path(folder[0]))
@@ -126,9 +126,16 @@ def give_embeddings(pipeline: type, case: Case) -> None:
     pipeline.__call__ = __call__
 
 
-def request(painted: Pixels | None) -> ImageRequest:
+def request(case: Case, painted: Pixels | None) -> ImageRequest:
+    (guidance,) = (value for name, value in case.call.items() if name in ("guidance_scale", "true_cfg_scale"))
     return ImageRequest(
-        prompt="a prompt", seed=5, steps=STEPS, image=pixels_of(packed.image()), mask=painted, strength=STRENGTH
+        prompt="a prompt",
+        seed=5,
+        steps=STEPS,
+        guidance_scale=guidance,
+        image=pixels_of(packed.image()),
+        mask=painted,
+        strength=STRENGTH,
     )
 
 
