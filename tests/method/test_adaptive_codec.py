@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otil_xdit.method.adaptive_codec import AdaptiveCodec, _bits_of, _places_of
+from otil_xdit.method.adaptive_codec import AdaptiveCodec, _bits_of, _places_of, _plan_of
 from otil_xdit.method.codec import OCTAVE, Quantised
 from otil_xdit.method.scratch import ScratchBuffers
 
@@ -110,6 +110,33 @@ def test_a_feature_of_equal_size_comes_first_by_its_place() -> None:
     bits = _bits_of(torch.full((2, 8), 100, dtype=torch.uint8), torch.tensor(8), ROOM)
     assert bits.tolist() == [[1] * 8] * 2
     assert _bits_of(torch.full((6,), 100, dtype=torch.uint8), torch.tensor(8), ROOM).tolist() == [2, 2, 1, 1, 1, 1]
+
+
+def test_what_is_too_low_is_written_as_what_is_too_high_is() -> None:
+    """Levels lie alike on both sides of 0, and a number beyond them spoils no other one's code."""
+    vectors = features(0.5, 40, 24)
+    vectors[3, 5], vectors[30, 7] = 40.0, -40.0
+    decoded, mirrored = coded(vectors)[1], coded(-vectors)[1]
+    torch.testing.assert_close(decoded, -mirrored)
+    assert decoded[3, 5] > 0 > decoded[30, 7]
+
+
+def test_half_of_the_codes_bytes_are_left_however_few_vectors_there_are() -> None:
+    for width in (8, 33, 64):
+        assert sum(CODEC.row_bytes(2, width)) >= Quantised(2).row_bytes(width)
+
+
+@pytest.mark.parametrize(("bits", "left"), [(1, 0.37), (2, 0.125)])
+def test_levels_are_those_of_their_number_of_bits(bits: int, left: float) -> None:
+    """Features of equal size that all have `bits`; J. Max, 1960, table II: 0.3634 and 0.1188 of the variance."""
+    width = 64
+    row = bits * width // 8
+    spectrum = torch.full((1, width), 128, dtype=torch.uint8)
+    plan = _plan_of(spectrum, (row,), ROOM)
+    numbers = torch.randn(4000, width, generator=torch.Generator().manual_seed(0))
+    codes = (numbers / plan.steps + plan.middle).floor().clamp(0).minimum(plan.highest)
+    levels = (codes - plan.highest / 2) * plan.steps
+    assert (levels - numbers).square().mean() < left
 
 
 def test_layers_and_ranks_are_coded_at_once() -> None:

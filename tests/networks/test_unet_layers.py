@@ -20,6 +20,7 @@ from otil_xdit.dryrun.stand_ins import DryRunSession, unet_groups
 from otil_xdit.method.grid import LevelGrid
 from otil_xdit.networks.unet.context import LayerContext
 from otil_xdit.networks.unet.conv import halo_rows
+from otil_xdit.networks.unet.group_norm import moments_of
 from otil_xdit.networks.unet.layers import is_wrapped, unwrap_layer, wrap_layer
 from otil_xdit.networks.unet.model import PatchedUNet
 from otil_xdit.networks.unet.text_cache import TextCache
@@ -85,18 +86,35 @@ def test_convolutions(kernel: tuple[int, int], stride: int, dilation: int, heigh
     assert torch.allclose(torch.cat(parts, dim=2), exact, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "rows"),
+    [(3, 1, 1, (1, 1)), (3, 2, 1, (1, 0)), (1, 1, 0, (0, 0)), (5, 1, 2, (2, 2))],
+)
+def test_no_more_rows_are_asked_for_than_are_read(
+    kernel: int, stride: int, padding: int, rows: tuple[int, int]
+) -> None:
+    assert halo_rows(nn.Conv2d(1, 1, kernel, stride, padding)) == rows
+
+
 @settings(deadline=None)
 @given(height=st.integers(2, 20), ranks=st.integers(1, 3), affine=st.booleans(), offset=st.sampled_from([0.0, 30.0]))
 def test_group_norm(height: int, ranks: int, affine: bool, offset: float) -> None:
     assume(height >= ranks)
     grid = LevelGrid.build(height, 7, 1, ranks)
     torch.manual_seed(height)
-    norm = nn.GroupNorm(4, 8, affine=affine)
+    norm = nn.GroupNorm(4, 8, eps=0.01, affine=affine)
     if affine:
         nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     whole = torch.randn(2, 8, height, 7) + offset
     parts = on_patches(norm, whole, grid)
     assert torch.allclose(torch.cat(parts, dim=2), norm(whole), atol=1e-4 if offset else 1e-5)
+
+
+def test_moments_are_of_all_numbers_of_a_group_and_biased() -> None:
+    x = torch.randn(2, 8, 2, 3, generator=torch.Generator().manual_seed(0))
+    var, mean = torch.var_mean(x.unflatten(1, (4, 2)), dim=(2, 3, 4), correction=0)
+    for found, expected in zip(moments_of(x, 4), (mean, var), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_half_precision_keeps_its_type_and_takes_moments_in_float32() -> None:

@@ -52,7 +52,7 @@ def faults_of(module: str, tests: tuple[str, ...], *changes: tuple[str, str, str
 
 SELECTION = faults_of(
     "method/selection.py",
-    ("method/test_selection.py", "exchange/test_communicator_state.py"),
+    ("method/test_selection.py", "method/test_block_selector.py"),
     ("more than the ratio allows", "math.floor(total * ratio + 1e-9)", "math.ceil(total * ratio - 1e-9)"),
     ("none at a small ratio", "max(1, math.floor(", "max(0, math.floor("),
     ("too few are polled", "math.ceil(self.count * polling - 1e-9)", "math.floor(self.count * polling)"),
@@ -72,7 +72,7 @@ SELECTION = faults_of(
 
 SCORES = faults_of(
     "method/scores.py",
-    ("method/test_scores.py",),
+    ("method/test_scores.py", "method/test_block_selector.py"),
     ("norms for squared norms", "dim=-1).square_().flatten(1, -2)", "dim=-1).flatten(1, -2)"),
     ("similarity for change", "change = 1 - dot /", "change = dot /"),
 )
