@@ -66,8 +66,8 @@ def lines_of(
             raise subprocess.TimeoutExpired(script, timeout, stderr=written)
         lines = [json.loads(line) for line in output if line.startswith("{")]
         codes = [rank.exit_code for rank in ranks]
-        if any(codes):
-            print(f"exit codes {codes}\n{written}", file=sys.stderr)  # where only the lines count, it tells of a lost one
+        if any(codes):  # where only the lines count, this tells why one is missing
+            print(f"exit codes {codes}\n{written}", file=sys.stderr)
         assert lines and (may_fail or not any(codes)), f"exit codes {codes}\n{written}"
     return lines
 
