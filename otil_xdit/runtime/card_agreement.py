@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from otil_xdit.method.config import OtilConfig
-from otil_xdit.runtime.agreement import Facts
 
 _WAY_OUT = "give cards of one kind, --otil_check, which compares the copies at every layer, or --parallel distrifusion"
 
@@ -22,8 +21,8 @@ CAPABILITY = f"the GPU's compute capability ({_WAY_OUT})"
 """The fact that ranks with such copies are compared by."""
 
 
-def facts_of_card(config: Any) -> Facts:
-    """Return this rank's compute capability where it must be every rank's; nothing on the CPU."""
+def facts_of_card(config: Any) -> dict[str, str]:
+    """Return this rank's compute capability, as a fact by name, where it must be every rank's; nothing on the CPU."""
     return {CAPABILITY: capability_of(None)} if _must_be_alike(config) and torch.cuda.is_available() else {}
 
 

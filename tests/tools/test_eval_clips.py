@@ -87,7 +87,7 @@ def test_frames_are_of_clips(model: Model, capsys: pytest.CaptureFixture[str]) -
         tools.main(["eval", "--dry_run", "--models", "tiny-sd", "--frames", "9"])
     assert "--frames 9: tiny-sd draws images; leave it out" in capsys.readouterr().err
     line = ["--models", model.folder, "--samplers", "own:3", "--size", "64", "--prompts", "8", "--frames", "5"]
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     add_arguments(parser)
     made = read_matrix(parser.parse_args(line))
     assert made.frames == 5 and all("moving" in call.prompt for call in made.calls)

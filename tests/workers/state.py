@@ -303,7 +303,7 @@ def counted_steps() -> list[int | None]:
 
 
 def other_degrees() -> dict[str, Any]:
-    """What xDiT without a strategy computes on two Ulysses ranks, and we do, once nobody uses groups of two patches."""
+    """What we compute in two CFG groups and xDiT on two Ulysses ranks, once nobody uses groups of two patches."""
     from xfuser import xFuserArgs, xFuserStableDiffusion3Pipeline
     from xfuser.core.distributed import parallel_state
 
@@ -311,12 +311,12 @@ def other_degrees() -> dict[str, Any]:
     for name in ("ours", "xDiT"):
         unused = otil_xdit.parallelize(pipeline(), config=CONFIGS["otil"])
         try:
-            otil_xdit.parallelize(load(), "sync", ulysses_degree=2)
+            otil_xdit.parallelize(load(), "sync", use_cfg_parallel=True)
         except ValueError as error:
             found["refused"] = str(error)
         otil_xdit.restore(unused)
         if name == "ours":
-            pipe = otil_xdit.parallelize(load(), "sync", ulysses_degree=2)
+            pipe = otil_xdit.parallelize(load(), "sync", use_cfg_parallel=True)
         else:
             engine_config, _ = xFuserArgs(model="tiny-dit", ulysses_degree=2).create_config()
             engine_config.runtime_config.dtype = torch.float32
