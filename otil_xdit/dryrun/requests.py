@@ -181,6 +181,7 @@ def _attention_requests(
             latent = torch.empty(batch, channels, rows, cols, dtype=job.dtype, device=META)
         chunked = TokenLayout(layout.rows, layout.cols, layout.pixels, layout.text, degree)
         yield "observe", (latent, chunked)
+        # Two tensors, as keys and values are: what launches move is counted for each tensor once.
         yield "gather", (f"layer {number}", _over_heads(own, degree), _over_heads(own, degree))
 
 

@@ -182,13 +182,11 @@ class Traffic:
             for number, made in enumerate([*[self._whole] * (count - 1), last]):
                 traffic, first = run.collectives.traffic, len(log.messages)
                 traffic.clear()
-                if self._counts_launches and number in (warmup, count - 1):
-                    with meta_as_cuda(), LaunchCounter() as counter:
-                        replay(made.requests, run, log, counter)
+                counter = LaunchCounter() if self._counts_launches and number in (warmup, count - 1) else None
+                with meta_as_cuda() if self._counts_launches else nullcontext(), counter or nullcontext():
+                    replay(made.requests, run, log, counter)
+                if counter is not None:
                     launches[number] = counter.found
-                else:
-                    with meta_as_cuda() if self._counts_launches else nullcontext():
-                        replay(made.requests, run, log)
                 if made is last and mode == STAGED and self._cfg_rank == 0:
                     replica.send(self._segments.boundary.memory, 1, CollectiveLabel("stages", "the boundary", None))
                 messages = (*log.messages[first:], *made.messages)

@@ -40,13 +40,11 @@ class StepCache:
 
     Attributes:
         says: its class and settings, the same on every rank.
-        of_xdit: whether it is xDiT's, round the blocks; otherwise diffusers', on each of them.
         reset: empties it.
-        places: objects and names of their methods that compare; each is to be given a `Distance`.
+        places: objects, names of their methods that compare, and what makes such a method of a `Distance`.
     """
 
     says: str
-    of_xdit: bool
     reset: Callable[[], object]
     places: tuple[tuple[Any, str, Callable[[Any, Distance], Callable[..., Any]]], ...]
 
@@ -122,7 +120,7 @@ def _of_xdit(blocks: Any) -> StepCache:
         for name in ("cnt", "accumulated_rel_l1_distance", "use_cache"):
             setattr(blocks, name, torch.zeros_like(getattr(blocks, name)))
 
-    return StepCache(says, True, reset, ((blocks, "l1_distance", lambda _, distance: distance),))
+    return StepCache(says, reset, ((blocks, "l1_distance", lambda _, distance: distance),))
 
 
 # ---- diffusers' ------------------------------------------------------------------------------------------------------
@@ -140,7 +138,7 @@ def _of_diffusers(network: Any, hooks: list[tuple[str, Any]]) -> StepCache:
                     value.reset()
 
     places = tuple((hook, "_should_compute_remaining_blocks", _should_compute) for hook in leaders)
-    return StepCache(says, False, reset, places)
+    return StepCache(says, reset, places)
 
 
 def _should_compute(hook: Any, distance: Distance) -> Callable[[torch.Tensor], bool]:

@@ -38,8 +38,12 @@ class PatchedCoder:
         is_active: tells whether all these ranks make the call under way, or are about to.
         announce: told of the input of each call that the ranks share.
         shares: of the rows, for each rank, in any unit; empty for equal ones.
-        levels: resolutions of its layers; None for those of an `AutoencoderKL`.
+
+    Attributes:
+        levels_of: makes the resolutions of its layers from a coder.
     """
+
+    levels_of: Callable[[Any], Levels] = CoderLevels
 
     def __init__(
         self,
@@ -48,12 +52,11 @@ class PatchedCoder:
         is_active: Callable[[], bool],
         announce: Callable[[torch.Tensor], None] = lambda x: None,
         shares: tuple[int, ...] = (),
-        levels: Levels | None = None,
     ) -> None:
         self.coder, self.is_active, self._announce = coder, is_active, announce
         self.running = False
         self.order = make_order()
-        self._exchange, self._levels, self._shares = exchange, levels or CoderLevels(coder), shares
+        self._exchange, self._levels, self._shares = exchange, type(self).levels_of(coder), shares
         self._grid: LevelGrid | None = None
 
     @property
@@ -89,7 +92,7 @@ class PatchedCoder:
 
         Args:
             plain: the coder's own `forward`.
-            x: the whole image or latent, [B, C, H, W], the same on all ranks.
+            x: the whole image or latent, [B, C, H, W], the same on all ranks; of a clip [B, C, T, H, W].
 
         Returns:
             The whole latent or image.
@@ -101,10 +104,11 @@ class PatchedCoder:
         source, target = self._ends
         rows = grid.slice_of(source, self._exchange.rank)
         with self._running_on(grid):
-            part = plain(x[:, :, rows].contiguous())
+            part = plain(x[..., rows, :].contiguous())
         most = max(grid.rows[target])
-        parts = self._exchange.gather("the output", functional.pad(part, (0, 0, 0, most - part.shape[2])))
-        return torch.cat([theirs[:, :, :count] for theirs, count in zip(parts, grid.rows[target], strict=True)], dim=2)
+        parts = self._exchange.gather("the output", functional.pad(part, (0, 0, 0, most - part.shape[-2])))
+        pairs = zip(parts, grid.rows[target], strict=True)
+        return torch.cat([theirs[..., :count, :] for theirs, count in pairs], dim=-2)
 
     @property
     def _ends(self) -> tuple[int, int]:
@@ -163,7 +167,7 @@ class PatchedCoder:
 
     def _grid_of(self, x: torch.Tensor) -> LevelGrid | None:
         """Return how the ranks share a map; None where they cannot, as it has too few rows or halves unevenly."""
-        scale, height, width = 2 ** (self._levels.count - 1), *x.shape[2:]
+        scale, height, width = 2 ** (self._levels.count - 1), *x.shape[-2:]
         if not self._levels.is_encoder:
             height, width = height * scale, width * scale
         if height % scale or width % scale or height // scale < self._exchange.ranks or torch.is_grad_enabled():

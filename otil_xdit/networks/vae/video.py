@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from otil_xdit.exchange.synchronous import SynchronousExchange
 from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
 from otil_xdit.networks.unet.context import CONTEXT, LayerContext, running_context
 from otil_xdit.networks.unet.layers import is_spatial, wrap_layer
@@ -47,15 +46,7 @@ class VideoLevels:
 class PatchedVideoCoder(PatchedCoder):
     """One encoder or decoder whose layers reach the other ranks; see `PatchedCoder` for the arguments."""
 
-    def __init__(
-        self,
-        coder: Any,
-        exchange: SynchronousExchange,
-        is_active: Callable[[], bool],
-        announce: Callable[[torch.Tensor], None] = lambda x: None,
-        shares: tuple[int, ...] = (),
-    ) -> None:
-        super().__init__(coder, exchange, is_active, announce, shares, VideoLevels(coder))
+    levels_of = VideoLevels
 
     def prepare(self) -> None:
         """Wrap the coder and its layers."""
@@ -68,21 +59,6 @@ class PatchedVideoCoder(PatchedCoder):
                 if not is_swapped(module):
                     swap_class(module, derive)
                 vars(module)[CONTEXT] = context
-
-    def forward(self, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """Compute ``plain(x)`` on all ranks together, [B, C, T, H, W]; see `PatchedCoder.forward`."""
-        frames = x.transpose(1, 2)  # rows stand where a map of four dimensions has them, behind a batch of frames
-        grid = self._grid_of(frames[:, 0])
-        if grid is None:
-            return plain(x)
-        source, target = self._ends
-        rows = grid.slice_of(source, self._exchange.rank)
-        with self._running_on(grid):
-            part = plain(x[:, :, :, rows].contiguous())
-        most = max(grid.rows[target])
-        parts = self._exchange.gather("the output", functional.pad(part, (0, 0, 0, most - part.shape[3])))
-        pairs = zip(parts, grid.rows[target], strict=True)
-        return torch.cat([theirs[:, :, :, :count] for theirs, count in pairs], dim=3)
 
 
 def _derivation(module: nn.Module) -> Callable[[type], type] | None:

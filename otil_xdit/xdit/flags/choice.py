@@ -169,8 +169,8 @@ def _check_unsupported(values: Mapping[str, Any], what: str, refused: Mapping[st
 
 def _check_step_cache(values: Mapping[str, Any], what: str) -> None:
     """Refuse xDiT's step caches where ranks would decide apart, or nobody has compared them with one process."""
-    methods = ("fbcache" if values.get("use_fbcache") else None, "teacache" if values.get("use_teacache") else None)
-    method = values.get("cache_method") or next(filter(None, methods), None)
+    asked = [method for method in ("fbcache", "teacache") if values.get(f"use_{method}")]
+    method = values.get("cache_method") or next(iter(asked), None)
     if method is None:
         return
     record = find_record(values.get("model"))
