@@ -7,14 +7,13 @@ numbers that this script measures and writes in the configuration.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from autoencoding import train
 from diffusers import AutoencoderKL
 from scenes import contact_sheet, draw_many, parse, read
-from torch.nn import functional
 from tqdm import tqdm
 
 
@@ -53,38 +52,6 @@ def crop(images: np.ndarray, batch: int, side: int, rng: np.random.Generator) ->
     top, left = rng.integers(0, images.shape[1] - side + 1, 2)
     chosen = images[rng.integers(0, len(images), batch)]
     return to_tensor(chosen[:, top : top + side, left : left + side])
-
-
-def gradient_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 between the finite differences of two (n, c, h, w) batches: keeps edges sharp."""
-    return sum(functional.l1_loss(output.diff(dim=dim), target.diff(dim=dim)) for dim in (2, 3))
-
-
-def step_loss(vae: AutoencoderKL, batch: torch.Tensor, kl_weight: float) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(batch).latent_dist
-        output = vae.decode(posterior.sample()).sample.float()
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return functional.l1_loss(output, batch) + 0.5 * gradient_loss(output, batch) + kl_weight * kl
-
-
-def train(vae: AutoencoderKL, images: np.ndarray, args: argparse.Namespace) -> None:
-    """AdamW, one cosine cycle; time-limited: the schedule follows the clock, so it ends after `args.minutes`."""
-    rng = np.random.default_rng(args.seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    start, bar = time.time(), tqdm(desc="vae")
-    while (done := (time.time() - start) / 60 / args.minutes) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (bar.n + 1) / 50) * (0.01 + 0.99 * np.cos(done * np.pi / 2) ** 2)
-        loss = step_loss(vae, crop(images, args.batch, 64, rng), args.kl)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.4f}", done=f"{done:.0%}", refresh=False)
-    bar.close()
 
 
 @torch.no_grad()
@@ -132,7 +99,7 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.work / "vae") if args.resume else build()
     vae = vae.train().to(memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {args.scenes} scenes drawn", flush=True)
-    train(vae, images, args)
+    train(vae, lambda rng: crop(images, args.batch, 64, rng), args)
     vae.eval()
     latents = encode(vae, images)
     shift, scale = latents.mean().item(), 1 / latents.std().item()

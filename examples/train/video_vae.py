@@ -7,15 +7,14 @@ measured at the end and written in the configuration, as the pipeline wants them
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from autoencoding import train
 from diffusers import AutoencoderKLWan
 from moving_scenes import draw_many, strip
 from scenes import contact_sheet
-from torch.nn import functional
 from tqdm import tqdm
 
 CHANNELS = 8  # of the latents
@@ -57,35 +56,6 @@ def crop(clips: np.ndarray, batch: int, side: int, rng: np.random.Generator) -> 
     return to_tensor(clips[rng.integers(0, len(clips), batch), :, top : top + side, left : left + side])
 
 
-def step_loss(vae: AutoencoderKLWan, batch: torch.Tensor, kl_weight: float) -> torch.Tensor:
-    """L1 of the clip and of its differences in space and time, and a little KL."""
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(batch).latent_dist
-        output = vae.decode(posterior.sample()).sample.float()
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    edges = sum(functional.l1_loss(output.diff(dim=dim), batch.diff(dim=dim)) for dim in (2, 3, 4))
-    return functional.l1_loss(output, batch) + 0.5 * edges + kl_weight * kl
-
-
-def train(vae: AutoencoderKLWan, clips: np.ndarray, args: argparse.Namespace) -> None:
-    """AdamW, one cosine cycle by the clock, which ends after `args.minutes`."""
-    rng = np.random.default_rng(args.seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    start, bar = time.time(), tqdm(desc="vae", mininterval=10)
-    while (done := (time.time() - start) / 60 / args.minutes) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (bar.n + 1) / 50) * (0.01 + 0.99 * np.cos(done * np.pi / 2) ** 2)
-        loss = step_loss(vae, crop(clips, args.batch, 32, rng), args.kl)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.4f}", done=f"{done:.0%}", refresh=False)
-    bar.close()
-
-
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, clips: np.ndarray, batch: int = 16) -> torch.Tensor:
     """Latent means as they are, (n, CHANNELS, 5, 16, 16)."""
@@ -125,7 +95,7 @@ def main() -> None:
     vae = AutoencoderKLWan.from_pretrained(args.work / "vae") if args.resume else build()
     vae.train()
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {args.clips} clips drawn", flush=True)
-    train(vae, clips, args)
+    train(vae, lambda rng: crop(clips, args.batch, 32, rng), args)
     vae.eval()
     latents = encode(vae, clips)
     mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
