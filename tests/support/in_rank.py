@@ -1,13 +1,35 @@
-"""What the scripts that a torchrun runs have in common: naming a failure, and leaving xDiT's groups."""
+"""What the scripts that a torchrun runs have in common: how they begin, what they print, and leaving xDiT's groups."""
 
 from __future__ import annotations
 
 import gc
+import json
+import logging
 import traceback
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+import otil_xdit
+
+
+def settle() -> None:
+    """Register the plugin, and let this rank compute on one thread, without gradients and without a log."""
+    otil_xdit.register()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    logging.disable(logging.WARNING)
+
+
+def tell(case: Any, found: Any) -> None:
+    """Print what all ranks have found of a case, as a JSON line of rank 0."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    if dist.get_rank() == 0:
+        print(json.dumps({"case": case, "ranks": ranks}), flush=True)
 
 
 def described(error: Exception) -> str:

@@ -8,8 +8,6 @@ same adapter under `sync`, what the adapter changes, and the difference once it 
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,25 +20,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import otil_xdit  # noqa: E402
 from tests.support.dits import CASES  # noqa: E402
+from tests.support.in_rank import settle, tell  # noqa: E402
 
 NAMES = ("flux2, 7 text tokens", "qwen-image, 7 text tokens", "wan, 27 tokens", "z-image", "hunyuan-video, 27 tokens")
 
 
 def main() -> None:
-    otil_xdit.register()
+    settle()
     dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    logging.disable(logging.WARNING)
     for name in sys.argv[1:] or NAMES:
         try:
             found = compared(name)
         except Exception as error:  # whatever stops a case must not stop the next one
             found = {"stopped": f"{type(error).__name__}: {error}"}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, found)
-        if dist.get_rank() == 0:
-            print(json.dumps({"case": name, "ranks": ranks}), flush=True)
+        tell(name, found)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -8,8 +8,6 @@ over the largest latent.
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,14 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import otil_xdit  # noqa: E402
 from otil_xdit.xdit.plugin import measured_shares  # noqa: E402
+from tests.support.in_rank import settle, tell  # noqa: E402
 from tests.workers.unet_session import image, pipeline  # noqa: E402
 
 
 def main() -> None:
-    otil_xdit.register()
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    logging.disable(logging.WARNING)
+    settle()
     alone = image(pipeline(), rows=48)
     plain = measured_shares.step_seconds
     told: list[float] = []
@@ -49,10 +45,7 @@ def main() -> None:
         error = (image(pipe, rows=48) - alone).abs().max().item() / alone.abs().max().item()
         hook.remove()
         otil_xdit.restore(pipe)
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, {"rows": rows[0], "error": error, "seconds": told[-1]})
-        if dist.get_rank() == 0:
-            print(json.dumps({"case": name, "ranks": ranks}), flush=True)
+        tell(name, {"rows": rows[0], "error": error, "seconds": told[-1]})
     dist.barrier()
     dist.destroy_process_group()
 

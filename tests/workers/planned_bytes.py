@@ -20,17 +20,14 @@ import otil_xdit  # noqa: E402
 from otil_xdit.catalog.folders import OWN, find_model, load_pipe  # noqa: E402
 from otil_xdit.tools.common.variants import parse_variant  # noqa: E402
 from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
+from tests.support.in_rank import tell  # noqa: E402
 
 
 def main() -> None:
     otil_xdit.register()
     torch.set_num_threads(1)
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        report = reported(case)
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, report)
-        if dist.get_rank() == 0:
-            print(json.dumps({"case": case, "ranks": ranks}), flush=True)
+        tell(case, reported(case))
     dist.barrier()
     dist.destroy_process_group()
 

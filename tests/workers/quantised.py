@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +23,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import otil_xdit  # noqa: E402
+from tests.support.in_rank import settle  # noqa: E402
 from tests.workers.compatibility import draw_dit, draw_unet  # noqa: E402
 from tests.workers.tiny_dit import load  # noqa: E402
 from tests.workers.unet_session import pipeline  # noqa: E402
 
 
 def main() -> None:
-    otil_xdit.register()
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    logging.disable(logging.WARNING)
+    settle()
     for network, (make, draw) in {"unet": (pipeline, draw_unet), "dit": (load, draw_dit)}.items():
         plain = draw(make())
         for kind, (package, quantise) in KINDS.items():

@@ -10,8 +10,6 @@ whether a rank's own tokens have changed by another number, in `apart`; or why i
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from otil_xdit.networks.dit.layer_names import is_attention  # noqa: E402
 from otil_xdit.runtime.step_caches import StepCaches  # noqa: E402
 from otil_xdit.xdit.plugin.sessions import session_of  # noqa: E402
 from tests.support.dits import CASES  # noqa: E402
+from tests.support.in_rank import settle, tell  # noqa: E402
 
 STEPS = 8
 
@@ -87,11 +86,8 @@ CACHES: dict[str, tuple[str, Callable[[Any], None]]] = {
 
 
 def main() -> None:
-    otil_xdit.register()
+    settle()
     dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    logging.disable(logging.WARNING)
     for name in sys.argv[1:] or CACHES:
         tell(name, compared(*CACHES[name]))
     dist.barrier()
@@ -157,13 +153,6 @@ def noticing(found: dict[str, Any]) -> Any:
         yield
     finally:
         StepCaches._distance = plain
-
-
-def tell(name: str, found: Any) -> None:
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, found)
-    if dist.get_rank() == 0:
-        print(json.dumps({"case": name, "ranks": ranks}), flush=True)
 
 
 if __name__ == "__main__":
