@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from otil_xdit.errors import FlagError
 from otil_xdit.serve.planning import RanksLaunch, plan_ranks
+from otil_xdit.serve.restarts import Restarts
 from otil_xdit.serve.settings import ServeSettings, parser_of_flags, read_settings
 from otil_xdit.xdit.launcher.processes import run_to_end
 
@@ -147,18 +148,20 @@ async def _exit_without_a_model(engine: RankEngine, server: uvicorn.Server) -> N
 
 def _follow(launch: RanksLaunch, settings: ServeSettings) -> int:
     """Run this machine's ranks of a server on another machine, again when they were lost."""
-    losses = 0
+    restarts = Restarts(settings.max_restarts)
     while True:
         begun = time.monotonic()
         code = run_to_end(launch.command, launch.environment)
         # A rank that was killed gives more than 128, too; these two are what this process was told itself.
         if code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
             return code
-        losses = 1 if time.monotonic() - begun > _STEADY_SECONDS else losses + 1
-        if losses > settings.max_restarts:
+        if time.monotonic() - begun > _STEADY_SECONDS:
+            restarts.count_anew()
+        pause = restarts.next_pause()
+        if pause is None:
             return 1
         print(f"xfuser: the ranks of this machine ended with exit code {code}", file=sys.stderr)
-        time.sleep(min(2.0 ** (losses - 1), 30.0))
+        time.sleep(pause)
 
 
 _STEADY_SECONDS = 600.0

@@ -19,15 +19,13 @@ from otil_xdit.serve.engine import Cancelled, EngineFailure, EngineStatus, Refus
 from otil_xdit.serve.planning import RanksLaunch
 from otil_xdit.serve.rank_processes import RankProcesses
 from otil_xdit.serve.requests import DrawnImage, ImageRequest, ModelFacts, StepDone, pixels_from_wire
+from otil_xdit.serve.restarts import Restarts
 from otil_xdit.serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 60.0
 """How long ranks may take to end a cancelled image; they are started again otherwise."""
-
-LONGEST_PAUSE = 30.0
-"""Seconds between two restarts at most; the first comes after one second, each next one after twice as many."""
 
 POLL_SECONDS = 0.2
 GOODBYE_SECONDS = 10.0
@@ -58,7 +56,7 @@ class RankEngine:
         self._folder = ""
         self._server: asyncio.Server | None = None
         self._life: asyncio.Task[None] | None = None
-        self._restarts_in_a_row = 0
+        self._restarts = Restarts(settings.max_restarts)
 
     @property
     def status(self) -> EngineStatus:
@@ -149,7 +147,7 @@ class RankEngine:
             if kind == "failed" and values["is_lost"]:
                 self._lose(values["message"])
             elif kind == "done":
-                self._restarts_in_a_row = 0
+                self._restarts.count_anew()
 
     def _hear_beat(self, values: dict[str, Any]) -> None:
         self._places = {0: values["where"]}
@@ -172,13 +170,12 @@ class RankEngine:
                 self._fail_drawing(self._status.reason)
                 return
             self._fail_drawing(reason)
-            if self._restarts_in_a_row >= self._settings.max_restarts or self._facts is None:
+            pause = self._restarts.next_pause()
+            if pause is None or self._facts is None:
                 await self._set(EngineStatus("failed", reason, self._status.restarts))
                 logger.error("the ranks are not started again", extra={"reason": reason})
                 return
             await self._set(EngineStatus("restarting", reason, self._status.restarts + 1))
-            pause = min(2.0**self._restarts_in_a_row, LONGEST_PAUSE)
-            self._restarts_in_a_row += 1
             logger.error("the ranks were lost", extra={"reason": reason, "pause": pause})
             await asyncio.sleep(pause)
 

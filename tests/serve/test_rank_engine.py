@@ -11,7 +11,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from otil_xdit.serve import rank_engine
+from otil_xdit.serve import rank_engine, restarts
 from otil_xdit.serve.engine import Cancelled, EngineFailure, Refused
 from otil_xdit.serve.planning import RanksLaunch
 from otil_xdit.serve.rank_engine import RankEngine
@@ -26,7 +26,7 @@ LIMIT = 30.0
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses that a test can wait for."""
-    monkeypatch.setattr(rank_engine, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(restarts, "LONGEST_PAUSE", 0.05)
     monkeypatch.setattr(rank_engine, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(rank_engine, "GOODBYE_SECONDS", 5.0)
 
