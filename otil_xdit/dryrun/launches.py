@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from otil_xdit.dryrun.flops import call_controls, call_network
 from otil_xdit.dryrun.job import Job
-from otil_xdit.method.kernels import meta_as_cuda
+from otil_xdit.method.kernels import fused_on
 
 _NO_LAUNCH = frozenset(
     "view _unsafe_view expand permute transpose t slice select unsqueeze squeeze as_strided detach alias split "
@@ -44,6 +44,8 @@ _MOVED = {
     "correct_copies": lambda given: _twice(given, *_COPIES_OF_ALL),
     "correct_adaptive": lambda given: _twice(given, *_COPIES_OF_ALL) - _share_of_own(given, "out"),
     "encode_adaptive": lambda given: _twice(given, *_COPIES_OF_ALL, "fresh"),
+    "set_coded": lambda given: _twice(given, *_COPIES_OF_ALL) * given["known"] - _share_of_own(given, "out"),
+    "set_gathered": lambda given: 0 if given["velocity"] is None else _twice(given, *_COPIES_OF_ALL) * given["known"],
     "write_others": lambda given: -_share_of_own(given, "copies", "velocities", "out"),
 }
 """What our own operators move beyond each tensor once, by their arguments: copies are read and written, features are
@@ -139,7 +141,7 @@ class LaunchCounter(TorchDispatchMode):
 @contextmanager
 def as_on_cuda(counter: LaunchCounter) -> Iterator[None]:
     """Count what a network's call on "meta" would ask of a card, with the kernels that it has there."""
-    with meta_as_cuda(), _OneKernelAttention(), counter:
+    with fused_on("meta"), _OneKernelAttention(), counter:
         yield
 
 

@@ -23,7 +23,7 @@ from otil_xdit.dryrun.segments import Segments, segments_of
 from otil_xdit.dryrun.stand_ins import dry_communicator, patch_group
 from otil_xdit.dryrun.step_modes import STAGED, WARMUP, is_staged, modes_of, steady_config, window_of
 from otil_xdit.method.config import OtilConfig
-from otil_xdit.method.kernels import meta_as_cuda
+from otil_xdit.method.kernels import fused_on
 from otil_xdit.method.window import AUTO
 
 _NUMBER = 8
@@ -183,7 +183,7 @@ class Traffic:
                 traffic, first = run.collectives.traffic, len(log.messages)
                 traffic.clear()
                 counter = LaunchCounter() if self._counts_launches and number in (warmup, count - 1) else None
-                with meta_as_cuda() if self._counts_launches else nullcontext(), counter or nullcontext():
+                with fused_on("meta") if self._counts_launches else nullcontext(), counter or nullcontext():
                     replay(made.requests, run, log, counter)
                 if counter is not None:
                     launches[number] = counter.found

@@ -12,10 +12,9 @@ from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Phase
 from otil_xdit.exchange.kv_coder import KVCoder
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_messages import KVMessages
+from otil_xdit.exchange.kv_synchronous import SynchronousKV
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.exchange.pass_agreement import PassAgreement
-from otil_xdit.method.codec import Codec
-from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.coordinates import Coordinates
 from otil_xdit.method.schedule import Mode
@@ -67,11 +66,12 @@ class KVGroup:
         self.num_calls: list[int] = []
         self.names: list[str] = []
         self._config, self._scratch = config, scratch
-        self._warmup_codec = make_codec(config.warmup_codec, dtype)
         self._transform = KVTransform(shape, dtype, collectives.group, scratch)
         self._copies = KVCopies(self._transform, config, scratch)
         self._coder = KVCoder(self._transform, self._copies, table, config, selector, scratch, agreement)
         self._messages = KVMessages(collectives, self._coder, self.names)
+        parts = self._transform, self._copies, self._coder, self._messages
+        self._synchronous = SynchronousKV(*parts, table, config, scratch)
 
     # ---- layers and buffers ----------------------------------------------------------------------------------------
 
@@ -165,8 +165,7 @@ class KVGroup:
         whole = self._scratch("whole", (2, self.shape[1], self._transform.ranks, *self.shape[2:]), self.dtype)
         by_rank = whole.permute(2, 0, 1, 3, 4)
         if mode == "sync":
-            self._transform.set_own(layer, key, value)
-            self._gather_all(layer, by_rank, label)
+            self._synchronous.gather(layer, (key, value), self.num_calls[layer], by_rank, label)
         else:
             self._copies.take_own(layer, key, value, by_rank)
             if mode == "fresh":
@@ -175,46 +174,6 @@ class KVGroup:
                 self._gather_late(layer, by_rank, label if mode == "displaced" else None)
         self.num_calls[layer] += 1
         return whole.flatten(2, 3)
-
-    def _gather_all(self, layer: int, out: torch.Tensor, label: CollectiveLabel) -> None:
-        """Write everybody's values of this step to `out`, [N, 2, B, S, C], and keep them: mode ``sync``."""
-        codec, transform, is_first = self._warmup_codec, self._transform, self.num_calls[layer] == 0
-        # A refresh is exact, whatever the warm-up sends.
-        warmed_up = self.num_calls[layer] >= self._config.warmup_steps
-        if codec.lossless or self._config.freshness == "sync" or warmed_up:
-            values = self._scratch("gathered", (transform.ranks, *self.shape), self.dtype)
-            self._messages.gather_now(layer, transform.own_values(layer), values, label)
-            out.copy_(values)
-            if is_first:
-                transform.measure(layer, values)
-            values = transform.code(layer, values)
-        else:
-            values = self._gather_changes(layer, codec, label)
-            transform.write(layer, values, out)
-            if is_first and transform.measure(layer, values):
-                values = transform.code(layer, values)
-        if self._config.freshness != "sync":
-            self._copies.set_values(layer, values)
-            self._coder.set_previous(layer, transform.code_own(layer))
-
-    def _gather_changes(self, layer: int, codec: Codec, label: CollectiveLabel) -> torch.Tensor:
-        """Return everybody's coded values, float32 [N, 2, B, S, C], from coded changes since the step before."""
-        ranks, width, vectors = self._transform.ranks, self.shape[-1], self.shape[:-1].numel()
-        shape = (ranks, *self.shape)
-        changes = self._scratch("residual", tuple(self.shape), torch.float32).copy_(self._transform.code_own(layer))
-        if codec.of_residuals:
-            known = self._copies.last_values(layer)
-        else:
-            known = self._scratch("known", shape, torch.float32).zero_()
-        changes.sub_(known[self._transform.rank])
-        payload = self._scratch("payload", (codec.size(vectors, width),), torch.uint8)
-        received = self._scratch("received", (ranks, payload.numel()), torch.uint8)
-        codec.encode(changes.view(vectors, width), payload, self._scratch)
-        coded = self._messages.gather_now(layer, payload, received, label)
-        numbers, scales = codec.decode(coded, vectors, width, self._scratch)
-        if scales is None:
-            return known.add_(numbers.reshape(shape))
-        return known.addcmul_(numbers.reshape(shape), scales.view(*shape[:-1], 1))
 
     def _gather_sent(self, layer: int, out: torch.Tensor, label: CollectiveLabel) -> None:
         """Write to `out`, [N, 2, B, S, C], what follows from everybody's payloads of this step: mode ``fresh``."""

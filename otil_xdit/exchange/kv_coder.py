@@ -89,6 +89,11 @@ class KVCoder:
         """
         return float("inf") if self._errors is None else float(self._errors[layer].max())
 
+    @property
+    def keeps_previous(self) -> bool:
+        """Tell whether `set_previous` matters."""
+        return self._selection.keeps_previous
+
     def set_previous(self, layer: int, fresh: torch.Tensor) -> None:
         """Take note of a layer's values, coded [2, B, S, C], at a step where nothing was selected of them."""
         self._selection.set_previous(layer, fresh)

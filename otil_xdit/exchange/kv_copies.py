@@ -5,6 +5,8 @@ Shapes: L layers; N patches, B batch, S tokens of one patch, C features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from otil_xdit.exchange.kv_transform import KVTransform
@@ -82,6 +84,12 @@ class KVCopies:
             return self._predictor.last_values(layer)
         return self._scratch("known", (self._transform.ranks, *self._transform.shape), torch.float32).zero_()
 
+    def last_own(self, layer: int) -> torch.Tensor | None:
+        """Return this rank's part of `last_values`, [1, 2, B, S, C], as it is kept; None where it is not known."""
+        if self._predictor is None or not self._predictor.is_known(layer):
+            return None
+        return self._predictor.own_copies(slice(layer, layer + 1))[0]
+
     def set_values(self, layer: int, values: torch.Tensor) -> None:
         """Replace everybody's values of a layer, in its coordinates, [N, 2, B, S, C], after a synchronous step."""
         if self._predictor is not None:
@@ -89,6 +97,16 @@ class KVCopies:
         else:
             value_dtype, _ = storage_dtypes(self._config.kv_cache_dtype, self._transform.dtype)
             self._first[layer] = values.to(value_dtype, copy=True)
+
+    def set_by_kernel(self, layer: int, replace: Callable[..., None]) -> None:
+        """Do what `set_values` does, by a kernel; see `Predictor.set_by_kernel`."""
+        if self._predictor is not None:
+            self._predictor.set_by_kernel(layer, replace)
+            return
+        value_dtype, _ = storage_dtypes(self._config.kv_cache_dtype, self._transform.dtype)
+        shape = self._transform.ranks, *self._transform.shape
+        value = self._first[layer] = torch.empty(shape, dtype=value_dtype, device=self._scratch.device)
+        replace(value=value, velocity=None, age=None, known=False)
 
     def take_own(self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
         """Take what this rank's layer is called with, and find how far it has moved since the step before.

@@ -69,7 +69,7 @@ class PayloadLayout:
         return cls(gains, error, indices, coded, size, count, vectors)
 
 
-def _operator(name: str) -> Callable[..., None]:
+def kernel_of(name: str) -> Callable[..., None]:
     """Return the operator ``module:name`` of `otil_xdit.method.kernels`."""
     module, _, operator = name.partition(":")
     found: Callable[..., None] = getattr(import_module(f"otil_xdit.method.kernels.{module}"), operator)
@@ -209,7 +209,7 @@ class PayloadCodec:
         places = {"indices_at": layout.error, "coded_at": layout.coded, "fitted": layout.has_gains}
         own = {"value": value, "velocity": velocity, "fresh": fresh, "gains": gains}
         arguments, _ = codec.kernel_arguments(fresh.device, layout.vectors, self._shape[-1])
-        encode = kernel or _operator(codec.kernels[0])
+        encode = kernel or kernel_of(codec.kernels[0])
         encode(**own, payload=payload, selected=selected, table=self._table, **places, **arguments)
 
     def can_fuse(self, received: torch.Tensor) -> bool:
@@ -243,7 +243,7 @@ class PayloadCodec:
         assert codec.kernels is not None, "see `can_fuse`"
         places = {"indices_at": layout.error, "coded_at": layout.coded, "count": layout.count}
         _, arguments = codec.kernel_arguments(received.device, layout.vectors, self._shape[-1])
-        correct = kernel or _operator(codec.kernels[1])
+        correct = kernel or kernel_of(codec.kernels[1])
         given = {**arguments, **places, **(writing or {})}
         predictor.apply_coded(run, partial(correct, received=received, table=self._table, **given))
 

@@ -49,7 +49,7 @@ class KVSelection:
     def allocate(self, name: str, layers: int) -> None:
         """Make the buffers of L layers, the first of which is called `name`."""
         transform, self._layers = self._transform, (name, layers)
-        if self._keeps_previous:
+        if self.keeps_previous:
             shape, device = (layers, *transform.shape), self._scratch.device
             self._previous = torch.zeros(shape, dtype=transform.dtype, device=device)
             for layer, fresh in self._first.items():
@@ -67,7 +67,7 @@ class KVSelection:
         return previous + sum(kept.nbytes for kept in self._first.values())
 
     @property
-    def _keeps_previous(self) -> bool:
+    def keeps_previous(self) -> bool:
         """Tell whether a layer's next sub-blocks are compared with what it was called with last."""
         return self._config.selects_by_layer and self._config.score_reference == "previous"
 
@@ -94,7 +94,7 @@ class KVSelection:
         """Take note of what was sent of a layer or a run of layers, coded [2, B, S, C] or [l, 2, B, S, C]."""
         if self._previous is not None:
             self._previous[layers] = fresh
-        elif self._keeps_previous and isinstance(layers, int):
+        elif self.keeps_previous and isinstance(layers, int):
             self._first[layers] = fresh.clone()
 
     def select_shared(self) -> None:

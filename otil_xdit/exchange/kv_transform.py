@@ -89,8 +89,7 @@ class KVTransform:
         """
         self._coded_dtype = self.dtype  # kernels compute in float32, and write what copies are kept in
         coded = self.coded_own(slice(layer, layer + 1))[0]
-        matrices = None if self.is_identity else self._coordinates[layer][0].matrices[0]
-        self._take(layer, called_with, matrices, copies, sums, out, coded)
+        self._take(layer, called_with, self.into(layer), copies, sums, out, coded)
 
     def _take(
         self,
@@ -131,6 +130,10 @@ class KVTransform:
         name = "fresh" if self.is_identity else "fresh.coordinates"
         return self._scratch(name, (self._layers, *self.shape), self._coded_dtype)[run]
 
+    def into(self, layer: int) -> torch.Tensor | None:
+        """Return the matrices that make coordinates of a layer's features, as of `Coordinates`; None where none do."""
+        return None if self.is_identity else self._coordinates[layer][0].matrices[0]
+
     def code(self, layer: int, values: torch.Tensor) -> torch.Tensor:
         """Return everybody's keys and values of a layer, [N, 2, B, S, C], in its coordinates; in scratch."""
         if self.is_identity:
@@ -143,13 +146,17 @@ class KVTransform:
         """Return scratch for everybody's keys and values of a layer in its coordinates, float32 [N, 2, B, S, C]."""
         return self._scratch("predicted", (self.ranks, *self.shape), torch.float32)
 
+    def is_measured(self, layer: int) -> bool:
+        """Tell whether a layer's coordinates follow from its first values, as nothing else says them."""
+        return not self.is_identity and self._coordinates[layer][1]
+
     def measure(self, layer: int, values: torch.Tensor) -> bool:
         """Have a layer's coordinates follow from everybody's first values, [N, 2, B, S, C], if nothing else says them.
 
         Returns:
             Whether they have: until then they were the values themselves.
         """
-        if self.is_identity or not self._coordinates[layer][1]:
+        if not self.is_measured(layer):
             return False
         self._coordinates[layer][0].measure(self.coded_buffer().copy_(values).square_())
         return True

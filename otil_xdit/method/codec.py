@@ -60,6 +60,7 @@ class Codec(ABC):
         kernels: the operators of CUDA that write payloads and correct copies by them, ``module:name`` below
             `otil_xdit.method.kernels`; None where there are none.
         writes_corrected: True where the latter writes corrected copies to where attention reads them, too.
+        set_kernel: the operator of CUDA that replaces copies by what changes coded by `kernels` make of them, likewise.
     """
 
     bits: int
@@ -68,6 +69,7 @@ class Codec(ABC):
     by_feature: bool = False
     kernels: tuple[str, str] | None = None
     writes_corrected: bool = False
+    set_kernel: str | None = None
 
     def kernel_arguments(self, device: torch.device, vectors: int, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what those operators need of the codec, for `vectors` vectors of `width` numbers."""
@@ -143,6 +145,7 @@ class Quantised(Codec):
 
     of_residuals = True
     kernels = "payloads:encode_residuals", "copies:correct_copies"
+    set_kernel = "gathered:set_coded"
 
     def __init__(self, bits: int) -> None:
         self.bits = bits

@@ -81,6 +81,10 @@ class Predictor:
         """Start a generation: mark all values as unknown. Each layer needs `set_values` before it is predicted."""
         self._known = [False] * len(self._known)
 
+    def is_known(self, layer: int) -> bool:
+        """Tell whether a layer's values have been set in this generation."""
+        return self._known[layer]
+
     def last_values(self, layer: int) -> torch.Tensor:
         """Return all ranks' values of a layer at the step before, float32 [N, 2, B, S, C], in scratch; 0 at first."""
         value = self.value[layer]
@@ -102,6 +106,20 @@ class Predictor:
             if age is not None:
                 age.fill_(1)
         value.copy_(values)
+        self._known[layer] = True
+
+    def set_by_kernel(self, layer: int, replace: Callable[..., None]) -> None:
+        """Do what `set_values` does, by a kernel that finds the values itself.
+
+        Args:
+            layer: of the L.
+            replace: given the layer's values and velocities, which it replaces, ages, and whether they are known.
+        """
+        age, known = None if self._age is None else self._age[layer], self._known[layer]
+        velocity = None if self.velocity is None else self.velocity[layer]
+        replace(value=self.value[layer], velocity=velocity, age=age if known else None, known=known)
+        if age is not None:
+            age.fill_(1)
         self._known[layer] = True
 
     def gain(self, layer: int, fresh: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ from otil_xdit.method.kernels import (  # noqa: E402
     bits,
     choices,
     copies,
+    gathered,
     group_norm,
     moments,
     others,
@@ -87,7 +88,7 @@ def kernels(width: int) -> Iterator[Kernel]:
             | dict.fromkeys(("octave", "zero", "width_root", "step", "middle", "highest"), "fp32"),
             {"C": width, "T": 16, "BITS": of_number, "BYTES": columns * of_number // 8}
             | {"R": width * of_number // 8}
-            | {"MOVES": True, "FITTED": True, "SELECTED": True},
+            | {"KNOWN": True, "MOVES": True, "FITTED": True, "SELECTED": True},
             4,
         )
     yield (
@@ -160,6 +161,24 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
         {"copies": HALF, "velocities": HALF, "matrices": FLOAT, "totals": FLOAT, "out": HALF, "constant": "fp32"}
         | dict.fromkeys(("batch", "tokens", "heads", "ranks", "own", "count"), "i32"),
         constants | {"FITTED": True, "LARGEST": 1.25, "PARTS": 512},
+        4,
+    )
+    switches = dict.fromkeys(("KNOWN", "AGED"), True)
+    yield (
+        gathered._set_coded,
+        dict.fromkeys(("value", "velocity", "out"), HALF)
+        | dict.fromkeys(("age", "levels", "scales", "matrices"), FLOAT)
+        | {"received": BYTES}
+        | dict.fromkeys(("batch", "tokens", "size", "heads", "own"), "i32"),
+        {"C": width, "R": width, "BITS": 8, "FEATURES": 64, "PARTS": 8, "WIDTH": 3 * size} | constants | switches,
+        4,
+    )
+    yield (
+        gathered._set_gathered,
+        dict.fromkeys(("gathered", "value", "velocity", "out"), HALF)
+        | dict.fromkeys(("age", "matrices"), FLOAT)
+        | dict.fromkeys(("batch", "tokens", "heads", "ranks"), "i32"),
+        constants | switches,
         4,
     )
     yield (

@@ -1,6 +1,6 @@
 """Compares the fused kernels with the eager code over random shapes, in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/workers/fused_kernels.py moments own chosen copies payloads group_norm rows
+    TRITON_INTERPRET=1 python tests/workers/fused_kernels.py moments own chosen copies gathered payloads group_norm rows
 
 Prints a JSON object for each comparison: the largest difference relative to the largest value, and its bound.
 """
@@ -26,6 +26,7 @@ from otil_xdit.dryrun.stand_ins import patch_group  # noqa: E402
 from otil_xdit.exchange.buckets import Bucketer  # noqa: E402
 from otil_xdit.exchange.kv_payload import PayloadCodec  # noqa: E402
 from otil_xdit.exchange.moments import MomentsLayer, combined_moments  # noqa: E402
+from otil_xdit.method.codecs import make_codec  # noqa: E402
 from otil_xdit.method.config import OtilConfig  # noqa: E402
 from otil_xdit.method.coordinates import Coordinates  # noqa: E402
 from otil_xdit.method.kernels import group_norm as norm_kernels  # noqa: E402
@@ -34,6 +35,7 @@ from otil_xdit.method.kernels.adaptive import launch_encode_adaptive  # noqa: E4
 from otil_xdit.method.kernels.adaptive_copies import launch_correct_adaptive  # noqa: E402
 from otil_xdit.method.kernels.choices import launch_settle  # noqa: E402
 from otil_xdit.method.kernels.copies import launch_correct_copies  # noqa: E402
+from otil_xdit.method.kernels.gathered import launch_set_coded, launch_set_gathered  # noqa: E402
 from otil_xdit.method.kernels.others import launch_write_others  # noqa: E402
 from otil_xdit.method.kernels.own import launch_take_own  # noqa: E402
 from otil_xdit.method.kernels.payloads import launch_encode_residuals  # noqa: E402
@@ -149,6 +151,71 @@ def worst(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype
     # A number in half precision may be rounded to its neighbour where sums in float32 differ in the last bit.
     bound = FLOAT32 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     return max(relative(*pair) for pair in pairs), bound
+
+
+def gathered_cases() -> Iterator[tuple[str, float, float]]:
+    """Two synchronous steps of one layer: what everybody sends, what the copies become and what attention reads."""
+    heads, types = ((3, 8), (2, 20), (1, 40)), (torch.float32, torch.float16, torch.bfloat16)
+    turns = cycle(zip(heads, types, SHAPES, strict=True))
+    for codec, rule, turned in (*product(("int8", "raw"), RULES[1:], (True, False)), ("int4", "fitted", True)):
+        (number, size), dtype, (_, ranks, batch, tokens, _) = next(turns)
+        config = OtilConfig(warmup_codec=codec, extrapolation=rule, ratio=0.5)
+        name = f"{ranks} ranks, {batch} x {number} x {tokens} x {size}, {dtype}, {codec}, {rule}, {turned}"
+        for case, error, bound in gathered_case(ranks, (batch, number, tokens, size), dtype, config, turned):
+            yield f"{name}: {case}", error, bound
+
+
+def gathered_case(
+    ranks: int, of_key: tuple[int, int, int, int], dtype: torch.dtype, config: OtilConfig, turned: bool
+) -> Iterator[tuple[str, float, float]]:
+    batch, heads, tokens, size = of_key
+    one, own, scratch = torch.Size((2, batch, tokens, heads * size)), ranks - 1, ScratchBuffers(torch.device("cpu"))
+    eager, fused = (Predictor(torch.empty(1, *one, dtype=dtype), ranks, own, config, scratch) for _ in range(2))
+    coordinates = Coordinates(*(torch.randn(2, heads, size, size) / size**0.5 for _ in range(2)))
+    into, back = coordinates.matrices if turned else (None, None)
+    codec, vectors = make_codec(config.warmup_codec, dtype), one[:-1].numel()
+    differ, pairs = 0.0, list[tuple[torch.Tensor, torch.Tensor]]()
+    for step in range(2):
+        values = torch.randn(ranks, *one).to(dtype)
+        coded = values.float()
+        if turned:
+            coordinates.into(values, coded, scratch)
+        whole = torch.randn(2, batch, ranks, tokens, heads * size).to(dtype)
+        expected = values.permute(1, 2, 0, 3, 4)
+        if codec.lossless:
+            eager.set_values(0, coded)
+            fused.set_by_kernel(0, partial(launch_set_gathered, values, matrices=into, out=whole, heads=heads))
+        else:
+            known = eager.last_values(0).clone()
+            received = torch.empty(ranks, codec.size(vectors, one[-1]), dtype=torch.uint8)
+            for rank, changes in enumerate(coded - known):
+                codec.encode(changes.clone().view(vectors, -1), received[rank], scratch)
+            encoding, decoding = codec.kernel_arguments(received.device, vectors, one[-1])
+            sent = torch.empty(1, received.shape[1], dtype=torch.uint8)
+            last = fused.own_copies(slice(0, 1))[0] if fused.is_known(0) else None
+            launch_encode_residuals(
+                last, None, coded[own][None], None, sent, None, torch.arange(tokens)[:, None], indices_at=0,
+                coded_at=0, fitted=False, **encoding,
+            )  # fmt: skip
+            differ = max(differ, (sent[0] != received[own]).float().mean().item())
+            numbers, scales = codec.decode(received, vectors, one[-1], scratch)
+            eager.set_values(0, known.addcmul_(numbers.view_as(known), scales.view(ranks, *one[:-1], 1)))
+            arguments = {"received": received, **decoding, "matrices": back, "out": whole, "heads": heads, "own": own}
+            fused.set_by_kernel(0, partial(launch_set_coded, **arguments))
+            changed = coordinates.back(eager.value[0], scratch) if turned else eager.value[0]
+            expected = torch.cat([changed.to(dtype).permute(1, 2, 0, 3, 4)[:, :, :own], whole[:, :, own:]], dim=2)
+        pairs += [(fused.value.clone(), eager.value.clone()), (whole, expected)]
+        if step > 0 and eager.velocity is not None:
+            assert fused.velocity is not None, "both have one"
+            pairs.append((fused.velocity.clone(), eager.velocity.clone()))
+        for tensor, twin in zip(eager.tensors, fused.tensors, strict=True):
+            if tensor.ndim == 3:  # as if some tokens had not been sent
+                tensor.copy_(torch.randint(1, 4, tensor.shape))
+            twin.copy_(tensor)
+    error, bound = worst(pairs, dtype)
+    yield "copies", error, 10 * bound if dtype == torch.float32 else 4 * bound  # products of many numbers
+    if not codec.lossless:
+        yield "share of bytes that differ", differ, 2e-3
 
 
 def payloads_cases() -> Iterator[tuple[str, float, float]]:

@@ -33,10 +33,13 @@ def is_fused(tensor: torch.Tensor) -> bool:
 
 
 @contextmanager
-def meta_as_cuda() -> Iterator[None]:
-    """Let "meta" tensors take the way that tensors on CUDA take, for a dry run of what a card would be asked."""
+def fused_on(device_type: str) -> Iterator[None]:
+    """Let tensors there take the way that tensors on CUDA take.
+
+    Those on "meta" do it for a dry run of what a card would be asked, those on the CPU in Triton's interpreter.
+    """
     before = set(_fused_on)
-    _fused_on.add("meta")
+    _fused_on.add(device_type)
     try:
         yield
     finally:

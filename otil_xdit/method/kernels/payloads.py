@@ -41,12 +41,14 @@ def _encode(
     layer_stride, batch, tokens, size, indices_at, coded_at, count, octave, zero, width_root,
     step, middle, highest,
     C: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, R: tl.constexpr,
-    MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+    KNOWN: tl.constexpr, MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """One vector of a payload: payload, uint8 [l, size]; selected, int64 [l, k]."""
     slot, kv_image, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     out = payload + layer.to(tl.int64) * size
-    gain = tl.load(gains + layer * 2 + kv_image // batch)
+    gain = 0.0
+    if MOVES or FITTED:
+        gain = tl.load(gains + layer * 2 + kv_image // batch)
     if FITTED:
         if slot == 0 and kv_image % batch == 0:
             tl.store(out.to(tl.pointer_type(tl.float32)) + kv_image // batch, gain)
@@ -63,7 +65,10 @@ def _encode(
     row = (kv_image.to(tl.int64) * tokens + token) * C
     at = layer.to(tl.int64) * layer_stride + row + column
     fresh_at = layer * tl.num_programs(1).to(tl.int64) * tokens * C + row + column
-    residual = residual_of(value, velocity, fresh, gain, at, fresh_at, inside, MOVES)
+    if KNOWN:
+        residual = residual_of(value, velocity, fresh, gain, at, fresh_at, inside, MOVES)
+    else:
+        residual = tl.load(fresh + fresh_at, mask=inside, other=0.0).to(tl.float32)
     if BITS == 8:
         spread = tl.max(tl.max(tl.abs(residual), 1), 0)
     else:
@@ -87,10 +92,10 @@ def _encode(
 
 
 def launch_encode_residuals(
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     velocity: torch.Tensor | None,
     fresh: torch.Tensor,
-    gains: torch.Tensor,
+    gains: torch.Tensor | None,
     payload: torch.Tensor,
     selected: torch.Tensor | None,
     table: torch.Tensor,
@@ -110,9 +115,9 @@ def launch_encode_residuals(
 
     Args:
         value, velocity: this rank's copies of a run of layers, [l, 2, B, S, C], each layer's contiguous; no velocity
-            where nothing is extrapolated.
+            where nothing is extrapolated, and no value where nothing is known yet.
         fresh: what the layers were called with, [l, 2, B, S, C], contiguous.
-        gains: this rank's, float32 [l, 2].
+        gains: this rank's, float32 [l, 2]; None where nothing is extrapolated.
         table: the tokens of each sub-block, int64 [K, T].
         payload: uint8 [l, size].
         selected: sub-blocks that are sent, int64 [l, k], contiguous; None for all tokens.
@@ -126,13 +131,14 @@ def launch_encode_residuals(
     count = 0 if selected is None else selected.shape[1]
     side = table.shape[1]
     row = -(-width * bits // 8)
+    copies = fresh if value is None else value
     _encode[(count * side or tokens, 2 * batch, layers)](
-        value, value if velocity is None else velocity, fresh, gains, payload,
+        copies, copies if velocity is None else velocity, fresh, scales if gains is None else gains, payload,
         table if selected is None else selected, table, scales, borders,
-        value.stride(0), batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
+        copies.stride(0), batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
         step, middle, highest,
         C=width, T=side, BITS=bits, BYTES=triton.next_power_of_2(row), R=row,
-        MOVES=velocity is not None, FITTED=fitted, SELECTED=selected is not None,
+        KNOWN=value is not None, MOVES=velocity is not None, FITTED=fitted, SELECTED=selected is not None,
     )  # fmt: skip
 
 
