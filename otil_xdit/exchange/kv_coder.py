@@ -105,12 +105,17 @@ class KVCoder:
         """
         if self._agreement is None:
             return
-        run = slice(layer, layer + 1)
+        run, is_alike = slice(layer, layer + 1), self._selection.is_alike_in_both_passes
+        if self._packs_fused and self._selection.is_picked_by_kernel:
+            measured = self._copies.measure(run, self._table, is_alike)
+            self._selection.agree_by_kernel(layer, self._agreement.gather(measured[0], label))
+            self._is_settled = True
+            return
         self._copies.settle(run, self._table, None)
-        measured = [self._copies.gains[run]]
-        if self._selection.is_alike_in_both_passes:
-            measured.append(self._scores(run))
-        gains, *scores = self._agreement.mean(measured, label)
+        found = [self._copies.gains[run]]
+        if is_alike:
+            found.append(self._scores(run))
+        gains, *scores = self._agreement.mean(found, label)
         self._copies.gains[run] = gains
         self._is_settled = True
         if scores:

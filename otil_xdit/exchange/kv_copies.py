@@ -127,26 +127,47 @@ class KVCopies:
         sums = None if self._sums is None else (self._sums.tokens[layer], self._sums.totals[layer])
         transform.take_own(layer, (key, value), copies, sums, out[transform.rank])
 
-    def settle(self, run: slice, table: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def settle(
+        self, run: slice, table: torch.Tensor, count: int | None, agreed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Find this rank's gains, where they are fitted, and what changed most, from what `take_own` found by kernels.
 
         Args:
             run: layers.
             table: int64 [K, T], the tokens of each sub-block.
             count: how many sub-blocks are selected, the most changed ones; None where none are compared.
+            agreed: what several ranks have found of the one layer that the run is, [R, ...], as of `measure`; the means
+                count then.
 
         Returns:
             Squared distances of sub-blocks, float32 [l, K], and those selected, int64 [l, k].
         """
+        gains = self.gains[run]
+        scores = gains.new_empty(len(gains), 0 if count is None else len(table))
+        return scores, self._settled(run, table, gains, scores, count or 0, agreed)
+
+    def measure(self, run: slice, table: torch.Tensor, scored: bool) -> torch.Tensor:
+        """Return the gains that `settle` would find of one layer and, if wanted, the distances, float32 [1, 2 + K]."""
+        found = self.gains.new_empty(1, 2 + scored * len(table))
+        self._settled(run, table, found[:, :2], found[:, 2:], 0, None)
+        return found
+
+    def _settled(
+        self,
+        run: slice,
+        table: torch.Tensor,
+        gains: torch.Tensor,
+        scores: torch.Tensor,
+        count: int,
+        agreed: torch.Tensor | None,
+    ) -> torch.Tensor:
         from otil_xdit.method.kernels.choices import settle
 
-        predictor, sums, gains = self.predictor, self._sums, self.gains[run]
-        if sums is None or not (predictor.is_fitted or count is not None):
-            return gains.new_empty(len(gains), 0), table.new_empty(len(gains), 0)
-        _, batch, _, _ = self._transform.shape
-        how = predictor.velocity is not None, predictor.is_fitted, predictor.constant_gain, count is not None
-        scores, selected = settle(sums.tokens[run], sums.totals[run], gains, table, batch, *how, count or 0)
-        return scores, selected
+        predictor, sums, batch = self.predictor, self._sums, self._transform.shape[1]
+        if sums is None or not (predictor.is_fitted or scores.numel() or agreed is not None):
+            return table.new_empty(len(gains), 0)
+        how = predictor.velocity is not None, predictor.is_fitted, predictor.constant_gain, count, agreed
+        return settle(sums.tokens[run], sums.totals[run], gains, scores, table, batch, *how)
 
     def write(self, layer: int, out: torch.Tensor) -> None:
         """Write everybody's values of this step, whose payloads have been applied, to `out`, [N, 2, B, S, C]."""

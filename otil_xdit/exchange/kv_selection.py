@@ -45,6 +45,7 @@ class KVSelection:
         self._previous: torch.Tensor | None = None
         self._shared: torch.Tensor | None = None
         self._agreed: torch.Tensor | None = None
+        self._chosen: torch.Tensor | None = None
 
     def allocate(self, name: str, layers: int) -> None:
         """Make the buffers of L layers, the first of which is called `name`."""
@@ -58,7 +59,7 @@ class KVSelection:
 
     def begin(self) -> None:
         """Start a generation."""
-        self._agreed = None
+        self._agreed = self._chosen = None
 
     @property
     def nbytes(self) -> int:
@@ -145,6 +146,18 @@ class KVSelection:
         found = scores() if agreed is None else agreed
         return self._selector.select_scored(self._layers, self._table, found, run)
 
+    @property
+    def is_picked_by_kernel(self) -> bool:
+        """Tell whether the kernel that compares a layer's sub-blocks also says which are sent."""
+        is_own = self._config.ratio < 1 and self._shared is None and self.is_one_pass
+        return is_own and self._selector.takes_largest and len(self._table) <= MOST_BLOCKS
+
+    def agree_by_kernel(self, layer: int, everybody: torch.Tensor) -> None:
+        """Find a layer's gains and its next selection from what several ranks have measured, as of `KVCopies.settle`;
+        `is_picked_by_kernel` must allow it."""
+        count = blocks_to_send(len(self._table), self._config.ratio)
+        _, self._chosen = self._copies.settle(slice(layer, layer + 1), self._table, count, everybody)
+
     def select_by_kernel(self, run: slice, is_settled: bool) -> torch.Tensor | None:
         """Find gains, and return what `select` does; None where everything is sent.
 
@@ -152,15 +165,15 @@ class KVSelection:
             run: layers.
             is_settled: whether the gains are known, and to stay what they are.
         """
-        copies, table, gains = self._copies, self._table, self._copies.gains[run]
+        copies, table, chosen = self._copies, self._table, self._chosen
+        self._chosen = None
+        if chosen is not None:
+            return chosen
         if self._config.ratio >= 1 or self._shared is not None or self._agreed is not None:
             if not is_settled:
                 copies.settle(run, table, None)
-            return None if self._config.ratio >= 1 else self.select(run, lambda: gains)
-        agreed = gains.clone() if is_settled else None
-        picks = self._selector.takes_largest and len(table) <= MOST_BLOCKS
+            return None if self._config.ratio >= 1 else self.select(run, lambda: copies.gains[run])
+        picks = self.is_picked_by_kernel
         count = blocks_to_send(len(table), self._config.ratio) if picks else 0
-        scores, selected = copies.settle(run, table, count)
-        if agreed is not None:
-            gains.copy_(agreed)
+        scores, selected = copies.settle(run, table, count, copies.gains[run].clone() if is_settled else None)
         return selected if picks else self._selector.select_scored(self._layers, table, scores, run)

@@ -42,8 +42,11 @@ class PassAgreement:
             measured: float32, of the same shapes on all of the ranks.
             label: the counter, and the place in error messages.
         """
-        own = torch.cat([part.flatten() for part in measured])
-        everybody = own.new_empty(self._collectives.group.world_size, *own.shape)
-        mean = self._collectives.all_gather(own, everybody, label).wait().mean(dim=0)
+        mean = self.gather(torch.cat([part.flatten() for part in measured]), label).mean(dim=0)
         parts = mean.split([part.numel() for part in measured])
         return [part.view(given.shape) for part, given in zip(parts, measured, strict=True)]
+
+    def gather(self, own: torch.Tensor, label: CollectiveLabel) -> torch.Tensor:
+        """Return what each of the ranks has measured, [R, *own.shape]; waits for the others'."""
+        everybody = own.new_empty(self._collectives.group.world_size, *own.shape)
+        return self._collectives.all_gather(own, everybody, label).wait()

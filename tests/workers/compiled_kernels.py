@@ -181,15 +181,18 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
         constants | switches,
         4,
     )
-    yield (
-        choices._settle,
-        {"sums": FLOAT, "totals": FLOAT, "gains": FLOAT, "table": LONG, "scores": FLOAT, "selected": LONG}
-        | dict.fromkeys(("parts", "tokens", "batch", "count", "blocks", "sent"), "i32")
-        | {"constant": "fp32"},
-        {"T": 4, "SIDE": 4, "BLOCKS": 1024, "STEP": 256, "LARGEST": 1.25, "PARTS": 512, "BINS": 512}
-        | dict.fromkeys(("FITTED", "MOVES", "SCORES", "PICKS"), True),
-        8,
-    )
+    for agreed in (0, 2):
+        yield (
+            choices._settle,
+            dict.fromkeys(("sums", "totals", "gains", "scores", "agreed"), FLOAT)
+            | {"table": LONG, "selected": LONG}
+            | dict.fromkeys(("parts", "tokens", "batch", "count", "blocks", "sent"), "i32")
+            | {"constant": "fp32"},
+            {"T": 4, "SIDE": 4, "BLOCKS": 1024, "STEP": 256, "LARGEST": 1.25, "PARTS": 512, "BINS": 512}
+            | {"RANKS": agreed, "SIZE": agreed * 513}
+            | dict.fromkeys(("FITTED", "MOVES", "SCORES", "PICKS"), True),
+            8,
+        )
 
 
 def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:

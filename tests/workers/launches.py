@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,25 @@ from otil_xdit.tools.common.cards import CARDS  # noqa: E402
 from tests.support.fake_cuda.budgets import (  # noqa: E402
     FILE,
     MODELS,
-    RANKS,
+    PARTS,
     STEPS,
     STRATEGIES,
     TARGET_AWAITED,
     TARGET_BYTES,
     TARGET_RATIOS,
     Figures,
+    is_guided,
     key_of,
+    scene_of,
     scenes,
 )
+from tests.support.fake_cuda.launches import Launches  # noqa: E402
 from tests.support.fake_cuda.rank import run  # noqa: E402
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "launches.md"
+
+COURSE_STEPS, SECOND_STEPS = 30, 4
+"""Of the run that is told step by step: of its first image, and of its second."""
 
 SHOWN = ("4090", "H100")
 """Cards of the estimates; their figures are the planner's."""
@@ -96,8 +103,20 @@ size is known only when all of it was read, and taking the step before's would c
 (1), and with velocities of 8 bits a quarter of the first row (`--otil_kv_cache_dtype float8`, which has no
 kernels). A step that waits writes attention's keys and values where it corrects the copies, and has 22.
 
-Warm-up steps of `otil` are in no budget: what codes them has no kernels, so they launch about 4,900 where cfg 2 x
-patch 2 share SDXL (`otil-xdit plan --card H100`, [planner.md](planner.md)).
+## Every step of a run
+
+SDXL with 30 steps on cfg 2 x patch 2, `otil` as it is by default, in the order of the steps:
+
+{course}
+The first step of all makes buffers, fills them with zeros and takes the weights' coordinates to the device; it does so
+once for a size, so the second image begins with less. It sends one byte a number like the rest of the warm-up: what
+changes since nothing is the values themselves. The first step that waits counts and orders sub-blocks once, the first
+displaced one finds nothing under way, and moments are fitted from the third on. The last step is a displaced one like
+those before it.
+
+Where each pass of guidance has its own ranks, a step that waits asks for two messages a layer: what both passes have
+measured comes before the payload. It takes two launches a layer besides, one that measures and one that takes the means
+and selects.
 
 `python tests/workers/launches.py --write` makes this page, and the ceilings that a test holds
 (tests/budgets/launches.json).
@@ -117,7 +136,7 @@ def main() -> None:
     tables = "\n".join(table(model, found, before) for model in arguments.models)
     print(tables)
     if arguments.write:
-        write(found, tables)
+        write(found, tables, course())
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -140,11 +159,30 @@ def table(model: str, found: dict[str, Figures], before: dict[str, Any]) -> str:
         f"| ranks | step | launches | bytes a number | messages | {cards} |",
         "|---|---|---|---|---|" + "---|" * len(SHOWN),
     ]
-    for ranks in RANKS:
-        for strategy in STRATEGIES:
-            key = f"{model}, {strategy}, {ranks} ranks"
-            lines.append(f"| {ranks} | {strategy} | {row(found[key], plain, strategy, before.get(key))} |")
+    for shared, (*_, cfg) in PARTS.items():
+        for strategy in STRATEGIES if is_guided(model, cfg) else ():
+            key = f"{model}, {strategy}, {shared}"
+            lines.append(f"| {shared} | {strategy} | {row(found[key], plain, strategy, before.get(key))} |")
     return "\n".join(lines) + "\n"
+
+
+def course() -> str:
+    """Return a table of every step of a run of the default, and of the first steps of a second image, in Markdown."""
+    scene = scene_of("SDXL", "otil", *PARTS["cfg 2 x patch 2"])
+    steps, *_ = run(scene, COURSE_STEPS, SECOND_STEPS)
+    lines = ["| steps | launches | own GB | messages |", "|---|---:|---:|---|"]
+    for image, taken in (("", steps[:COURSE_STEPS]), ("second image, ", steps[COURSE_STEPS:])):
+        number = 1
+        for said, alike in groupby(map(described, taken)):
+            last = number + len(list(alike)) - 1
+            lines.append(f"| {image}{number if last == number else f'{number} to {last}'} | {said} |")
+            number = last + 1
+    return "\n".join(lines) + "\n"
+
+
+def described(step: Launches) -> str:
+    figures = Figures.of(step)
+    return f"{figures.launches} | {figures.own_bytes / 1e9:.1f} | {figures.awaited} + {figures.displaced}"
 
 
 def row(now: Figures, plain: Figures, strategy: str, before: dict[str, Any] | None) -> str:
@@ -165,12 +203,12 @@ def _and(old: Any, now: Any) -> str:
     return str(now) if old is None or str(old) == str(now) else f"{old} -> {now}"
 
 
-def write(found: dict[str, Figures], tables: str) -> None:
+def write(found: dict[str, Figures], tables: str, steps: str) -> None:
     """Write the page and the ceilings."""
     shown = [CARDS[name] for name in SHOWN]
     launch = " and ".join(f"{card.launch * 1e6:g} us ({card.name})" for card in shown)
     speed = " and ".join(f"{card.memory_rate / 1e9:,.0f} GB/s" for card in shown)
-    head = HEAD.format(launch=launch, speed=speed, target=TARGET_BYTES, awaited=TARGET_AWAITED)
+    head = HEAD.format(launch=launch, speed=speed, target=TARGET_BYTES, awaited=TARGET_AWAITED, course=steps)
     PAGE.write_text(head + tables)
     targets = {"launches_over_plain": TARGET_RATIOS, "bytes_per_number": TARGET_BYTES, "awaited": TARGET_AWAITED}
     document = {"targets": targets, "budgets": {key: vars(figures) for key, figures in found.items()}}

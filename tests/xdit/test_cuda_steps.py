@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.fake_cuda.budgets import MODELS, PARTS, STEPS, TARGET_RATIOS, budgets, is_guided
+from tests.support.fake_cuda.budgets import STRATEGIES as BUDGETED
 from tests.support.fake_cuda.guard import why_no_guard
 
 WORKER = "tests/workers/fake_cuda.py"
@@ -121,13 +123,15 @@ def test_no_rank_waits_for_the_device(network: str, dtype: str) -> None:
         check(outcome)
 
 
-def budgeted(*published: str, ranks: int = 2) -> list[dict[str, Any]]:
-    """Return scenes of published networks at their size, by "model, strategy"."""
-    named = (one.split(", ") for one in published)
-    return [
-        {"pipeline": model, "strategy": strategy, "world_size": ranks, "rank": int(ranks > 2), "steps": 4}
-        for model, strategy in named
-    ]
+def budgeted(*published: str) -> list[dict[str, Any]]:
+    """Return scenes of published networks at their size, by "model, strategy, ranks"."""
+    found = []
+    for one in published:
+        model, strategy, shared = one.split(", ")
+        ranks, rank, cfg = PARTS[shared]
+        scene = {"pipeline": model, "strategy": strategy, "world_size": ranks, "rank": rank, "cfg": cfg}
+        found.append({**scene, "steps": STEPS})
+    return found
 
 
 def check_budget(scenes: list[dict[str, Any]]) -> None:
@@ -138,12 +142,23 @@ def check_budget(scenes: list[dict[str, Any]]) -> None:
 
 def test_a_step_of_a_published_network_keeps_its_budget() -> None:
     """What it launches, the bytes that move, the messages (tests/budgets/launches.json; docs/results/launches.md)."""
-    check_budget(budgeted("SDXL, otil displaced", "SD3, otil waiting"))
+    check_budget(
+        budgeted("SDXL, otil displaced, 2 ranks", "SD3, otil warm-up, 4 ranks", "SD3, otil waiting, cfg 2 x patch 2")
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("model", ["SDXL", "FLUX", "SD3"])
-def test_every_step_of_published_networks_keeps_its_budget(model: str, ranks: int) -> None:
-    strategies = ("sync", "distrifusion", "otil waiting", "otil displaced")
-    check_budget(budgeted(*(f"{model}, {strategy}" for strategy in strategies), ranks=ranks))
+@pytest.mark.parametrize("shared", PARTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_step_of_published_networks_keeps_its_budget(model: str, shared: str) -> None:
+    strategies = [strategy for strategy in BUDGETED if is_guided(model, PARTS[shared][2])]
+    check_budget(budgeted(*(f"{model}, {strategy}, {shared}" for strategy in strategies)))
+
+
+def test_steps_have_as_few_launches_as_they_should() -> None:
+    """The ceilings themselves are within the aims."""
+    kept = budgets()
+    for key, budget in kept.items():
+        model, strategy, *_ = key.split(", ")
+        if strategy != "plain":
+            assert budget["launches"] <= TARGET_RATIOS[strategy] * kept[f"{model}, plain"]["launches"], key

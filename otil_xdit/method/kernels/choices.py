@@ -1,8 +1,8 @@
 """What a rank decides before it sends: its gains, and which sub-blocks changed most.
 
 `settle` does what the second half of `Predictor.gain`, `l2_of_difference` and `TopKSelector.select` do, from the sums
-that `otil_xdit.method.kernels.own` leaves. With gain g a token's squared residual is the sum of
-``d * d - 2 g d * u + g * g * u * u``.
+that `otil_xdit.method.kernels.own` leaves, or from what several ranks have found by them, as `PassAgreement.mean` does.
+With gain g a token's squared residual is the sum of ``d * d - 2 g d * u + g * g * u * u``.
 
 Shapes: l layers of a run; B batch, S tokens of this rank, K sub-blocks of T tokens, k sent.
 """
@@ -48,24 +48,41 @@ def _largest(bits, valid, count, BINS: tl.constexpr):
 
 
 @triton.jit
+def _mean(agreed, at, there, size, RANKS: tl.constexpr):
+    """Return the means of some numbers of each of the ranks, float32 [RANKS, size]."""
+    total = tl.load(agreed + at, mask=there, other=0.0)
+    for rank in tl.static_range(1, RANKS):
+        total += tl.load(agreed + rank * size + at, mask=there, other=0.0)
+    return total / RANKS
+
+
+@triton.jit
 def _settle(
-    sums, totals, gains, table, scores, selected, parts, tokens, batch, count, constant, blocks, sent,
+    sums, totals, gains, table, scores, selected, agreed, parts, tokens, batch, count, constant, blocks, sent,
     T: tl.constexpr, SIDE: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr, LARGEST: tl.constexpr,
     PARTS: tl.constexpr, BINS: tl.constexpr, FITTED: tl.constexpr, MOVES: tl.constexpr, SCORES: tl.constexpr,
-    PICKS: tl.constexpr,
+    PICKS: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One layer.
 
-    sums, totals: of `ChangeSums`; gains: float32 [l, 2]; scores: float32 [l, K]; selected: int64 [l, k].
+    sums, totals: of `ChangeSums`; gains: float32 [l, 2]; scores: float32 [l, K]; selected: int64 [l, k]; agreed:
+    float32 [RANKS, SIZE], where there are any, with l = 1.
     """
     layer = tl.program_id(0).to(tl.int64)
     keys, values = constant, constant
-    if FITTED:
+    if RANKS > 0:
+        keys, values = _mean(agreed, 0, True, SIZE, RANKS), _mean(agreed, 1, True, SIZE, RANKS)
+    elif FITTED:
         keys = fitted_gain(totals + layer * 4 * count, 0, count, LARGEST, PARTS)
         values = fitted_gain(totals + layer * 4 * count, 1, count, LARGEST, PARTS)
     tl.store(gains + layer * 2, keys)
     tl.store(gains + layer * 2 + 1, values)
-    if SCORES:
+    if SIZE > 2:
+        for start in range(0, blocks, STEP):
+            one = start + tl.arange(0, STEP)
+            there = one < blocks
+            tl.store(scores + one, _mean(agreed, 2 + one, there, SIZE, RANKS), mask=there)
+    elif SCORES:
         images = 2 * batch
         size = parts * images * tokens
         for start in range(0, blocks, STEP):
@@ -84,60 +101,64 @@ def _settle(
                 change += found
             one = start + tl.arange(0, STEP)
             tl.store(scores + layer * blocks + one, tl.maximum(tl.sum(change, 1), 0.0), mask=one < blocks)
-        if PICKS:
-            tl.debug_barrier()
-            block = tl.arange(0, BLOCKS)
-            valid = block < blocks
-            score = tl.load(scores + layer * blocks + block, mask=valid, other=0.0)
-            chosen = _largest(score.to(tl.int32, bitcast=True), valid, sent, BINS)
-            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-            tl.store(selected + layer * sent + place, block.to(tl.int64), mask=chosen)
+    if PICKS:
+        tl.debug_barrier()
+        block = tl.arange(0, BLOCKS)
+        valid = block < blocks
+        score = tl.load(scores + layer * blocks + block, mask=valid, other=0.0)
+        chosen = _largest(score.to(tl.int32, bitcast=True), valid, sent, BINS)
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(selected + layer * sent + place, block.to(tl.int64), mask=chosen)
 
 
 def launch_settle(
     sums: torch.Tensor,
     totals: torch.Tensor,
     gains: torch.Tensor,
+    scores: torch.Tensor,
     table: torch.Tensor,
     batch: int,
     moves: bool,
     fitted: bool,
     constant: float,
-    scored: bool,
     count: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    agreed: torch.Tensor | None,
+) -> torch.Tensor:
     """Find the gains of a run of layers, and the sub-blocks that are sent of them.
 
     Args:
         sums, totals: the layers' of `ChangeSums`.
-        gains: becomes the gains of keys and values, float32 [l, 2].
+        gains: become the gains of keys and values, float32 [l, 2].
+        scores: become each sub-block's squared distance from what the others predict, float32 [l, K]; without numbers
+            where nothing is compared.
         table: the tokens of each sub-block, int64 [K, T].
         batch: B.
         moves: whether copies are extrapolated.
         fitted: whether by a fitted gain; otherwise it is `constant`.
-        scored: whether sub-blocks are compared.
         count: how many of the most changed are selected, k of `MOST_BLOCKS` at most, in the order of their numbers; 0
             for none.
+        agreed: the gains of one layer that some ranks have found, float32 [R, 2], or their gains and scores, [R, 2 +
+            K], whose means take the place of its own; None where these count.
 
     Returns:
-        Each sub-block's squared distance from what the others predict, float32 [l, K], and those selected, int64
-        [l, k]; without numbers where nothing is compared, or selected.
+        The selected sub-blocks, int64 [l, k].
     """
     layers, _, parts, _, tokens = sums.shape
     blocks, side = table.shape
-    scores = torch.empty(layers, blocks if scored else 0, dtype=torch.float32, device=sums.device)
     selected = torch.empty(layers, count, dtype=torch.int64, device=sums.device)
     lanes = triton.next_power_of_2(side)
     step = min(triton.next_power_of_2(blocks), max(1, _TOKENS // lanes))
     _settle[(layers,)](
-        sums, totals, gains, table, scores, selected, parts, tokens, batch, totals.shape[2], constant, blocks, count,
-        T=side, SIDE=lanes, BLOCKS=triton.next_power_of_2(blocks), STEP=step, LARGEST=LARGEST_GAIN, PARTS=_PARTS,
-        BINS=512, FITTED=fitted, MOVES=moves, SCORES=scored, PICKS=count > 0, num_warps=8,
+        sums, totals, gains, table, scores, selected, gains if agreed is None else agreed, parts, tokens, batch,
+        totals.shape[2], constant, blocks, count, T=side, SIDE=lanes, BLOCKS=triton.next_power_of_2(blocks), STEP=step,
+        LARGEST=LARGEST_GAIN, PARTS=_PARTS, BINS=512, FITTED=fitted, MOVES=moves, SCORES=scores.numel() > 0,
+        PICKS=count > 0, RANKS=0 if agreed is None else agreed.shape[0], SIZE=0 if agreed is None else agreed.shape[1],
+        num_warps=8,
     )  # fmt: skip
-    return scores, selected
+    return selected
 
 
-settle = torch.library.custom_op("otil_xdit::settle", launch_settle, mutates_args=("gains",))
+settle = torch.library.custom_op("otil_xdit::settle", launch_settle, mutates_args=("gains", "scores"))
 """`launch_settle`, as an operator of torch."""
 
 
@@ -146,13 +167,13 @@ def _(
     sums: torch.Tensor,
     totals: torch.Tensor,
     gains: torch.Tensor,
+    scores: torch.Tensor,
     table: torch.Tensor,
     batch: int,
     moves: bool,
     fitted: bool,
     constant: float,
-    scored: bool,
     count: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = sums.new_empty(len(sums), len(table) if scored else 0)
-    return scores, sums.new_empty(len(sums), count, dtype=torch.int64)
+    agreed: torch.Tensor | None,
+) -> torch.Tensor:
+    return sums.new_empty(len(sums), count, dtype=torch.int64)

@@ -14,9 +14,19 @@ from tests.support.fake_cuda.rank import Scene
 FILE = Path(__file__).parents[2] / "budgets" / "launches.json"
 
 MODELS = ("SDXL", "FLUX", "SD3")
-STRATEGIES = ("sync", "distrifusion", "otil waiting", "otil displaced", "otil 2bit waiting", "otil 2bit displaced")
-RANKS = {2: 0, 4: 1}
-"""The rank that is counted, by their number: one with two neighbours where there is one."""
+STRATEGIES = (
+    "sync",
+    "distrifusion",
+    "otil warm-up",
+    "otil waiting",
+    "otil displaced",
+    "otil refresh",
+    "otil 2bit waiting",
+    "otil 2bit displaced",
+)
+PARTS = {"2 ranks": (2, 0, 1), "4 ranks": (4, 1, 1), "cfg 2 x patch 2": (4, 0, 2)}
+"""How ranks share an image: their number, the one that is counted (with two neighbours where there is one), and the
+degree of CFG parallelism."""
 
 STEPS = 4
 """Warm-up, the first step after it, and two more: moments are fitted from the third on."""
@@ -62,13 +72,26 @@ def scenes(models: tuple[str, ...] = MODELS) -> Iterator[Scene]:
     """Yield everything that has a budget, and the plain network of each model."""
     for model in models:
         yield Scene(model, "plain", 1)
-        for ranks, rank in RANKS.items():
-            yield from (Scene(model, strategy, ranks, rank) for strategy in STRATEGIES)
+        for parts in PARTS.values():
+            yield from (scene_of(model, strategy, *parts) for strategy in STRATEGIES if is_guided(model, parts[2]))
+
+
+def scene_of(model: str, strategy: str, ranks: int, rank: int, cfg: int) -> Scene:
+    return Scene(model, strategy, ranks, rank, cfg=cfg)
+
+
+def is_guided(model: str, cfg: int) -> bool:
+    """Tell whether a model has as many passes: FLUX has guidance as an input."""
+    return cfg == 1 or model != "FLUX"
 
 
 def key_of(scene: Scene) -> str:
     """Return what the budget of a scene is called."""
-    return f"{scene.pipeline}, {scene.strategy}" + (f", {scene.world_size} ranks" if scene.strategy != "plain" else "")
+    if scene.strategy == "plain":
+        return f"{scene.pipeline}, plain"
+    parts = scene.world_size, scene.rank, scene.cfg
+    shared = next((name for name, known in PARTS.items() if known == parts), str(scene))
+    return f"{scene.pipeline}, {scene.strategy}, {shared}"
 
 
 def budgets() -> dict[str, dict[str, Any]]:

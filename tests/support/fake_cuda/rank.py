@@ -32,12 +32,16 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "distrifusion": ("distrifusion", {"warmup_steps": 1}),
     "otil-paper": ("otil-paper", {"warmup_steps": 1, "select": "kv-cosine"}),
     "compact-2bit": ("compact-2bit", {"warmup_steps": 1}),
+    "otil": ("otil", {}),
+    "otil warm-up": ("otil", {"warmup_steps": 4}),
     "otil waiting": ("otil", {"warmup_steps": 1, "fresh_share": 1.0}),
     "otil displaced": ("otil", {"warmup_steps": 1, "fresh_share": 0.0}),
+    "otil refresh": ("otil", {"warmup_steps": 1, "fresh_share": 0.0, "refresh": 3}),
     "otil 2bit waiting": ("otil", {"warmup_steps": 1, "fresh_share": 1.0, "codec": "2bit"}),
     "otil 2bit displaced": ("otil", {"warmup_steps": 1, "fresh_share": 0.0, "codec": "2bit"}),
 }
-"""Strategies with a short warm-up, so that a few steps hold every kind of theirs; ``otil`` as what its steps are."""
+"""Strategies with a short warm-up, so that a few steps hold every kind of theirs; ``otil`` as what the fourth of its
+steps is, too."""
 
 STEPS = 5
 """A warm-up, the first step after it that finds nothing under way, and two more until moments are fitted."""
@@ -70,8 +74,8 @@ class Scene:
         return f"{self.pipeline}, {self.strategy}, rank {self.rank} of {self.world_size}{degrees}, {self.dtype}"
 
 
-def run(scene: Scene, steps: int = STEPS) -> tuple[list[Launches], str, Report | None]:
-    """Make an image on fake tensors.
+def run(scene: Scene, steps: int = STEPS, again: int = 0) -> tuple[list[Launches], str, Report | None]:
+    """Make an image on fake tensors, and another one of `again` steps if there are any.
 
     Returns:
         What each step asked of the device, the attention backend, and the report.
@@ -92,7 +96,8 @@ def run(scene: Scene, steps: int = STEPS) -> tuple[list[Launches], str, Report |
             with FAKE, torch.no_grad():
                 call = made.call(getattr(torch, scene.dtype), DEVICE)
                 with counter:
-                    pipe(**call, num_inference_steps=steps)
+                    for count in filter(None, (steps, again)):
+                        pipe(**call, num_inference_steps=count)
         return found, attention_backend(), None if scene.strategy == "plain" else otil_xdit.report(pipe)
     finally:
         leave()
