@@ -2,121 +2,62 @@
 
     python examples/result_tables.py --out eval-out
     python examples/result_tables.py --out eval-out --only tiny-sd "4 ranks"
+    python examples/result_tables.py --out eval-out --made
 
-Each table is one or a few runs of `otil-xdit eval` over real gloo ranks. Images that the folder has are not made again.
-A table stands in its page between two comments that name it, under the commands that made it; the text round it is
-nobody's but the author's. The plot and the contact sheet of fidelity.md are made anew with their tables. Two idle cores
-take some three hours.
+Each table is of rows of `otil-xdit eval` over real gloo ranks, which the folder keeps: the command may be interrupted
+and goes on where it was, and rows that several tables have are measured once. `--made` measures nothing and fills the
+tables with the rows that there are. A table stands in its page between two comments that name it, under the commands
+that make it and the dates and commits of its rows; the text round it is nobody's but the author's. The plot and the
+contact sheet of fidelity.md are made anew with their tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
-import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from otil_xdit.tools import main as tools
-from otil_xdit.tools.common.tables import markdown, table
+from result_cells import Cell, CellStore, cells_of, matrix_of, measure, when_measured
+from result_renders import (
+    Render,
+    equivalents,
+    grid,
+    images,
+    in_all,
+    model_and_variant,
+    network,
+    of_a_step,
+    place,
+    psnr,
+    variant,
+)
+
+from otil_xdit.tools.eval.cache import ImageCache
+from otil_xdit.tools.eval.contact_sheets import write_sheets
 from otil_xdit.tools.eval.report import plot
-from otil_xdit.tools.eval.rows import FLOOR
-from otil_xdit.tools.eval.rows import Row as EvalRow
+from otil_xdit.tools.eval.rows import make_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
-
-Row = dict[str, Any]
-"""A row of ``rows.json``."""
-
-Render = Callable[[Sequence[Row]], str]
-"""Makes a table of rows."""
 
 BEFORE = "otil:codec=2bit,coordinates=none"
 """What `otil` was until 2026-11-26."""
 
-UNET = "--models {} --samplers dpm-solver:15"
-DIT = "--models {} --samplers own:15"
+SD = "--models tiny-sd --samplers dpm-solver:15"
+SDXL = "--models tiny-sdxl --samplers dpm-solver:15"
+UNETS = "--models tiny-sd tiny-sdxl --samplers dpm-solver:15"
+DIT = "--models tiny-dit --samplers own:15"
 STRATEGIES = (
     f"distrifusion otil otil:quality=draft otil:quality=high {BEFORE} otil:freshness=fresh,ratio=1,codec=1bit "
     "compact-1bit compact-2bit otil-paper naive"
 )
 UNET_STRATEGIES = f"{STRATEGIES} otil:halo=fresh,moments=fresh"
 EQUIVALENTS = "--variant log-normal:1 --variant outliers:32 --variant heads:32 --variant rotated:1"
-FEWER_EQUIVALENTS = "--variant log-normal:1 --variant outliers:32 --variant rotated:1"
-MORE_EQUIVALENTS = f"{EQUIVALENTS} --variant log-normal:0.5 --variant log-normal:1.5 --variant outliers:8"
-
-
-def _share(row: Row, name: str) -> str:
-    return "" if row[name] is None else f"{row[name]:.1%}"
-
-
-def _kilobytes(value: float | None) -> str:
-    return "" if value is None else f"{value / 1e3:.1f}"
-
-
-def _psnr(row: Row) -> str:
-    return f"{row['psnr']:.1f} ({row['psnr_min']:.1f})"
-
-
-WHOLE: dict[str, Callable[[Row], str]] = {
-    "": lambda row: f"`{row['variant']}`",
-    "kB of K/V a step": lambda row: _kilobytes(row["kv_bytes"]),
-    "share": lambda row: _share(row, "kv_share"),
-    "kB of K/V in all": lambda row: _kilobytes(row["kv_total"]),
-    "share in all": lambda row: _share(row, "total_share"),
-    "PSNR (worst)": _psnr,
-    "SSIM": lambda row: f"{row['ssim']:.4f}",
-    "seam": lambda row: "" if row["seam"] is None else f"{row['seam']:.2f}",
-}
-"""The columns of a table with a line for each row."""
-
-
-def whole(rows: Sequence[Row]) -> str:
-    """Return a table with a line for each row."""
-    return table(WHOLE, rows)
-
-
-def grid(line: Callable[[Row], str], column: Callable[[Row], str], cell: Callable[[Row], str]) -> Render:
-    """Return what makes a table with a cell for each row."""
-
-    def render(rows: Sequence[Row]) -> str:
-        cells = {(line(row), column(row)): cell(row) for row in rows}
-        lines, columns = (list(dict.fromkeys(name(row) for row in rows)) for name in (line, column))
-        return markdown(
-            ["", *columns], [[name, *(cells.get((name, title), "") for title in columns)] for name in lines]
-        )
-
-    return render
-
-
-def _place(row: Row) -> str:
-    halves = " in two halves" if row["cfg_parallel"] else ""
-    dtype = "" if row["dtype"] == "float32" else f", {row['dtype']}"
-    return f"{row['model']}, {row['ranks']} ranks{halves}, {row['sampler']} {row['steps']}{dtype}"
-
-
-def _variant(row: Row) -> str:
-    return row["variant"] if row["variant"] == FLOOR else f"`{row['variant']}`"
-
-
-def _network(row: Row) -> str:
-    return row["network"] or "shipped"
-
-
-def _step(row: Row) -> str:
-    return f"{_kilobytes(row['kv_bytes'])} kB: {_psnr(row)}, {row['ssim']:.4f}"
-
-
-def _all(row: Row) -> str:
-    return f"{_kilobytes(row['kv_total'])} kB: {_psnr(row)}, {row['seam']:.2f}"
-
-
-def _model_and_variant(row: Row) -> str:
-    return f"{row['model']}, {row['ranks']} ranks, `{row['variant']}`"
+ALL_EQUIVALENTS = (
+    "--variant log-normal:0.5 --variant log-normal:1 --variant log-normal:1.5 --variant outliers:8 "
+    "--variant outliers:32 --variant heads:32 --variant rotated:1"
+)
 
 
 @dataclass(frozen=True)
@@ -135,24 +76,23 @@ class Table:
 
 
 def _each(line: str) -> tuple[str, ...]:
-    """Return a run for each bundled model; `{}` in the line stands for it and its sampler."""
-    names = UNET.format("tiny-sd"), UNET.format("tiny-sdxl"), DIT.format("tiny-dit")
-    return tuple(f"{name} {line}" for name in names)
+    """Return the runs of all bundled models of images."""
+    return f"{UNETS} {line}", f"{DIT} {line}"
 
 
 TABLES: dict[str, Table] = {
-    "tiny-sd": Table("fidelity.md", (f"{UNET.format('tiny-sd')} --prompts 8 --presets {UNET_STRATEGIES}",), whole),
-    "tiny-sdxl": Table("fidelity.md", (f"{UNET.format('tiny-sdxl')} --prompts 8 --presets {UNET_STRATEGIES}",), whole),
-    "tiny-dit": Table("fidelity.md", (f"{DIT.format('tiny-dit')} --prompts 8 --presets {STRATEGIES}",), whole),
+    "tiny-sd": Table("fidelity.md", (f"{SD} --prompts 8 --presets {UNET_STRATEGIES}",), images),
+    "tiny-sdxl": Table("fidelity.md", (f"{SDXL} --prompts 8 --presets {UNET_STRATEGIES}",), images),
+    "tiny-dit": Table("fidelity.md", (f"{DIT} --prompts 8 --presets {STRATEGIES}",), images),
     "16 images": Table(
         "fidelity.md",
         _each(f"--prompts 8 --seeds 2 --presets {BEFORE} otil"),
-        grid(_place, _variant, _step),
+        grid(place, variant, of_a_step),
     ),
     "4 ranks": Table(
         "fidelity.md",
         _each("--ranks 4 --prompts 8 --presets distrifusion otil"),
-        grid(_place, _variant, _step),
+        grid(place, variant, of_a_step),
     ),
     "50 steps": Table(
         "fidelity.md",
@@ -160,16 +100,16 @@ TABLES: dict[str, Table] = {
             f"--models {model} --samplers {sampler} --prompts 4 --presets distrifusion otil"
             for model, sampler in (("tiny-sd", "ddim:50"), ("tiny-sdxl", "ddim:50"), ("tiny-dit", "own:50"))
         ),
-        grid(_place, _variant, _step),
+        grid(place, variant, of_a_step),
     ),
     "CFG parallelism": Table(
         "fidelity.md",
         tuple(
             f"{name} {ranks} --prompts 8 --presets distrifusion otil"
-            for name in (UNET.format("tiny-sd"), DIT.format("tiny-dit"))
+            for name in (SD, DIT)
             for ranks in ("--ranks 2", "--ranks 4 --use_cfg_parallel")
         ),
-        grid(_place, _variant, _step),
+        grid(place, variant, of_a_step),
     ),
     "16 bits": Table(
         "fidelity.md",
@@ -178,7 +118,7 @@ TABLES: dict[str, Table] = {
             *_each("--prompts 4 --presets sync distrifusion otil --dtype bfloat16"),
             *_each("--prompts 4 --presets sync distrifusion otil --dtype float16"),
         ),
-        grid(_place, _variant, _psnr),
+        grid(place, variant, psnr),
     ),
     "few steps": Table(
         "fidelity.md",
@@ -187,7 +127,7 @@ TABLES: dict[str, Table] = {
             "dpm-solver-sde:15 --prompts 4 --presets distrifusion otil",
             "--models tiny-dit --samplers own:4 own:8 own:30 --prompts 4 --presets distrifusion otil",
         ),
-        grid(_place, _variant, _all),
+        grid(place, variant, in_all),
     ),
     "ingredients": Table(
         "fidelity.md",
@@ -196,32 +136,32 @@ TABLES: dict[str, Table] = {
             "otil:extrapolation=constant otil:codec=raw,ratio=7/128 otil:score_reference=previous otil:select=random "
             "otil:polling=0.5 otil:fresh_share=0 otil:fresh_share=0,tolerance=0.1 otil:warmup_codec=raw "
             "otil:kv_cache_dtype=float8"
-            for name in (UNET.format("tiny-sd"), DIT.format("tiny-dit"))
+            for name in (SD, DIT)
         ),
-        grid(_variant, lambda row: row["model"], _psnr),
+        grid(variant, lambda row: row.model, psnr),
     ),
     "LoRA": Table(
         "fidelity.md",
-        (f"{UNET.format('tiny-sd')} --prompts 8 --lora otil_xdit/weights/tiny-sd-lora --presets distrifusion otil",),
-        whole,
+        (f"{SD} --prompts 8 --lora otil_xdit/weights/tiny-sd-lora --presets distrifusion otil",),
+        images,
     ),
     "uneven on 2 ranks": Table(
         "covariance.md",
-        (*_each("--prompts 8 --presets distrifusion"), *_each(f"--prompts 8 --presets otil {MORE_EQUIVALENTS}")),
-        grid(_model_and_variant, _network, _psnr),
+        (*_each("--prompts 8 --presets distrifusion"), *_each(f"--prompts 8 --presets otil {ALL_EQUIVALENTS}")),
+        equivalents,
     ),
     "uneven on 4 ranks": Table(
         "covariance.md",
         (
             *_each("--ranks 4 --prompts 8 --presets distrifusion"),
-            *_each(f"--ranks 4 --prompts 8 --presets otil {FEWER_EQUIVALENTS}"),
+            *_each(f"--ranks 4 --prompts 8 --presets otil {ALL_EQUIVALENTS}"),
         ),
-        grid(_model_and_variant, _network, _psnr),
+        equivalents,
     ),
     "the codec of before": Table(
         "covariance.md",
-        _each(f"--prompts 4 --presets otil {BEFORE} distrifusion {EQUIVALENTS}"),
-        grid(_model_and_variant, _network, _psnr),
+        _each(f"--prompts 4 --presets {BEFORE} distrifusion {EQUIVALENTS}"),
+        grid(model_and_variant, network, psnr),
     ),
 }
 """All tables by the name that stands in their comments."""
@@ -230,7 +170,7 @@ PLOTTED = ("tiny-sd", "tiny-sdxl", "tiny-dit")
 """Tables that the plot is of; it is made where all of them are."""
 
 SHEETS = {"4 ranks": ("sheet-tiny-sd-4-dpm-solver-15.png", "sheet-tiny-sd-4.png")}
-"""Of a table, the contact sheet that its runs write, and its name beside the pages."""
+"""Of a table, the contact sheet of its first run, and its name beside the pages."""
 
 
 def main() -> None:
@@ -238,54 +178,73 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("eval-out"), metavar="FOLDER", help="images, shared by all")
+    parser.add_argument("--out", type=Path, default=Path("eval-out"), metavar="FOLDER", help="of rows and images")
     parser.add_argument("--only", nargs="+", choices=TABLES, metavar="TABLE", help=f"of {', '.join(TABLES)}")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, and stop")
+    parser.add_argument("--made", action="store_true", help="measure nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print commands and how many rows are missing, and stop")
+    parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="that an image may take")
     given = parser.parse_args()
-    made_rows: dict[str, list[Row]] = {}
-    for name in given.only or TABLES:
-        made = TABLES[name]
+    store = CellStore(given.out / "rows")
+    names = given.only or list(TABLES)
+    for name in names:
         if given.dry_run:
-            print(name, *(f"    otil-xdit eval {run}" for run in made.runs), sep="\n")
+            missing = sum(bool(cell.row.error) for cell in cells(TABLES[name], store))
+            print(f"{name}: {missing} rows missing", *(f"    {command(run)}" for run in TABLES[name].runs), sep="\n")
             continue
-        made_rows[name] = [row for run in made.runs for row in rows_of(run, given.out)]
-        write(name, made, made_rows[name])
+        if not given.made:
+            for run in TABLES[name].runs:
+                measure(matrix_of(run), store, given.out, given.timeout)
+        write(name, TABLES[name], store)
         if name in SHEETS:
-            written, target = SHEETS[name]
-            shutil.copy(given.out / written, RESULTS / target)
-    if all(name in made_rows for name in PLOTTED):
-        rows = [row for name in PLOTTED for row in made_rows[name] if row["variant"] != BEFORE]
-        plot([as_eval_row(row) for row in rows], RESULTS / "psnr-bytes.png")
+            copy_sheet(TABLES[name].runs[0], store, given.out, *SHEETS[name])
+    if not given.dry_run and all(name in names for name in PLOTTED):
+        rows = [cell.row for name in PLOTTED for cell in cells(TABLES[name], store)]
+        plot([row for row in rows if row.variant != BEFORE], RESULTS / "psnr-bytes.png")
 
 
-def rows_of(run: str, out: Path) -> list[Row]:
-    """Return the rows of one run, each of which must have been made."""
-    code = tools.main(["eval", *shlex.split(run), "--out", str(out)])
-    assert code == 0, f"otil-xdit eval {run}: exit code {code}; what failed stands above"
-    found: list[Row] = json.loads((out / "rows.json").read_text())
-    return found
+def command(run: str) -> str:
+    return f"otil-xdit eval {run}"
 
 
-def as_eval_row(row: Row) -> EvalRow:
-    """Return what a row of ``rows.json`` was written from."""
-    return EvalRow(**{name: row[name] for name in EvalRow.__dataclass_fields__})
+def cells(made: Table, store: CellStore) -> list[Cell]:
+    return [cell for run in made.runs for cell in cells_of(matrix_of(run), store)]
 
 
-def write(name: str, made: Table, rows: Sequence[Row]) -> None:
-    """Put a table in its page."""
+def write(name: str, made: Table, store: CellStore) -> None:
+    """Put a table in its page, which keeps what it has where no row was measured."""
+    found = cells(made, store)
+    if all(cell.row.error for cell in found):
+        print(f"{name}: no row was measured; the page keeps what it has")
+        return
     path = RESULTS / made.page
-    commands = "\n".join(f"    otil-xdit eval {run}" for run in made.runs)
-    images = sorted({row["images"] for row in rows})
-    said = f"{commands}\n\n{' or '.join(map(str, images))} images a cell.\n\n{made.render(rows)}"
-    page = re.sub(
-        f"(<!-- {re.escape(name)} -->\n).*?(\n<!-- end -->)",
-        lambda found: f"{found[1]}\n{said}\n{found[2]}",
-        path.read_text(),
-        count=1,
-        flags=re.DOTALL,
-    )
-    assert said in page, f"{path} has no comment <!-- {name} --> and <!-- end --> behind it"
-    path.write_text(page)
+    before, opened, rest = path.read_text().partition(f"<!-- {name} -->\n")
+    _, closed, after = rest.partition("\n<!-- end -->")
+    assert opened and closed, f"{path} has no comment <!-- {name} --> and <!-- end --> behind it"
+    path.write_text(f"{before}{opened}\n{text_of(made, found)}\n{closed}{after}")
+
+
+def text_of(made: Table, found: Sequence[Cell]) -> str:
+    """Return the commands of a table, what its figures are of, and the table."""
+    commands = "\n".join(f"    {command(run)}" for run in made.runs)
+    measured = [cell for cell in found if not cell.row.error]
+    counts = " or ".join(map(str, sorted({cell.row.images for cell in measured})))
+    kind = "clips" if measured[0].row.flicker is not None else "images"
+    said = f"{counts} {kind} a row, measured {when_measured(measured)}."
+    if len(measured) < len(found):
+        said += " Empty cells were not measured."
+    return f"{commands}\n\n{said}\n\n{made.render([cell.row for cell in found])}"
+
+
+def copy_sheet(run: str, store: CellStore, out: Path, written: str, target: str) -> None:
+    """Draw the contact sheet of a run beside the pages, where the folder has all of its images."""
+    matrix = matrix_of(run)
+    cache = ImageCache(out / "cache", matrix)
+    cases = [case for ranks in matrix.ranks for case in matrix.cases(ranks)]
+    if any(cache.missing(case) for case in (*matrix.references, *cases)):
+        print(f"{target}: not all of its images are in {out}; the one that there is stays")
+        return
+    write_sheets(out, matrix, cache, make_rows(matrix, cache, {}), count=4)
+    shutil.copy(out / written, RESULTS / target)
 
 
 if __name__ == "__main__":

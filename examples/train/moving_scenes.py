@@ -95,6 +95,24 @@ def moves_as_said(clip: np.ndarray, motion: Motion) -> bool:
     return along > 0.5 and float(np.abs(moved - along * direction).max()) < 0.3
 
 
+def has_the_shape(clip: np.ndarray, motion: Motion) -> bool:
+    """Whether what has the named colour in the middle frame is of the named shape."""
+    frame = clip[len(clip) // 2].repeat(2, 0).repeat(2, 1)  # scenes.py reads pictures of its own size
+    seen = scenes.measure(scenes.colour_masks(frame)[motion.colour])
+    return scenes.judge(scenes.Thing(motion.shape, motion.colour, motion.size, "in the center"), seen)["shape"]
+
+
+def read(clip: np.ndarray, motion: Motion) -> dict[str, bool]:
+    """Return what a clip has of its caption: colour, shape and motion, and `right`, which is all of them."""
+    middle = centre_of(clip[len(clip) // 2], motion.colour)
+    claims = {
+        "colour": middle is not None,
+        "shape": has_the_shape(clip, motion),
+        "motion": moves_as_said(clip, motion),
+    }
+    return {"right": all(claims.values()), **claims}
+
+
 def strip(clip: np.ndarray) -> np.ndarray:
     """The frames of a clip side by side, (SIDE, FRAMES * SIDE, 3)."""
     return np.concatenate(list(clip), axis=1)
@@ -113,8 +131,8 @@ def main() -> None:
     clips = [draw(motion, rng) for motion in motions]
     shown = np.stack([strip(clip) for clip in clips[:12]])
     contact_sheet(shown, [motion.caption() for motion in motions[:12]], columns=1).save(args.out)
-    right = [moves_as_said(clip, motion) for clip, motion in zip(clips, motions, strict=True)]
-    print(f"moves as said: {np.mean(right):.1%} of {args.count}")
+    results = [read(clip, motion) for clip, motion in zip(clips, motions, strict=True)]
+    print({claim: float(np.mean([result[claim] for result in results])) for claim in results[0]})
 
 
 if __name__ == "__main__":

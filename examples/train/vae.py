@@ -99,7 +99,7 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.work / "vae") if args.resume else build()
     vae = vae.train().to(memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {args.scenes} scenes drawn", flush=True)
-    train(vae, lambda rng: crop(images, args.batch, 64, rng), args)
+    train(vae, lambda rng: crop(images, args.batch, 64, rng), args.minutes, args)
     vae.eval()
     latents = encode(vae, images)
     shift, scale = latents.mean().item(), 1 / latents.std().item()

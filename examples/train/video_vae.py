@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from autoencoding import train
+from autoencoding import square_loss, train
 from diffusers import AutoencoderKLWan
 from moving_scenes import draw_many, strip
 from scenes import contact_sheet
@@ -36,8 +36,48 @@ def build() -> AutoencoderKLWan:
         scale_factor_temporal=2,
         scale_factor_spatial=4,
     )
-    torch.nn.init.constant_(vae.quant_conv.bias[CHANNELS:], -5.0)  # of the log variances: little noise at first
+    initialise(vae)
     return vae
+
+
+@torch.no_grad()
+def initialise(vae: AutoencoderKLWan) -> None:
+    """Make every part pass on what it gets, each frame by itself.
+
+    From diffusers' own random weights it stays at the mean colour for thousands of steps: its norms keep no size, so
+    little of the picture comes through, and L1 is content with the median. Here residual branches begin small, other
+    convolutions are near a rotation of the channels at a pixel, and nothing comes from earlier frames.
+    """
+    for name, layer in vae.named_modules():
+        if not isinstance(layer, torch.nn.Conv2d | torch.nn.Conv3d):
+            continue
+        weight = layer.weight.zero_()
+        torch.nn.init.zeros_(layer.bias)
+        last = weight[:, :, -1] if weight.ndim == 5 else weight  # of a causal kernel, the frame itself
+        rows, columns = last.shape[2:]
+        if ".resnets." in name and rows > 1:
+            torch.nn.init.kaiming_normal_(last, nonlinearity="linear")
+            last.mul_(0.3 if name.endswith("conv2") else 1.0)
+        elif name.endswith("to_qkv"):
+            torch.nn.init.kaiming_normal_(last, nonlinearity="linear")
+        elif layer.stride[-1] == 2:
+            for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):  # the pixels that become one
+                last[:, :, row, column] = 0.5 * _rotation(last)
+        elif name.startswith("encoder") and name.endswith("time_conv"):
+            weight[:, :, 1:, 0, 0] = 0.5 * torch.eye(len(weight))[..., None]  # the mean of two frames
+        elif name.endswith("time_conv"):
+            last[:, :, 0, 0] = torch.eye(last.shape[1]).repeat(2, 1)  # the same frame twice
+        elif not name.endswith("attentions.0.proj"):
+            last.add_(0.1 * torch.randn_like(last) / (last[0].numel() ** 0.5))
+            last[:, :, rows // 2, columns // 2] = _rotation(last)
+    vae.quant_conv.weight[CHANNELS:].mul_(0.01)
+    vae.quant_conv.bias[CHANNELS:] = -5.0  # of the log variances: little noise at first
+    vae.decoder.conv_out.weight.mul_(0.2)
+
+
+def _rotation(weight: torch.Tensor) -> torch.Tensor:
+    """Return a random matrix with orthogonal rows or columns, for one place of a kernel."""
+    return torch.nn.init.orthogonal_(torch.empty(weight.shape[:2]))
 
 
 def to_tensor(clips: np.ndarray) -> torch.Tensor:
@@ -81,7 +121,8 @@ def main() -> None:
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny-video"), help="for vae/ and latents.pt")
-    parser.add_argument("--minutes", type=float, default=12.0, help="training time")
+    parser.add_argument("--frame_minutes", type=float, default=4.0, help="training on single frames")
+    parser.add_argument("--minutes", type=float, default=8.0, help="training on clips after that")
     parser.add_argument("--clips", type=int, default=6000, help="clips to draw, train on and encode")
     parser.add_argument("--batch", type=int, default=8, help="32 x 32 crops of whole clips a step")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -95,7 +136,9 @@ def main() -> None:
     vae = AutoencoderKLWan.from_pretrained(args.work / "vae") if args.resume else build()
     vae.train()
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {args.clips} clips drawn", flush=True)
-    train(vae, lambda rng: crop(clips, args.batch, 32, rng), args)
+    if args.frame_minutes:
+        train(vae, lambda rng: crop(clips[:, :1], args.batch, 32, rng), args.frame_minutes, args, square_loss)
+    train(vae, lambda rng: crop(clips, args.batch, 32, rng), args.minutes, args)
     vae.eval()
     latents = encode(vae, clips)
     mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))

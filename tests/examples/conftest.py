@@ -1,6 +1,7 @@
-"""The study's scripts import each other from their own folder."""
+"""Scripts of a folder import each other from it."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "study"))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path[:0] = [str(EXAMPLES / "study"), str(EXAMPLES)]

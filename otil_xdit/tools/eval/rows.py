@@ -98,8 +98,15 @@ def make_rows(matrix: Matrix, cache: ImageCache, failures: Failures) -> dict[Cas
     return dict(zip(cases, with_shares(rows), strict=True))
 
 
-def make_row(case: Case, matrix: Matrix, cache: ImageCache, error: str | None) -> Row:
-    """Return the row of a case; `error` is why it failed, if it did."""
+def make_row(case: Case, matrix: Matrix, cache: ImageCache | None, error: str | None) -> Row:
+    """Return the row of a case.
+
+    Args:
+        case: to make it of.
+        matrix: that the case is of.
+        cache: has its images; None where there is an error.
+        error: why it failed; None where it did not.
+    """
     variant = case.variant
     row = Row(
         model=case.model.name,
@@ -115,6 +122,7 @@ def make_row(case: Case, matrix: Matrix, cache: ImageCache, error: str | None) -
     )
     if error is not None:
         return replace(row, error=error)
+    assert cache is not None, "a row without an error is made of images"
     borders = case.model.borders(matrix.size, case.patches)
     made, references = cache.load(case), cache.load(case.reference)
     images = [drawn.image for drawn in made], [drawn.image for drawn in references]
