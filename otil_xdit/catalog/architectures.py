@@ -6,7 +6,6 @@ which sizes are refused before weights load (`otil_xdit.catalog.geometry`) and w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -53,6 +52,7 @@ class Architecture:
             it is not looked at.
         sequences: what the keys of its attention layers are made of, by a word of the layer's path; "" for the others.
         gathered: words of the paths of layers for which xDiT itself gathers the keys, and pads them like the image.
+        joins: tokens that xDiT puts together again from all ranks in a call of the network, in turn.
         masks: which text masks xDiT reads: "any"; "alike", the same for every prompt of a batch.
         whole_masks: its masks cover the keys of all ranks.
         refused: why it cannot run on patches at all; empty where it can.
@@ -67,6 +67,7 @@ class Architecture:
     call: Call = ""
     sequences: Mapping[str, Sequence] = field(default_factory=dict)
     gathered: tuple[str, ...] = ()
+    joins: tuple[str, ...] = ("image",)
     masks: Literal["any", "alike"] = "any"
     whole_masks: bool = False
     refused: str = ""
@@ -74,16 +75,28 @@ class Architecture:
     stages: bool = False
     step_caches: bool = False
 
+    @property
+    def why_equal_shares(self) -> str:
+        """Say why all ranks have equally many tokens; empty where they may have unequal shares."""
+        if self.call == "rows":
+            return "xDiT's pipeline gives every rank equally many rows of it"
+        return "" if self.call else "xDiT cuts its tokens evenly, in a way of its own"
+
+    @property
+    def why_equal_compiled(self) -> str:
+        """Say why a compiled network's ranks have equally many tokens; empty where they may have unequal shares."""
+        joint = any(part.cut == "joint" for parts in self.sequences.values() for part in parts)
+        return "how many tokens its text has is not known in a graph of torch.compile" if joint else ""
+
     def fills_frames(self, tokens: str) -> bool:
         """Return whether whole frames fill these tokens up until the ranks divide them."""
         parts = [part for parts in self.sequences.values() for part in parts]
         return any(part.cut == "frames" for part in parts if part.tokens == tokens)
 
-    def sent_text(self, text: int, ranks: int) -> int:
-        """Return a rank's share of `text` tokens that it sends the keys of: none where all have a copy."""
+    def sends_text(self, text: int, ranks: int) -> bool:
+        """Return whether a rank sends the keys of its share of `text` tokens: not where all have a copy."""
         parts = [part for parts in self.sequences.values() for part in parts if part.tokens == "text"]
-        has_copies = any(part.cut == "replicated" or (part.cut == "split" and text % ranks) for part in parts)
-        return 0 if has_copies else math.ceil(text / ranks)
+        return not any(part.cut == "replicated" or (part.cut == "split" and text % ranks) for part in parts)
 
 
 CAUSAL = "it makes a video part by part from the keys of earlier parts, and xDiT runs that on one device"
@@ -108,6 +121,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ZImageTransformer2DModel": Architecture(
         call="lists",
         sequences={"": PADDED_WHOLE, "noise_refiner": PADDED_IMAGE, "context_refiner": (Part("text"),)},
+        joins=("image", "text", "whole"),
     ),
     "WanTransformer3DModel": Architecture(call="video", sequences={"": PADDED_IMAGE}, step_caches=True),
     "WanVACETransformer3DModel": Architecture(call="video", sequences={"": PADDED_IMAGE}),
@@ -123,14 +137,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "LTX2VideoTransformer3DModel": Architecture(
         call="packed", sequences={"": PADDED_IMAGE}, gathered=("video_to_audio_attn",)
     ),
-    "Ideogram4Transformer2DModel": Architecture(call="ideogram4", sequences={"": PADDED_WHOLE}),
+    "Ideogram4Transformer2DModel": Architecture(call="ideogram4", sequences={"": PADDED_WHOLE}, joins=("whole",)),
     "Cosmos3OmniTransformer": Architecture(
         call="cosmos3",
         sequences={"": (Part("text", "replicated"), Part("image"))},
         refused_settings={"use_und_k_norm_for_gen": "xDiT leaves out the norm of the text's keys that it asks for"},
     ),
     "Lumina2Transformer2DModel": Architecture(whole_masks=True),
-    "Krea2Transformer2DModel": Architecture(call="packed", sequences={"": PADDED_WHOLE}, whole_masks=True),
+    "Krea2Transformer2DModel": Architecture(
+        call="packed", sequences={"": PADDED_WHOLE}, joins=("whole",), whole_masks=True
+    ),
     "xFuserCausalWanTransformer3DWrapper": Architecture(refused=CAUSAL),
     "LatteTransformer3DModel": Architecture(
         refused="xDiT lets its temporal blocks attend to the tokens of another place than their own"

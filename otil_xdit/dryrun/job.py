@@ -10,6 +10,7 @@ from torch import nn
 
 from otil_xdit.dryrun.networks import Network
 from otil_xdit.dryrun.recorder import Message
+from otil_xdit.networks.dit.token_cut import TokenCut
 
 Request = tuple[str, tuple[Any, ...]]
 """A method of the communicator, and the arguments that it is called with."""
@@ -19,23 +20,25 @@ Request = tuple[str, tuple[Any, ...]]
 class ParallelDegrees:
     """How many ranks share the two passes of guidance, the attention heads, and the rows.
 
-    `shares` are those of the patches of a U-Net, in any unit; empty for equal ones.
+    `shares` are those of the patches, in any unit; empty for equal ones. `speeds` are those of the patches' cards,
+    of which one process has the fastest: 1 for that; empty where they are as the shares.
     """
 
     cfg: int = 1
     ulysses: int = 1
     patches: int = 1
     shares: tuple[int, ...] = ()
+    speeds: tuple[float, ...] = ()
+
+    @property
+    def cut(self) -> TokenCut:
+        """Return who has which rows, or tokens of a DiT."""
+        return TokenCut(self.rows, self.ulysses, self.shares)
 
     @property
     def rows(self) -> int:
         """Number of ranks that share the rows of one pass: patches x Ulysses."""
         return self.patches * self.ulysses
-
-    @property
-    def row_shares(self) -> tuple[int, ...]:
-        """Return the shares of the ranks that share the rows; empty for equal ones."""
-        return tuple(share for share in self.shares for _ in range(self.ulysses))
 
     @property
     def ranks(self) -> int:

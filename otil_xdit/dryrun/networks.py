@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from otil_xdit.catalog.folders import find_model
 from otil_xdit.catalog.models import published_networks
 from otil_xdit.method.grid import LevelGrid, TokenLayout
 from otil_xdit.networks.dit.architectures import architecture_of
+from otil_xdit.networks.dit.token_cut import TokenCut
 from otil_xdit.networks.unet.compatibility import check_supported
 from otil_xdit.networks.unet.levels import Levels
 from otil_xdit.networks.unet.model import is_unet
@@ -152,13 +152,13 @@ def _text_tokens(folder: Path, is_unet: bool) -> int:
     return length if is_unet else length + T5_TOKENS
 
 
-def attention_layers(network: Network, height: int, width: int, ranks: int, text: int) -> list[Layer]:
+def attention_layers(network: Network, height: int, width: int, cut: TokenCut, text: int) -> list[Layer]:
     """List the self-attention layers of a network in the order in which they are called.
 
     Args:
         network: the network.
         height, width: of the image, in pixels.
-        ranks: that share it by rows.
+        cut: of rows or tokens among the ranks; a layer has the tokens of the rank that has most.
         text: text tokens of a DiT; a U-Net's self-attention has none.
 
     Raises:
@@ -168,10 +168,10 @@ def attention_layers(network: Network, height: int, width: int, ranks: int, text
     rows, cols = height // network.pixels, width // network.pixels
     try:
         if network.is_unet:
-            return list(_unet_layers(network, rows, cols, ranks))
-        return list(_dit_layers(network, rows, cols, ranks, text))
+            return list(_unet_layers(network, rows, cols, cut))
+        return list(_dit_layers(network, rows, cols, cut, text))
     except ValueError as error:
-        raise ValueError(f"{_size(height, width)} on {ranks} ranks with {network.name}: {error}") from error
+        raise ValueError(f"{_size(height, width)} on {cut.ranks} ranks with {network.name}: {error}") from error
 
 
 def check_size(network: Network, height: int, width: int) -> None:
@@ -195,12 +195,12 @@ def _empty(kind: str, settings: dict[str, Any]) -> nn.Module:
     return made
 
 
-def _unet_layers(network: Network, rows: int, cols: int, ranks: int) -> Iterator[Layer]:
+def _unet_layers(network: Network, rows: int, cols: int, cut: TokenCut) -> Iterator[Layer]:
     """Yield them as `otil_xdit.networks.unet.model.PatchedUNet.attend` calls them."""
     for module in (*network.controls.values(), network.module):
         check_supported(module)
         levels = Levels(module)
-        grid = LevelGrid.build(rows, cols, levels.count, ranks)
+        grid = LevelGrid.build(rows, cols, levels.count, cut.ranks, cut.rank_shares)
         # A U-Net holds its blocks as down, up, mid.
         called = sorted(module.named_modules(), key=lambda found: found[0].split("_")[0])
         for path, attention in called:
@@ -210,18 +210,20 @@ def _unet_layers(network: Network, rows: int, cols: int, ranks: int) -> Iterator
                 yield Layer(layout.image_tokens, attention.inner_kv_dim, attention.heads, layout, path)
 
 
-def _dit_layers(network: Network, rows: int, cols: int, ranks: int, text: int) -> Iterator[Layer]:
+def _dit_layers(network: Network, rows: int, cols: int, cut: TokenCut, text: int) -> Iterator[Layer]:
     """Yield them as xDiT calls them: a rank has its share of the image's tokens, and of the text's, which xDiT pads."""
-    facts = architecture_of(network.module)
+    facts, ranks = architecture_of(network.module), cut.ranks
+    if cut.shares and facts.why_equal_shares:
+        raise ValueError(f"--patch_shares is not possible: {facts.why_equal_shares}")
     if facts.rows and rows % ranks:
         raise ValueError(f"{rows} rows of tokens cannot be shared evenly; give another --size")
-    image_tokens = math.ceil(rows * cols / ranks)
+    image_tokens = max(cut.sizes(rows * cols))
     for path, attention in network.module.named_modules():
         if hasattr(attention, "processor") and hasattr(attention, "to_k"):
             if getattr(attention, "is_cross_attention", False):
                 continue  # to text that every rank has
             # SD3.5's second attention of a block sees the image alone, PixArt's first one as well.
             joined = facts.text != "none" and not path.endswith("attn2")
-            texts = facts.sent_text(text, ranks) if joined else 0
+            texts = max(cut.sizes(text)) if joined and facts.sends_text(text, ranks) else 0
             layout = TokenLayout(rows // ranks, cols, network.patch, facts.text) if facts.rows else TokenLayout()
             yield Layer(image_tokens + texts, attention.to_k.out_features, attention.heads, layout, path)

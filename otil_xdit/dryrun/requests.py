@@ -150,7 +150,7 @@ def _dit_pass(job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch 
     requests: list[Request] = []
     messages: list[Message] = []
     batch = job.batch_of_rank(degrees)
-    layers = attention_layers(job.network, job.height, job.width, degrees.rows, job.text)
+    layers = attention_layers(job.network, job.height, job.width, degrees.cut, job.text)
     for number, layer in enumerate(layers):
         with nullcontext() if watch is None else watch.inside(watch.number_of(layer.path), requests, messages):
             requests += _attention_requests(job, degrees, layer, number, messages, batch)
@@ -191,8 +191,8 @@ def _output_messages(job: Job, degrees: ParallelDegrees, batch: int) -> list[Mes
     ranks = degrees.rows
     packed = not architecture_of(job.network.module).rows
     # A packed token's channels are those of its latent pixels.
-    numbers = rows * cols * job.network.module.config.in_channels // (job.network.patch**2 if packed else 1)
-    share = batch * numbers * job.dtype.itemsize // ranks
+    places = max(degrees.cut.sizes(rows * cols // job.network.patch**2)) if packed else rows * cols // ranks
+    share = batch * places * job.network.module.config.in_channels * job.dtype.itemsize
     found = [_foreign("output", "all-gather", share, ranks)] if packed and ranks > 1 else []
     whole = share * (ranks if packed else 1)
     return found + ([_foreign("output", "all-gather", whole, degrees.cfg)] if degrees.cfg > 1 else [])

@@ -76,7 +76,7 @@ def _unet_flops(job: Job, degrees: ParallelDegrees, place: int, own: Tracer) -> 
         job, degrees, place: as for `segments_of`.
         own: the trace of the rank at `place`.
     """
-    grid = LevelGrid.build(*job.latent, Levels(job.network.module).count, degrees.rows, degrees.row_shares)
+    grid = LevelGrid.build(*job.latent, Levels(job.network.module).count, degrees.rows, degrees.cut.rank_shares)
     heights = [*zip(*grid.rows, strict=True)]  # of each rank, at every level
     total = [0] * (len(own.flops) + 1)
     for height, count in Counter(heights).items():

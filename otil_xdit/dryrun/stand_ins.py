@@ -192,4 +192,4 @@ def unet_groups(degrees: ParallelDegrees, place: int) -> UnetGroups:
     """Return the ranks that share a U-Net, without process groups; arguments as for `patch_group`."""
     places = tuple((cfg_rank, row) for cfg_rank in range(degrees.cfg) for row in range(degrees.rows))
     rows = PatchGroup(NO_PROCESS_GROUP, place, degrees.rows)
-    return UnetGroups(rows, degrees.ulysses, degrees.cfg, 0, places, degrees.row_shares)
+    return UnetGroups(rows, degrees.ulysses, degrees.cfg, 0, places, degrees.cut.rank_shares)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.networks.dit.key_plan import Kept
+from otil_xdit.networks.dit.keys import DitKeys
 from otil_xdit.runtime.network_hooks import NetworkHooks
 
 
@@ -22,6 +24,11 @@ class DitAttention:
         self._kept: Kept | None = None
 
     @property
+    def keys(self) -> DitKeys:
+        """Return what is known of the tokens of the transformer call under way."""
+        return self._hooks.keys
+
+    @property
     def has_whole_masks(self) -> bool:
         """Return whether the masks of the network that computes cover the keys of all ranks."""
         return self._hooks.has_whole_masks
@@ -34,7 +41,11 @@ class DitAttention:
         plan, own = self._hooks.plan_keys(key), (key, value)
         if plan.sent is not None:
             key, value = key.index_select(2, plan.sent), value.index_select(2, plan.sent)
+        if plan.longest > key.shape[2]:
+            key, value = (pad(one, (0, 0, 0, plan.longest - one.shape[2])) for one in (key, value))
         key, value = self._communicator.gather(self._hooks.current_layer(), key, value)
+        if plan.unfilled is not None:
+            key, value = key.index_select(2, plan.unfilled), value.index_select(2, plan.unfilled)
         if plan.own is not None:
             pairs = zip(own, (key, value), strict=True)
             key, value = (torch.cat([one.index_select(2, plan.own), others], 2) for one, others in pairs)

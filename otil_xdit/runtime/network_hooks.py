@@ -20,8 +20,8 @@ from otil_xdit.hybridiff.controller import CfgController
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.networks.attention_weights import attention_weights
 from otil_xdit.networks.compatibility import ModuleInspector, check_no_gradients
-from otil_xdit.networks.compiled import CompiledCalls, check_not_compiled
-from otil_xdit.networks.dit.architectures import check_architecture, read_call, token_layout
+from otil_xdit.networks.compiled import CompiledCalls, check_not_compiled, is_compiled
+from otil_xdit.networks.dit.architectures import architecture_of, check_architecture, read_call, token_layout
 from otil_xdit.networks.dit.key_plan import KeyPlan
 from otil_xdit.networks.dit.keys import DitKeys
 from otil_xdit.networks.dit.layer_names import LayerNames, NamedModule
@@ -103,6 +103,7 @@ class NetworkHooks:
         coordinates: a digest of what keys and values are coded in, which follows from the networks' weights.
         foreign: forward hooks of unknown packages on the networks' layers, in words.
         step_caches: of the DiTs.
+        keys: tells what the keys of the DiT that computes are made of.
     """
 
     def __init__(
@@ -112,8 +113,9 @@ class NetworkHooks:
         self.coordinates = self.foreign = ""
         self._names = LayerNames()
         cfg = (0, 1) if unets is None else (unets[0].cfg_rank, unets[0].cfg_degree)
-        self._keys = DitKeys(session.group, cfg)
-        self.step_caches = StepCaches(session.group, _timeout(session.group), self._keys, cfg[1])
+        shares = () if unets is None else unets[0].shares[:: session.group.ulysses_degree]
+        self.keys = DitKeys(session.group, cfg, shares)
+        self.step_caches = StepCaches(session.group, _timeout(session.group), self.keys, cfg[1])
         self._inspectors: dict[int, ModuleInspector] = {}
         self._handles: dict[int, tuple[nn.Module, list[RemovableHandle | NamedModule]]] = {}
         self._compiled: dict[int, CompiledCalls] = {}
@@ -156,6 +158,8 @@ class NetworkHooks:
                 after = network.register_forward_hook(self._after_forward)
                 self._handles[id(network)] = (network, [before, after, *self._names.watch(name, network)])
                 self._compiled[id(network)] = CompiledCalls(network, partial(self._call_compiled, network))
+            if self.keys.cut.shares and not is_patched(network):
+                self._check_unequal(name, network, [holder for _, holder in holders.values()])
             if id(network) in self._compiled:
                 self._compiled[id(network)].route(holder for _, holder in holders.values())
         layers = {
@@ -170,7 +174,7 @@ class NetworkHooks:
     def naming(self, networks: Iterable[nn.Module]) -> Iterator[None]:
         """Name attention calls anew for a generation, and follow the names that diffusers gives its passes."""
         self._names.begin()
-        self._keys.begin()
+        self.keys.begin()
         with ExitStack() as stack:
             stack.enter_context(self.step_caches.comparing())
             for network in networks:
@@ -187,16 +191,16 @@ class NetworkHooks:
 
     def plan_keys(self, key: torch.Tensor) -> KeyPlan:
         """Return what to do with the keys, [B, H, S, D], of the DiT's attention call under way."""
-        return self._keys.plan(self._names.path, key.shape[2], key.device)
+        return self.keys.plan(self._names.path, key.shape[2], key.device)
 
     def kept_of_gathered(self, keys: int) -> int | None:
         """Return how many of the keys that xDiT itself has gathered for the call under way are real; None for all."""
-        return self._keys.kept_of_gathered(self._names.path, keys)
+        return self.keys.kept_of_gathered(self._names.path, keys)
 
     @property
     def has_whole_masks(self) -> bool:
         """Return whether the masks of the DiT that computes cover the keys of all ranks."""
-        return self._keys.has_whole_masks
+        return self.keys.has_whole_masks
 
     @property
     def unet_device(self) -> torch.device | None:
@@ -214,6 +218,14 @@ class NetworkHooks:
         for patched in _take_out(self._patched, kept):
             patched.release()
         _take_out(self._inspectors, kept)
+
+    def _check_unequal(self, name: str, network: nn.Module, holders: list[nn.Module]) -> None:
+        """Refuse unequal shares of the tokens where a graph hides what their cut depends on."""
+        reason = architecture_of(network).why_equal_compiled
+        if reason and any(is_compiled(holder) for holder in holders if getattr(holder, "_orig_mod", holder) is network):
+            raise ValueError(
+                f"patch_shares is not possible for the compiled {name}: {reason}; leave one of the two out"
+            )
 
     def _tell_foreign_hooks(self, networks: Mapping[str, nn.Module]) -> None:
         """Record the forward hooks that others have put on layers, and warn of new ones."""
@@ -262,7 +274,7 @@ class NetworkHooks:
         session = self._session
         if session.is_active:
             check_no_gradients(network, *args, *kwargs.values())
-            self._keys.read(network, args, kwargs, session.splits_text(), session.rows())
+            self.keys.read(network, args, kwargs, session.splits_text(), session.rows())
             session.communicator.observe(*read_call(network, args, kwargs, session.group.ulysses_degree))
 
     def _after_forward(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -23,7 +23,7 @@ from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
-from otil_xdit.xdit.flags.options import VAE_CHOICES, check_shares, parse_shares_or_auto
+from otil_xdit.xdit.flags.options import VAE_CHOICES, Shares, check_shares, parse_shares_or_auto
 from otil_xdit.xdit.plugin import transformers
 from otil_xdit.xdit.plugin.args import carry
 from otil_xdit.xdit.plugin.register import register
@@ -57,8 +57,8 @@ def parallelize(
             does so in any case.
         allow_untested: take a transformer on that nobody has compared with one process; rank 0 warns.
         vae: "patches", where the ranks share the rows of an `AutoencoderKL`, or "whole".
-        patch_shares: rows of each patch of a U-Net, as shares in any unit: (3, 2) for two patches, the first on a
-            faster card; "auto" has every rank time a step of the U-Net now; empty for equal ones.
+        patch_shares: rows of each patch, or a transformer's tokens, as shares in any unit: (3, 2) for two patches, the
+            first on a faster card; "auto" has every rank time a step now; empty for equal ones.
 
     Returns:
         A pipeline that is called like `pipe`, on every rank with the same arguments. It is `pipe` itself, and every
@@ -82,7 +82,7 @@ def parallelize(
 
 def parallelize_as(pipe: Any, choice: ParallelChoice, use_cfg_parallel: bool) -> Any:
     """Do what `parallelize` does; the number of patches is what the other degrees leave of the world."""
-    _check_transformers(pipe, choice.allow_untested)
+    _check_transformers(pipe, choice)
     if not dist.is_initialized() and "RANK" not in os.environ:
         logger.warning("no torchrun has started this process: the pipeline runs here alone; start it with torchrun")
         return pipe
@@ -96,14 +96,14 @@ def parallelize_as(pipe: Any, choice: ParallelChoice, use_cfg_parallel: bool) ->
     if unet is not None:
         check_unet_pipeline(pipe)
         check_heads(heads_of(unet.config), ulysses_degree, type(pipe).__name__)
-    in_place = unet is None and _runs_in_place(pipe)
+    in_place = unet is None and _runs_in_place(pipe, choice.patch_shares)
     if in_place and use_cfg_parallel:
         transformers.check_cfg_parallel(pipe)
     wrapper = None if unet is not None or in_place else xFuserPipelineWrapperRegister.get_class(pipe)
     init_distributed_environment()  # makes what is not there yet: the process group, xDiT's group of the world
     degrees = {"ulysses_degree": ulysses_degree, "use_cfg_parallel": use_cfg_parallel}
     choice = replace(choice, patch_degree=resolve_patch_degree(degrees, dist.get_world_size()))
-    check_shares(choice.patch_shares, choice.patch_degree, unet is not None)
+    check_shares(choice.patch_shares, choice.patch_degree)
     if dist.get_world_size() == 1:
         return pipe
     if unet is None and choice.patch_degree * (1 + use_cfg_parallel) == 1:
@@ -167,16 +167,21 @@ def restore(pipe: Any) -> Any:
     return undo(pipe)
 
 
-def _runs_in_place(pipe: Any) -> bool:
-    """Return whether a pipeline runs as on xDiT's command line: itself, with xDiT's classes of its transformers."""
-    return type(pipe).__name__ not in _WRAPPED and transformers.runs_in_place(pipe)
+def _runs_in_place(pipe: Any, shares: Shares) -> bool:
+    """Return whether a pipeline runs as on xDiT's command line: itself, with xDiT's classes of its transformers.
+
+    Args:
+        pipe: a diffusers pipeline.
+        shares: of the patches; xDiT's wrappers know equal ones alone.
+    """
+    return transformers.runs_in_place(pipe) and (bool(shares) or type(pipe).__name__ not in _WRAPPED)
 
 
 _WRAPPED = ("FluxPipeline",)
 """Pipelines that xDiT has a wrapper for, although their transformers can be converted: it shares out the whole loop."""
 
 
-def _check_transformers(pipe: Any, allow_untested: bool) -> None:
+def _check_transformers(pipe: Any, choice: ParallelChoice) -> None:
     """Refuse, before xDiT wraps it, a transformer that patches cannot serve.
 
     Raises:
@@ -186,9 +191,9 @@ def _check_transformers(pipe: Any, allow_untested: bool) -> None:
         network = getattr(pipe, name, None)
         if not isinstance(network, torch.nn.Module) or is_unet(getattr(network, "_orig_mod", network)):
             continue
-        check_architecture(name, network, allow_untested)
+        check_architecture(name, network, choice.allow_untested)
         _check_no_cached_blocks(name, network)
-        if not _runs_in_place(pipe):
+        if not _runs_in_place(pipe, choice.patch_shares):
             _check_no_adapters(name, network)
         _check_nothing_else_attends(pipe, name, network)
 

@@ -17,6 +17,7 @@ from otil_xdit.catalog.unets import UNETS, UnetRecord
 from otil_xdit.dryrun.networks import attention_layers, find_network
 from otil_xdit.hybridiff.staged_networks import check_stages
 from otil_xdit.networks.dit.architectures import architecture_of, check_architecture
+from otil_xdit.networks.dit.token_cut import TokenCut
 from otil_xdit.tools import main as tools
 from otil_xdit.xdit.launcher import main as launcher
 from otil_xdit.xdit.models.unets import register_unet
@@ -90,7 +91,7 @@ def test_geometry_comes_from_the_record() -> None:
 def test_the_tools_know_its_network_and_its_state(capsys: pytest.CaptureFixture[str]) -> None:
     network = find_network("MADE-UP")
     assert network.vae == 8 and network.module.config.norm_num_groups == 10
-    assert {layer.heads for layer in attention_layers(network, 512, 512, 2, 77)} == {6}
+    assert {layer.heads for layer in attention_layers(network, 512, 512, TokenCut(2), 77)} == {6}
     launcher.model_registry()
     base_model = importlib.import_module("xfuser.model_executor.models.runner_models.base_model")
     register_unet(MADE_UP_UNET)

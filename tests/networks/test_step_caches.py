@@ -101,10 +101,13 @@ def test_a_network_without_a_cache_has_none() -> None:
     assert cache_of(nn.Sequential(nn.Linear(2, 2))) is None
 
 
-@pytest.mark.parametrize(("place", "real"), [(0, None), (1, None), (2, [0, 1, 2]), (3, [])])
-def test_padding_is_not_compared(place: int, real: list[int] | None) -> None:
-    """11 tokens on 2 patches x 2 Ulysses: shares of four, of which the third is filled up and the last is empty."""
-    keys = DitKeys(PatchGroup(None, 0, 2, ulysses_degree=2), (0, 1))  # type: ignore[arg-type]  # nothing is sent
-    keys._counts = {"image": Tokens(11)}
-    found = keys.real_tokens(4, place, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("shares", "place", "tokens", "real"),
+    [((), 0, 4, None), ((), 2, 4, None), ((), 3, 4, [0, 1]), ((5, 3), 1, 5, None), ((5, 3), 3, 3, [0])],
+)
+def test_padding_is_not_compared(shares: tuple[int, ...], place: int, tokens: int, real: list[int] | None) -> None:
+    """14 tokens, filled up to 16, on 2 patches x 2 Ulysses."""
+    keys = DitKeys(PatchGroup(None, 0, 2, ulysses_degree=2), (0, 1), shares)  # type: ignore[arg-type]  # nothing is sent
+    keys._counts = {"image": Tokens(14)}
+    found = keys.real_tokens(tokens, place, torch.device("cpu"))
     assert (None if found is None else found.tolist()) == real

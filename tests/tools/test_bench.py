@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from otil_xdit.catalog.folders import find_model
 from otil_xdit.dryrun.networks import attention_layers, find_network
+from otil_xdit.networks.dit.token_cut import TokenCut
 from otil_xdit.tools import main as tools
 from otil_xdit.tools.bench import link
 from otil_xdit.tools.bench.calibrate import ShapedLink, fit
@@ -238,7 +239,7 @@ def test_two_strategies_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture
         assert all(
             0 < total <= sum(steps) + 1e-9 for total, steps in zip(run["seconds"], run["step_seconds"], strict=True)
         )
-    layers = attention_layers(find_network("tiny-sd"), 128, 128, 2, 0)
+    layers = attention_layers(find_network("tiny-sd"), 128, 128, TokenCut(2), 0)
     expected = sum(2 * 2 * layer.tokens * layer.width * 4 for layer in layers)
     assert shared["report"]["kv_bytes_per_step"] == shared["report"]["sent_bytes"]["kv"]["steady"] == expected
     assert [sent["kv"] for sent in shared["rank_bytes"]] == [expected, expected] and alone["rank_bytes"] is None

@@ -19,6 +19,7 @@ from otil_xdit.dryrun.networks import attention_layers, find_network
 from otil_xdit.exchange.communicator import OtilCommunicator
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.grid import TokenLayout
+from otil_xdit.networks.dit.token_cut import TokenCut
 from otil_xdit.runtime.strategies import get_strategy
 from otil_xdit.tools import main as tools
 from otil_xdit.tools.common.variants import parse_variant
@@ -68,7 +69,7 @@ def all_kept_by_real_ranks() -> dict[str, int]:
 
 
 def test_the_figures_are_those_of_a_run() -> None:
-    layers = attention_layers(find_network("tiny-sd"), 128, 128, RANKS, text=77)
+    layers = attention_layers(find_network("tiny-sd"), 128, 128, TokenCut(RANKS), text=77)
     expected = Counter()
     for rows, cols, pixels, width, count in TINY_SD:
         expected[(rows * cols, width, TokenLayout(rows, cols, pixels))] += count
@@ -81,9 +82,9 @@ def test_the_figures_are_those_of_a_run() -> None:
 
 def test_a_count_by_hand() -> None:
     """SDXL at 1024: 10 layers of 64 x 64 tokens with 640 features, 60 of 32 x 32 with 1280; FLUX: 57 of 4608, 3072."""
-    sdxl = attention_layers(find_network("SDXL"), 1024, 1024, 4, text=77)
+    sdxl = attention_layers(find_network("SDXL"), 1024, 1024, TokenCut(4), text=77)
     assert Counter((layer.tokens * 4, layer.width) for layer in sdxl) == {(4096, 640): 10, (1024, 1280): 60}
-    flux = attention_layers(find_network("FLUX"), 1024, 1024, 4, text=512)
+    flux = attention_layers(find_network("FLUX"), 1024, 1024, TokenCut(4), text=512)
     assert Counter((layer.tokens * 4, layer.width) for layer in flux) == {(4608, 3072): 57}
     found = memory_of(flux, 4, 1, torch.bfloat16, OtilConfig(kv_cache_dtype="float8", ratio=1.0))
     numbers = 57 * 2 * 4608 * 3072
@@ -107,7 +108,9 @@ def test_the_log_line_knows_every_strategy(model: str, caplog: pytest.LogCapture
 def test_the_log_line_counts_what_the_table_counts() -> None:
     network, config = find_network("tiny-dit"), get_strategy("otil").make_config({})
     text_tokens = 333  # of SD3.5's record
-    found = memory_of(attention_layers(network, 128, 128, RANKS, text_tokens), RANKS, BATCH, torch.float32, config)
+    found = memory_of(
+        attention_layers(network, 128, 128, TokenCut(RANKS), text_tokens), RANKS, BATCH, torch.float32, config
+    )
     pipe = SimpleNamespace(transformer=network.module, vae_scale_factor=network.vae)
     size, estimate = estimate_memory(pipe, config, RANKS, 1, 1)
     assert size == (128, 128) and estimate == found.total + sum(found.scratch.values())

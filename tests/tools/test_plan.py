@@ -18,6 +18,7 @@ from otil_xdit.dryrun.flops import flops_of
 from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import find_network
 from otil_xdit.dryrun.recorder import Message
+from otil_xdit.dryrun.requests import requests_of
 from otil_xdit.dryrun.step_modes import modes_of
 from otil_xdit.dryrun.traffic import RunTraffic, Traffic
 from otil_xdit.method.config import OtilConfig
@@ -26,6 +27,7 @@ from otil_xdit.tools import main as tools
 from otil_xdit.tools.common.cards import CARDS, Card, find_card
 from otil_xdit.tools.common.links import LINKS, Link, parse_link
 from otil_xdit.tools.common.variants import parse_variant
+from otil_xdit.tools.plan import options as ways
 from otil_xdit.tools.plan.advice import advise, bar_of
 from otil_xdit.tools.plan.fit import Comparison, compare, fit, least_squares, orders, read_machine
 from otil_xdit.tools.plan.latency import Load, Machine, share_of, step_time
@@ -247,6 +249,29 @@ def test_links(text: str, rate: float | None, latency: float | None) -> None:
     else:
         link = parse_link(text)
         assert (link.rate, link.latency) == (pytest.approx(rate), pytest.approx(latency))
+
+
+def test_unequal_cards_get_shares_by_their_rates() -> None:
+    job = Job(find_network("FLUX"), 1024, 1024, 1, torch.bfloat16, 512)
+    fast, slow = CARDS["4090"].reached, CARDS["3090"].reached
+    shared, halved = ways.degrees_of(2, job, None, None, "auto", (fast, slow))
+    assert halved.shares == () and halved.speeds == (slow / fast,)
+    assert share_of(job, halved) == pytest.approx(0.5 * fast / slow), "two ranks share the heads evenly"
+    assert shared.shares == (23, 10) and shared.cut.sizes(4096) == (2855, 1241)
+    assert share_of(job, shared) == pytest.approx(1241 / 4096 * fast / slow), "the slower one takes longest"
+    (equal,) = ways.degrees_of(2, job, None, 1, (), (fast, slow))
+    assert equal.shares == () and share_of(job, equal) == pytest.approx(0.5 * fast / slow)
+    (alike,) = ways.degrees_of(2, job, None, 1, "auto", (fast, fast))
+    assert alike.shares == () and share_of(job, alike) == 0.5
+
+
+def test_the_longest_of_unequal_shares_is_what_all_send() -> None:
+    job = Job(find_network("FLUX"), 512, 512, 1, torch.bfloat16, 512)
+    made = requests_of(job, ParallelDegrees(1, 1, 2, (3, 1)), 1).requests
+    keys = [args[1] for method, args in made if method == "gather"]
+    assert {key.shape[2] for key in keys} == {768 + 384}
+    with pytest.raises(ValueError, match="patch_shares is not possible: xDiT's pipeline gives every rank equally many"):
+        requests_of(replace(job, network=find_network("SD3.5")), ParallelDegrees(1, 1, 2, (3, 1)), 0)
 
 
 def test_cards_are_found_as_people_write_them() -> None:
@@ -503,6 +528,8 @@ def test_flops_are_counted() -> None:
         ("--model tiny-sd --gpus 64 --size 128", "ranks cannot share; give at least"),
         ("--model SDXL --gpus 2 --card 1080", "--card 1080: give 3090, 4090, .*RTX-PRO-6000; of another card --flops"),
         ("--model SDXL --gpus 2 --card 4090 --machine m.json", "--card 4090 and --machine m.json contradict"),
+        ("--model SDXL --gpus 2 --card 4090,3090,3090", "4090,3090,3090 has 3 cards for 2 ranks; give one or all"),
+        ("--model SDXL --gpus 2 --card 4090 --patch_shares auto", "--patch_shares auto: give --card with one card for"),
         ("--model SDXL --gpus 2 --card 4090 --dtype float32", "--card 4090, --dtype float32: give float16 or"),
         ("--fit bench.json", "--fit writes what it finds; give --out FILE"),
         ("--check bench.json", "--check predicts with a machine's terms; give --machine FILE"),

@@ -35,7 +35,12 @@ from tests.support.dits.exchanges import EXCHANGES  # noqa: E402
 from tests.support.dits.routes import run_parallelized, run_plain, run_xdit  # noqa: E402
 from tests.support.in_rank import described, leave_groups  # noqa: E402
 
-PYTHON = {"python": "plugin", "python, none": "none"}
+PYTHON = {
+    "python": "plugin",
+    "python, none": "none",
+    "python, unequal": "unequal",
+    "python, unequal, none": "unequal, none",
+}
 """`otil_xdit.parallelize` with ``sync``, where the others are ways to exchange under xDiT's command line."""
 PATIENCE = timedelta(seconds=60)
 """How long a rank waits for the others before it gives up on all further cases."""
@@ -72,8 +77,8 @@ def exchanges_of(case: Case, degrees: Degrees, asked: list[str]) -> list[str]:
     """What can be compared: not every case has CFG parallelism, and what xDiT wraps has other tests of that."""
     if degrees.cfg > 1 and not case.cfg:
         return []
-    possible = [*(() if case.is_loaded else EXCHANGES), *(() if case.wrapper else ("python",))]
-    possible += ["python, none"] if case.is_loaded else []
+    possible = [*(() if case.is_loaded else EXCHANGES), *(() if case.wrapper else ("python", "python, unequal"))]
+    possible += ["python, none", "python, unequal, none"] if case.is_loaded else []
     return [name for name in asked if name in possible]
 
 

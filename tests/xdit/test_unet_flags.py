@@ -41,6 +41,15 @@ WRONG = [
         "and --enable_sequential_cpu_offload are not",
     ),
     ("SDXL --parallel otil --patch_degree 2 --patch_shares 3,2,1", "3,2,1 has 3 shares for 2 patches"),
+    (
+        "SD3.5 --parallel sync --patch_degree 2 --patch_shares 3,2",
+        "3,2 is not possible with --model SD3.5: xDiT's pipe",
+    ),
+    ("Lumina2 --parallel sync --patch_degree 2 --patch_shares auto", "auto is not possible with --model Lumina2: xDiT"),
+    (
+        "HunyuanVideo --parallel sync --patch_degree 2 --patch_shares 3,2 --use_torch_compile",
+        "3,2 is not possible with --model HunyuanVideo: how many tokens its text has is not known in a graph",
+    ),
     ("SDXL --parallel otil --patch_degree 2 --patch_shares 3,0", "3,0: give a whole number from 1 up for each patch"),
     ("SDXL --parallel otil --enable_group_cpu_offload", "--parallel otil and --enable_group_cpu_offload are not"),
     ("SDXL --parallel otil --otil_select latent-l2 --ulysses_degree 2", "choose kv-cosine or kv-l2"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.networks.dit.architectures import architecture_of, is_cut_by_pipeline
 from otil_xdit.networks.dit.key_plan import KeyPlan, plan_keys
 from otil_xdit.networks.dit.token_counts import Counts, Rows, Tokens, count_rows, count_tokens
+from otil_xdit.networks.dit.token_cut import TokenCut
 
 
 class DitKeys:
@@ -22,16 +24,23 @@ class DitKeys:
     Args:
         group: the ranks that hold the patches.
         cfg: rank and number of those that share the passes with and without the prompt.
+        shares: of the tokens, for each patch, in any unit; empty for equal ones.
+
+    Attributes:
+        cut: of the tokens.
     """
 
-    def __init__(self, group: PatchGroup, cfg: tuple[int, int]) -> None:
-        self._chunks, self._patches, self._cfg = group.ulysses_degree, group.world_size, cfg
+    def __init__(self, group: PatchGroup, cfg: tuple[int, int], shares: tuple[int, ...] = ()) -> None:
+        self.cut = TokenCut(group.ulysses_degree * group.world_size, group.ulysses_degree, shares)
+        self._patch, self._cfg = group.rank, cfg
         self._facts = Architecture()
         self._sequences: Mapping[str, Sequence] = {}
         self._counts: Counts = {}
         self._counted: dict[tuple[object, ...], Counts] = {}
         self._kept_alive: list[object] = []
         self._plans: dict[tuple[object, ...], KeyPlan] = {}
+        self._cut_counts: set[int] = set()
+        self._joins: Iterator[str] = iter(())
 
     @property
     def has_whole_masks(self) -> bool:
@@ -79,6 +88,21 @@ class DitKeys:
                 self._counted[call] = self._count(network, args, kwargs, splits_text)
             self._kept_alive += masks  # so that no other tensor gets the id of one of them
         self._counts = self._counted[call]
+        self._cut_counts.clear()
+        self._joins = cycle(facts.joins)
+
+    def cut_tokens(self, tokens: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+        """Cut what belongs to filled up tokens into every rank's part.
+
+        Args:
+            tokens: one for each along `dim`.
+        """
+        self._cut_counts.add(tokens.shape[dim])
+        return tokens.split(self.cut.sizes(tokens.shape[dim]), dim)
+
+    def joined_sizes(self) -> tuple[int, ...]:
+        """Return every rank's part of the filled up tokens that the network puts together again next."""
+        return self.cut.sizes(self._counts[next(self._joins)].count)
 
     def plan(self, path: str, keys: int, device: torch.device) -> KeyPlan:
         """Return what to do with the keys of an attention layer.
@@ -92,21 +116,25 @@ class DitKeys:
         word = next((word for word in self._sequences if word in words), "")
         if not self._counts or word not in self._sequences:
             return KeyPlan()
-        asked = (word, keys, id(self._counts))
+        joint = self._joint_count()
+        asked = (word, keys, id(self._counts), joint)
         if asked not in self._plans:
-            ranks = self._chunks * self._patches
-            plan = plan_keys(self._sequences[word], self._counts, keys, self._chunks, ranks)
+            plan = plan_keys(self._sequences[word], self._counts, keys, self.cut, self._patch, joint)
             self._plans[asked] = plan.to(device)
         return self._plans[asked]
+
+    def _joint_count(self) -> int:
+        """Return how many tokens of text were cut in this call beside those of the image; as many as these for none."""
+        image = self._counts["image"].count if "image" in self._counts else 0
+        return next((count for count in self._cut_counts if count != self.cut.padded(image)), image)
 
     def kept_of_gathered(self, path: str, keys: int) -> int | None:
         """Return how many of the keys that xDiT has gathered for a layer are real; None where it gathers none."""
         words = path.split(".")
         count = self._counts.get("image")
-        ranks = self._chunks * self._patches
         if count is None or not any(word in words for word in self._facts.gathered):
             return None
-        return count.count if keys == -(-count.count // ranks) * ranks else None
+        return count.count if keys == self.cut.padded(count.count) else None
 
     def real_tokens(self, tokens: int, place: int, device: torch.device) -> torch.Tensor | None:
         """Return which of the tokens that a rank's first block is called with are no padding.
@@ -120,14 +148,15 @@ class DitKeys:
             int64, their positions; None where all are real.
         """
         image = self._counts.get("image")
-        if image is None or (image.real is None and tokens * self._chunks * self._patches == image.count):
+        if image is None or (image.real is None and self.cut.padded(image.count) == image.count):
             return None
         (real,) = image.real or (torch.arange(image.count),)
-        own = real[real // tokens == place] % tokens
+        start = sum(self.cut.sizes(image.count)[:place])
+        own = real[(real >= start) & (real < start + tokens)] - start
         return None if len(own) == tokens else own.to(device)
 
     def _count(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], splits_text: bool) -> Counts:
-        ranks = self._chunks * self._patches
+        ranks = self.cut.ranks
         counts = count_tokens(network, self._facts.call, args, kwargs, self._cfg)
         if is_cut_by_pipeline(network) and counts:
             return _of_all_ranks(counts, ranks, splits_text)
@@ -140,7 +169,7 @@ class DitKeys:
         """Count the tokens where rows are shared out; none where all of them are real, and every key counts."""
         if rows is None:
             return {}
-        ranks = self._chunks * self._patches
+        ranks = self.cut.ranks
         if not is_cut_by_pipeline(network):
             raise ValueError(
                 f"{rows.real} rows of latent pixels cannot be shared evenly by {ranks} ranks, which this script "

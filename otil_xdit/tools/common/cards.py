@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
@@ -73,6 +74,24 @@ def find_card(name: str) -> Card:
     if found is None:
         raise ValueError(f"--card {name}: give {', '.join(CARDS)}; of another card --flops or --step_time")
     return found
+
+
+def find_cards(names: str) -> tuple[Card, ...]:
+    """Return the cards of names that commas part; see `find_card`."""
+    return tuple(map(find_card, names.split(",")))
+
+
+def joined(cards: Sequence[Card]) -> Card:
+    """Return what stands for cards that work on one image: the fastest one's peak, and what the slowest wait for."""
+    if len(set(cards)) == 1:
+        return cards[0]
+    return Card(
+        ", ".join(card.name for card in cards),
+        max(card.peak for card in cards),
+        min(card.memory_rate for card in cards),
+        max(card.launch for card in cards),
+        "; ".join(dict.fromkeys(card.source for card in cards)),
+    )
 
 
 def _plain(name: str) -> str:

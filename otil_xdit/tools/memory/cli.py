@@ -15,6 +15,7 @@ from otil_xdit.dryrun.memory import Memory, memory_of
 from otil_xdit.dryrun.networks import DTYPES, Network, attention_layers, find_network, with_controlnets
 from otil_xdit.dryrun.vae_memory import peak_of_decoding
 from otil_xdit.method.config import KvCacheDtype, OtilConfig
+from otil_xdit.networks.dit.token_cut import TokenCut
 from otil_xdit.runtime.strategies import get_strategy
 from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.tables import markdown
@@ -88,7 +89,7 @@ def rows_of(network: Network, arguments: argparse.Namespace) -> Iterator[tuple[s
     """Yield a row for each number of ranks and preset."""
     batch, dtype = arguments.batch or network.batch, getattr(torch, arguments.dtype)
     for ranks in arguments.ranks:
-        layers = attention_layers(network, arguments.size, arguments.size, ranks, arguments.text_tokens)
+        layers = attention_layers(network, arguments.size, arguments.size, TokenCut(ranks), arguments.text_tokens)
         for name, config in presets(arguments.kv_cache_dtype).items():
             yield network.name, str(ranks), name, *cells(memory_of(layers, ranks, batch, dtype, config))
 

@@ -13,7 +13,7 @@ from otil_xdit.dryrun.flops import flops_of
 from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.networks import DTYPES, check_size, find_network, with_controlnets
 from otil_xdit.method.kernels import has_triton
-from otil_xdit.tools.common.cards import CARDS, REACHED, find_card
+from otil_xdit.tools.common.cards import CARDS, REACHED, Card, find_cards, joined
 from otil_xdit.tools.common.flags import FlagAdder
 from otil_xdit.tools.common.links import LINKS, parse_link
 from otil_xdit.tools.plan.advice import advise, bar_of
@@ -31,7 +31,7 @@ from otil_xdit.tools.plan.tables import (
     time_table,
 )
 from otil_xdit.xdit.flags.degrees import check_at_least
-from otil_xdit.xdit.flags.options import parse_shares
+from otil_xdit.xdit.flags.options import AUTO, parse_shares_or_auto
 
 MISSING = (
     "give --step_time SECONDS (measured: one process's step), --flops RATE (operations a second that one process "
@@ -58,17 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", "denoising steps", 15, "N")
     add("--step_time", "of one step on one process, measured", None, "SECONDS", type=float)
     add("--flops", "operations a second that one process reaches, such as 60e12", None, "RATE", type=float)
-    about = f"{', '.join(CARDS)}: one's data sheet gives --flops, and launches and memory are counted"
-    add("--card", about, None, "NAME")
+    about = (
+        f"{', '.join(CARDS)}: one's data sheet gives --flops, and launches and memory are counted; of unequal cards "
+        "one for each rank, such as 4090,3090"
+    )
+    add("--card", about, None, "NAME,...")
     add("--cfg_degree", "ranks for the two passes of guidance (default: what is fastest)", type=int, choices=(1, 2))
     add("--ulysses_degree", "ranks that share attention heads (default: what is fastest)", None, "N", type=int)
     add(
         "--patch_shares",
-        "of a U-Net's patches, such as 3,2, taken for the cards' speeds; times are then those with "
-        "--step_time or --flops of the fastest card",
+        "of the patches, such as 3,2, taken for the cards' speeds unless --card names unequal ones, for which auto "
+        "finds them; times are then those with --step_time or --flops of the fastest card",
         None,
         "N,N,...",
-        type=parse_shares,
+        type=parse_shares_or_auto,
     )
     about = "recommend the fastest whose images are at least as near one process's: a strategy, or decibels"
     add("--near", about, "distrifusion", "HOW")
@@ -92,7 +95,12 @@ def run(arguments: argparse.Namespace) -> None:
     machine = machine_of(arguments)
     bar = bar_of(arguments.near)
     candidates = degrees_of(
-        arguments.gpus, job, arguments.cfg_degree, arguments.ulysses_degree, arguments.patch_shares or ()
+        arguments.gpus,
+        job,
+        arguments.cfg_degree,
+        arguments.ulysses_degree,
+        arguments.patch_shares or (),
+        rates_of(arguments),
     )
     options, refused = options_of(job, candidates, arguments.steps, arguments.card is not None)
     one_process = step_time_of(arguments, job)
@@ -137,7 +145,7 @@ def job_of(arguments: argparse.Namespace) -> Job:
         raise ValueError(f"--step_time {arguments.step_time:g} and --flops {arguments.flops:g}; give one of them")
     if arguments.size is not None and (arguments.height or arguments.width):
         raise ValueError(f"--size {arguments.size} and --height or --width contradict each other; give one of them")
-    card = None if arguments.card is None else find_card(arguments.card)
+    card = card_of(arguments)
     if card is not None and arguments.machine is not None:
         raise ValueError(
             f"--card {arguments.card} and --machine {arguments.machine} contradict each other: a fitted machine has "
@@ -157,11 +165,30 @@ def job_of(arguments: argparse.Namespace) -> Job:
     return Job(network, height, width, batch, getattr(torch, arguments.dtype), text, not arguments.no_guidance)
 
 
+def card_of(arguments: argparse.Namespace) -> Card | None:
+    """Return what stands for the cards of --card; None where it is not given."""
+    return None if arguments.card is None else joined(find_cards(arguments.card))
+
+
+def rates_of(arguments: argparse.Namespace) -> tuple[float, ...]:
+    """Return the rate of each rank's card where --card names unequal ones; empty otherwise.
+
+    Raises:
+        ValueError: for another number of cards than of ranks, or shares that nothing tells.
+    """
+    cards = () if arguments.card is None else find_cards(arguments.card)
+    if len(cards) > 1 and len(cards) != arguments.gpus:
+        raise ValueError(f"--card {arguments.card} has {len(cards)} cards for {arguments.gpus} ranks; give one or all")
+    if arguments.patch_shares == AUTO and len(cards) < 2:
+        raise ValueError("--patch_shares auto: give --card with one card for each rank, such as 4090,3090")
+    return tuple(card.reached for card in cards) if len(cards) > 1 else ()
+
+
 def machine_of(arguments: argparse.Namespace) -> Machine | None:
     """Return the machine of --machine and --link; None where no link is known."""
     link = None if arguments.link is None else parse_link(arguments.link)
     if arguments.machine is None:
-        card = None if arguments.card is None else find_card(arguments.card)
+        card = card_of(arguments)
         return None if link is None else Machine(link, card=card)
     machine, _ = read_machine(arguments.machine)
     if link is None:
@@ -221,8 +248,9 @@ def step_time_of(arguments: argparse.Namespace, job: Job) -> float | None:
     if arguments.step_time is not None:
         return float(arguments.step_time)
     rate = arguments.flops
-    if rate is None and arguments.card is not None:
-        rate = find_card(arguments.card).reached
+    card = card_of(arguments)
+    if rate is None and card is not None:
+        rate = card.reached
     return None if rate is None else flops_of(job) / rate
 
 

@@ -178,15 +178,15 @@ class StepTime:
 def share_of(job: Job, degrees: ParallelDegrees) -> float:
     """Return the part of one process's computing that falls to the busiest rank."""
     batch = job.batch_of_rank(degrees) / job.batch
-    if not job.network.is_unet:
-        return batch / degrees.rows
     rows, cols = job.latent
-    shares = degrees.row_shares
-    grid = LevelGrid.build(rows, cols, Levels(job.network.module).count, degrees.rows, shares)
-    if not shares:
-        return batch * max(grid.rows[0]) / rows
-    # The shares are taken for the cards' speeds, and one process for one on the fastest card.
-    return batch * max(count * max(shares) / share for count, share in zip(grid.rows[0], shares, strict=True)) / rows
+    if job.network.is_unet:
+        levels = Levels(job.network.module).count
+        parts = LevelGrid.build(rows, cols, levels, degrees.rows, degrees.cut.rank_shares).rows[0]
+    else:
+        parts = degrees.cut.sizes(rows * cols // job.network.patch**2)
+    speeds = degrees.speeds or [share / max(degrees.shares) for share in degrees.shares] or (1,) * degrees.patches
+    times = [part / speeds[place // degrees.ulysses] for place, part in enumerate(parts)]
+    return batch * max(times) / sum(parts)
 
 
 def step_time(load: Load, machine: Machine, one_process: float) -> StepTime:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,6 +12,8 @@ from otil_xdit.dryrun.traffic import RunTraffic, Traffic
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.runtime.strategies import get_strategy, strategies
 from otil_xdit.tools.plan.latency import Load, Machine, StepTime, share_of, step_time
+from otil_xdit.xdit.flags.options import AUTO, Shares
+from otil_xdit.xdit.plugin.measured_shares import patch_of, shares_of
 
 LABELS = {"otil-paper": "otil-paper 1/8"}
 """Labels of strategies that are not their names."""
@@ -88,7 +90,7 @@ class Option:
 
 
 def degrees_of(
-    gpus: int, job: Job, cfg: int | None, ulysses: int | None, shares: tuple[int, ...] = ()
+    gpus: int, job: Job, cfg: int | None, ulysses: int | None, shares: Shares = (), rates: Sequence[float] = ()
 ) -> list[ParallelDegrees]:
     """Return every way to share `gpus` ranks out, as far as the degrees are not given.
 
@@ -96,29 +98,44 @@ def degrees_of(
         gpus: number of ranks.
         job: the step.
         cfg, ulysses: the degrees that are given.
-        shares: of the patches, of which there are as many then; empty for any number of equal ones.
+        shares: of the patches, of which there are as many then; empty for any number of equal ones, ``auto`` for what
+            a run would find on cards of these rates.
+        rates: operations a second of each rank's card; empty where the cards are alike, or as the shares.
 
     Raises:
-        ValueError: for degrees that do not divide them, guidance that one pass does, or shares of a DiT.
+        ValueError: for degrees that do not divide them, or guidance that one pass does.
     """
-    if shares and not job.network.is_unet:
-        raise ValueError(f"--patch_shares is for U-Nets, and {job.network.name} is none; leave it out")
     if cfg == 2 and job.network.batch == 1:
         raise ValueError(f"--cfg_degree 2: {job.network.name} has no second pass without the prompt; give 1")
     halves = [cfg] if cfg else [1] if job.network.batch == 1 or job.batch % 2 else [1, 2]
+    given_shares = () if isinstance(shares, str) else shares
     found = [
-        ParallelDegrees(half, heads, gpus // (half * heads), shares)
+        _with_cards(ParallelDegrees(half, heads, gpus // (half * heads), given_shares), shares == AUTO, rates)
         for half in halves
         for heads in ([ulysses] if ulysses else range(1, gpus + 1))
-        if gpus % (half * heads) == 0 and (not shares or gpus == half * heads * len(shares))
+        if gpus % (half * heads) == 0 and (not given_shares or gpus == half * heads * len(given_shares))
     ]
     if not found:
         given = " ".join(f"--{name}_degree {value}" for name, value in (("cfg", cfg), ("ulysses", ulysses)) if value)
-        given += f" --patch_shares {','.join(map(str, shares))}" if shares else ""
+        given += f" --patch_shares {','.join(map(str, given_shares))}" if given_shares else ""
         raise ValueError(
             f"--gpus {gpus} cannot be shared out with {given.strip()}; give degrees whose product divides it"
         )
     return found
+
+
+def _with_cards(degrees: ParallelDegrees, is_auto: bool, rates: Sequence[float]) -> ParallelDegrees:
+    """Return degrees with the speeds of the patches, each that of its slowest rank, and the shares that follow."""
+    if not rates:
+        return degrees
+    numbers = range(degrees.ranks)
+    speeds = tuple(
+        min(rates[number] for number in numbers if patch_of(number, degrees.rows, degrees.ulysses) == patch)
+        / max(rates)
+        for patch in range(degrees.patches)
+    )
+    shares = shares_of([1 / speed for speed in speeds]) if is_auto else degrees.shares
+    return replace(degrees, shares=shares, speeds=speeds)
 
 
 def options_of(

@@ -72,7 +72,8 @@ class ParallelChoice:
         allow_untested: take models on that nobody has compared with one process.
         report: file for rank 0's report of bytes and waiting time, or None.
         vae: one of `VAE_CHOICES`.
-        patch_shares: of the rows, for each patch, in any unit; empty for equal ones, ``auto`` for measured ones.
+        patch_shares: of the rows or tokens, for each patch, in any unit; empty for equal ones, ``auto`` for measured
+            ones.
     """
 
     strategy: Strategy
@@ -120,7 +121,7 @@ def choose(values: Mapping[str, Any], world_size: int | None) -> ParallelChoice 
     _check_batch(values)
     shares = values.get("patch_shares") or ()
     by_number = () if shares == AUTO else shares
-    _flag_errors(lambda: check_shares(shares, patch_degree, unet is not None))
+    _flag_errors(lambda: check_shares(shares, patch_degree, *_why_equal_shares(values)))
     _flag_errors(lambda: check_geometry(values, patch_degree, ulysses_degree, given.get("block_size"), by_number))
     _check_report(values.get("otil_report"))
     _warn_of_unet_settings(given, unet)
@@ -238,6 +239,15 @@ def _check_batch(values: Mapping[str, Any]) -> None:
             f"--batch_size {size} and different prompts are not supported together with --model {values['model']}: "
             "xDiT would attend to the padding of shorter ones; give --batch_size 1"
         )
+
+
+def _why_equal_shares(values: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the model's name, and why its patches are equal: empty where they need not be, or it is not known."""
+    record = find_record(values.get("model"))
+    if not isinstance(record, DitRecord):
+        return "", ""
+    compiled = "" if not values.get("use_torch_compile") else record.facts.why_equal_compiled
+    return f"--model {values['model']}", record.facts.why_equal_shares or compiled
 
 
 def _warn_of_unet_settings(given: Mapping[str, Any], unet: UnetRecord | None) -> None:

@@ -55,15 +55,21 @@ def parse_shares_or_auto(text: str) -> Shares:
     return "auto" if text == AUTO else parse_shares(text)
 
 
-def check_shares(shares: Shares, patches: int, is_unet: bool) -> None:
+def check_shares(shares: Shares, patches: int, model: str = "", why_equal: str = "") -> None:
     """Refuse shares that do not go with a model or with the number of patches.
+
+    Args:
+        shares: that are asked for.
+        patches: their number.
+        model: its name.
+        why_equal: why its patches are equal; empty where they need not be.
 
     Raises:
         ValueError: naming flag and value.
     """
     given = shares if isinstance(shares, str) else ",".join(map(str, shares))
-    if shares and not is_unet:
-        raise ValueError(f"--patch_shares {given} is for U-Nets: xDiT cuts the tokens of a DiT evenly; leave it out")
+    if shares and why_equal:
+        raise ValueError(f"--patch_shares {given} is not possible with {model}: {why_equal}; leave it out")
     if shares and shares != AUTO and len(shares) != patches:
         raise ValueError(f"--patch_shares {given} has {len(shares)} shares for {patches} patches; give one for each")
 
@@ -101,8 +107,8 @@ def options() -> tuple[Option, ...]:
         Option(
             "patch_shares",
             "N,N,...",
-            "Rows of each patch of a U-Net, as shares: 3,2 gives the first of two patches 3/5 of them, for a faster "
-            "card; auto has every card time a step first. Default: equal.",
+            "Rows of each patch, or a DiT's tokens, as shares: 3,2 gives the first of two patches 3/5 of them, for a "
+            "faster card; auto has every card time a step first. Default: equal.",
             parse_shares_or_auto,
         ),
         Option(

@@ -16,6 +16,7 @@ import torch
 from otil_xdit.runtime.session import PatchSession
 from otil_xdit.xdit.plugin.graph_attention import GraphAttention
 from otil_xdit.xdit.plugin.rows import without_filling
+from otil_xdit.xdit.plugin.token_shares import join_tokens
 
 _KEY_POSITIONS = ("indices_k", "cu_seqlens_k", "attn_mask", "attention_mask", "key_padding_mask")
 """Attention arguments that describe this rank's keys; with everybody's keys in their place they would be wrong."""
@@ -39,11 +40,14 @@ def hook_gathered() -> None:
 
     @wraps(all_gather)
     def gather(self: Any, input_: torch.Tensor, dim: int = 0, separate_tensors: bool = False) -> Any:
-        gathered = all_gather(self, input_, dim, separate_tensors)
         session = PatchSession.active()
+        is_sequence = session is not None and self is parallel_state.get_sp_group()
+        if session is not None and is_sequence and session.dit.keys.cut.shares and not separate_tensors:
+            return join_tokens(all_gather, self, input_, dim)
+        gathered = all_gather(self, input_, dim, separate_tensors)
         if session is None or self.world_size == 1:
             return gathered
-        if self is parallel_state.get_sp_group():
+        if is_sequence:
             rows = session.rows()
             return gathered if rows is None else without_filling(gathered, dim, rows)
         if self is not parallel_state.get_cfg_group():

@@ -38,6 +38,7 @@ from otil_xdit.xdit.plugin.groups import connect
 from otil_xdit.xdit.plugin.measured_shares import measure_shares
 from otil_xdit.xdit.plugin.rows import allow_any_height, hook_heights, rows_of
 from otil_xdit.xdit.plugin.shims import without_ring
+from otil_xdit.xdit.plugin.token_shares import check_unequal_shares, hook_token_cuts
 from otil_xdit.xdit.plugin.unwrap import parts_of, processors_of, unwrap
 from otil_xdit.xdit.plugin.wrapped_calls import WrappedCall, rules_of
 
@@ -198,6 +199,8 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
         if is_unet(network):
             continue
         check_architecture(name, network, choice.allow_untested)
+        if choice.patch_shares:
+            check_unequal_shares(name, network)
         if choice.strategy.requires_cfg_parallel:
             check_stages(network)
     check_backends(engine_config.runtime_config, pipeline)
@@ -206,6 +209,8 @@ def _session_for(engine_config: Any, pipeline: Any) -> PatchSession | None:
         _warn_of_untested(pipeline)
         if choice.patch_shares == AUTO:
             choice = replace(choice, patch_shares=measure_shares(pipeline, choice.ulysses_degree))
+        if choice.patch_shares:
+            hook_token_cuts(networks_of(pipeline).values())
         session = connect(choice)
         setattr(parallel, _SESSION, (LIFETIME.generation, session))
     return session

@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from otil_xdit.networks.dit.token_counts import missing_frames
 from otil_xdit.runtime.session import PatchSession
+from otil_xdit.xdit.plugin.token_shares import cut_tokens
 
 _TRANSFORMERS = "xfuser.model_executor.models.transformers"
 _WITHOUT_RING: ContextVar[bool] = ContextVar("otil_xdit_without_ring", default=False)
@@ -177,7 +178,7 @@ def _cut_modulation(
 
     index, ranks = kwargs["modulate_index"], get_sequence_parallel_world_size()
     index = functional.pad(index, (0, -index.shape[1] % ranks))
-    return args, {**kwargs, "modulate_index": index.chunk(ranks, dim=1)[get_sequence_parallel_rank()]}
+    return args, {**kwargs, "modulate_index": cut_tokens(index, ranks, dim=1)[get_sequence_parallel_rank()]}
 
 
 def _hunyuan_video(wrapper: Any) -> None:

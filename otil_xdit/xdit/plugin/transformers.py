@@ -20,7 +20,7 @@ from torch import nn
 from otil_xdit.runtime.network_hooks import networks_of
 from otil_xdit.runtime.session import PatchSession
 
-_MODELS = "xfuser.model_executor.models.transformers"
+MODELS = "xfuser.model_executor.models.transformers"
 _PIPELINES = "xfuser.model_executor.pipelines"
 _AFTERWARDS = ("install_xdit_attention_processors", "_install_xfuser_processors")
 """What xDiT calls where it loads a class that has no `__init__` of its own."""
@@ -45,7 +45,7 @@ class RunnerTransformer:
 
     def find(self) -> type:
         """Return xDiT's class of the network."""
-        return _class_at(f"{_MODELS}.{self.module}", self.name)
+        return _class_at(f"{MODELS}.{self.module}", self.name)
 
 
 RUNNER_TRANSFORMERS = {

@@ -24,10 +24,12 @@ class Exchange:
     Attributes:
         active: a context in which xDiT exchanges this way.
         flags: what it adds to xDiT's command line.
+        shares: of the patches.
     """
 
     active: Callable[[], AbstractContextManager[None]]
     flags: Callable[[Degrees], list[str]]
+    shares: Callable[[Degrees], tuple[int, ...]] = lambda degrees: ()
 
 
 def ring_flags(degrees: Degrees) -> list[str]:
@@ -36,6 +38,15 @@ def ring_flags(degrees: Degrees) -> list[str]:
 
 def plugin_flags(degrees: Degrees) -> list[str]:
     return ["--parallel", "sync", "--patch_degree", str(degrees.patch)] if degrees.patch > 1 else []
+
+
+def falling_shares(degrees: Degrees) -> tuple[int, ...]:
+    """3:2 for two patches, 4:3:2 for three."""
+    return tuple(range(degrees.patch + 1, 1, -1))
+
+
+def unequal_flags(degrees: Degrees) -> list[str]:
+    return [*plugin_flags(degrees), "--patch_shares", ",".join(map(str, falling_shares(degrees)))]
 
 
 def stages_flags(*more: str) -> Callable[[Degrees], list[str]]:
@@ -96,6 +107,9 @@ EXCHANGES = {
     "closed": Exchange(plugin, stages_flags("--otil_window_steps", "0")),
     "stages": Exchange(plugin, stages_flags("--otil_window", "1:2")),
     "none": Exchange(silent, plugin_flags),
+    "unequal": Exchange(plugin, unequal_flags, falling_shares),
+    "unequal, none": Exchange(silent, unequal_flags, falling_shares),
 }
 """`gather` is the plainest exact exchange, to tell what xDiT gets wrong from what the plugin does; `none` exchanges
-nothing, and must not pass for exact; `closed` and `stages` are Hybridiff without and with a step in two stages."""
+nothing, and must not pass for exact; `closed` and `stages` are Hybridiff without and with a step in two stages;
+`unequal` gives each patch fewer tokens than the one before."""

@@ -57,7 +57,13 @@ def run_parallelized(case: Case, degrees: Degrees, exchange: Exchange, reference
     pipe = case.build()
     pipe.set_progress_bar_config(disable=True)
     with exchange.active():
-        made = otil_xdit.parallelize(pipe, "sync", ulysses_degree=degrees.ulysses, use_cfg_parallel=degrees.cfg > 1)
+        made = otil_xdit.parallelize(
+            pipe,
+            "sync",
+            ulysses_degree=degrees.ulysses,
+            use_cfg_parallel=degrees.cfg > 1,
+            patch_shares=exchange.shares(degrees),
+        )
         try:
             output = made(**case.arguments())
         finally:
