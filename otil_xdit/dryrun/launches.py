@@ -43,7 +43,7 @@ _COPIES_OF_ALL = ("value", "velocity")
 _MOVED = {
     "correct_copies": lambda given: _twice(given, *_COPIES_OF_ALL),
     "correct_adaptive": lambda given: _twice(given, *_COPIES_OF_ALL) - _share_of_own(given, "out"),
-    "encode_adaptive": lambda given: _twice(given, *_COPIES_OF_ALL, "fresh"),
+    "encode_adaptive": lambda given: _twice(given, "velocity", "changes"),
     "set_coded": lambda given: _twice(given, *_COPIES_OF_ALL) * given["known"] - _share_of_own(given, "out"),
     "set_gathered": lambda given: 0 if given["velocity"] is None else _twice(given, *_COPIES_OF_ALL) * given["known"],
     "write_others": lambda given: -_share_of_own(given, "copies", "velocities", "out"),

@@ -167,7 +167,7 @@ class KVGroup:
         if mode == "sync":
             self._synchronous.gather(layer, (key, value), self.num_calls[layer], by_rank, label)
         else:
-            self._copies.take_own(layer, key, value, by_rank)
+            self._copies.take_own(layer, key, value, by_rank, self._coder.codes_changes)
             if mode == "fresh":
                 self._gather_sent(layer, by_rank, label)
             else:

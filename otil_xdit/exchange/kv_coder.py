@@ -106,7 +106,7 @@ class KVCoder:
         if self._agreement is None:
             return
         run, is_alike = slice(layer, layer + 1), self._selection.is_alike_in_both_passes
-        if self._packs_fused and self._selection.is_picked_by_kernel:
+        if self.codes_changes and self._selection.is_picked_by_kernel:
             measured = self._copies.measure(run, self._table, is_alike)
             self._selection.agree_by_kernel(layer, self._agreement.gather(measured[0], label))
             self._is_settled = True
@@ -129,7 +129,7 @@ class KVCoder:
         """Fill the payloads of a run of layers from what they were called with, and return them, uint8 [l, size]."""
         predictor, codec, payload = self._copies.predictor, self._codec, self._payload[run]
         fresh, is_settled, self._is_settled = self._transform.coded_own(run), self._is_settled, False
-        if self._packs_fused:
+        if self.codes_changes:
             selected = self._selection.select_by_kernel(run, is_settled)
             codec.encode_fused(predictor, run, fresh, self._copies.gains[run], payload, selected)
         else:
@@ -158,13 +158,13 @@ class KVCoder:
             self._copies.write(run.start, out)
 
     @property
-    def _packs_fused(self) -> bool:
-        """Tell whether kernels score, select and code."""
+    def codes_changes(self) -> bool:
+        """Tell whether kernels score, select and code, from how far values are from their copies."""
         return self._codec.can_fuse(self._payload) and self._copies.predictor.can_fuse and self._selection.is_one_pass
 
     def _scores(self, run: slice) -> torch.Tensor:
         """Return what sub-blocks of a run of layers are selected by, float32 [l, K], at this rank's own gains."""
-        return self._selection.scores(run, self._copies.gains[run], self._packs_fused)
+        return self._selection.scores(run, self._copies.gains[run], self.codes_changes)
 
     def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor) -> None:
         codec, layout = self._codec, self._layout

@@ -85,10 +85,10 @@ class KVCopies:
         return self._scratch("known", (self._transform.ranks, *self._transform.shape), torch.float32).zero_()
 
     def last_own(self, layer: int) -> torch.Tensor | None:
-        """Return this rank's part of `last_values`, [1, 2, B, S, C], as it is kept; None where it is not known."""
+        """Return this rank's part of `last_values`, [2, B, S, C], as it is kept; None where it is not known."""
         if self._predictor is None or not self._predictor.is_known(layer):
             return None
-        return self._predictor.own_copies(slice(layer, layer + 1))[0]
+        return self._predictor.own_copies(layer)[0]
 
     def set_values(self, layer: int, values: torch.Tensor) -> None:
         """Replace everybody's values of a layer, in its coordinates, [N, 2, B, S, C], after a synchronous step."""
@@ -108,13 +108,14 @@ class KVCopies:
         value = self._first[layer] = torch.empty(shape, dtype=value_dtype, device=self._scratch.device)
         replace(value=value, velocity=None, age=None, known=False)
 
-    def take_own(self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
+    def take_own(self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, differs: bool) -> None:
         """Take what this rank's layer is called with, and find how far it has moved since the step before.
 
         Args:
             layer: its place.
             key, value: [B, H, S, D].
             out: [N, 2, B, S, C], a view of a contiguous [2, B, N, S, C]; its part of this rank may become them.
+            differs: whether kernels are to code how far they are from their copies, and not the values.
         """
         predictor, transform = self.predictor, self._transform
         if not predictor.can_fuse:
@@ -122,10 +123,10 @@ class KVCopies:
             self.gains[layer].copy_(predictor.gain(layer, transform.code_own(layer)))
             return
         copies: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
-        if self._sums is not None:
+        if self._sums is not None or differs:
             copies = predictor.own_copies(layer)
         sums = None if self._sums is None else (self._sums.tokens[layer], self._sums.totals[layer])
-        transform.take_own(layer, (key, value), copies, sums, out[transform.rank])
+        transform.take_own(layer, (key, value), copies, sums, out[transform.rank], differs)
 
     def settle(
         self, run: slice, table: torch.Tensor, count: int | None, agreed: torch.Tensor | None = None

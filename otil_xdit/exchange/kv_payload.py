@@ -186,7 +186,7 @@ class PayloadCodec:
         self,
         predictor: Predictor,
         run: slice,
-        fresh: torch.Tensor,
+        changes: torch.Tensor,
         gains: torch.Tensor,
         payload: torch.Tensor,
         selected: torch.Tensor | None,
@@ -197,7 +197,7 @@ class PayloadCodec:
         Args:
             predictor: whose copies everybody has.
             run: layers.
-            fresh: what they were called with, [l, 2, B, S, C].
+            changes: how far what they were called with is from the copies, [l, 2, B, S, C].
             gains: this rank's, float32 [l, 2].
             payload: uint8 [l, size].
             selected: sub-blocks that are sent, int64 [l, k]; None for all tokens.
@@ -205,10 +205,10 @@ class PayloadCodec:
         """
         layout, codec = self.layout, self._codec
         assert codec.kernels is not None, "see `can_fuse`"
-        value, velocity = predictor.own_copies(run)
+        _, velocity = predictor.own_copies(run)
         places = {"indices_at": layout.error, "coded_at": layout.coded, "fitted": layout.has_gains}
-        own = {"value": value, "velocity": velocity, "fresh": fresh, "gains": gains}
-        arguments, _ = codec.kernel_arguments(fresh.device, layout.vectors, self._shape[-1])
+        own = {"velocity": velocity, "changes": changes, "gains": gains}
+        arguments, _ = codec.kernel_arguments(changes.device, layout.vectors, self._shape[-1])
         encode = kernel or kernel_of(codec.kernels[0])
         encode(**own, payload=payload, selected=selected, table=self._table, **places, **arguments)
 

@@ -80,8 +80,7 @@ class KVSelection:
     @property
     def is_one_pass(self) -> bool:
         """Tell whether a kernel finds the sub-blocks to send, or they are the same for all layers, or all are sent."""
-        compared = self._selector.compares_by_l2 and self._previous is None
-        return self._config.ratio >= 1 or self._shared is not None or compared
+        return not self._config.selects_by_layer or (self._selector.compares_by_l2 and not self.keeps_previous)
 
     @property
     def is_alike_in_both_passes(self) -> bool:
@@ -149,8 +148,12 @@ class KVSelection:
     @property
     def is_picked_by_kernel(self) -> bool:
         """Tell whether the kernel that compares a layer's sub-blocks also says which are sent."""
-        is_own = self._config.ratio < 1 and self._shared is None and self.is_one_pass
-        return is_own and self._selector.takes_largest and len(self._table) <= MOST_BLOCKS
+        return (
+            self._config.selects_by_layer
+            and self.is_one_pass
+            and self._selector.takes_largest
+            and len(self._table) <= MOST_BLOCKS
+        )
 
     def agree_by_kernel(self, layer: int, everybody: torch.Tensor) -> None:
         """Find a layer's gains and its next selection from what several ranks have measured, as of `KVCopies.settle`;

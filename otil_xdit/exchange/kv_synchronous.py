@@ -147,20 +147,22 @@ class SynchronousKV:
     ) -> None:
         transform, codec = self._transform, self._codec
         assert codec.kernels is not None and codec.set_kernel is not None, "see `gather`"
-        transform.take_own(layer, called_with, (None, None), None, out[transform.rank])
+        known = self._copies.last_own(layer)
+        transform.take_own(layer, called_with, (known, None), None, out[transform.rank], known is not None)
         vectors, width = transform.shape[:-1].numel(), transform.shape[-1]
         payload, received = self._buffers(vectors, width)
         encoding, decoding = codec.kernel_arguments(payload.device, vectors, width)
-        known, fresh = self._copies.last_own(layer), transform.coded_own(slice(layer, layer + 1))
+        changes = transform.coded_own(slice(layer, layer + 1))
         kernel_of(codec.kernels[0])(
-            known, None, fresh, None, payload[None], None, self._table, indices_at=0, coded_at=0, fitted=False,
+            None, changes, None, payload[None], None, self._table, indices_at=0, coded_at=0, fitted=False,
             **encoding,
         )  # fmt: skip
         coded = self._messages.gather_now(layer, payload, received, label)
         arguments = {"received": coded, **decoding, **transform.writing(layer, out)}
         self._copies.set_by_kernel(layer, partial(kernel_of(codec.set_kernel), **arguments))
         if self._coder.keeps_previous:
-            self._coder.set_previous(layer, fresh[0])
+            transform.set_own(layer, *called_with)
+            self._coder.set_previous(layer, transform.code_own(layer))
 
     def _buffers(self, vectors: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scratch for this rank's coded changes, uint8 [size], and for everybody's, [N, size]."""

@@ -60,7 +60,7 @@ Kernel = tuple[Any, dict[str, str], dict[str, Any], int]
 def kernels(width: int) -> Iterator[Kernel]:
     """Yield every kernel, as the strategy otil launches it for so many features."""
     columns = triton.next_power_of_2(width)
-    given = {"value": HALF, "velocity": HALF, "fresh": HALF, "gains": FLOAT}
+    given = {"velocity": HALF, "changes": HALF, "gains": FLOAT}
     yield from of_coordinates(width)
     yield from of_adaptive(width, columns)
     yield (
@@ -88,7 +88,7 @@ def kernels(width: int) -> Iterator[Kernel]:
             | dict.fromkeys(("octave", "zero", "width_root", "step", "middle", "highest"), "fp32"),
             {"C": width, "T": 16, "BITS": of_number, "BYTES": columns * of_number // 8}
             | {"R": width * of_number // 8}
-            | {"KNOWN": True, "MOVES": True, "FITTED": True, "SELECTED": True},
+            | {"MOVES": True, "FITTED": True, "SELECTED": True},
             4,
         )
     yield (
@@ -153,7 +153,7 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
         | dict.fromkeys(("matrices", "sums", "totals", "numbers"), FLOAT)
         | {f"{of}_{step}": "i32" for of in ("key", "value") for step in ("image", "head", "token")}
         | dict.fromkeys(("whole_image", "batch", "tokens", "heads"), "i32"),
-        constants | {"COMPARES": True, "ATTENDS": True},
+        constants | {"COMPARES": True, "DIFFERS": True, "ATTENDS": True},
         4,
     )
     yield (
@@ -197,7 +197,7 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
 
 def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:
     """Yield the adaptive codec's kernels."""
-    given = {"value": HALF, "velocity": HALF, "fresh": HALF, "gains": FLOAT, "payload": BYTES, "selected": LONG}
+    given = {"velocity": HALF, "changes": HALF, "gains": FLOAT, "payload": BYTES, "selected": LONG}
     sizes = dict.fromkeys(("layer_stride", "batch", "tokens", "size", "sent", "count"), "i32")
     places = dict.fromkeys(("codes_at", "scales_at", "key_row", "value_row"), "i32")
     word = {"BITS_AT": 16, "SIZE_AT": 20}

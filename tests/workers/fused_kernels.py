@@ -193,8 +193,9 @@ def gathered_case(
             encoding, decoding = codec.kernel_arguments(received.device, vectors, one[-1])
             sent = torch.empty(1, received.shape[1], dtype=torch.uint8)
             last = fused.own_copies(slice(0, 1))[0] if fused.is_known(0) else None
+            change = coded[own] if last is None else coded[own] - last[0].float()
             launch_encode_residuals(
-                last, None, coded[own][None], None, sent, None, torch.arange(tokens)[:, None], indices_at=0,
+                None, change[None], None, sent, None, torch.arange(tokens)[:, None], indices_at=0,
                 coded_at=0, fitted=False, **encoding,
             )  # fmt: skip
             differ = max(differ, (sent[0] != received[own]).float().mean().item())
@@ -247,7 +248,8 @@ def payloads_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig
     count = codec.layout.count
     selected = torch.stack([torch.randperm(len(table))[:count] for _ in range(layers)]) if count else None
     encode = launch_encode_adaptive if config.uses_coordinates else launch_encode_residuals
-    codec.encode_fused(predictor, run, fresh, gains, found, selected, encode)
+    changes = fresh.float() - predictor.own_copies(run)[0].float()
+    codec.encode_fused(predictor, run, changes, gains, found, selected, encode)
     codec.pack_gains(expected, gains)
     tokens_sent = residual if selected is None else codec.pack_selected(expected, selected, residual)
     codec.pack_tokens(expected, tokens_sent.clone())
@@ -303,11 +305,12 @@ def own_case(
         velocity = None if velocities is None else velocities[0]
         launch_take_own(
             key, value, into, copies[0], velocity, whole[0][:, :, own], taken[layer],
-            sums.tokens[layer], sums.totals[layer], sums.numbers[layer],
+            sums.tokens[layer], sums.totals[layer], sums.numbers[layer], layer > 0,
         )  # fmt: skip
         whole[1][:, :, own] = fresh
         known[layer] = predictor.gain(layer, expected)
-        pairs += [(taken[layer], expected.to(dtype)), (sums.numbers[layer].sum(), fresh.float().sum())]
+        coded = expected - copies[0].float() if layer > 0 else expected
+        pairs += [(taken[layer], coded.to(dtype)), (sums.numbers[layer].sum(), fresh.float().sum())]
         predicted = torch.empty(ranks, *one)
         predictor.predict(layer, known[layer], predicted)
         totals = sums.totals[layer] if fitted else None

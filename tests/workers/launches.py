@@ -1,10 +1,10 @@
 """Counts what a step of published networks asks of a GPU, on fake CUDA tensors, and writes the tables.
 
-    python tests/workers/launches.py [--models SDXL FLUX SD3] [--before launches.json] [--write]
+    python tests/workers/launches.py [--models SDXL FLUX SD3] [--strategies ...] [--before launches.json] [--write]
 
 Prints a table for each model. ``--write`` makes docs/results/launches.md of them, and of what was counted the ceilings
-in tests/budgets/launches.json, which a test holds. ``--before`` names such a file of an earlier commit, for its numbers
-to stand beside. Needs no GPU, and g++ where torch is a CPU build; takes some minutes.
+in tests/budgets/launches.json, which a test holds; of what is left out those that are there are kept. ``--before``
+names such a file of an earlier commit, for its numbers to stand beside. Needs no GPU, and g++ where torch is a CPU build; takes some minutes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from tests.support.fake_cuda.budgets import (  # noqa: E402
     TARGET_BYTES,
     TARGET_RATIOS,
     Figures,
-    is_guided,
+    budgets,
+    is_counted,
     key_of,
     scene_of,
     scenes,
@@ -128,12 +129,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     arguments = parse_arguments()
     before = json.loads(arguments.before.read_text())["budgets"] if arguments.before else {}
-    found: dict[str, Figures] = {}
+    found = {key: Figures(**budget) for key, budget in budgets().items()}
     for scene in scenes(tuple(arguments.models)):
+        if scene.strategy not in arguments.strategies:
+            continue
         steps, *_ = run(scene, 2 if scene.strategy == "plain" else STEPS)
         found[key_of(scene)] = Figures.of(steps[-1])
         print(f"{key_of(scene)}: {vars(found[key_of(scene)])}", file=sys.stderr, flush=True)
-    tables = "\n".join(table(model, found, before) for model in arguments.models)
+    tables = "\n".join(table(model, found, before) for model in (MODELS if arguments.write else arguments.models))
     print(tables)
     if arguments.write:
         write(found, tables, course())
@@ -144,6 +147,7 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--strategies", nargs="+", choices=("plain", *STRATEGIES), default=["plain", *STRATEGIES])
     parser.add_argument("--before", type=Path)
     parser.add_argument("--write", action="store_true")
     return parser.parse_args()
@@ -160,7 +164,7 @@ def table(model: str, found: dict[str, Figures], before: dict[str, Any]) -> str:
         "|---|---|---|---|---|" + "---|" * len(SHOWN),
     ]
     for shared, (*_, cfg) in PARTS.items():
-        for strategy in STRATEGIES if is_guided(model, cfg) else ():
+        for strategy in STRATEGIES if is_counted(model, cfg) else ():
             key = f"{model}, {strategy}, {shared}"
             lines.append(f"| {shared} | {strategy} | {row(found[key], plain, strategy, before.get(key))} |")
     return "\n".join(lines) + "\n"
@@ -211,7 +215,8 @@ def write(found: dict[str, Figures], tables: str, steps: str) -> None:
     head = HEAD.format(launch=launch, speed=speed, target=TARGET_BYTES, awaited=TARGET_AWAITED, course=steps)
     PAGE.write_text(head + tables)
     targets = {"launches_over_plain": TARGET_RATIOS, "bytes_per_number": TARGET_BYTES, "awaited": TARGET_AWAITED}
-    document = {"targets": targets, "budgets": {key: vars(figures) for key, figures in found.items()}}
+    kept = {key: vars(found[key]) for key in map(key_of, scenes())}
+    document = {"targets": targets, "budgets": kept}
     FILE.write_text(json.dumps(document, indent=1) + "\n")
 
 

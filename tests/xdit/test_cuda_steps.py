@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.fake_cuda.budgets import MODELS, PARTS, STEPS, TARGET_RATIOS, budgets, is_guided
+from tests.support.fake_cuda.budgets import MODELS, PARTS, STEPS, TARGET_RATIOS, budgets, is_counted
 from tests.support.fake_cuda.budgets import STRATEGIES as BUDGETED
 from tests.support.fake_cuda.guard import why_no_guard
 
@@ -142,16 +142,14 @@ def check_budget(scenes: list[dict[str, Any]]) -> None:
 
 def test_a_step_of_a_published_network_keeps_its_budget() -> None:
     """What it launches, the bytes that move, the messages (tests/budgets/launches.json; docs/results/launches.md)."""
-    check_budget(
-        budgeted("SDXL, otil displaced, 2 ranks", "SD3, otil warm-up, 4 ranks", "SD3, otil waiting, cfg 2 x patch 2")
-    )
+    check_budget(budgeted("SDXL, otil displaced, 2 ranks", "SD3, otil warm-up, 4 ranks", "SD3, otil waiting, 2 ranks"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", PARTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_step_of_published_networks_keeps_its_budget(model: str, shared: str) -> None:
-    strategies = [strategy for strategy in BUDGETED if is_guided(model, PARTS[shared][2])]
+    strategies = [strategy for strategy in BUDGETED if is_counted(model, PARTS[shared][2])]
     check_budget(budgeted(*(f"{model}, {strategy}, {shared}" for strategy in strategies)))
 
 

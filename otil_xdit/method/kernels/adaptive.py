@@ -34,7 +34,7 @@ def _token_of(slot, inside, selected, table, layer, count, T: tl.constexpr, SELE
 
 @triton.jit
 def _measure_features(
-    value, velocity, fresh, gains, payload, selected, table,
+    velocity, changes, gains, payload, selected, table,
     layer_stride, batch, tokens, size, sent, count, sizes_at, octave, zero, root,
     C: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, MOVES: tl.constexpr,
     SELECTED: tl.constexpr,
@@ -50,8 +50,8 @@ def _measure_features(
         token = _token_of(vector % sent, there, selected, table, layer, count, T, SELECTED)
         row = ((kv * batch + vector // sent) * tokens + token)[:, None].to(tl.int64) * C + feature[None, :]
         inside = there[:, None] & (feature < C)[None, :]
-        fresh_at = layer * 2 * batch * tokens * C + row
-        found = residual_of(value, velocity, fresh, gain, layer * layer_stride + row, fresh_at, inside, MOVES)
+        change_at = layer * 2 * batch * tokens * C + row
+        found = residual_of(velocity, changes, gain, layer * layer_stride + row, change_at, inside, MOVES)
         total += tl.sum(found * found, 0)
     byte = scale_byte(tl.sqrt(total) / root, octave, zero, False)
     at = payload + layer * size + sizes_at + kv * C + feature
@@ -60,7 +60,7 @@ def _measure_features(
 
 @triton.jit
 def _encode_adaptive(
-    value, velocity, fresh, gains, payload, selected, table, words, entries, scales,
+    velocity, changes, gains, payload, selected, table, words, entries, scales,
     layer_stride, batch, tokens, size, sent, count, indices_at, scales_at, codes_at, key_row, value_row, octave, zero,
     C: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, BYTES: tl.constexpr, VECTORS: tl.constexpr,
     T: tl.constexpr, BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr,
@@ -84,7 +84,7 @@ def _encode_adaptive(
             tl.store(at, block.to(tl.int32), mask=there & (slot % T == 0))
     row = (kv_image * tokens + token).to(tl.int64) * C
     copy_at = layer * layer_stride + row
-    fresh_at = layer * tl.num_programs(1) * tokens * C + row
+    change_at = layer * tl.num_programs(1) * tokens * C + row
     of_part = layer * 2 + kv
     square = tl.zeros((VECTORS,), tl.float32)
     coded = tl.zeros((COLUMNS,), tl.int32)
@@ -95,7 +95,7 @@ def _encode_adaptive(
         size_of = tl.load(scales + (word >> SIZE_AT), mask=has_bits, other=1.0)
         inside = there[:, None] & has_bits[None, :]
         at = feature[None, :]
-        found = residual_of(value, velocity, fresh, gain, copy_at[:, None] + at, fresh_at[:, None] + at, inside, MOVES)
+        found = residual_of(velocity, changes, gain, copy_at[:, None] + at, change_at[:, None] + at, inside, MOVES)
         found = found * (1.0 / size_of)[None, :]
         square += tl.sum(found * found, 1)
         coded += has_bits.to(tl.int32)
@@ -119,12 +119,11 @@ def _encode_adaptive(
         feature = (entry & 0xFFFF)[None, :, :]
         inside = there[:, None, None] & begins[None, :, :]
         found = residual_of(
-            value,
             velocity,
-            fresh,
+            changes,
             gain,
             copy_at[:, None, None] + feature,
-            fresh_at[:, None, None] + feature,
+            change_at[:, None, None] + feature,
             inside,
             MOVES,
         )
@@ -138,9 +137,8 @@ def _encode_adaptive(
 
 
 def launch_encode_adaptive(
-    value: torch.Tensor,
     velocity: torch.Tensor | None,
-    fresh: torch.Tensor,
+    changes: torch.Tensor,
     gains: torch.Tensor,
     payload: torch.Tensor,
     selected: torch.Tensor | None,
@@ -159,9 +157,9 @@ def launch_encode_adaptive(
     Three launches: features are measured, their bits found from the bytes that say how large they are, and all coded.
 
     Args:
-        value, velocity: this rank's copies of a run of layers, [l, 2, B, S, C], each layer's contiguous; no velocity
-            where nothing is extrapolated.
-        fresh: what the layers were called with, [l, 2, B, S, C], contiguous.
+        velocity: this rank's of a run of layers, [l, 2, B, S, C], each layer's contiguous; None where nothing is
+            extrapolated.
+        changes: how far this rank's values are from their copies, [l, 2, B, S, C], contiguous.
         gains: this rank's, float32 [l, 2].
         payload: uint8 [l, size].
         selected: sub-blocks that are sent, int64 [l, k], contiguous; None for all tokens.
@@ -171,21 +169,21 @@ def launch_encode_adaptive(
         fitted: whether gains travel.
         upgrades, rows, octave, zero: of the codec; see `AdaptiveCodec.kernel_arguments`.
     """
-    layers, _, batch, tokens, width = fresh.shape
+    layers, _, batch, tokens, width = changes.shape
     count = 0 if selected is None else selected.shape[1]
     side, size = table.shape[1], payload.shape[1]
     sent = count * side or tokens
     moves, chooses = velocity is not None, selected is not None
-    velocities, chosen = value if velocity is None else velocity, table if selected is None else selected
+    velocities, chosen = changes if velocity is None else velocity, table if selected is None else selected
     sizes_at = coded_at + 2 * batch * sent
-    own = (value, velocities, fresh, gains, payload, chosen, table)
+    own = (velocities, changes, gains, payload, chosen, table)
     _measure_features[(triton.cdiv(width, _FEATURES), 2, layers)](
-        *own, value.stride(0), batch, tokens, size, sent, count, sizes_at, octave, zero, (batch * sent) ** 0.5,
+        *own, velocities.stride(0), batch, tokens, size, sent, count, sizes_at, octave, zero, (batch * sent) ** 0.5,
         C=width, FEATURES=_FEATURES, ROWS=64, T=side, MOVES=moves, SELECTED=chooses,
     )  # fmt: skip
     words, entries, _, _ = read_plans(payload[None], upgrades, sizes_at, rows, width, True, None, None, 0, 0, tokens)
     _encode_adaptive[(triton.cdiv(sent, _VECTORS), 2 * batch, layers)](
-        *own, words, entries, scales, value.stride(0), batch, tokens, size, sent, count, indices_at, coded_at,
+        *own, words, entries, scales, velocities.stride(0), batch, tokens, size, sent, count, indices_at, coded_at,
         sizes_at + 2 * width, *rows, octave, zero,
         C=width, COLUMNS=min(512, triton.next_power_of_2(width)), ROW=entries.shape[3] // 8,
         BYTES=min(64, triton.next_power_of_2(max(rows))), VECTORS=_VECTORS, T=side, BITS_AT=BITS_AT, SIZE_AT=SIZE_AT,

@@ -21,7 +21,7 @@ def _take_own(
     key_image, key_head, key_token, value_image, value_head, value_token, whole_image, batch, tokens, heads,
     D: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
-    TURNS: tl.constexpr, COMPARES: tl.constexpr, MOVES: tl.constexpr, ATTENDS: tl.constexpr,
+    TURNS: tl.constexpr, COMPARES: tl.constexpr, DIFFERS: tl.constexpr, MOVES: tl.constexpr, ATTENDS: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of some heads of one image's keys, or values.
 
@@ -64,10 +64,11 @@ def _take_own(
                 matrix = tl.load(matrices + at, mask=known, other=0.0)
                 found = tl.dot(factor.to(tl.float32), matrix, found, input_precision="tf32x3")
         place = own + head * D + column[None, :]
-        tl.store(taken + place, found.to(taken.dtype.element_ty), mask=there)
+        change = found
+        if COMPARES or DIFFERS:
+            change = tl.where(there, found - tl.load(copies + place, mask=there, other=0.0).to(tl.float32), 0.0)
+        tl.store(taken + place, (change if DIFFERS else found).to(taken.dtype.element_ty), mask=there)
         if COMPARES:
-            change = found - tl.load(copies + place, mask=there, other=0.0).to(tl.float32)
-            change = tl.where(there, change, 0.0)
             square += tl.sum(change * change, 1)
             if MOVES:
                 velocity = tl.load(velocities + place, mask=there, other=0.0).to(tl.float32)
@@ -95,20 +96,22 @@ def launch_take_own(
     velocities: torch.Tensor | None,
     whole: torch.Tensor | None,
     taken: torch.Tensor,
-    sums: torch.Tensor,
-    totals: torch.Tensor,
+    sums: torch.Tensor | None,
+    totals: torch.Tensor | None,
     numbers: torch.Tensor,
+    differs: bool,
 ) -> None:
     """Read this rank's keys and values of a layer.
 
     Args:
         key, value: [B, H, S, d], a head's features next to each other.
         matrices: of `Coordinates.into`, float32 [2, H, d, d]; None to take the features as they are.
-        copies, velocities: what the others know, [2, B, S, C], contiguous; None where nothing is to be compared, or
-            nothing is extrapolated.
+        copies, velocities: what the others know, [2, B, S, C], contiguous; None where there is nothing to compare with,
+            or nothing is extrapolated.
         whole: becomes keys and values, a part of [2, B, N, S, C], [2, B, S, C]; None to leave it.
         taken: becomes what is coded of them, [2, B, S, C], contiguous.
-        sums, totals, numbers: become one layer's of `ChangeSums`; the first two where there are copies.
+        sums, totals, numbers: become one layer's of `ChangeSums`; the first two may not be wanted.
+        differs: whether `taken` becomes how far they are from the copies, instead.
     """
     batch, heads, tokens, size = key.shape
     key, value = (one if one.stride(3) == 1 else one.contiguous() for one in (key, value))
@@ -116,10 +119,11 @@ def launch_take_own(
     strides = (*key.stride()[:3], *value.stride()[:3])
     _take_own[tiles.grid](
         key, value, taken if matrices is None else matrices, taken if copies is None else copies,
-        taken if velocities is None else velocities, taken if whole is None else whole, taken, sums, totals, numbers,
+        taken if velocities is None else velocities, taken if whole is None else whole, taken,
+        numbers if sums is None else sums, numbers if totals is None else totals, numbers,
         *strides, 0 if whole is None else whole.stride(1), batch, tokens, heads,
-        **tiles.constants(heads, size), TURNS=matrices is not None, COMPARES=copies is not None,
-        MOVES=velocities is not None, ATTENDS=whole is not None, num_stages=1,
+        **tiles.constants(heads, size), TURNS=matrices is not None, COMPARES=sums is not None,
+        DIFFERS=differs, MOVES=velocities is not None, ATTENDS=whole is not None, num_stages=1,
     )  # fmt: skip
 
 

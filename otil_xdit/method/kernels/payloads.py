@@ -18,12 +18,12 @@ _SMALLEST_STEP = tl.constexpr(-128.0)
 
 
 @triton.jit
-def residual_of(value, velocity, fresh, gain, at, fresh_at, inside, MOVES: tl.constexpr):
-    """Return fresh - (value + gain * velocity), float32."""
-    predicted = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
+def residual_of(velocity, changes, gain, at, change_at, inside, MOVES: tl.constexpr):
+    """Return change - gain * velocity, float32."""
+    found = tl.load(changes + change_at, mask=inside, other=0.0).to(tl.float32)
     if MOVES:
-        predicted += tl.load(velocity + at, mask=inside, other=0.0).to(tl.float32) * gain
-    return tl.load(fresh + fresh_at, mask=inside, other=0.0).to(tl.float32) - predicted
+        found -= tl.load(velocity + at, mask=inside, other=0.0).to(tl.float32) * gain
+    return found
 
 
 @triton.jit
@@ -37,11 +37,11 @@ def scale_byte(spread, octave, zero, UPWARDS: tl.constexpr):
 
 @triton.jit
 def _encode(
-    value, velocity, fresh, gains, payload, selected, table, scales, borders,
+    velocity, changes, gains, payload, selected, table, scales, borders,
     layer_stride, batch, tokens, size, indices_at, coded_at, count, octave, zero, width_root,
     step, middle, highest,
     C: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, R: tl.constexpr,
-    KNOWN: tl.constexpr, MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+    MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """One vector of a payload: payload, uint8 [l, size]; selected, int64 [l, k]."""
     slot, kv_image, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -64,11 +64,8 @@ def _encode(
     inside = column < C
     row = (kv_image.to(tl.int64) * tokens + token) * C
     at = layer.to(tl.int64) * layer_stride + row + column
-    fresh_at = layer * tl.num_programs(1).to(tl.int64) * tokens * C + row + column
-    if KNOWN:
-        residual = residual_of(value, velocity, fresh, gain, at, fresh_at, inside, MOVES)
-    else:
-        residual = tl.load(fresh + fresh_at, mask=inside, other=0.0).to(tl.float32)
+    change_at = layer * tl.num_programs(1).to(tl.int64) * tokens * C + row + column
+    residual = residual_of(velocity, changes, gain, at, change_at, inside, MOVES)
     if BITS == 8:
         spread = tl.max(tl.max(tl.abs(residual), 1), 0)
     else:
@@ -92,9 +89,8 @@ def _encode(
 
 
 def launch_encode_residuals(
-    value: torch.Tensor | None,
     velocity: torch.Tensor | None,
-    fresh: torch.Tensor,
+    changes: torch.Tensor,
     gains: torch.Tensor | None,
     payload: torch.Tensor,
     selected: torch.Tensor | None,
@@ -114,9 +110,9 @@ def launch_encode_residuals(
     """Fill the payloads of a run of layers: gains, the numbers of sub-blocks, scales and codes of residuals.
 
     Args:
-        value, velocity: this rank's copies of a run of layers, [l, 2, B, S, C], each layer's contiguous; no velocity
-            where nothing is extrapolated, and no value where nothing is known yet.
-        fresh: what the layers were called with, [l, 2, B, S, C], contiguous.
+        velocity: this rank's of a run of layers, [l, 2, B, S, C], each layer's contiguous; None where nothing is
+            extrapolated.
+        changes: how far this rank's values are from their copies, [l, 2, B, S, C], contiguous.
         gains: this rank's, float32 [l, 2]; None where nothing is extrapolated.
         table: the tokens of each sub-block, int64 [K, T].
         payload: uint8 [l, size].
@@ -127,18 +123,18 @@ def launch_encode_residuals(
         fitted: whether gains travel.
         bits, octave, zero, step, middle, highest: of the codec; see `otil_xdit.method.codec.Quantised`.
     """
-    layers, _, batch, tokens, width = fresh.shape
+    layers, _, batch, tokens, width = changes.shape
     count = 0 if selected is None else selected.shape[1]
     side = table.shape[1]
     row = -(-width * bits // 8)
-    copies = fresh if value is None else value
+    velocities = changes if velocity is None else velocity
     _encode[(count * side or tokens, 2 * batch, layers)](
-        copies, copies if velocity is None else velocity, fresh, scales if gains is None else gains, payload,
+        velocities, changes, scales if gains is None else gains, payload,
         table if selected is None else selected, table, scales, borders,
-        copies.stride(0), batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
+        velocities.stride(0), batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
         step, middle, highest,
         C=width, T=side, BITS=bits, BYTES=triton.next_power_of_2(row), R=row,
-        KNOWN=value is not None, MOVES=velocity is not None, FITTED=fitted, SELECTED=selected is not None,
+        MOVES=velocity is not None, FITTED=fitted, SELECTED=selected is not None,
     )  # fmt: skip
 
 

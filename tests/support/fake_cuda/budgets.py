@@ -26,7 +26,7 @@ STRATEGIES = (
 )
 PARTS = {"2 ranks": (2, 0, 1), "4 ranks": (4, 1, 1), "cfg 2 x patch 2": (4, 0, 2)}
 """How ranks share an image: their number, the one that is counted (with two neighbours where there is one), and the
-degree of CFG parallelism."""
+degree of CFG parallelism, which SDXL alone is counted with."""
 
 STEPS = 4
 """Warm-up, the first step after it, and two more: moments are fitted from the third on."""
@@ -73,16 +73,16 @@ def scenes(models: tuple[str, ...] = MODELS) -> Iterator[Scene]:
     for model in models:
         yield Scene(model, "plain", 1)
         for parts in PARTS.values():
-            yield from (scene_of(model, strategy, *parts) for strategy in STRATEGIES if is_guided(model, parts[2]))
+            yield from (scene_of(model, strategy, *parts) for strategy in STRATEGIES if is_counted(model, parts[2]))
 
 
 def scene_of(model: str, strategy: str, ranks: int, rank: int, cfg: int) -> Scene:
     return Scene(model, strategy, ranks, rank, cfg=cfg)
 
 
-def is_guided(model: str, cfg: int) -> bool:
-    """Tell whether a model has as many passes: FLUX has guidance as an input."""
-    return cfg == 1 or model != "FLUX"
+def is_counted(model: str, cfg: int) -> bool:
+    """Tell whether a model's steps are counted with that degree of CFG parallelism."""
+    return cfg == 1 or model == "SDXL"
 
 
 def key_of(scene: Scene) -> str:
