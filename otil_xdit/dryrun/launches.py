@@ -33,7 +33,6 @@ _LAUNCHES = {
     "topk": 2,
     "sort": 2,
     "correct_copies": 2,
-    "correct_adaptive": 2,
     "encode_adaptive": 3,
 }
 """Operators that are more than one kernel on CUDA, and how many; all others count as one."""
@@ -42,7 +41,7 @@ _COPIES_OF_ALL = ("value", "velocity")
 
 _MOVED = {
     "correct_copies": lambda given: _twice(given, *_COPIES_OF_ALL),
-    "correct_adaptive": lambda given: _twice(given, *_COPIES_OF_ALL) - _share_of_own(given, "out"),
+    "advance_adaptive": lambda given: _of_some(given) - _share_of_own(given, "out"),
     "encode_adaptive": lambda given: _twice(given, "velocity", "changes"),
     "set_coded": lambda given: _twice(given, *_COPIES_OF_ALL) * given["known"] - _share_of_own(given, "out"),
     "set_gathered": lambda given: 0 if given["velocity"] is None else _twice(given, *_COPIES_OF_ALL) * given["known"],
@@ -109,6 +108,14 @@ def distinct_bytes(tensor: torch.Tensor) -> int:
 def _twice(given: dict[str, Any], *names: str) -> int:
     """Return the bytes of some of an operator's arguments, where they are given."""
     return sum(distinct_bytes(given[name]) for name in names if given.get(name) is not None)
+
+
+def _of_some(given: dict[str, Any]) -> int:
+    """Return what correcting the copies of `whose` moves beyond all copies and payloads once."""
+    ranks = given["value"].shape[-5]
+    others = {0: 0, 1: ranks - 1, 2: 1}[given["whose"]]
+    copies, payloads = _twice(given, *_COPIES_OF_ALL), _twice(given, "received")
+    return copies - (2 * copies + payloads) * others // ranks
 
 
 def _share_of_own(given: dict[str, Any], *names: str) -> int:

@@ -161,7 +161,10 @@ class KVGroup:
         """
         label = CollectiveLabel("kv", "", step, phase)
         self._messages.send_before(layer, label)
-        self._messages.apply_pending()
+        if mode in ("sync", "fresh"):
+            self._messages.apply_pending()
+        else:
+            self._messages.take_pending()
         whole = self._scratch("whole", (2, self.shape[1], self._transform.ranks, *self.shape[2:]), self.dtype)
         by_rank = whole.permute(2, 0, 1, 3, 4)
         if mode == "sync":
@@ -188,6 +191,6 @@ class KVGroup:
         """
         if label is not None:
             self._coder.select_shared()
-        self._copies.write_predicted(layer, out)
+        self._coder.write_predicted(layer, out)
         if label is not None:
             self._messages.defer(layer, label, sum(num_calls > 0 for num_calls in self.num_calls))

@@ -12,11 +12,14 @@ from __future__ import annotations
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel
+from otil_xdit.exchange.kv_arrived import ArrivedPayloads
 from otil_xdit.exchange.kv_copies import KVCopies
+from otil_xdit.exchange.kv_kernels import PayloadKernels
 from otil_xdit.exchange.kv_payload import PayloadCodec
 from otil_xdit.exchange.kv_selection import KVSelection
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.exchange.pass_agreement import PassAgreement
+from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
@@ -50,6 +53,9 @@ class KVCoder:
         self._selection = KVSelection(transform, copies, table, config, selector, scratch)
         self._codec = PayloadCodec(transform.shape, transform.dtype, table, config, scratch)
         self._layout = self._codec.layout
+        codec = make_codec(config.codec, transform.dtype)
+        self._kernels = PayloadKernels(self._layout, codec, transform.shape, table)
+        self._arrived = ArrivedPayloads(transform, copies, self._kernels)
         self._errors: torch.Tensor | None = None
         self._is_settled = False
 
@@ -64,6 +70,7 @@ class KVCoder:
         """Start a generation."""
         self._errors = None
         self._is_settled = False
+        self._arrived.clear()
         self._selection.begin()
 
     @property
@@ -74,7 +81,7 @@ class KVCoder:
     @property
     def is_one_pass(self) -> bool:
         """Tell whether kernels compute in one pass what the eager code has buffers of all layers for."""
-        return self._codec.can_fuse(self._table) and self._config.kv_cache_dtype != "float8"
+        return self._kernels.can_fuse(self._table) and self._config.kv_cache_dtype != "float8"
 
     @property
     def nbytes(self) -> int:
@@ -127,16 +134,32 @@ class KVCoder:
 
     def pack(self, run: slice) -> torch.Tensor:
         """Fill the payloads of a run of layers from what they were called with, and return them, uint8 [l, size]."""
-        predictor, codec, payload = self._copies.predictor, self._codec, self._payload[run]
-        fresh, is_settled, self._is_settled = self._transform.coded_own(run), self._is_settled, False
+        payload, own, gains = self._payload[run], self._transform.coded_own(run), self._copies.gains[run]
+        is_settled, self._is_settled = self._is_settled, False
         if self.codes_changes:
             selected = self._selection.select_by_kernel(run, is_settled)
-            codec.encode_fused(predictor, run, fresh, self._copies.gains[run], payload, selected)
+            self._kernels.encode(self._copies.predictor, run, own, gains, payload, selected)
         else:
             if not is_settled:
                 self._copies.settle(run, self._table, None)
-            self._pack_by_eager(run, fresh, payload)
+            self._pack_by_eager(run, own, payload)
         return payload
+
+    def take(self, run: slice, received: torch.Tensor) -> None:
+        """Do what `apply` does, or as much of it as is wanted before `write_predicted` or `settle`."""
+        if self._kernels.can_fuse(received) and self._copies.predictor.can_fuse and self._kernels.applies_late:
+            self._arrived.take(run, received)
+        else:
+            self.apply(run, received)
+
+    def write_predicted(self, layer: int, out: torch.Tensor) -> None:
+        """Do what `KVCopies.write_predicted` does, after what was taken of that layer."""
+        if not self._arrived.write_predicted(layer, out):
+            self._copies.write_predicted(layer, out)
+
+    def settle(self) -> None:
+        """Have all copies follow what was taken."""
+        self._arrived.settle()
 
     def apply(self, run: slice, received: torch.Tensor, out: torch.Tensor | None = None) -> None:
         """Carry the copies of a run of layers a step forward with everybody's payloads.
@@ -146,10 +169,10 @@ class KVCoder:
             received: uint8 [N, l, size].
             out: becomes everybody's values of the one layer that the run is, as of `KVCopies.write`.
         """
-        if self._codec.can_fuse(received) and self._copies.predictor.can_fuse:
-            writes = out is not None and self._codec.writes_corrected
+        if self._kernels.can_fuse(received) and self._copies.predictor.can_fuse:
+            writes = out is not None and self._kernels.writes_corrected
             writing = self._transform.writing(run.start, out) if out is not None and writes else None
-            self._codec.apply_fused(self._copies.predictor, run, received, writing)
+            self._kernels.apply(self._copies.predictor, run, received, writing)
             if writes:
                 return
         else:
@@ -160,7 +183,7 @@ class KVCoder:
     @property
     def codes_changes(self) -> bool:
         """Tell whether kernels score, select and code, from how far values are from their copies."""
-        return self._codec.can_fuse(self._payload) and self._copies.predictor.can_fuse and self._selection.is_one_pass
+        return self._kernels.can_fuse(self._payload) and self._copies.predictor.can_fuse and self._selection.is_one_pass
 
     def _scores(self, run: slice) -> torch.Tensor:
         """Return what sub-blocks of a run of layers are selected by, float32 [l, K], at this rank's own gains."""

@@ -6,6 +6,7 @@ Shapes: L layers; N patches, B batch, S tokens of one patch, C features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -178,6 +179,12 @@ class KVCopies:
         else:
             self._transform.write(layer, value, out)
 
+    def extrapolating(self, layer: int) -> dict[str, Any]:
+        """Return what kernels need that extrapolate a layer's copies for attention: what the gain is fitted by."""
+        fits = self._sums is not None and self.predictor.is_fitted
+        totals = self._sums.totals[layer] if self._sums is not None and fits else None
+        return {"totals": totals, "predicts": self.predictor.velocity is not None}
+
     def write_predicted(self, layer: int, out: torch.Tensor) -> None:
         """Write the prediction of everybody's values of this step to `out`; this rank's are the fresh ones.
 
@@ -188,7 +195,7 @@ class KVCopies:
         predictor, transform = self.predictor, self._transform
         if predictor.can_fuse:
             velocity = None if predictor.velocity is None else predictor.velocity[layer]
-            totals = self._sums.totals[layer] if self._sums is not None and predictor.is_fitted else None
+            totals = self.extrapolating(layer)["totals"]
             transform.write_others(layer, predictor.value[layer], velocity, totals, predictor.constant_gain, out)
         elif transform.is_identity:
             predictor.predict(layer, self.gains[layer], out)

@@ -58,6 +58,7 @@ class KVMessages:
     def send(self, run: slice, label: CollectiveLabel) -> None:
         """Start sending the payloads of a run of layers."""
         assert self._received is not None, "the first step is synchronous, and buffers are made after it"
+        self._coder.settle()  # what was taken lies where the others' payloads of this step go
         ranks, each = self._collectives.group.world_size, self._coder.payload_size
         received = self._received[run.start * ranks * each : run.stop * ranks * each]
         received = received.view(ranks, run.stop - run.start, each)
@@ -89,12 +90,19 @@ class KVMessages:
         if self._unsent and (layer in self._unsent or self._unsent_label != label):
             self.send_deferred()
 
+    def take_pending(self) -> None:
+        """Wait for what is under way, if anything is; of a layer the copies follow by `KVCoder.write_predicted`."""
+        pending, self._pending = self._pending, []
+        for run, message in pending:
+            self._coder.take(run, message.wait())
+
     def apply_pending(self, out: torch.Tensor | None = None) -> None:
-        """Wait for what is under way, if anything is, and have the copies follow it.
+        """Wait for what is under way, if anything is, and have all copies follow it.
 
         Args:
             out: becomes everybody's values of the only layer that is under way, as of `KVCopies.write`.
         """
+        self._coder.settle()
         pending, self._pending = self._pending, []
         for run, message in pending:
             self._coder.apply(run, message.wait(), out)

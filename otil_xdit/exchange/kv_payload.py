@@ -6,19 +6,13 @@ step, m = k * T tokens, V = 2 * B * m vectors of a layer's payload.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
-from typing import Any
 
 import torch
 
 from otil_xdit.method.codec import Decoded
 from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
-from otil_xdit.method.kernels import MOST_FEATURES, is_fused
-from otil_xdit.method.predictor import Predictor
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import blocks_to_send
 
@@ -67,13 +61,6 @@ class PayloadLayout:
         coded = _aligned(indices)
         size = _aligned(coded + make_codec(config.codec, dtype).size(vectors, width))
         return cls(gains, error, indices, coded, size, count, vectors)
-
-
-def kernel_of(name: str) -> Callable[..., None]:
-    """Return the operator ``module:name`` of `otil_xdit.method.kernels`."""
-    module, _, operator = name.partition(":")
-    found: Callable[..., None] = getattr(import_module(f"otil_xdit.method.kernels.{module}"), operator)
-    return found
 
 
 def _aligned(size: int) -> int:
@@ -181,71 +168,6 @@ class PayloadCodec:
             sent = self._scratch("sent", (*received.shape[:2], self._shape[2]), torch.float32).zero_()
             sent.scatter_(2, tokens, 1.0)
         return Unpacked(gains, errors, rows, sent, *self._decoded(received[..., self._coded], rows))
-
-    def encode_fused(
-        self,
-        predictor: Predictor,
-        run: slice,
-        changes: torch.Tensor,
-        gains: torch.Tensor,
-        payload: torch.Tensor,
-        selected: torch.Tensor | None,
-        kernel: Callable[..., None] | None = None,
-    ) -> None:
-        """Fill payloads in few launches.
-
-        Args:
-            predictor: whose copies everybody has.
-            run: layers.
-            changes: how far what they were called with is from the copies, [l, 2, B, S, C].
-            gains: this rank's, float32 [l, 2].
-            payload: uint8 [l, size].
-            selected: sub-blocks that are sent, int64 [l, k]; None for all tokens.
-            kernel: that does it, where it is not CUDA's.
-        """
-        layout, codec = self.layout, self._codec
-        assert codec.kernels is not None, "see `can_fuse`"
-        _, velocity = predictor.own_copies(run)
-        places = {"indices_at": layout.error, "coded_at": layout.coded, "fitted": layout.has_gains}
-        own = {"velocity": velocity, "changes": changes, "gains": gains}
-        arguments, _ = codec.kernel_arguments(changes.device, layout.vectors, self._shape[-1])
-        encode = kernel or kernel_of(codec.kernels[0])
-        encode(**own, payload=payload, selected=selected, table=self._table, **places, **arguments)
-
-    def can_fuse(self, received: torch.Tensor) -> bool:
-        """Tell whether `apply_fused` and `encode_fused` can take the place of the other methods, on that device."""
-        fits = self._codec.kernels is not None and self._shape[-1] <= MOST_FEATURES
-        return is_fused(received) and fits and not self.layout.has_error
-
-    @property
-    def writes_corrected(self) -> bool:
-        """Tell whether `apply_fused` can write corrected copies to where attention reads them."""
-        return self._codec.writes_corrected
-
-    def apply_fused(
-        self,
-        predictor: Predictor,
-        run: slice,
-        received: torch.Tensor,
-        writing: dict[str, Any] | None = None,
-        kernel: Callable[..., None] | None = None,
-    ) -> None:
-        """Do what `unpack` and the predictor's `apply_residuals` do, in few launches.
-
-        Args:
-            predictor: whose copies are advanced.
-            run: layers.
-            received: everybody's payloads, uint8 [N, l, size].
-            writing: see `KVTransform.writing`; None to write the copies alone.
-            kernel: that does it, where it is not CUDA's.
-        """
-        layout, codec = self.layout, self._codec
-        assert codec.kernels is not None, "see `can_fuse`"
-        places = {"indices_at": layout.error, "coded_at": layout.coded, "count": layout.count}
-        _, arguments = codec.kernel_arguments(received.device, layout.vectors, self._shape[-1])
-        correct = kernel or kernel_of(codec.kernels[1])
-        given = {**arguments, **places, **(writing or {})}
-        predictor.apply_coded(run, partial(correct, received=received, table=self._table, **given))
 
     @property
     def _coded(self) -> slice:

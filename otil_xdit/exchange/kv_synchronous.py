@@ -14,8 +14,8 @@ import torch
 from otil_xdit.comm.collectives import CollectiveLabel
 from otil_xdit.exchange.kv_coder import KVCoder
 from otil_xdit.exchange.kv_copies import KVCopies
+from otil_xdit.exchange.kv_kernels import kernel_of
 from otil_xdit.exchange.kv_messages import KVMessages
-from otil_xdit.exchange.kv_payload import kernel_of
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig

@@ -73,6 +73,7 @@ class AdaptiveCodec(Codec):
     by_feature = True
     bits = 2
     kernels = "adaptive:encode_adaptive", "adaptive_copies:correct_adaptive"
+    late_kernels = "adaptive_copies:read_adaptive", "adaptive_copies:advance_adaptive"
     writes_corrected = True
 
     def row_bytes(self, vectors: int, width: int) -> tuple[int, ...]:

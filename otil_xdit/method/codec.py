@@ -60,6 +60,8 @@ class Codec(ABC):
         kernels: the operators of CUDA that write payloads and correct copies by them, ``module:name`` below
             `otil_xdit.method.kernels`; None where there are none.
         writes_corrected: True where the latter writes corrected copies to where attention reads them, too.
+        late_kernels: operators that do apart what the second of `kernels` does: find how payloads are coded, and
+            advance the copies of some ranks, which may be extrapolated for attention at once; None where none do.
         set_kernel: the operator of CUDA that replaces copies by what changes coded by `kernels` make of them, likewise.
     """
 
@@ -69,6 +71,7 @@ class Codec(ABC):
     by_feature: bool = False
     kernels: tuple[str, str] | None = None
     writes_corrected: bool = False
+    late_kernels: tuple[str, str] | None = None
     set_kernel: str | None = None
 
     def kernel_arguments(self, device: torch.device, vectors: int, width: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,6 +10,7 @@ m tokens that a rank sends. Everything is computed in float32, whatever dtype th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -109,12 +110,7 @@ class Predictor:
         self._known[layer] = True
 
     def set_by_kernel(self, layer: int, replace: Callable[..., None]) -> None:
-        """Do what `set_values` does, by a kernel that finds the values itself.
-
-        Args:
-            layer: of the L.
-            replace: given the layer's values and velocities, which it replaces, ages, and whether they are known.
-        """
+        """Do what `set_values` does, by a kernel that replaces values and velocities, given ages and what is known."""
         age, known = None if self._age is None else self._age[layer], self._known[layer]
         velocity = None if self.velocity is None else self.velocity[layer]
         replace(value=self.value[layer], velocity=velocity, age=age if known else None, known=known)
@@ -196,17 +192,19 @@ class Predictor:
 
         Args:
             run: layers.
-            correct: given values, velocities and ages of the run, which it advances, and how the velocities are used;
-                see `otil_xdit.method.kernels.copies.correct_copies`.
+            correct: given the run's values, velocities and ages, and how these are used; advances them.
         """
-        correct(
-            value=self.value[run],
-            velocity=None if self.velocity is None else self.velocity[run],
-            age=None if self._age is None else self._age[run],
-            fitted=self.is_fitted,
-            constant=self.constant_gain,
-            damping=self._damping,
-        )
+        self.advance(run, partial(correct, age=self.ages(run)))
+
+    def ages(self, run: slice) -> torch.Tensor | None:
+        """Return how many steps ago tokens were sent last, float32 [l, N, S]; None where all always are."""
+        return None if self._age is None else self._age[run]
+
+    def advance(self, run: slice, correct: Callable[..., None]) -> None:
+        """Do what `apply_coded` does, but for the ages."""
+        velocity = None if self.velocity is None else self.velocity[run]
+        how = {"fitted": self.is_fitted, "constant": self.constant_gain, "damping": self._damping}
+        correct(value=self.value[run], velocity=velocity, **how)
 
     def apply_values(
         self,

@@ -26,11 +26,13 @@ LAYERS = ("net/a#0", "net/b#0")
 
 CASES: dict[str, dict[str, Any]] = {
     "waiting": {"fresh_share": 1.0},
-    "displaced": {"fresh_share": 0.0},
-    "refreshed": {"fresh_share": 0.0, "refresh": 2},
-    "everything is sent": {"fresh_share": 0.0, "ratio": 1.0},
+    "displaced": {"fresh_share": 0.0, "check": False},
+    "displaced, checked": {"fresh_share": 0.0},
+    "refreshed": {"fresh_share": 0.0, "refresh": 2, "check": False},
+    "everything is sent": {"fresh_share": 0.0, "ratio": 1.0, "check": False},
     "2 bits": {"fresh_share": 0.0, "codec": "2bit", "coordinates": "none"},
-    "measured": {"fresh_share": 0.0, "weights": False},
+    "measured": {"fresh_share": 0.0, "weights": False, "check": False},
+    "constant gain": {"fresh_share": 0.0, "extrapolation": "constant", "check": False},
     "previous": {"fresh_share": 0.0, "score_reference": "previous"},
     "raw warm-up": {"fresh_share": 0.0, "warmup_codec": "raw"},
 }
@@ -50,9 +52,9 @@ def weights(seed: int) -> AttentionWeights:
 
 def image(way: str, group: PatchGroup, case: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
     """What is attended to at each step by each layer, the copies at the end, and what was sent."""
-    settings = {"ratio": 0.5, "block_size": 2, "fresh_share": 0.5, "warmup_steps": 2, **case}
+    settings = {"ratio": 0.5, "block_size": 2, "fresh_share": 0.5, "warmup_steps": 2, "check": True, **case}
     text, has_weights = settings.pop("text", "none"), settings.pop("weights", True)
-    run, rank = OtilCommunicator(OtilConfig(**settings, timeout=30.0, check=True), group), dist.get_rank()
+    run, rank = OtilCommunicator(OtilConfig(**settings, timeout=30.0), group), dist.get_rank()
     if has_weights:
         run.set_weights({name.partition("#")[0]: weights(number) for number, name in enumerate(LAYERS)})
     seen = []

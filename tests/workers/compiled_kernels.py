@@ -50,6 +50,7 @@ ALIGNED = {f"{of}_{step}" for of in ("key", "value") for step in ("image", "head
     "tokens",
     "layer_stride",
     "size",
+    "rank_size",
 }
 """Numbers that are multiples of 16 in these networks, as pointers are; Triton compiles a kernel of its own for them."""
 
@@ -219,17 +220,24 @@ def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:
         4,
     )
     tiles, size = Tiles.of(2, 512), 64 if width < 2048 else 128
+    whole = {"FEATURES": 64, "TOKENS": tiles.rows, "PARTS": tiles.parts, "WIDTH": 3 * size, "WRITES": True}
     for part in (
-        {"FEATURES": 256, "TOKENS": 4, "PARTS": 1, "WIDTH": width, "WRITES": False},
-        {"FEATURES": 64, "TOKENS": tiles.rows, "PARTS": tiles.parts, "WIDTH": 3 * size, "WRITES": True},
+        {"FEATURES": 256, "TOKENS": 4, "PARTS": 1, "WIDTH": width, "WRITES": False, "PREDICTS": False, "WHOSE": 1},
+        {**whole, "PREDICTS": False, "WHOSE": 0},
+        {**whole, "PREDICTS": True, "WHOSE": 2},
     ):
         yield (
-            adaptive_copies._correct_adaptive,
+            adaptive_copies._advance_adaptive,
             {"value": HALF, "velocity": HALF, "received": BYTES, "slots": INT, "share": FLOAT, "words": INT}
-            | {"scales": FLOAT, "matrices": FLOAT, "out": HALF, "constant": "fp32", "damping": "fp32"}
-            | dict.fromkeys(("layers", "batch", "tokens", "size", "sent", "heads", "own"), "i32")
+            | {"scales": FLOAT, "totals": FLOAT, "matrices": FLOAT, "out": HALF, "constant": "fp32", "damping": "fp32"}
+            | dict.fromkeys(("ranks", "layers", "batch", "tokens", "size", "rank_size", "sent"), "i32")
+            | dict.fromkeys(("heads", "own", "count"), "i32")
             | places,
-            {"C": width, "TURNS": True} | part | word | switches | tiles.constants(width // size, size),
+            {"C": width, "TURNS": True, "LARGEST": 1.25, "SUMS": 512}
+            | part
+            | word
+            | switches
+            | tiles.constants(width // size, size),
             4,
         )
     for entries in (True, False):

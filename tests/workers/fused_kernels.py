@@ -24,6 +24,7 @@ from otil_xdit.dryrun.job import ParallelDegrees  # noqa: E402
 from otil_xdit.dryrun.recorder import Log, RecordedCollectives  # noqa: E402
 from otil_xdit.dryrun.stand_ins import patch_group  # noqa: E402
 from otil_xdit.exchange.buckets import Bucketer  # noqa: E402
+from otil_xdit.exchange.kv_kernels import PayloadKernels  # noqa: E402
 from otil_xdit.exchange.kv_payload import PayloadCodec  # noqa: E402
 from otil_xdit.exchange.moments import MomentsLayer, combined_moments  # noqa: E402
 from otil_xdit.method.codecs import make_codec  # noqa: E402
@@ -32,7 +33,7 @@ from otil_xdit.method.coordinates import Coordinates  # noqa: E402
 from otil_xdit.method.kernels import group_norm as norm_kernels  # noqa: E402
 from otil_xdit.method.kernels import moments as moments_kernels  # noqa: E402
 from otil_xdit.method.kernels.adaptive import launch_encode_adaptive  # noqa: E402
-from otil_xdit.method.kernels.adaptive_copies import launch_correct_adaptive  # noqa: E402
+from otil_xdit.method.kernels.adaptive_copies import correct_adaptive  # noqa: E402
 from otil_xdit.method.kernels.choices import launch_settle  # noqa: E402
 from otil_xdit.method.kernels.copies import launch_correct_copies  # noqa: E402
 from otil_xdit.method.kernels.gathered import launch_set_coded, launch_set_gathered  # noqa: E402
@@ -135,8 +136,9 @@ def copies_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig) 
         found = codec.unpack(received.transpose(0, 1))
         gains = found.gains if found.gains is not None else constant_gains(layers, ranks, config)
         eager.apply_residuals(run, gains, found.numbers, found.scales, found.sent)
-        correct = launch_correct_adaptive if config.uses_coordinates else launch_correct_copies
-        codec.apply_fused(fused, run, received, None if whole is None else writing, correct)
+        correct = correct_adaptive if config.uses_coordinates else launch_correct_copies
+        kernels = PayloadKernels(codec.layout, make_codec(config.codec, dtype), one, table)
+        kernels.apply(fused, run, received, None if whole is None else writing, correct)
     pairs = [*zip(fused.tensors, eager.tensors, strict=True)]
     if whole is not None:
         expected = coordinates.back(eager.value[0], scratch).permute(1, 2, 0, 3, 4)
@@ -249,7 +251,8 @@ def payloads_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig
     selected = torch.stack([torch.randperm(len(table))[:count] for _ in range(layers)]) if count else None
     encode = launch_encode_adaptive if config.uses_coordinates else launch_encode_residuals
     changes = fresh.float() - predictor.own_copies(run)[0].float()
-    codec.encode_fused(predictor, run, changes, gains, found, selected, encode)
+    kernels = PayloadKernels(codec.layout, make_codec(config.codec, dtype), one, table)
+    kernels.encode(predictor, run, changes, gains, found, selected, encode)
     codec.pack_gains(expected, gains)
     tokens_sent = residual if selected is None else codec.pack_selected(expected, selected, residual)
     codec.pack_tokens(expected, tokens_sent.clone())

@@ -4,7 +4,8 @@
 
 Prints a table for each model. ``--write`` makes docs/results/launches.md of them, and of what was counted the ceilings
 in tests/budgets/launches.json, which a test holds; of what is left out those that are there are kept. ``--before``
-names such a file of an earlier commit, for its numbers to stand beside. Needs no GPU, and g++ where torch is a CPU build; takes some minutes.
+names such a file of an earlier commit, for its numbers to stand beside. Needs no GPU, and g++ where torch is a CPU
+build; takes some minutes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The copies of keys and values of all patches, corrected by payloads in the adaptive codec.
 
 `correct_adaptive` does what `AdaptiveCodec.decode_at` and `Predictor.apply_residuals` do, and what `Coordinates.back`
-does where attention waits for the result. Copies are read and written once. `otil_xdit.method.kernels.bits` finds how
-the payloads are coded, and its words are read here.
+does where attention waits for the result. It has two parts: `read_adaptive` finds how payloads are coded, and
+`advance_adaptive` corrects copies, of all ranks or of some, and writes what attention reads of them, extrapolated if
+that is wanted. Copies are read and written once.
 
 Shapes: l layers of a run; N patches, B batch, S tokens of one patch, C features, K sub-blocks of T tokens, k sent, m =
 k * T tokens, V = 2 * B * m vectors of a layer's payload, R bytes of a row of codes.
@@ -15,35 +16,48 @@ import triton
 import triton.language as tl
 
 from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT, read_plans, step_of
-from otil_xdit.method.kernels.others import write_turned
+from otil_xdit.method.kernels.others import LARGEST_GAIN, fitted_gain, write_turned
 from otil_xdit.method.kernels.tiles import Tiles
+
+ALL, OWN, OTHERS = 0, 1, 2
+"""Whose copies are corrected."""
+
+_PARTS = 512
+"""Sums that are added at once to find a gain."""
 
 _TOKENS = 4
 """Tokens that a program corrects: what it knows of features is read for all of them at once."""
 
 
 @triton.jit
-def _correct_adaptive(
-    value, velocity, received, slots, share, words, scales,
-    matrices, out, layers, batch, tokens, size, sent, scales_at, codes_at, key_row, value_row, constant, damping,
-    heads, own,
+def _advance_adaptive(
+    value, velocity, received, slots, share, words, scales, totals,
+    matrices, out, ranks, layers, batch, tokens, size, rank_size, sent, scales_at, codes_at, key_row, value_row,
+    constant, damping, heads, own, count,
     C: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
     BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr, MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
-    WRITES: tl.constexpr, TURNS: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    WHOSE: tl.constexpr, WRITES: tl.constexpr, PREDICTS: tl.constexpr, TURNS: tl.constexpr, D: tl.constexpr,
+    SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    LARGEST: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of a part of the features, `WIDTH` wide, of one layer, rank, key or value, and image.
 
-    matrices, out: of `otil_xdit.method.kernels.others`, where the corrected copies of other ranks go at once.
+    received: uint8 [N, l, size], each rank's `rank_size` bytes after the last one's; slots, share: [l, N, S]; matrices,
+    out: of `otil_xdit.method.kernels.others`, where the corrected copies of other ranks go at once; totals: of
+    `ChangeSums`, by which these are extrapolated first if `PREDICTS`.
     """
     tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    kv_image, layer_rank = tl.program_id(1), tl.program_id(2)
-    ranks = tl.num_programs(2) // layers
-    layer, rank = layer_rank // ranks, layer_rank % ranks
+    kv_image, corrected = tl.program_id(1), tl.num_programs(2) // layers
+    layer, rank = tl.program_id(2) // corrected, tl.program_id(2) % corrected
+    if WHOSE == 1:
+        rank = own
+    elif WHOSE == 2:
+        rank += (rank >= own).to(tl.int32)
+    layer_rank = layer * ranks + rank
     kv = kv_image // batch
     token = tile * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens
-    payload = received + (rank * layers + layer).to(tl.int64) * size
+    payload = received + rank.to(tl.int64) * rank_size + layer.to(tl.int64) * size
     gain = constant
     if FITTED:
         gain = tl.load(payload.to(tl.pointer_type(tl.float32)) + kv)
@@ -90,13 +104,139 @@ def _correct_adaptive(
     if WRITES:
         if rank != own:
             tl.debug_barrier()
+            ahead = constant
+            if PREDICTS and FITTED:
+                ahead = fitted_gain(totals, kv, count, LARGEST, SUMS)
             write_turned(
-                value, value, matrices, out, rank, kv_image, kv, part, token, batch, tokens, heads, ranks, 0.0,
-                D, SPLIT, COLUMNS, CHUNK, ROWS, UNITS, TURNS, False,
+                value, velocity, matrices, out, rank, kv_image, kv, part, token, batch, tokens, heads, ranks, ahead,
+                D, SPLIT, COLUMNS, CHUNK, ROWS, UNITS, TURNS, PREDICTS,
             )  # fmt: skip
 
 
-def launch_correct_adaptive(
+def launch_read_adaptive(
+    received: torch.Tensor,
+    table: torch.Tensor,
+    age: torch.Tensor | None,
+    indices_at: int,
+    coded_at: int,
+    count: int,
+    upgrades: list[int],
+    rows: list[int],
+    width: int,
+    batch: int,
+    tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find how everybody's payloads are coded, and advance the ages.
+
+    Args:
+        received, table, age, indices_at, coded_at, count: as for `otil_xdit.method.kernels.copies.correct_copies`.
+        upgrades, rows: of the codec; see `AdaptiveCodec.kernel_arguments`.
+        width, batch, tokens: C, B and S.
+
+    Returns:
+        What `read_plans` returns but for entries: words, slots and shares, each [l, N, ...].
+    """
+    sizes_at = coded_at + 2 * batch * (count * table.shape[1] if count else tokens)
+    words, _, slots, share = read_plans(
+        received, upgrades, sizes_at, rows, width, False, table if count else None, age, indices_at, count, tokens
+    )
+    return words, slots, share
+
+
+def launch_advance_adaptive(
+    value: torch.Tensor,
+    velocity: torch.Tensor | None,
+    received: torch.Tensor,
+    words: torch.Tensor,
+    slots: torch.Tensor,
+    share: torch.Tensor,
+    scales: torch.Tensor,
+    coded_at: int,
+    sent: int,
+    fitted: bool,
+    constant: float,
+    damping: float,
+    rows: list[int],
+    whose: int,
+    own: int,
+    matrices: torch.Tensor | None,
+    out: torch.Tensor | None,
+    heads: int,
+    totals: torch.Tensor | None,
+    predicts: bool,
+) -> None:
+    """Advance the copies of a run of layers by one step, with everybody's payloads.
+
+    Args:
+        value, velocity: [l, N, 2, B, S, C]; no velocity where nothing is extrapolated.
+        received: uint8 [N, l, size], each rank's layers next to each other.
+        words, slots, share: of `launch_read_adaptive`; without numbers in the latter where all tokens were sent.
+        scales, coded_at, fitted, constant, damping: as for `otil_xdit.method.kernels.copies.correct_copies`.
+        sent: tokens of a payload.
+        rows: bytes of a key's codes, and of a value's.
+        whose: `ALL`, `OWN` for this rank's copies, or `OTHERS`.
+        own: this rank.
+        matrices, out, heads: as for `otil_xdit.method.kernels.others.write_others`, to write the corrected copies of
+            one layer there at once; nothing is written without `out`.
+        totals: one layer's of `ChangeSums`, which the gain is fitted by, where `predicts`.
+        predicts: whether these are extrapolated to the next step first.
+    """
+    layers, ranks, _, batch, tokens, width = value.shape
+    tiles = Tiles.of(batch, tokens)
+    constants, writes = tiles.constants(heads, width // heads), out is not None
+    parts = tiles.parts if writes else 1
+    rows_each, features = (tiles.rows, 64) if writes else (_TOKENS, min(256, triton.next_power_of_2(width)))
+    corrected = {ALL: ranks, OWN: 1, OTHERS: ranks - 1}[whose]
+    _advance_adaptive[(triton.cdiv(tokens, rows_each) * parts, 2 * batch, layers * corrected)](
+        value, value if velocity is None else velocity, received, slots, share, words, scales,
+        scales if totals is None else totals, value if matrices is None else matrices, value if out is None else out,
+        ranks, layers, batch, tokens, received.stride(1), received.stride(0), sent, coded_at,
+        coded_at + 2 * batch * sent + 2 * width, *rows, constant, damping, heads, own,
+        0 if totals is None else totals.shape[1],
+        C=width, FEATURES=features, TOKENS=rows_each, PARTS=parts,
+        WIDTH=constants["UNITS"] // constants["SPLIT"] * constants["D"] if writes else width,
+        BITS_AT=BITS_AT, SIZE_AT=SIZE_AT, MOVES=velocity is not None, FITTED=fitted, SELECTED=slots.numel() > 0,
+        WHOSE=whose, WRITES=writes, PREDICTS=predicts, TURNS=matrices is not None, **constants, LARGEST=LARGEST_GAIN,
+        SUMS=_PARTS, num_stages=1,
+        enable_fp_fusion=False,  # the same bits on all ranks, whatever compiled the kernel
+    )  # fmt: skip
+
+
+read_adaptive = torch.library.custom_op("otil_xdit::read_adaptive", launch_read_adaptive, mutates_args=("age",))
+"""`launch_read_adaptive`, as an operator of torch."""
+
+advance_adaptive = torch.library.custom_op(
+    "otil_xdit::advance_adaptive", launch_advance_adaptive, mutates_args=("value", "velocity", "out")
+)
+"""`launch_advance_adaptive`, as an operator of torch."""
+
+
+@read_adaptive.register_fake
+def _(
+    received: torch.Tensor,
+    table: torch.Tensor,
+    age: torch.Tensor | None,
+    indices_at: int,
+    coded_at: int,
+    count: int,
+    upgrades: list[int],
+    rows: list[int],
+    width: int,
+    batch: int,
+    tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ranks, layers, _ = received.shape
+    marked = layers, ranks, tokens if count else 0
+    words = received.new_empty(layers, ranks, 2, width, dtype=torch.int32)
+    return words, words.new_empty(marked), words.new_empty(marked, dtype=torch.float32)
+
+
+@advance_adaptive.register_fake
+def _(*args: object) -> None:
+    """Nothing is returned."""
+
+
+def correct_adaptive(
     value: torch.Tensor,
     velocity: torch.Tensor | None,
     age: torch.Tensor | None,
@@ -116,45 +256,14 @@ def launch_correct_adaptive(
     heads: int = 1,
     own: int = 0,
 ) -> None:
-    """Advance the copies of a run of layers by one step, with everybody's payloads in the adaptive codec.
+    """Advance the copies of a run of layers by one step, with everybody's payloads; in two launches.
 
-    Args:
-        value, velocity: [l, N, 2, B, S, C]; no velocity where nothing is extrapolated.
-        age, received, table, scales, indices_at, coded_at, count, fitted, constant, damping: as for
-            `otil_xdit.method.kernels.copies.correct_copies`.
-        upgrades, rows: of the codec; see `AdaptiveCodec.kernel_arguments`.
-        matrices, out, heads, own: as for `otil_xdit.method.kernels.others.write_others`, to write the corrected copies
-            of one layer there at once; nothing is written without `out`.
+    Args: of `launch_read_adaptive` and `launch_advance_adaptive`.
     """
-    layers, ranks, _, batch, tokens, width = value.shape
-    sent = count * table.shape[1] if count else tokens
-    sizes_at = coded_at + 2 * batch * sent
-    words, _, slots, share = read_plans(
-        received, upgrades, sizes_at, rows, width, False, table if count else None, age, indices_at, count, tokens
-    )
-    tiles = Tiles.of(batch, tokens)
-    constants, writes = tiles.constants(heads, width // heads), out is not None
-    parts = tiles.parts if writes else 1
-    rows_each, features = (tiles.rows, 64) if writes else (_TOKENS, min(256, triton.next_power_of_2(width)))
-    _correct_adaptive[(triton.cdiv(tokens, rows_each) * parts, 2 * batch, layers * ranks)](
-        value, value if velocity is None else velocity, received, slots, share, words, scales,
-        value if matrices is None else matrices, value if out is None else out,
-        layers, batch, tokens, received.shape[-1], sent, coded_at, sizes_at + 2 * width, *rows, constant, damping,
-        heads, own,
-        C=width, FEATURES=features, TOKENS=rows_each, PARTS=parts,
-        WIDTH=constants["UNITS"] // constants["SPLIT"] * constants["D"] if writes else width,
-        BITS_AT=BITS_AT, SIZE_AT=SIZE_AT, MOVES=velocity is not None, FITTED=fitted, SELECTED=count > 0,
-        WRITES=writes, TURNS=matrices is not None, **constants, num_stages=1,
-        enable_fp_fusion=False,  # the same bits on all ranks, whatever compiled the kernel
+    _, _, _, batch, tokens, width = value.shape
+    read = read_adaptive(received, table, age, indices_at, coded_at, count, upgrades, rows, width, batch, tokens)
+    sent = count * table.shape[1] or tokens
+    advance_adaptive(
+        value, velocity, received, *read, scales, coded_at, sent, fitted, constant, damping, rows, ALL, own, matrices,
+        out, heads, None, False,
     )  # fmt: skip
-
-
-correct_adaptive = torch.library.custom_op(
-    "otil_xdit::correct_adaptive", launch_correct_adaptive, mutates_args=("value", "velocity", "age", "out")
-)
-"""`launch_correct_adaptive`, as an operator of torch."""
-
-
-@correct_adaptive.register_fake
-def _(*args: object) -> None:
-    """Nothing is returned."""
