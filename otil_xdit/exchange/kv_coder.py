@@ -81,7 +81,7 @@ class KVCoder:
     @property
     def is_one_pass(self) -> bool:
         """Tell whether kernels compute in one pass what the eager code has buffers of all layers for."""
-        return self._kernels.can_fuse(self._table) and self._config.kv_cache_dtype != "float8"
+        return self._kernels.can_fuse(self._table)
 
     @property
     def nbytes(self) -> int:

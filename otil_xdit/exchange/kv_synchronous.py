@@ -70,9 +70,9 @@ class SynchronousKV:
         """
         # A refresh is exact, whatever the warm-up sends.
         codes = not self._codec.lossless and self._keeps_copies and num_calls < self._config.warmup_steps
-        fuses = is_fused(self._table) and self._keeps_copies and self._config.kv_cache_dtype != "float8"
         # Eager code finds the coordinates that weights do not say.
-        fuses = fuses and not (num_calls == 0 and self._transform.is_measured(layer))
+        finds = num_calls == 0 and self._transform.is_measured(layer)
+        fuses = is_fused(self._table) and self._keeps_copies and not finds
         if codes and fuses and self._codec.set_kernel is not None and self._transform.shape[-1] <= MOST_FEATURES:
             self._gather_changes_fused(layer, called_with, out, label)
             return

@@ -75,8 +75,8 @@ class Predictor:
 
     @property
     def can_fuse(self) -> bool:
-        """Tell whether kernels read and write these copies: Triton has no 8-bit numbers on every card."""
-        return is_fused(self.value) and (self.velocity is None or self.velocity.dtype.itemsize > 1)
+        """Tell whether kernels read and write these copies."""
+        return is_fused(self.value)
 
     def reset(self) -> None:
         """Start a generation: mark all values as unknown. Each layer needs `set_values` before it is predicted."""
@@ -104,18 +104,20 @@ class Predictor:
                 velocity.copy_(faster.add_(before))
             else:
                 velocity.zero_()
-            if age is not None:
-                age.fill_(1)
         value.copy_(values)
-        self._known[layer] = True
+        self._note(layer)
 
     def set_by_kernel(self, layer: int, replace: Callable[..., None]) -> None:
         """Do what `set_values` does, by a kernel that replaces values and velocities, given ages and what is known."""
         age, known = None if self._age is None else self._age[layer], self._known[layer]
         velocity = None if self.velocity is None else self.velocity[layer]
         replace(value=self.value[layer], velocity=velocity, age=age if known else None, known=known)
-        if age is not None:
-            age.fill_(1)
+        self._note(layer)
+
+    def _note(self, layer: int) -> None:
+        """Take note that a layer's values are those of this step."""
+        if self._age is not None:
+            self._age[layer].fill_(1)
         self._known[layer] = True
 
     def gain(self, layer: int, fresh: torch.Tensor) -> torch.Tensor:

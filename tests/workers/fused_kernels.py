@@ -106,7 +106,11 @@ def copies_cases() -> Iterator[tuple[str, float, float]]:
     types = ((torch.float32, "auto"), (torch.float16, "auto"), (torch.float32, "bfloat16"))
     turns = cycle(zip(cycle(SHAPES), (*types, *types[1:], types[0]), strict=False))
     alone = (("adaptive", 0.5, "fitted"), ("adaptive", 1.0, "constant"))  # a layer that attention waits for
-    cases = [*((case, next(turns)) for case in CODED), *((case, (SHAPES[1], types[n])) for n, case in enumerate(alone))]
+    cases = [
+        *((case, next(turns)) for case in CODED),
+        (CODED[0], (SHAPES[0], (torch.float32, "float8"))),
+        *((case, (SHAPES[1], types[n])) for n, case in enumerate(alone)),
+    ]
     for (codec, ratio, rule), (shape, (dtype, cache)) in cases:
         config = OtilConfig(codec=codec, ratio=ratio, extrapolation=rule, kv_cache_dtype=cache, block_size=2)
         yield f"{shape}, {dtype}, {cache}, {codec}, {ratio}, {rule}", *copies_case(shape, dtype, config)
@@ -144,7 +148,7 @@ def copies_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig) 
         expected = coordinates.back(eager.value[0], scratch).permute(1, 2, 0, 3, 4)
         expected = torch.cat([expected[:, :, :own], whole[:, :, own:]], dim=2)
         pairs.append((whole, expected.to(dtype)))
-    error, bound = worst(pairs, eager.value.dtype)
+    error, bound = worst(pairs, torch.float8_e5m2 if config.kv_cache_dtype == "float8" else eager.value.dtype)
     return error, bound if whole is None else 4 * bound  # products of many numbers
 
 

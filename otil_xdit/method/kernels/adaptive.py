@@ -15,6 +15,7 @@ import triton.language as tl
 
 from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT, read_plans, step_of
 from otil_xdit.method.kernels.payloads import residual_of, scale_byte
+from otil_xdit.method.kernels.velocities import stored
 
 _FEATURES = 32
 """Features of a program that measures them: 64 bytes of a token in half precision."""
@@ -174,7 +175,7 @@ def launch_encode_adaptive(
     side, size = table.shape[1], payload.shape[1]
     sent = count * side or tokens
     moves, chooses = velocity is not None, selected is not None
-    velocities, chosen = changes if velocity is None else velocity, table if selected is None else selected
+    velocities, chosen = changes if velocity is None else stored(velocity), table if selected is None else selected
     sizes_at = coded_at + 2 * batch * sent
     own = (velocities, changes, gains, payload, chosen, table)
     _measure_features[(triton.cdiv(width, _FEATURES), 2, layers)](

@@ -18,6 +18,7 @@ import triton.language as tl
 from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT, read_plans, step_of
 from otil_xdit.method.kernels.others import LARGEST_GAIN, fitted_gain, write_turned
 from otil_xdit.method.kernels.tiles import Tiles
+from otil_xdit.method.kernels.velocities import load_velocity, store_velocity, stored
 
 ALL, OWN, OTHERS = 0, 1, 2
 """Whose copies are corrected."""
@@ -95,10 +96,10 @@ def _advance_adaptive(
         at = row[:, None] + feature[None, :]
         v = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
         if MOVES:
-            u = tl.load(velocity + at, mask=inside, other=0.0).to(tl.float32)
+            u = load_velocity(velocity, at, inside)
             v += u * gain
             u = u * (gain * kept)[:, None] + level * (scale * given)[:, None]
-            tl.store(velocity + at, u.to(velocity.dtype.element_ty), mask=inside)
+            store_velocity(velocity, at, u, inside)
         v += level * scale[:, None]
         tl.store(value + at, v.to(value.dtype.element_ty), mask=inside)
     if WRITES:
@@ -188,7 +189,7 @@ def launch_advance_adaptive(
     rows_each, features = (tiles.rows, 64) if writes else (_TOKENS, min(256, triton.next_power_of_2(width)))
     corrected = {ALL: ranks, OWN: 1, OTHERS: ranks - 1}[whose]
     _advance_adaptive[(triton.cdiv(tokens, rows_each) * parts, 2 * batch, layers * corrected)](
-        value, value if velocity is None else velocity, received, slots, share, words, scales,
+        value, value if velocity is None else stored(velocity), received, slots, share, words, scales,
         scales if totals is None else totals, value if matrices is None else matrices, value if out is None else out,
         ranks, layers, batch, tokens, received.stride(1), received.stride(0), sent, coded_at,
         coded_at + 2 * batch * sent + 2 * width, *rows, constant, damping, heads, own,

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from otil_xdit.method.kernels.velocities import load_velocity, store_velocity, stored
+
 _COLUMNS = 1024
 """Features that one program works on, at most."""
 
@@ -96,10 +98,10 @@ def _correct(
         v = tl.load(value + row + column, mask=inside, other=0.0).to(tl.float32)
         residual = level * scale
         if MOVES:
-            u = tl.load(velocity + row + column, mask=inside, other=0.0).to(tl.float32)
+            u = load_velocity(velocity, row + column, inside)
             v += u * gain
             u = u * (gain * kept) + level * (scale * given)
-            tl.store(velocity + row + column, u.to(velocity.dtype.element_ty), mask=inside)
+            store_velocity(velocity, row + column, u, inside)
         v += residual
         tl.store(value + row + column, v.to(value.dtype.element_ty), mask=inside)
 
@@ -145,7 +147,7 @@ def launch_correct_copies(
             received, table, ages, slots, share, tokens, block_tokens, sent, layers, size, indices_at, BLOCK=1024
         )
     _correct[(tokens, 2 * batch, layers * ranks)](
-        value, value if velocity is None else velocity, received, slots, share, levels, scales,
+        value, value if velocity is None else stored(velocity), received, slots, share, levels, scales,
         layers, batch, tokens, size, coded_at, sent, constant, damping,
         C=width, R=-(-width * bits // 8), BITS=bits, COLUMNS=min(_COLUMNS, triton.next_power_of_2(width)),
         MOVES=velocity is not None, FITTED=fitted, SELECTED=count > 0,

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from otil_xdit.method.kernels.others import write_turned
 from otil_xdit.method.kernels.tiles import Tiles
+from otil_xdit.method.kernels.velocities import load_velocity, store_velocity, stored
 
 
 @triton.jit
@@ -24,9 +25,9 @@ def _replace(value, velocity, at, inside, old, new, steps, KNOWN: tl.constexpr, 
     if MOVES:
         faster = tl.zeros_like(new)
         if KNOWN:
-            before = tl.load(velocity + at, mask=inside, other=0.0).to(tl.float32)
+            before = load_velocity(velocity, at, inside)
             faster = (new - old - before) / steps + before
-        tl.store(velocity + at, faster.to(velocity.dtype.element_ty), mask=inside)
+        store_velocity(velocity, at, faster, inside)
     tl.store(value + at, new.to(value.dtype.element_ty), mask=inside)
 
 
@@ -109,8 +110,8 @@ def launch_set_coded(
     tiles = Tiles.of(batch, tokens)
     constants = tiles.constants(heads, width // heads)
     _set_coded[(tiles.tiles * tiles.parts, tiles.images, ranks)](
-        value, value if velocity is None else velocity, scales if age is None else age, received, levels, scales,
-        value if matrices is None else matrices, out, batch, tokens, received.shape[-1], heads, own,
+        value, value if velocity is None else stored(velocity), scales if age is None else age, received, levels,
+        scales, value if matrices is None else matrices, out, batch, tokens, received.shape[-1], heads, own,
         C=width, R=-(-width * bits // 8), BITS=bits, FEATURES=64, PARTS=tiles.parts,
         WIDTH=constants["UNITS"] // constants["SPLIT"] * constants["D"], KNOWN=known, MOVES=velocity is not None,
         AGED=age is not None, TURNS=matrices is not None, **constants, num_stages=1,
@@ -183,7 +184,7 @@ def launch_set_gathered(
     ranks, _, batch, tokens, width = value.shape
     tiles = Tiles.of(batch, tokens)
     _set_gathered[(tiles.tiles, tiles.parts, ranks * tiles.images)](
-        gathered, value, value if velocity is None else velocity, value if age is None else age,
+        gathered, value, value if velocity is None else stored(velocity), value if age is None else age,
         value if matrices is None else matrices, out, batch, tokens, heads, ranks,
         KNOWN=known, MOVES=velocity is not None, AGED=age is not None, TURNS=matrices is not None,
         **tiles.constants(heads, width // heads), num_stages=1,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from otil_xdit.method.kernels.tiles import Tiles
+from otil_xdit.method.kernels.velocities import load_velocity, stored
 
 LARGEST_GAIN: tl.constexpr = tl.constexpr(1.25)
 
@@ -38,7 +39,7 @@ def _moved(copies, velocities, at, there, gain, MOVES: tl.constexpr):
     """Return copies as they are extrapolated, float32."""
     found = tl.load(copies + at, mask=there, other=0.0).to(tl.float32)
     if MOVES:
-        found += tl.load(velocities + at, mask=there, other=0.0).to(tl.float32) * gain
+        found += load_velocity(velocities, at, there) * gain
     return found
 
 
@@ -119,7 +120,7 @@ def launch_write_others(
     ranks, _, batch, tokens, width = copies.shape
     tiles = Tiles.of(batch, tokens)
     _write_others[(tiles.tiles, tiles.parts, (ranks - 1) * tiles.images)](
-        copies, copies if velocities is None else velocities, copies if matrices is None else matrices,
+        copies, copies if velocities is None else stored(velocities), copies if matrices is None else matrices,
         copies if totals is None else totals, out, batch, tokens, heads, ranks, own,
         0 if totals is None else totals.shape[1], constant,
         **tiles.constants(heads, width // heads), TURNS=matrices is not None, MOVES=velocities is not None,

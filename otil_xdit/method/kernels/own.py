@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from otil_xdit.method.kernels.tiles import Tiles
+from otil_xdit.method.kernels.velocities import load_velocity, stored
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _take_own(
         if COMPARES:
             square += tl.sum(change * change, 1)
             if MOVES:
-                velocity = tl.load(velocities + place, mask=there, other=0.0).to(tl.float32)
+                velocity = load_velocity(velocities, place, there)
                 along += tl.sum(change * velocity, 1)
                 speed += tl.sum(velocity * velocity, 1)
     parts, images, tiles = tl.num_programs(1), tl.num_programs(2), tl.num_programs(0)
@@ -119,7 +120,7 @@ def launch_take_own(
     strides = (*key.stride()[:3], *value.stride()[:3])
     _take_own[tiles.grid](
         key, value, taken if matrices is None else matrices, taken if copies is None else copies,
-        taken if velocities is None else velocities, taken if whole is None else whole, taken,
+        taken if velocities is None else stored(velocities), taken if whole is None else whole, taken,
         numbers if sums is None else sums, numbers if totals is None else totals, numbers,
         *strides, 0 if whole is None else whole.stride(1), batch, tokens, heads,
         **tiles.constants(heads, size), TURNS=matrices is not None, COMPARES=sums is not None,

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from otil_xdit.method.kernels.velocities import load_velocity, stored
+
 _LARGEST_STEP = tl.constexpr(127.0)
 _SMALLEST_STEP = tl.constexpr(-128.0)
 """Bounds of a scale's byte, less the byte of scale 1."""
@@ -22,7 +24,7 @@ def residual_of(velocity, changes, gain, at, change_at, inside, MOVES: tl.conste
     """Return change - gain * velocity, float32."""
     found = tl.load(changes + change_at, mask=inside, other=0.0).to(tl.float32)
     if MOVES:
-        found -= tl.load(velocity + at, mask=inside, other=0.0).to(tl.float32) * gain
+        found -= load_velocity(velocity, at, inside) * gain
     return found
 
 
@@ -127,7 +129,7 @@ def launch_encode_residuals(
     count = 0 if selected is None else selected.shape[1]
     side = table.shape[1]
     row = -(-width * bits // 8)
-    velocities = changes if velocity is None else velocity
+    velocities = changes if velocity is None else stored(velocity)
     _encode[(count * side or tokens, 2 * batch, layers)](
         velocities, changes, scales if gains is None else gains, payload,
         table if selected is None else selected, table, scales, borders,
