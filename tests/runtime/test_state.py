@@ -67,6 +67,7 @@ def test_groups_for_other_degrees_are_made_once_a_pipeline_is_restored(found: di
     for rank in found["other degrees"]:
         assert "which other pipelines use" in rank["refused"]
         assert [rank["ours"], rank["xDiT"]] == [[1, 1], [1, 2]], "groups of a restored pipeline"
+        assert rank["ours: groups"] == rank["xDiT: groups"], "groups of pipelines in between are left"
     for name in ("ours", "xDiT"):
         errors = [rank[f"{name}: error"] for rank in found["other degrees"]]
         assert max(error for error in errors if error is not None) < 1e-3, "rounding is 1.1e-4"

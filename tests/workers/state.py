@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from peft import LoraConfig
+from torch.distributed import distributed_c10d
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -310,6 +311,7 @@ def other_degrees() -> dict[str, Any]:
     alone, found = draw_dit(load()), {}
     for name in ("ours", "xDiT"):
         unused = otil_xdit.parallelize(pipeline(), config=CONFIGS["otil"])
+        found[f"{name}: groups"] = len(distributed_c10d._world.pg_map)
         try:
             otil_xdit.parallelize(load(), "sync", use_cfg_parallel=True)
         except ValueError as error:

@@ -60,7 +60,7 @@ def apply(patch: Path, tree: Path, *options: str) -> None:
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the patched copy of the installed xfuser."""
     tree = copy_of_xfuser(tmp_path_factory.mktemp("patched"))
-    assert [patch.name[:4] for patch in SERIES] == [f"{number:04}" for number in range(1, 10)]
+    assert [patch.name[:4] for patch in SERIES] == [f"{number:04}" for number in range(1, 11)]
     for patch in SERIES:
         apply(patch, tree)
     return tree

@@ -82,9 +82,20 @@ def _destroy_groups() -> None:
     from xfuser.core.distributed import parallel_state
     from yunchang.globals import PROCESS_GROUP
 
-    left = [PROCESS_GROUP.RING_PG, PROCESS_GROUP.ULYSSES_PG, parallel_state._DIT]
+    left = [PROCESS_GROUP.RING_PG, PROCESS_GROUP.ULYSSES_PG, parallel_state._DIT, *_spare_groups(parallel_state._PP)]
     parallel_state.destroy_model_parallel()
     PROCESS_GROUP.RING_PG = PROCESS_GROUP.ULYSSES_PG = parallel_state._DIT = None
     for group in left:
         with suppress(ValueError):  # where this rank is in none
             dist.destroy_process_group(group)
+
+
+def _spare_groups(pipeline: Any) -> list[dist.ProcessGroup]:
+    """Return the groups of xDiT's coordinator of a pipeline that its own `destroy` does not know.
+
+    It has a group for each direction where two ranks are in a pipeline, and one for the skips of a U-Net's blocks.
+    """
+    if pipeline is None:
+        return []
+    found = [*pipeline.device_groups, *pipeline.cpu_groups, getattr(pipeline, "skip_device_group", None)]
+    return [one for one in found if one not in (None, pipeline.device_group, pipeline.cpu_group)]

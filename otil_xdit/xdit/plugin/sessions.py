@@ -36,8 +36,8 @@ from otil_xdit.xdit.plugin.backends import check_backends, hook_backends, use_sd
 from otil_xdit.xdit.plugin.group_lifetime import LIFETIME, degrees_of, degrees_of_groups
 from otil_xdit.xdit.plugin.groups import connect
 from otil_xdit.xdit.plugin.measured_shares import measure_shares
+from otil_xdit.xdit.plugin.mends import without_ring
 from otil_xdit.xdit.plugin.rows import allow_any_height, hook_heights, rows_of
-from otil_xdit.xdit.plugin.shims import without_ring
 from otil_xdit.xdit.plugin.token_shares import check_unequal_shares, hook_token_cuts
 from otil_xdit.xdit.plugin.unwrap import parts_of, processors_of, unwrap
 from otil_xdit.xdit.plugin.wrapped_calls import WrappedCall, rules_of

@@ -2,17 +2,19 @@
 
 | where | what is wrong | here |
 |---|---|---|
-| layers/attention_processor.py:464 | SD3.5-medium: `joint_strategy` is unbound in the attention without text | `_sd3` |
-| models/transformers/transformer_flux.py:376 | Flux: calls a method by a name that it does not have | `_flux` |
-| models/transformers/transformer_flux2.py:515 | Flux.2: text that the ranks do not divide is cut unevenly | `_flux2` |
-| models/transformers/transformer_z_image.py:212 | Z-Image: lacks an argument that diffusers 0.42 gives | `_z_image` |
-| models/transformers/transformer_qwen.py:225 | Qwen-Image-Edit-2511: which tokens are noisy is not cut | `_qwen` |
-| models/transformers/transformer_hunyuan_video.py:242 | HunyuanVideo: tokens are cut unevenly | `_hunyuan_video` |
-| models/transformers/transformer_cosmos3.py:171 | Cosmos 3: lacks an argument that diffusers 0.42 gives | `_cosmos3` |
-| pipelines/pipeline_consisid.py:352 | ConsisID: its scheduler's noise does not come from the generator | `_consisid` |
-| models/transformers/transformer_lumina2.py:150 | Lumina2: refuses a ring, which needs other masks | `_lumina2` |
+| layers/attention_processor.py:464 | SD3.5-medium: `joint_strategy` is unbound in the attention without text | `sd3` |
+| models/transformers/transformer_flux.py:376 | Flux: calls a method by a name that it does not have | `flux` |
+| models/transformers/transformer_flux2.py:515 | Flux.2: text that the ranks do not divide is cut unevenly | `flux2` |
+| models/transformers/transformer_z_image.py:212 | Z-Image: lacks an argument that diffusers 0.42 gives | `z_image` |
+| models/transformers/transformer_qwen.py:225 | Qwen-Image-Edit-2511: which tokens are noisy is not cut | `qwen` |
+| models/transformers/transformer_hunyuan_video.py:242 | HunyuanVideo: tokens are cut unevenly | `hunyuan_video` |
+| models/transformers/transformer_cosmos3.py:171 | Cosmos 3: lacks an argument that diffusers 0.42 gives | `cosmos3` |
+| pipelines/pipeline_consisid.py:352 | ConsisID: its scheduler's noise does not come from the generator | `consisid` |
+| cache/adapters/flux2.py:157 | FLUX.2's FBCache compares a step with itself | `flux2_cache` |
+| models/transformers/transformer_lumina2.py:150 | Lumina2: refuses a ring, which needs other masks | `lumina2` |
 
-(Paths below xfuser/model_executor.) A shim does nothing where the line that it is for has gone;
+(Paths below xfuser/model_executor; the last column is in `otil_xdit.xdit.plugin.mends`.) A shim does nothing where the
+line that it is for has gone;
 tests/xdit/test_shims.py fails then, and the shim is to be removed.
 """
 
@@ -20,22 +22,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
-import torch
-from torch.nn import functional
-
-from otil_xdit.networks.dit.token_counts import missing_frames
-from otil_xdit.runtime.session import PatchSession
-from otil_xdit.xdit.plugin.token_shares import cut_tokens
+from otil_xdit.xdit.plugin import mends
 
 _TRANSFORMERS = "xfuser.model_executor.models.transformers"
-_WITHOUT_RING: ContextVar[bool] = ContextVar("otil_xdit_without_ring", default=False)
 
 
 @dataclass(frozen=True)
@@ -81,175 +74,27 @@ def install_shims() -> None:
             shim.mend(shim.find())
 
 
-@contextmanager
-def without_ring() -> Iterator[None]:
-    """Bracket what builds a pipeline for a strategy, under which keys are gathered and no ring is needed."""
-    token = _WITHOUT_RING.set(True)
-    try:
-        yield
-    finally:
-        _WITHOUT_RING.reset(token)
-
-
-def _sd3(processor: Any) -> None:
-    call = processor.__call__
-
-    @wraps(call)
-    def __call__(
-        self: Any, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        from xfuser.core.distributed import get_sequence_parallel_world_size
-
-        if encoder_hidden_states is None and get_sequence_parallel_world_size() > 1:
-            return _attend_to_the_image(attn, hidden_states)
-        return call(self, attn, hidden_states, encoder_hidden_states, *args, **kwargs)
-
-    processor.__call__ = __call__
-
-
-def _attend_to_the_image(attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Compute SD3.5's second attention of a block, [B, S, C]; diffusers' `JointAttnProcessor2_0` without text."""
-    from xfuser.model_executor.layers import usp
-
-    query, key, value = (
-        project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-    )
-    query = query if attn.norm_q is None else attn.norm_q(query)
-    key = key if attn.norm_k is None else attn.norm_k(key)
-    out = usp.USP(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_layer=attn)
-    out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
-    result: torch.Tensor = attn.to_out[1](attn.to_out[0](out))
-    return result
-
-
-def _flux(wrapper: Any) -> None:
-    wrapper._pad_to_sp_divisible = wrapper.pad_to_sp_divisible
-
-
-def _flux2(wrapper: Any) -> None:
-    forward = wrapper.forward
-
-    @wraps(forward)
-    def padded(self: Any, hidden_states: Any, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
-        session = PatchSession.active()
-        if session is not None:  # which leaves the padding out of the keys
-            ranks = session.group.ulysses_degree * session.group.world_size
-            encoder_hidden_states = _fill_up(encoder_hidden_states, ranks)
-            kwargs["txt_ids"] = _fill_up(kwargs["txt_ids"], ranks)
-        return forward(self, hidden_states, encoder_hidden_states, *args, **kwargs)
-
-    wrapper.forward = padded
-
-
-def _fill_up(tokens: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Append zeros to tokens, [..., S, C], until the ranks divide S."""
-    return functional.pad(tokens, (0, 0, 0, -tokens.shape[-2] % ranks))
-
-
-def _z_image(wrapper: Any) -> None:
-    from diffusers.utils.peft_utils import apply_lora_scale
-
-    forward = wrapper.forward
-
-    @wraps(forward)
-    def scaled(self: Any, *args: Any, joint_attention_kwargs: Any = None, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    wrapper.forward = apply_lora_scale("joint_attention_kwargs")(scaled)
-
-
-def _qwen(wrapper: Any) -> None:
-    init = wrapper.__init__
-
-    @wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        for block in self.transformer_blocks if self.zero_cond_t else ():
-            block.register_forward_pre_hook(_cut_modulation, with_kwargs=True)
-
-    wrapper.__init__ = __init__
-
-
-def _cut_modulation(
-    block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a block this rank's part of what tells noisy tokens from given ones, int [B, S]."""
-    from xfuser.core.distributed import get_sequence_parallel_rank, get_sequence_parallel_world_size
-
-    index, ranks = kwargs["modulate_index"], get_sequence_parallel_world_size()
-    index = functional.pad(index, (0, -index.shape[1] % ranks))
-    return args, {**kwargs, "modulate_index": cut_tokens(index, ranks, dim=1)[get_sequence_parallel_rank()]}
-
-
-def _hunyuan_video(wrapper: Any) -> None:
-    forward = wrapper.forward
-
-    @wraps(forward)
-    def filled(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        session, frames, side = PatchSession.active(), hidden_states.shape[2], self.config.patch_size
-        if session is not None:  # which leaves the frames that are added out of the keys
-            ranks = session.group.ulysses_degree * session.group.world_size
-            tokens = (hidden_states.shape[3] // side) * (hidden_states.shape[4] // side)
-            more = missing_frames(frames // self.config.patch_size_t, tokens, ranks) * self.config.patch_size_t
-            hidden_states = functional.pad(hidden_states, (0, 0, 0, 0, 0, more))
-        out = forward(self, hidden_states, *args, **kwargs)
-        sample = out[0][:, :, :frames]
-        return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
-
-    wrapper.forward = filled
-
-
-def _cosmos3(wrapper: Any) -> None:
-    forward = wrapper.forward
-
-    @wraps(forward)
-    def as_tuple(self: Any, *args: Any, return_dict: bool = False, **kwargs: Any) -> Any:
-        out = forward(self, *args, **kwargs)  # a tuple, but on one rank, where it is diffusers' own
-        return out if isinstance(out, tuple) or return_dict else out.to_tuple()
-
-    wrapper.forward = as_tuple
-
-
-def _consisid(pipeline: Any) -> None:
-    from xfuser.model_executor.pipelines.pipeline_cogvideox import xFuserCogVideoXPipeline
-
-    if "prepare_extra_step_kwargs" not in vars(pipeline):
-        # diffusers' own asks xDiT's wrapper of the scheduler what it takes, and that takes anything.
-        pipeline.prepare_extra_step_kwargs = xFuserCogVideoXPipeline.prepare_extra_step_kwargs
-
-
-def _lumina2(wrapper: Any) -> None:
-    module = importlib.import_module(wrapper.__module__)
-    size: Callable[[], int] = module.get_ring_parallel_world_size
-
-    @wraps(size)
-    def ring_size() -> int:
-        return 1 if _WITHOUT_RING.get() else size()
-
-    vars(module)["get_ring_parallel_world_size"] = ring_size
-
-
 SHIMS = (
     Shim(
         "xfuser.model_executor.layers.attention_processor",
         "xFuserJointAttnProcessor2_0",
         "__call__",
         "joint_strategy = None\n                else:",
-        _sd3,
+        mends.sd3,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_flux",
         "xFuserFlux1Transformer2DWrapper",
         "forward",
         "self._pad_to_sp_divisible(hidden_states",
-        _flux,
+        mends.flux,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_flux2",
         "xFuserFlux2Transformer2DWrapper",
         "forward",
         "self._pad_to_sp_divisible(",
-        _flux2,
+        mends.flux2,
         times=2,
     ),
     Shim(
@@ -257,41 +102,48 @@ SHIMS = (
         "xFuserZImageTransformer2DWrapper",
         "forward",
         "f_patch_size=1,\n        return_dict",
-        _z_image,
+        mends.z_image,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_qwen",
         "xFuserQwenImageTransformerWrapper",
         "forward",
         "# Construct joint attention mask once to avoid",  # where a mended one has cut modulate_index before
-        _qwen,
+        mends.qwen,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_hunyuan_video",
         "xFuserHunyuanVideoTransformer3DWrapper",
         "forward",
         "hidden_states = torch.chunk(hidden_states,\n                                    get_sequence_parallel_world",
-        _hunyuan_video,
+        mends.hunyuan_video,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_cosmos3",
         "get_cosmos3_transformer_wrapper_class",
         "forward",
         "action_domain_ids=None,\n        ):",
-        _cosmos3,
+        mends.cosmos3,
     ),
     Shim(
         "xfuser.model_executor.pipelines.pipeline_consisid",
         "xFuserConsisIDPipeline",
         "__call__",
         "self.prepare_extra_step_kwargs(generator, eta)",
-        _consisid,
+        mends.consisid,
     ),
     Shim(
         f"{_TRANSFORMERS}.transformer_lumina2",
         "xFuserLumina2Transformer2DWrapper",
         "__init__",
         "if get_ring_parallel_world_size() > 1:",
-        _lumina2,
+        mends.lumina2,
+    ),
+    Shim(
+        "xfuser.model_executor.cache.adapters.flux2",
+        "Flux2FBCachedTransformerBlocks",
+        "get_modulated_inputs",
+        "prev_first_hidden_states_residual = self.cache_context.modulated_inputs\n\n",
+        mends.flux2_cache,
     ),
 )
