@@ -252,7 +252,16 @@ DITS = (
         kind="WanVACETransformer3DModel",
     ),
     DitRecord(
-        names=("LTX-2", "Lightricks/LTX-2"),
+        names=(
+            "LTX-2",
+            "Lightricks/LTX-2",
+            "LTX-2.3",
+            "dg845/LTX-2.3-Diffusers",
+            "LTX-2.5",
+            "LTX-2.5-distilled",
+            "LTX-2.5-full",
+            "Lightricks/LTX-2.5-Diffusers",
+        ),
         state="exact",
         kind="LTX2VideoTransformer3DModel",
     ),

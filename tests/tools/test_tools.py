@@ -23,7 +23,7 @@ def test_every_model_of_xfuser_is_listed_once(capsys: pytest.CaptureFixture[str]
     assert rows["tiny-dit"] == rows["SD3.5"] == rows["xFuserPixArtAlphaPipeline"] == "exact"
     assert rows["Lumina2"] == rows["Z-Image"] == rows["FLUX.1-Kontext-dev"] == "exact"
     assert rows["MiniMax-H3"] == rows["CausalWan"] == rows["xFuserSanaPipeline"] == "refused"
-    assert rows["LTX-2.5"] == "untested" and rows["LTX-2"] == "exact"
+    assert rows["LTX-2.5"] == rows["LTX-2.3"] == rows["LTX-2"] == "exact"
     assert rows["SD1.5"] == rows["SDXL"] == rows["tiny-sdxl"] == "exact"
     assert rows["StableDiffusionXLInpaintPipeline"] == "yes" and rows["StableDiffusionSAGPipeline"] == "refused"
 

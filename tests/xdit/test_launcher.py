@@ -51,7 +51,6 @@ WRONG = {
         "--model ./tiny-dit: no such model or folder; did you mean tiny-dit",
     ),
     "model of one device": ("--parallel otil --model CausalWan", "CausalWan is not supported together with --parallel"),
-    "untested model": ("--parallel otil --model LTX-2.5", "nobody has compared it with one process"),
     "model without ring": ("--parallel otil --model MiniMax-H3", "--model MiniMax-H3 is not supported together"),
     "prompts": (
         "--parallel otil --model tiny-sd --data_parallel_degree 2",

@@ -13,8 +13,6 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo15,
-    AutoencoderKLLTX2Audio,
-    AutoencoderKLLTX2Video,
     AutoencoderKLWan,
     ClassifierFreeGuidance,
     CogVideoXDPMScheduler,
@@ -27,8 +25,6 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
-    LTX2Pipeline,
-    LTX2VideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -36,12 +32,11 @@ from diffusers import (
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from PIL import Image
 from torch import nn
 
 from tests.support.dits.case import Case
-from tests.support.dits.networks import COSMOS3, HUNYUAN_VIDEO15, I2V, IDEOGRAM4, LTX2, VACE, WAN
+from tests.support.dits.networks import COSMOS3, HUNYUAN_VIDEO15, I2V, IDEOGRAM4, VACE, WAN
 from tests.support.dits.packed import HEADS, image, tiny_levels
 from tests.support.dits.videos import FRAMES, UNCLIPPED, two_embeds
 from tests.support.dits.weights import noise, ones, seeded
@@ -166,61 +161,6 @@ def consisid_embeds() -> dict[str, Any]:
     }
 
 
-def build_ltx2() -> LTX2Pipeline:
-    vae = AutoencoderKLLTX2Video(
-        latent_channels=8,
-        block_out_channels=(8,),
-        decoder_block_out_channels=(8,),
-        layers_per_block=(1,),
-        decoder_layers_per_block=(1, 1),
-        spatio_temporal_scaling=(True,),
-        decoder_spatio_temporal_scaling=(True,),
-        decoder_inject_noise=(False, False),
-        downsample_type=("spatial",),
-        upsample_residual=(False,),
-        upsample_factor=(1,),
-        down_block_types=("LTX2VideoDownBlock3D",),
-        patch_size=1,
-        patch_size_t=1,
-    )
-    vae.spatial_compression_ratio, vae.temporal_compression_ratio = 32, 4
-    audio = AutoencoderKLLTX2Audio(
-        base_channels=8, ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=16, resolution=32
-    )
-    connectors = LTX2TextConnectors(
-        caption_channels=32,
-        text_proj_in_factor=1,
-        video_connector_num_attention_heads=4,
-        video_connector_attention_head_dim=8,
-        video_connector_num_layers=1,
-        video_connector_num_learnable_registers=None,
-        audio_connector_num_attention_heads=4,
-        audio_connector_attention_head_dim=8,
-        audio_connector_num_layers=1,
-        audio_connector_num_learnable_registers=None,
-        rope_type="split",
-    )
-    return LTX2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae,
-        audio_vae=audio,
-        text_encoder=None,
-        tokenizer=None,
-        connectors=seeded(connectors),
-        transformer=seeded(LTX2VideoTransformer3DModel(**LTX2)),
-        vocoder=None,
-    )
-
-
-def ltx2_embeds() -> dict[str, Any]:
-    return {
-        "prompt_embeds": noise(1, TEXT, 32, seed=1),
-        "prompt_attention_mask": ones(1, TEXT),
-        "negative_prompt_embeds": noise(1, TEXT, 32, seed=2),
-        "negative_prompt_attention_mask": ones(1, TEXT),
-    }
-
-
 class Words:
     """Stands for a tokenizer: how many tokens a text has follows from its length."""
 
@@ -273,9 +213,6 @@ CASES = (
     Case("wan ti2v", build_wan_ti2v, lambda: two_embeds(TEXT), SMALL),
     Case("wan vace", build_vace, lambda: two_embeds(TEXT), SMALL),
     Case("hunyuanvideo-1.5", build_hunyuan_video15, hunyuan_video15_embeds, VIDEO15),
-    Case(
-        "ltx-2", build_ltx2, ltx2_embeds, {**SMALL, "height": 96, "width": 96, "spatio_temporal_guidance_blocks": [1]}
-    ),
     Case("cosmos3", build_cosmos3, dict, {**SMALL, "prompt": "a prompt"}, cfg=True),
     Case("ideogram4", build_ideogram4, dict, IDEOGRAM4_CALL, cfg=True),
 )
