@@ -22,6 +22,7 @@ from pathlib import Path
 from result_cells import Cell, CellStore, cells_of, matrix_of, measure, when_measured
 from result_renders import (
     Render,
+    clips,
     equivalents,
     grid,
     images,
@@ -144,6 +145,14 @@ TABLES: dict[str, Table] = {
         "fidelity.md",
         (f"{SD} --prompts 8 --lora otil_xdit/weights/tiny-sd-lora --presets distrifusion otil",),
         images,
+    ),
+    "clips": Table(
+        "fidelity.md",
+        (
+            "--models tiny-video --samplers own:15 --frames 9 --prompts 4 "
+            "--presets sync distrifusion otil compact-2bit naive",
+        ),
+        clips,
     ),
     "uneven on 2 ranks": Table(
         "covariance.md",

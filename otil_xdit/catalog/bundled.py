@@ -11,7 +11,10 @@ BUNDLED_UNETS = ("tiny-sd", "tiny-sdxl")
 TINY_DIT = "tiny-dit"
 
 BUNDLED = (*BUNDLED_UNETS, TINY_DIT)
-"""Names of the models that ship with this package."""
+"""Names of the models that ship with this package and draw images."""
+
+BUNDLED_VIDEOS = ("tiny-video",)
+"""Names of those that draw clips."""
 
 
 def model_folder(name: str) -> str:

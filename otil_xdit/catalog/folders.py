@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from otil_xdit.catalog.bundled import BUNDLED, absent_parts, model_folder
+from otil_xdit.catalog.bundled import BUNDLED, BUNDLED_VIDEOS, absent_parts, model_folder
 from otil_xdit.catalog.geometry import check_geometry
 from otil_xdit.catalog.schedulers import make_scheduler
 from otil_xdit.catalog.trust import check_folder, check_lora
@@ -20,6 +20,9 @@ from otil_xdit.method.grid import LevelGrid, split_rows
 
 MODELS_HELP = f"{', '.join(BUNDLED)}, or folders in diffusers format (default tiny-sd)"
 """Of ``--models`` in the tools that run them."""
+
+MODELS_AND_VIDEOS_HELP = f"{', '.join((*BUNDLED, *BUNDLED_VIDEOS))}, or folders in diffusers format (default tiny-sd)"
+"""The same in a tool that takes models that draw clips."""
 
 DIT_PIPELINES = ("StableDiffusion3Pipeline",)
 """DiTs whose rows of tokens are cut evenly, at a size that the caller chooses."""
@@ -103,10 +106,11 @@ def find_model(name: str, videos: bool = False) -> Model:
     Raises:
         ValueError: naming what is accepted.
     """
-    folder = Path(model_folder(name) if name in BUNDLED else name)
+    known = (*BUNDLED, *BUNDLED_VIDEOS) if videos else BUNDLED
+    folder = Path(model_folder(name) if name in known else name)
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"--models {name}: no such model; choose from {', '.join(BUNDLED)}, or give a folder in diffusers format"
+            f"--models {name}: no such model; choose from {', '.join(known)}, or give a folder in diffusers format"
         )
     pipeline = json.loads((folder / "model_index.json").read_text()).get("_class_name")
     if pipeline in TEXT_TO_IMAGE:

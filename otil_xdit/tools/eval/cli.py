@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from otil_xdit.catalog.folders import MODELS_HELP, OWN, Model, find_model
+from otil_xdit.catalog.folders import MODELS_AND_VIDEOS_HELP, OWN, Model, find_model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.catalog.trust import check_folder, check_lora
 from otil_xdit.dryrun.networks import DTYPES
@@ -45,11 +45,11 @@ from otil_xdit.xdit.launcher.processes import caught_signals, visible_devices
 EXTRAS = {"torchmetrics": "torchmetrics", "PIL": "pillow", "matplotlib": "matplotlib"}
 """Modules that are not among the plugin's own dependencies, and their packages."""
 
-DEFAULT_SIZE = 128
-"""Height and width of an image, which the bundled models were trained for."""
+DEFAULT_SIZE, DEFAULT_CLIP_SIZE = 128, 64
+"""Height and width of an image, and of a clip, which the bundled models were trained for."""
 
 DEFAULT_FRAMES = 9
-"""Of a clip."""
+"""Of a clip, likewise."""
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags: the matrix, the images, and how they are made."""
     add = FlagAdder(parser)
-    add("--models", MODELS_HELP, ["tiny-sd"], "MODEL")
+    add("--models", MODELS_AND_VIDEOS_HELP, ["tiny-sd"], "MODEL")
     about = f"presets are {', '.join(strategies())}; settings are {', '.join(variant_settings())}"
     about = f"variants, say otil:ratio=1/4,select=kv-l2; {about}"
     add("--presets", about, ["distrifusion", "otil", "naive"], "PRESET[:SETTING=VALUE,...]")
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt_file", "a prompt a line, in place of the eight that ship", None, "FILE", type=Path)
     add("--seeds", "images of each prompt, seeds 0 to N - 1", 1, "N")
     add("--guidance", "guidance scale", 4.0, "G")
-    about = "height and width (default 128; with --stats the pipeline's own)"
+    about = "height and width (default 128, of clips 64; with --stats the pipeline's own)"
     add("--size", about, None, "PIXELS", type=int)
     add("--frames", "of a clip, with models that draw clips (default 9)", None, "N", type=int)
     about = "of weights and images; 16 bits bring a row of what the order of sums leaves undecided (default float32)"
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def write(arguments: argparse.Namespace, matrix: Matrix, cache: ImageCache, failures: Failures) -> None:
     """Write all files of the folder, and the table on stdout."""
-    out, command = arguments.out, command_of(arguments)
+    out, command = arguments.out, command_of(arguments, matrix.size)
     by_case = make_rows(matrix, cache, failures)
     rows = list(by_case.values())
     (out / "rows.json").write_text(json.dumps(as_json(rows, command), indent=1) + "\n")
@@ -164,7 +164,7 @@ def read_matrix(arguments: argparse.Namespace) -> Matrix:
         samplers=_each(parse_sampler, arguments.samplers),
         calls=make_calls(read_prompts(prompts), arguments.prompts, arguments.seeds),
         guidance=arguments.guidance,
-        size=arguments.size or DEFAULT_SIZE,
+        size=arguments.size or (DEFAULT_CLIP_SIZE if videos else DEFAULT_SIZE),
         frames=DEFAULT_FRAMES if arguments.frames is None else arguments.frames,
         equivalents=(None, *_each(parse_equivalent, arguments.variant or [])),
         lora=None if arguments.lora is None else str(lora_file(Path(arguments.lora))),
@@ -241,14 +241,14 @@ def describe(matrix: Matrix) -> str:
     return "\n".join([*lines, f"{len(cases)} cases, {len(cases) * len(matrix.calls)} images"])
 
 
-def command_of(arguments: argparse.Namespace) -> str:
-    """Return a command line that makes the same."""
+def command_of(arguments: argparse.Namespace, size: int) -> str:
+    """Return a command line that makes the same, `size` named."""
     words = ["otil-xdit", "eval"]
     for name in ("models", "presets", "ranks", "samplers"):
         words += [f"--{name}", *map(str, getattr(arguments, name))]
     words += [word for text in arguments.variant or [] for word in ("--variant", text)]
     words += ["--use_cfg_parallel"] if arguments.use_cfg_parallel else []
     for name in ("prompts", "prompt_file", "seeds", "guidance", "size", "frames", "dtype", "lora"):
-        value = DEFAULT_SIZE if name == "size" and arguments.size is None else getattr(arguments, name)
+        value = size if name == "size" else getattr(arguments, name)
         words += [] if value is None else [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(words)
