@@ -85,25 +85,37 @@ page's (`tests/tools/test_plan.py`), and predicts a step from them ([planner.md]
 
 ## Where the bytes go
 
-Of SDXL's displaced step with `otil` on 2 ranks, bytes a number (2026-11-26):
+Of SDXL's displaced step with `otil` on 2 ranks, bytes a number (2026-11-27):
 
     python tests/workers/fake_cuda.py '[{{"pipeline": "SDXL", "strategy": "otil displaced", "steps": 4}}]'
 
-| bytes | what for |
-|---:|---|
-| 8.2 | copies corrected and moved on: a value and a velocity of 16 bits, of all patches, read and written; payloads |
-| 6.1 | own payload: fresh values, copies and velocities read to measure each feature, and again to be coded |
-| 5.1 | own keys and values: read once, compared with their copies, written for attention and in their coordinates |
-| 3.1 | the other ranks' keys and values written for attention, from copies and velocities |
-| 1.6 | halo rows: maps written with the rows above and below them |
-| 0.7 | codes of halo rows and moments, and the rest |
+| bytes | before | what for |
+|---:|---:|---|
+| 9.6 | 11.3 | copies of all patches, values and velocities of 16 bits, corrected; others' written for attention |
+| 5.1 | 5.1 | own keys and values: read once, compared with their copies, written for attention; their changes written |
+| 4.1 | 6.1 | own payload: changes and velocities read to measure each feature, and again to be coded |
+| 1.6 | 1.6 | halo rows: maps written with the rows above and below them |
+| 0.7 | 0.7 | codes of halo rows and moments, and the rest |
 
-12 is out of reach of this arithmetic. The first row is 8 as long as every number has a value and a velocity of 16
-bits that move at every step; attention's keys and values must be written (2) and read where they come from (2 or
-more), and the payload reads what it codes (3). What could go: the second reading for the payload (3; a feature's
-size is known only when all of it was read, and taking the step before's would change images), the coordinates' copy
-(1), and with velocities of 8 bits a quarter of the first row (`--otil_kv_cache_dtype float8`, which has no
-kernels). A step that waits writes attention's keys and values where it corrects the copies, and has 22.
+*Before* is commit ce16586, which had 25 bytes. What went: other ranks' copies are corrected when their layer is called,
+where they are moved on for attention in the same pass, instead of being read again (2 on two ranks, 3 on four); and a
+payload is coded from how far values are from their copies, which are not read for it any more (2 and 1).
+
+Copies cannot be attention's buffer themselves. They are in coordinates, and of the step before: what attention reads of
+them is moved on by this step's gain and turned back, another number in another place. It could only be where nothing is
+coded in coordinates and nothing is extrapolated.
+
+12 is out of reach with velocities of 16 bits. With N ranks, every number's value and velocity are read and written (8),
+all keys and values are written for attention (2), and of its own a rank must read them, write their changes, and read
+changes and velocities to code them (8 / N). With payloads that is 14.6 on two ranks and 12.6 on four, and SDXL's halo
+rows and moments take 2.3 besides. What is counted has 4.2 more on two ranks, most of them in two places: own copies are
+corrected, and then read again to be compared (4 / N; one kernel could hold both, at the registers of two), and changes
+are read twice, as a feature's size is known only when all of it was read (4 / N; sums of squares could be kept while
+values are compared, for about 1.25 / N of their own). Neither is done.
+
+With velocities of 8 bits (`--otil_kv_cache_dtype float8`, which has kernels, too) a displaced step of SDXL moves 17.6
+bytes on two ranks and 14.2 on four instead of 21.1 and 17.0, in as many launches (`"settings": {{"kv_cache_dtype":
+"float8"}}` in the scene above).
 
 ## Every step of a run
 
@@ -112,9 +124,8 @@ SDXL with 30 steps on cfg 2 x patch 2, `otil` as it is by default, in the order 
 {course}
 The first step of all makes buffers, fills them with zeros and takes the weights' coordinates to the device; it does so
 once for a size, so the second image begins with less. It sends one byte a number like the rest of the warm-up: what
-changes since nothing is the values themselves. The first step that waits counts and orders sub-blocks once, the first
-displaced one finds nothing under way, and moments are fitted from the third on. The last step is a displaced one like
-those before it.
+changes since nothing is the values themselves. The first displaced step finds nothing under way, and moments are fitted
+from the third on. The last step is a displaced one like those before it.
 
 Where each pass of guidance has its own ranks, a step that waits asks for two messages a layer: what both passes have
 measured comes before the payload. It takes two launches a layer besides, one that measures and one that takes the means

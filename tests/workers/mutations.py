@@ -82,7 +82,7 @@ PREDICTOR = faults_of(
     ("method/test_predictor.py", "exchange/test_kv.py"),
     ("the velocity of several steps for one", ".div_(1 if age is None else age[:, None, None, :, None])", ""),
     ("the change of the velocity for the velocity", "velocity.copy_(faster.add_(before))", "velocity.copy_(faster)"),
-    ("ages begin at 2", "age.fill_(1)", "age.fill_(2)"),
+    ("ages begin at 2", "self._age[layer].fill_(1)", "self._age[layer].fill_(2)"),
     ("gains up to 2.5", "_MAX_GAIN = 1.25", "_MAX_GAIN = 2.5"),
     ("rank 0's values for this rank's", "change.sub_(self.value[layer, self._rank])",
      "change.sub_(self.value[layer, 0])"),

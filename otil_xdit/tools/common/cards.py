@@ -1,4 +1,9 @@
-"""Cards by name: what a prediction needs to know of them, from the vendor's data sheets; nothing was measured here."""
+"""Cards by name: what a prediction needs to know of them, from the vendor's data sheets; nothing was measured here.
+
+All figures but the L20's follow from a card's multiprocessors, clock and memory (`tests/tools/test_plan.py`), and those
+of A100, L40S, H100 and H200 stand alike in public copies of the data sheets (2026-11-27; glennklockwood.com/garden has
+the A100's). NVIDIA's sheets themselves were not at hand.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +56,7 @@ CARDS = {
         _card("4090", 165.2, 1008, _DESKTOP_LAUNCH, "NVIDIA, Ada architecture whitepaper, GeForce RTX 4090"),
         _card("5090", 209.5, 1792, _DESKTOP_LAUNCH, "NVIDIA, RTX Blackwell architecture whitepaper, GeForce RTX 5090"),
         _card("A6000", 154.8, 768, _DESKTOP_LAUNCH, "NVIDIA, RTX A6000 data sheet: 309.7 with sparsity"),
-        _card("L20", 119.5, 864, _SERVER_LAUNCH, "NVIDIA, L20 data sheet"),
+        _card("L20", 119.5, 864, _SERVER_LAUNCH, "estimate: a third of the L40S's rate, as was reported"),
         _card("L40S", 362.05, 864, _SERVER_LAUNCH, "NVIDIA, L40S data sheet"),
         _card("A100", 312, 2039, _SERVER_LAUNCH, "NVIDIA, A100 data sheet, 80 GB SXM"),
         _card("H100", 989.4, 3350, _SERVER_LAUNCH, "NVIDIA, H100 data sheet, SXM: 1,979 with sparsity"),
