@@ -196,7 +196,8 @@ class KVCoder:
         if codec.of_residuals or layout.has_error or self._selection.compares_with_prediction:
             own = self._scratch("own", tuple(fresh.shape), torch.float32)
             self._copies.predictor.predict_own(run, self._copies.gains[run], own)
-            residual = self._scratch("residual", tuple(fresh.shape), torch.float32).copy_(fresh).sub_(own)
+            residual = self._scratch("residual", tuple(fresh.shape), torch.float32)
+            torch.sub(fresh, own, out=residual)
             tokens = residual if codec.of_residuals else fresh
         if layout.has_error and residual is not None:
             codec.pack_error(payload, fresh, residual)

@@ -125,7 +125,7 @@ class KVSelection:
         own = self._scratch("own", tuple(fresh.shape), torch.float32)
         predictor.predict_own(run, gains, own)
         residual = self._scratch("residual", tuple(fresh.shape), torch.float32)
-        return self.compare(run, own, residual.copy_(fresh).sub_(own))
+        return self.compare(run, own, torch.sub(fresh, own, out=residual))
 
     def compare(self, run: slice, own: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Return what `scores` does, from what the others predict and what that lacks, [l, 2, B, S, C]."""

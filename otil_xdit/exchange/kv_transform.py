@@ -176,8 +176,8 @@ class KVTransform:
             out.copy_(coded)
         else:
             for others in (slice(0, self.rank), slice(self.rank + 1, self.ranks)):
-                if len(coded[others]):
-                    out[others] = self._coordinates[layer][0].back(coded[others], self._scratch)
+                if others.start < others.stop:
+                    self._coordinates[layer][0].write_back(coded[others], out[others], self._scratch)
         out[self.rank] = self.own_values(layer)
 
     def write_others(

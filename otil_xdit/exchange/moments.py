@@ -1,7 +1,5 @@
 """Moments: mean and variance of whole maps for a group normalisation, of which every rank holds some rows.
 
-Over 300 lines, as what a kernel does in one launch stands beside the eager code that is its reference.
-
 Shapes: B batch, C channels, W columns, G groups, R ranks that hold rows.
 """
 
@@ -13,6 +11,8 @@ from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Pending
 from otil_xdit.exchange.bucket_buffers import Direction, TensorSpec
 from otil_xdit.exchange.buckets import BucketedLayer, Bucketer
 from otil_xdit.exchange.halo import HaloLayer, HaloRows
+from otil_xdit.exchange.known_moments import Fit, KnownMoments, RankWeights, combined_moments, mean_and_variance
+from otil_xdit.exchange.swap_buffers import SwapBuffers
 from otil_xdit.method.kernels import is_fused
 from otil_xdit.method.schedule import Mode
 
@@ -44,22 +44,41 @@ class MomentsLayer(BucketedLayer):
         self.key = moments_key(like)
         self._collectives, self._bucketer, self._gain, self._own = collectives, bucketer, gain, own
         self._sent = like.new_zeros(2, *like.shape)
-        self._received = like.new_zeros(ranks, 2, *like.shape)
-        self._received_before = torch.zeros_like(self._received)
+        self._last, self._before = KnownMoments(like, ranks), KnownMoments(like, ranks)
         # All ranks' means and mean squares as the last displaced step assumed them, and the receptions before it.
-        self._assumed = torch.zeros_like(self._received)
+        self._assumption = KnownMoments(like, ranks)
         self._assumed_at = _NEVER
+        # What the eager way computes in: how far all ranks were from what was assumed, and this rank of now.
+        self._missed, self._present = KnownMoments(like, ranks), KnownMoments(like, 1)
+        self._error, self._change = Fit(like), Fit(like)
+        self._weights: RankWeights | None = None
         # Two ranks are each other's only neighbour: moments travel with the rows.
         direction: Direction = "everybody" if ranks != 2 else "next" if own == 0 else "previous"
         self._specs = (TensorSpec(direction, tuple(self._sent.shape), tuple(self._sent.shape), like.dtype),)
-        self._swap_buffers: _SwapBuffers | None = None
+        self._swap_buffers: SwapBuffers | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept on the device."""
         swapped = self._swap_buffers.nbytes if self._swap_buffers is not None else 0
-        kept = (self._sent, self._received, self._received_before, self._assumed)
-        return sum(tensor.nbytes for tensor in kept) + swapped
+        known = (self._last, self._before, self._assumption, self._missed, self._present)
+        fits = self._error.nbytes + self._change.nbytes
+        return self._sent.nbytes + sum(moments.all.nbytes for moments in known) + fits + swapped
+
+    @property
+    def _received(self) -> torch.Tensor:
+        """Everybody's last moments, [R, 2, B, G]."""
+        return self._last.all
+
+    @property
+    def _received_before(self) -> torch.Tensor:
+        """Those before, [R, 2, B, G]."""
+        return self._before.all
+
+    @property
+    def _assumed(self) -> torch.Tensor:
+        """Everybody's means and mean squares as the last displaced step assumed them, [R, 2, B, G]."""
+        return self._assumption.all
 
     def begin(self) -> None:
         super().begin()
@@ -84,7 +103,7 @@ class MomentsLayer(BucketedLayer):
         if mode == "sync":
             self._begin_reception()
             self._send(mean, var, label).wait()
-            result = combined_moments(self._received, share)
+            result = self._combined(share)
         else:
             correct = self._corrected_by_kernel if is_fused(mean) else self._corrected
             result = correct(mean, var, share, extrapolate=mode == "displaced")
@@ -129,7 +148,7 @@ class MomentsLayer(BucketedLayer):
             pending = self._send(mean, var, labels[0]), halo.request(x, labels[1])
         for message in pending:
             message.wait()
-        return *combined_moments(self._received, share), halo.requested_rows()
+        return *self._combined(share), halo.requested_rows()
 
     def _corrected(
         self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, extrapolate: bool
@@ -140,12 +159,15 @@ class MomentsLayer(BucketedLayer):
         own stands in.
         """
         torch.stack([mean, var], out=self._sent)
-        weights = share[:, None, None]
+        weights, assumed, present = self._weights_of(share), self._assumption, self._present
         weight = self._fitted_weights(weights) if extrapolate and self._gain else 1.0
-        assumed = _raw(self._extrapolated() if extrapolate else self._received, self._assumed)
+        self._assume(extrapolate)
         self._assumed_at = self._receptions
-        missing = _raw(self._sent, torch.empty_like(self._sent)) - assumed[self._own]
-        whole, square = (weights[..., None] * assumed).sum(0) + weight * missing
+        own = present.of[0].copy_(self._sent)
+        present.make_raw()
+        missing = own.sub_(assumed.of[self._own])
+        known = torch.mul(assumed.all, weights.of_moments, out=self._missed.all).sum(0)
+        whole, square = known.add_(missing.mul_(weight)).unbind(0)
         variance = square - whole.square()
         return whole, torch.where(variance < 0, var, variance)
 
@@ -164,30 +186,47 @@ class MomentsLayer(BucketedLayer):
         correct_moments(mean, var, share, *known, self._own, self._gain, extrapolated, weight, *whole)
         return whole
 
-    def _extrapolated(self) -> torch.Tensor:
-        """Return all ranks' last moments, [R, 2, B, G], moved on as far as this rank's own, in `_sent`, have moved.
+    def _assume(self, extrapolate: bool) -> None:
+        """Assume that all ranks' moments are the last, moved on as far as this rank's own, in `_sent`, have moved.
 
         That is the least-squares fit of its change by its change of the step before, the gain at most.
         """
-        if not self._gain or self._receptions < 2:
-            return self._received
-        velocity = self._received[self._own] - self._received_before[self._own]
-        along = (self._sent - self._received[self._own]).mul_(velocity).sum(-1, keepdim=True)
-        gain = along.div_(velocity.square_().sum(-1, keepdim=True).clamp_min_(1e-30)).clamp_(0, self._gain)
-        moved = torch.lerp(self._received_before, self._received, gain.add_(1))
-        moved[:, 1].clamp_(min=0)
-        return moved
+        assumed, last, before = self._assumption, self._last, self._before
+        if not extrapolate or not self._gain or self._receptions < 2:
+            assumed.set_raw(last)
+            return
+        torch.sub(last.of[self._own], before.of[self._own], out=self._change.by)
+        torch.sub(self._sent, last.of[self._own], out=self._change.fitted)
+        gain = self._change.factor((-1,)).clamp_(0, self._gain)
+        torch.lerp(before.all, last.all, gain.add_(1), out=assumed.all)
+        assumed.squares.clamp_(min=0)
+        assumed.make_raw()
 
-    def _fitted_weights(self, weights: torch.Tensor) -> torch.Tensor:
+    def _fitted_weights(self, weights: RankWeights) -> torch.Tensor:
         """Return the weights of this rank's error in means and mean squares, [2, 1, 1] or alike; see the class."""
-        own = self._own
         if self._receptions != self._assumed_at + 1:  # what came last does not answer what was assumed last
-            return weights[own]
-        missed = _raw(self._received, torch.empty_like(self._received)).sub_(self._assumed)
-        whole = (weights[..., None] * missed).sum(0)
-        along = (whole * missed[own]).sum((1, 2), keepdim=True)
-        length = missed[own].square().sum((1, 2), keepdim=True).clamp_min_(1e-30)
-        return along.div_(length).clamp_(max=1).maximum(weights[own])
+            return weights.own
+        missed, error = self._missed, self._error
+        missed.set_raw(self._last)
+        missed.all.sub_(self._assumption.all)
+        error.by.copy_(missed.of[self._own])
+        torch.sum(missed.all.mul_(weights.of_moments), 0, out=error.fitted)
+        return error.factor((-2, -1)).clamp_(max=1).maximum(weights.own)
+
+    def _combined(
+        self, share: torch.Tensor, came: tuple[int, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `combined_moments` does of the last moments."""
+        if is_fused(share):
+            return combined_moments(self._received, share, came)
+        if came is not None:
+            self._last.of[came[0]].copy_(came[1])
+        return mean_and_variance(self._last.means, self._last.squares, self._weights_of(share).of_maps)
+
+    def _weights_of(self, share: torch.Tensor) -> RankWeights:
+        if self._weights is None or self._weights.share is not share:
+            self._weights = RankWeights(share, self._own)
+        return self._weights
 
     def _send(self, mean: torch.Tensor, var: torch.Tensor, label: CollectiveLabel) -> Pending[torch.Tensor]:
         torch.stack([mean, var], out=self._sent)
@@ -211,8 +250,8 @@ class MomentsLayer(BucketedLayer):
         outgoing, incoming = halo.rows_to_send(x)[other], halo.requested_rows()[other]
         assert outgoing is not None and incoming is not None, "each of two ranks has one neighbour"
         if self._swap_buffers is None or self._swap_buffers.halo_key != halo.key:
-            self._swap_buffers = _SwapBuffers(self._sent, outgoing, incoming, halo.key)
-        sent, received, kept = self._swap_buffers.sent, self._swap_buffers.received, self._received[own]
+            self._swap_buffers = SwapBuffers(self._sent, outgoing, incoming, halo.key)
+        sent, received, kept = self._swap_buffers.sent, self._swap_buffers.received, self._last.of[own]
         if is_fused(x):
             from otil_xdit.method.kernels.rows import pack_rows
 
@@ -225,87 +264,22 @@ class MomentsLayer(BucketedLayer):
         shares = {labels[1].counter: sent.rows.nbytes, labels[0].counter: sent.moments.nbytes}
         self._collectives.neighbours(sent.bytes, sent.bytes, buffers, (shares, shares), labels[0]).wait()
         rows = (None, received.rows) if own == 0 else (received.rows, None)
-        return *combined_moments(self._received, share, (other, received.moments)), rows
+        return *self._combined(share, (other, received.moments)), rows
 
     def _apply(self, direction: Direction, received: torch.Tensor) -> None:
         self._begin_reception()
         if direction == "everybody":
             self._received.copy_(received)
         else:
-            self._received[1 - self._own].copy_(received[0])
-            self._received[self._own].copy_(self._sent)
+            self._last.of[1 - self._own].copy_(received[0])
+            self._last.of[self._own].copy_(self._sent)
 
     def _begin_reception(self) -> None:
         """Make the last moments those before, whose buffer the next step's moments overwrite."""
-        self._received, self._received_before = self._received_before, self._received
+        self._last, self._before = self._before, self._last
         self._receptions += 1
-
-
-def _raw(moments: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write means and mean squares of means and variances, both [..., 2, B, G], to `out`."""
-    mean = out.copy_(moments)[..., 0, :, :]
-    out[..., 1, :, :].addcmul_(mean, mean)
-    return out
-
-
-class _MomentsAndRows:
-    """Moments and rows in one buffer of bytes.
-
-    Args:
-        moments: float32 [2, B, G]; a multiple of 8 bytes, so rows of any dtype can be viewed behind them.
-        rows: [B, C, rows, W] of the map's dtype.
-    """
-
-    def __init__(self, moments: torch.Tensor, rows: torch.Tensor) -> None:
-        self.bytes = torch.empty(moments.nbytes + rows.nbytes, dtype=torch.uint8, device=rows.device)
-        self.moments = self.bytes[: moments.nbytes].view(moments.dtype).view(moments.shape)
-        self.rows = self.bytes[moments.nbytes :].view(rows.dtype).view(rows.shape)
-
-
-class _SwapBuffers:
-    """What one of two ranks sends for a pair of layers, and what it receives.
-
-    Args:
-        moments: float32 [2, B, G].
-        outgoing, incoming: rows, [B, C, rows, W].
-        halo_key: of the layer whose rows they are.
-    """
-
-    def __init__(
-        self, moments: torch.Tensor, outgoing: torch.Tensor, incoming: torch.Tensor, halo_key: tuple[object, ...]
-    ) -> None:
-        self.sent, self.received = _MomentsAndRows(moments, outgoing), _MomentsAndRows(moments, incoming)
-        self.halo_key = halo_key
-
-    @property
-    def nbytes(self) -> int:
-        return self.sent.bytes.nbytes + self.received.bytes.nbytes
 
 
 def moments_key(like: torch.Tensor) -> tuple[object, ...]:
     """Return what a `MomentsLayer`'s buffers depend on."""
     return (like.shape, like.device)
-
-
-def combined_moments(
-    received: torch.Tensor, share: torch.Tensor, came: tuple[int, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and biased variance of all ranks' rows together, float32 [B, G].
-
-    Args:
-        received: the moments of each rank's rows, float32 [R, 2, B, G].
-        share: float32 [R], every rank's share of the rows.
-        came: a rank and its moments, [2, B, G], which `received` takes in first.
-    """
-    if is_fused(share):
-        from otil_xdit.method.kernels.group_norm import combine_moments
-
-        other, moments = (0, None) if came is None else came
-        mean, var = combine_moments(received, share, moments, other)
-        return mean, var
-    if came is not None:
-        received[came[0]].copy_(came[1])
-    weights = share[:, None, None]
-    means, variances = received[:, 0], received[:, 1]
-    whole = (weights * means).sum(0)
-    return whole, (weights * (variances + (means - whole).square())).sum(0)

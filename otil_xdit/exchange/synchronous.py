@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives
-from otil_xdit.exchange.moments import combined_moments
+from otil_xdit.exchange.known_moments import combined_moments
 
 
 class SynchronousExchange:

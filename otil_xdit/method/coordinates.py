@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from itertools import product
+from operator import mul
 
 import torch
 
@@ -119,16 +121,31 @@ class Coordinates:
         _multiply(coordinates, self.matrices[1], out, scratch)
         return out
 
+    def write_back(self, coordinates: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers) -> None:
+        """Write what `back` returns to `out`, [N, 2, B, S, C], whose images need not be neighbours in memory."""
+        if out.dtype == torch.float32:
+            _multiply(coordinates, self.matrices[1], out, scratch)
+        else:
+            out.copy_(self.back(coordinates, scratch))
+
 
 def _multiply(values: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers) -> None:
-    """Multiply the heads of [N, 2, B, S, C] by matrices, [2, H, d, d]."""
+    """Multiply the heads of [N, 2, B, S, C] by matrices, [2, H, d, d].
+
+    Each [S, C] of `out`, float32, is contiguous.
+    """
     if values.dtype != torch.float32 or not values.is_contiguous():
         values = scratch("coordinates.given", tuple(values.shape), torch.float32).copy_(values)
-    heads = matrices.shape[1:3]
-    for given, written in zip(values, out, strict=True):
-        for part, matrix, result in zip(given, matrices, written, strict=True):
-            by_head, to = (tensor.view(-1, *heads).transpose(0, 1) for tensor in (part, result))
-            torch.bmm(by_head, matrix, out=to)
+    ranks, _, batch, tokens, width = values.shape
+    images = 1 if out.stride(2) == tokens * width else batch  # those that are neighbours are multiplied at once
+    by_head = (matrices.shape[1], batch // images * tokens, matrices.shape[2]), (matrices.shape[2], width, 1)
+    parts = matrices.unbind(0)
+    for place in product(range(ranks), range(2), range(images)):
+        given, written = (
+            whole.as_strided(*by_head, whole.storage_offset() + sum(map(mul, place, whole.stride())))
+            for whole in (values, out)
+        )
+        torch.bmm(given, parts[place[1]], out=written)
 
 
 def _heads(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -134,9 +134,11 @@ class Predictor:
             return torch.zeros(2, device=fresh.device)
         if self._rule == "constant":
             return torch.full((2,), self._constant, device=fresh.device)
-        velocity = self._in_float32("velocity", self.velocity[layer, self._rank])
-        change = self._scratch("change", tuple(fresh.shape), torch.float32).copy_(fresh)
-        change.sub_(self.value[layer, self._rank])
+        value, kept = self.own_copies(layer)
+        assert kept is not None, "see above"
+        velocity = self._in_float32("velocity", kept)
+        change = self._scratch("change", tuple(fresh.shape), torch.float32)
+        torch.sub(self._in_float32("fresh.float32", fresh), value, out=change)
         along = change.mul_(velocity).sum(dim=(1, 2, 3))
         square = torch.linalg.vector_norm(velocity, dim=(1, 2, 3)).square_()
         return along.div_(square.clamp_min_(1e-30)).clamp_(0, _MAX_GAIN)
@@ -155,7 +157,7 @@ class Predictor:
             out: float32 [l, 2, B, S, C].
         """
         velocity = None if self.velocity is None else self.velocity[run, self._rank]
-        self._moved(self.value[run, self._rank], velocity, gains[:, :, None, None, None], out)
+        self._moved(self.value[run, self._rank], velocity, gains.view(*gains.shape, 1, 1, 1), out)
 
     def own_copies(self, run: slice | int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return this rank's values and velocities of some layers, each [l, 2, B, S, C], or of one; views."""
@@ -179,7 +181,7 @@ class Predictor:
             sent: float32 [l, N, S], 1 for tokens that were sent and 0 for others; None where all were.
         """
         value, velocity = self._floats(run)
-        moved = gains[:, :, :, None, None, None]
+        moved = gains.view(*gains.shape, 1, 1, 1)
         if velocity is not None:
             value.addcmul_(velocity, moved)
         scales = levels.new_ones(1) if scales is None else scales
@@ -264,9 +266,10 @@ class Predictor:
             one = self.value.new_ones(1, dtype=torch.float32)
             return one, one
         age = self._age[run]
-        kept, share = sent * (1 - self._damping) + self._damping, age.reciprocal()
+        kept, share = (sent * (1 - self._damping)).add_(self._damping), age.reciprocal()
         age.mul_(1 - sent).add_(1)
-        return kept[:, :, None, None, :, None], share[:, :, None, None, :, None]
+        of_numbers = (*age.shape[:2], 1, 1, age.shape[2], 1)
+        return kept.view(of_numbers), share.view(of_numbers)
 
     def _floats(self, run: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return value and velocity of a run of layers in float32: the state itself, or else copies in scratch."""

@@ -24,9 +24,10 @@ from otil_xdit.dryrun.job import ParallelDegrees  # noqa: E402
 from otil_xdit.dryrun.recorder import Log, RecordedCollectives  # noqa: E402
 from otil_xdit.dryrun.stand_ins import patch_group  # noqa: E402
 from otil_xdit.exchange.buckets import Bucketer  # noqa: E402
+from otil_xdit.exchange.known_moments import combined_moments  # noqa: E402
 from otil_xdit.exchange.kv_kernels import PayloadKernels  # noqa: E402
 from otil_xdit.exchange.kv_payload import PayloadCodec  # noqa: E402
-from otil_xdit.exchange.moments import MomentsLayer, combined_moments  # noqa: E402
+from otil_xdit.exchange.moments import MomentsLayer  # noqa: E402
 from otil_xdit.method.codecs import make_codec  # noqa: E402
 from otil_xdit.method.config import OtilConfig  # noqa: E402
 from otil_xdit.method.coordinates import Coordinates  # noqa: E402

@@ -57,7 +57,7 @@ ONCE = (
 """Beginnings of what the first step may do besides, once an image, a size or a set of weights: tables, timesteps,
 coordinates."""
 
-TABLES = ("copy from cpu at method/codec.py:", "copy from cpu at method/adaptive_codec.py:")
+TABLES = tuple(f"copy from cpu at method/{name}.py:" for name in ("codec", "adaptive_codec", "bit_plan"))
 """What the first step after warm-up may do besides, once a process: the codecs' tables."""
 
 pytestmark = pytest.mark.skipif(bool(why_no_guard()), reason=why_no_guard())

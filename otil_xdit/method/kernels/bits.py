@@ -1,6 +1,6 @@
 """The bits of each feature of an adaptive payload, by reverse water-filling in whole numbers.
 
-`read_plans` does what `_plan_of` of `otil_xdit.method.adaptive_codec` does, and marks which tokens were sent;
+`read_plans` does what `plan_of` of `otil_xdit.method.bit_plan` does, and marks which tokens were sent;
 `otil_xdit.method.kernels.adaptive` and `otil_xdit.method.kernels.adaptive_copies` do the rest.
 
 A feature's *word* is all that its codes are read by: the place of the lowest bit in a row (16 bits), how many bits (4)
