@@ -271,19 +271,14 @@ class Collectives:
     def _start_transfers(self, receives: list[Transfer], sends: list[Transfer]) -> list[dist.Work]:
         # Receives first: gloo tells the sender that there is room, and where a message of this rank is on its way
         # already, that notice queues behind it, and the two directions of a link take turns.
-        if not receives and not sends:
-            return []
         group, transfers = self.group.process_group, [*receives, *sends]
+        if not transfers:
+            return []
         if self.host_waits and not all(is_on_host(tensor) for _, tensor, _ in transfers):
             return start_through_host(transfers, group)
-        if self.host_waits:
-            # What gloo makes of a batch, without the batch's checks: they take as long as sending a small message.
-            return [
-                (group.recv if way is dist.irecv else group.send)([tensor], peer, 0) for way, tensor, peer in transfers
-            ]
-        return dist.batch_isend_irecv(
-            [dist.P2POp(way, tensor, group=group, group_peer=peer) for way, tensor, peer in transfers]
-        )
+        if self.host_waits:  # what gloo makes of a batch, without checks that take as long as a small message
+            return [(group.recv if way is dist.irecv else group.send)([one], to, 0) for way, one, to in transfers]
+        return dist.batch_isend_irecv([dist.P2POp(way, one, group=group, group_peer=to) for way, one, to in transfers])
 
     def wait_for(self, work: dist.Work) -> None:
         """Wait for one of a message's works, with the deadline where the backend takes one."""

@@ -130,15 +130,11 @@ class Predictor:
         Returns:
             float32 [2], one for keys and one for values, in [0, 1.25].
         """
-        if self.velocity is None:
-            return torch.zeros(2, device=fresh.device)
-        if self._rule == "constant":
-            return torch.full((2,), self._constant, device=fresh.device)
-        value, kept = self.own_copies(layer)
-        assert kept is not None, "see above"
-        velocity = self._in_float32("velocity", kept)
+        if self.velocity is None or not self.is_fitted:
+            return torch.full((2,), self.constant_gain, device=fresh.device)
+        velocity = self._in_float32("velocity", self.velocity[layer, self._rank])
         change = self._scratch("change", tuple(fresh.shape), torch.float32)
-        torch.sub(self._in_float32("fresh.float32", fresh), value, out=change)
+        torch.sub(self._in_float32("fresh.float32", fresh), self.value[layer, self._rank], out=change)
         along = change.mul_(velocity).sum(dim=(1, 2, 3))
         square = torch.linalg.vector_norm(velocity, dim=(1, 2, 3)).square_()
         return along.div_(square.clamp_min_(1e-30)).clamp_(0, _MAX_GAIN)
