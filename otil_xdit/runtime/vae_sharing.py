@@ -6,6 +6,7 @@ rank alone decode: that rank then tells the others of each call, and they, who a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,8 @@ from otil_xdit.exchange.synchronous import SynchronousExchange
 from otil_xdit.networks.offload import execution_device
 from otil_xdit.networks.vae.coder import PatchedCoder
 from otil_xdit.networks.vae.support import coder_class, is_of_video, why_whole
+
+logger = logging.getLogger("otil_xdit")
 
 KIND = "vae"
 """The counter of what a VAE's ranks send."""
@@ -48,6 +51,7 @@ class VaeSharing:
         self._traffic = Traffic()
         self._exchange = SynchronousExchange(Collectives(group, timeout, self._traffic), KIND)
         self._vae: Any = None
+        self._told = ""
         self._coders: list[PatchedCoder] = []
         self._alone = self._decodes_alike = self._by_last = self._serves = False
 
@@ -70,6 +74,9 @@ class VaeSharing:
         if reason is not None or vae is not self._vae:
             self.release()
         if reason is not None:
+            if vae is not None and self._told != reason and self._exchange.rank == 0:
+                logger.info("every rank computes all of the VAE (%s): %s", type(vae).__name__, reason)
+            self._told = reason
             return {_FACT: f"whole: {reason}"}
         if not self._coders:
             self._vae = vae

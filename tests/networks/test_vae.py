@@ -7,12 +7,19 @@ import os
 import subprocess
 import sys
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+)
 
 from otil_xdit.comm.collectives import Collectives
 from otil_xdit.comm.groups import PatchGroup
@@ -21,6 +28,7 @@ from otil_xdit.exchange.synchronous import SynchronousExchange
 from otil_xdit.networks.unet import group_norm
 from otil_xdit.networks.vae.coder import PatchedCoder
 from otil_xdit.networks.vae.support import coder_class, why_whole
+from otil_xdit.runtime import vae_sharing
 from tests.support.fake_cuda.guard import why_no_guard
 from tests.support.ranks import run_ranks
 
@@ -193,3 +201,19 @@ def test_on_a_card_nothing_waits_for_the_device() -> None:
         for rank in shared:
             assert all(what.startswith("copy from cpu at networks/unet/sharding.py") for what in rank[part]["host"])
             assert rank[part]["launches"] < 2 * alone[part]["launches"] and rank[part]["shape"] == alone[part]["shape"]
+
+
+@pytest.mark.parametrize("kind", [AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15])
+def test_why_hunyuans_is_whole_is_said_once(
+    kind: type, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae_sharing, "Collectives", lambda *arguments: None)  # nothing is sent
+    monkeypatch.setattr(vae_sharing, "SynchronousExchange", lambda *arguments: SimpleNamespace(rank=0, ranks=2))
+    vae = kind.__new__(kind)
+    sharing = vae_sharing.VaeSharing(PatchGroup(None, 0, 2), 1.0)  # type: ignore[arg-type]
+    with caplog.at_level("INFO", "otil_xdit"):
+        facts = [sharing.begin(vae, lambda: True) for _ in range(2)]
+    assert facts[0] == facts[1] and "whole: its middle attends" in str(facts[0])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"every rank computes all of the VAE ({kind.__name__}): {why_whole(vae)}"
+    ]

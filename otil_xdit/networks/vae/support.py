@@ -22,6 +22,17 @@ _NAMED_AFTER_THE_VAE = (
 """Modules that work on every row by itself, or on two rows that become one, or that have wrappers."""
 
 
+_REPEATS = (
+    "its middle attends from every place of a frame to all of that frame and those before, and its convolutions repeat "
+    "the rows at the border, neither of which is made for patches; --enable_tiling decodes it in tiles"
+)
+_WHOLE = {
+    "AutoencoderKLHunyuanVideo": _REPEATS,
+    "AutoencoderKLHunyuanVideo15": _REPEATS,
+}
+"""Why the ranks cannot share the rows of some VAEs, by class name."""
+
+
 def is_of_video(vae: Any) -> bool:
     """Return whether a VAE's encoder and decoder are called with frames."""
     return type(vae).__name__ in VIDEO_VAES
@@ -39,6 +50,8 @@ def why_whole(vae: Any) -> str | None:
         vae: a pipeline's, or None.
     """
     prefix = VIDEO_VAES.get(type(vae).__name__)
+    if prefix is None and type(vae).__name__ in _WHOLE:
+        return _WHOLE[type(vae).__name__]
     if prefix is None and type(vae).__name__ != "AutoencoderKL":
         return f"it is no AutoencoderKL, {' or '.join(VIDEO_VAES)}"
     if getattr(vae, "use_tiling", False):
