@@ -51,6 +51,7 @@ def test_its_card_and_its_size() -> None:
     assert all(path.suffix in (".safetensors", ".json", ".md", ".png") for path in files)
 
 
+@pytest.mark.slow
 def test_two_ranks_that_wait_are_one_process(tmp_path: Path) -> None:
     run = ["eval", "--models", "tiny-video", "--samplers", "own:5", "--prompts", "1", "--presets", "sync", "naive"]
     assert tools.main([*run, "--out", str(tmp_path)]) == 0
