@@ -40,7 +40,6 @@ BUDGETS = json.loads((Path(__file__).parents[1] / "budgets" / "launches.json").r
 STEP_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sync": ("sync", {}),
     "distrifusion": ("distrifusion", {"warmup_steps": 1}),
-    "otil warm-up": ("otil", {"warmup_steps": 4}),
     "otil waiting": ("otil", {"warmup_steps": 1, "fresh_share": 1.0}),
     "otil displaced": ("otil", {"warmup_steps": 1, "fresh_share": 0.0}),
 }
