@@ -23,7 +23,7 @@ CAPABILITY = f"the GPU's compute capability ({_WAY_OUT})"
 
 def facts_of_card(config: Any) -> dict[str, str]:
     """Return this rank's compute capability, as a fact by name, where it must be every rank's; nothing on the CPU."""
-    return {CAPABILITY: capability_of(None)} if _must_be_alike(config) and torch.cuda.is_available() else {}
+    return {CAPABILITY: capability_of(None)} if must_be_alike(config) and torch.cuda.is_available() else {}
 
 
 def check_cards(config: Any, processes: int) -> None:
@@ -36,7 +36,7 @@ def check_cards(config: Any, processes: int) -> None:
     Raises:
         ValueError: naming the cards that are not alike, and what would be accepted.
     """
-    if not (_must_be_alike(config) and torch.cuda.is_available()):
+    if not (must_be_alike(config) and torch.cuda.is_available()):
         return
     found = [capability_of(number) for number in range(min(processes, torch.cuda.device_count()))]
     if len(set(found)) > 1:
@@ -49,7 +49,8 @@ def capability_of(device: int | None) -> str:
     return f"{major}.{minor}"
 
 
-def _must_be_alike(config: Any) -> bool:
+def must_be_alike(config: Any) -> bool:
+    """Tell whether ranks under a strategy's configuration need cards of one compute capability."""
     return isinstance(config, OtilConfig) and config.computes_copies and not config.check
 
 

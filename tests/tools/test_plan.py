@@ -173,7 +173,7 @@ def test_the_time_of_a_step_by_hand() -> None:
 
 
 def test_a_card_is_no_faster_than_the_host_launches_and_its_memory_moves() -> None:
-    card = Card("", peak=1e12, memory_rate=1e9, launch=1e-3, source="")
+    card = Card("", "", peak=1e12, memory_rate=1e9, launch=1e-3, source="")
     load = Load(4, 0.25, travels=1, travelling_bytes=0.5, launches=50, moved=10_000_000)
     found = step_time(load, Machine(Link("", rate=10.0, latency=0.0), card=card), 0.14)
     assert found.computing == pytest.approx(0.035) and found.launching == pytest.approx(0.050 - 0.035)
@@ -268,6 +268,16 @@ def test_unequal_cards_get_shares_by_their_rates() -> None:
     assert equal.shares == () and share_of(job, equal) == pytest.approx(0.5 * fast / slow)
     (alike,) = ways.degrees_of(2, job, None, 1, "auto", (fast, fast))
     assert alike.shares == () and share_of(job, alike) == 0.5
+
+
+def test_what_cards_of_two_capabilities_refuse_is_not_an_option() -> None:
+    degrees = [ParallelDegrees(patches=2)]
+    job = Job(find_network("tiny-sd"), 128, 128, 2, torch.float32, 77)
+    labels = {
+        differ: {one.label for one in ways.options_of(job, degrees, 3, cards_differ=differ)[0]} for differ in (0, 1)
+    }
+    assert labels[0] - labels[1] == {"otil", "otil draft", "otil high", "compact-1bit", "compact-2bit"}
+    assert {"sync", "distrifusion", "naive"} <= labels[1]
 
 
 def test_the_longest_of_unequal_shares_is_what_all_send() -> None:
@@ -559,6 +569,11 @@ def test_flops_are_counted() -> None:
         ("--model SDXL --gpus 2 --card 4090,3090,3090", "4090,3090,3090 has 3 cards for 2 ranks; give one or all"),
         ("--model SDXL --gpus 2 --card 4090 --patch_shares auto", "--patch_shares auto: give --card with one card for"),
         ("--model SDXL --gpus 2 --card 4090 --dtype float32", "--card 4090, --dtype float32: give float16 or"),
+        (
+            "--model SDXL --gpus 2 --patch_shares 0,2",
+            "--patch_shares 0,2: give a whole number from 1 up for each patch",
+        ),
+        ("--model tiny-dit --gpus 2 --patch_shares 3,2,1", "with --patch_shares 3,2,1; give a share for each patch"),
         ("--fit bench.json", "--fit writes what it finds; give --out FILE"),
         ("--check bench.json", "--check predicts with a machine's terms; give --machine FILE"),
     ],

@@ -27,6 +27,7 @@ class Card:
 
     Attributes:
         name: as ``--card`` takes it.
+        capability: compute capability (NVIDIA, CUDA GPUs); cards of different ones may round differently.
         peak: operations a second of its tensor cores in float16 and bfloat16, added up in float32, without sparsity.
         memory_rate: bytes a second of its memory.
         launch: seconds that the host needs to launch a kernel.
@@ -34,6 +35,7 @@ class Card:
     """
 
     name: str
+    capability: str
     peak: float
     memory_rate: float
     launch: float
@@ -45,24 +47,36 @@ class Card:
         return REACHED * self.peak
 
 
-def _card(name: str, tera: float, giga: float, launch: float, source: str) -> Card:
-    return Card(name, tera * _TERA, giga * _GIGA, launch, source)
+def _card(name: str, capability: str, tera: float, giga: float, launch: float, source: str) -> Card:
+    return Card(name, capability, tera * _TERA, giga * _GIGA, launch, source)
 
 
 CARDS = {
     card.name: card
     for card in (
-        _card("3090", 71.0, 936, _DESKTOP_LAUNCH, "NVIDIA, Ampere GA102 whitepaper, GeForce RTX 3090"),
-        _card("4090", 165.2, 1008, _DESKTOP_LAUNCH, "NVIDIA, Ada architecture whitepaper, GeForce RTX 4090"),
-        _card("5090", 209.5, 1792, _DESKTOP_LAUNCH, "NVIDIA, RTX Blackwell architecture whitepaper, GeForce RTX 5090"),
-        _card("A6000", 154.8, 768, _DESKTOP_LAUNCH, "NVIDIA, RTX A6000 data sheet: 309.7 with sparsity"),
-        _card("L20", 119.5, 864, _SERVER_LAUNCH, "estimate: a third of the L40S's rate, as was reported"),
-        _card("L40S", 362.05, 864, _SERVER_LAUNCH, "NVIDIA, L40S data sheet"),
-        _card("A100", 312, 2039, _SERVER_LAUNCH, "NVIDIA, A100 data sheet, 80 GB SXM"),
-        _card("H100", 989.4, 3350, _SERVER_LAUNCH, "NVIDIA, H100 data sheet, SXM: 1,979 with sparsity"),
-        _card("H200", 989.4, 4800, _SERVER_LAUNCH, "NVIDIA, H200 data sheet, SXM: 1,979 with sparsity"),
+        _card("3090", "8.6", 71.0, 936, _DESKTOP_LAUNCH, "NVIDIA, Ampere GA102 whitepaper, GeForce RTX 3090"),
+        _card("4090", "8.9", 165.2, 1008, _DESKTOP_LAUNCH, "NVIDIA, Ada architecture whitepaper, GeForce RTX 4090"),
         _card(
-            "RTX-PRO-6000", 503.8, 1792, _DESKTOP_LAUNCH, "NVIDIA, RTX PRO Blackwell whitepaper, workstation edition"
+            "5090",
+            "12.0",
+            209.5,
+            1792,
+            _DESKTOP_LAUNCH,
+            "NVIDIA, RTX Blackwell architecture whitepaper, GeForce RTX 5090",
+        ),
+        _card("A6000", "8.6", 154.8, 768, _DESKTOP_LAUNCH, "NVIDIA, RTX A6000 data sheet: 309.7 with sparsity"),
+        _card("L20", "8.9", 119.5, 864, _SERVER_LAUNCH, "estimate: a third of the L40S's rate, as was reported"),
+        _card("L40S", "8.9", 362.05, 864, _SERVER_LAUNCH, "NVIDIA, L40S data sheet"),
+        _card("A100", "8.0", 312, 2039, _SERVER_LAUNCH, "NVIDIA, A100 data sheet, 80 GB SXM"),
+        _card("H100", "9.0", 989.4, 3350, _SERVER_LAUNCH, "NVIDIA, H100 data sheet, SXM: 1,979 with sparsity"),
+        _card("H200", "9.0", 989.4, 4800, _SERVER_LAUNCH, "NVIDIA, H200 data sheet, SXM: 1,979 with sparsity"),
+        _card(
+            "RTX-PRO-6000",
+            "12.0",
+            503.8,
+            1792,
+            _DESKTOP_LAUNCH,
+            "NVIDIA, RTX PRO Blackwell whitepaper, workstation edition",
         ),
     )
 }
@@ -92,6 +106,7 @@ def joined(cards: Sequence[Card]) -> Card:
         return cards[0]
     return Card(
         ", ".join(card.name for card in cards),
+        ", ".join(sorted({card.capability for card in cards})),
         max(card.peak for card in cards),
         min(card.memory_rate for card in cards),
         max(card.launch for card in cards),

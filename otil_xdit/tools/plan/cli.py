@@ -31,7 +31,7 @@ from otil_xdit.tools.plan.tables import (
     time_table,
 )
 from otil_xdit.xdit.flags.degrees import check_at_least
-from otil_xdit.xdit.flags.options import AUTO, parse_shares_or_auto
+from otil_xdit.xdit.flags.options import AUTO, parse_shares_or_auto, typed
 
 MISSING = (
     "give --step_time SECONDS (measured: one process's step), --flops RATE (operations a second that one process "
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "finds them; times are then those with --step_time or --flops of the fastest card",
         None,
         "N,N,...",
-        type=parse_shares_or_auto,
+        type=typed(parse_shares_or_auto),
     )
     about = "recommend the fastest whose images are at least as near one process's: a strategy, or decibels"
     add("--near", about, "distrifusion", "HOW")
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.patch_shares or (),
         rates_of(arguments),
     )
-    options, refused = options_of(job, candidates, arguments.steps, arguments.card is not None)
+    options, refused = options_of(job, candidates, arguments.steps, arguments.card is not None, cards_differ(arguments))
     one_process = step_time_of(arguments, job)
     if machine is not None and one_process is not None:
         options = [option.timed(machine, one_process) for option in options]
@@ -182,6 +182,11 @@ def rates_of(arguments: argparse.Namespace) -> tuple[float, ...]:
     if arguments.patch_shares == AUTO and len(cards) < 2:
         raise ValueError("--patch_shares auto: give --card with one card for each rank, such as 4090,3090")
     return tuple(card.reached for card in cards) if len(cards) > 1 else ()
+
+
+def cards_differ(arguments: argparse.Namespace) -> bool:
+    """Tell whether --card names cards of different compute capability."""
+    return arguments.card is not None and len({card.capability for card in find_cards(arguments.card)}) > 1
 
 
 def machine_of(arguments: argparse.Namespace) -> Machine | None:
@@ -266,6 +271,8 @@ def show(job: Job, best: list[Option], refused: dict[ParallelDegrees, str], argu
     print(memory_table(best), "\n")
     for degrees, reason in refused.items():
         print(f"Left out: {degrees}: {reason}")
+    if cards_differ(arguments):
+        print(f"Left out: strategies that need cards of one compute capability; --card {arguments.card} has several")
 
 
 def show_times(best: list[Option], machine: Machine, one_process: float, steps: int) -> None:

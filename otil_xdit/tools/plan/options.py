@@ -10,6 +10,7 @@ from functools import cached_property
 from otil_xdit.dryrun.job import Job, ParallelDegrees
 from otil_xdit.dryrun.traffic import RunTraffic, Traffic
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.runtime.card_agreement import must_be_alike
 from otil_xdit.runtime.strategies import get_strategy, strategies
 from otil_xdit.tools.plan.latency import Load, Machine, StepTime, share_of, step_time
 from otil_xdit.xdit.flags.options import AUTO, Shares
@@ -117,10 +118,11 @@ def degrees_of(
     ]
     if not found:
         given = " ".join(f"--{name}_degree {value}" for name, value in (("cfg", cfg), ("ulysses", ulysses)) if value)
-        given += f" --patch_shares {','.join(map(str, given_shares))}" if given_shares else ""
-        raise ValueError(
-            f"--gpus {gpus} cannot be shared out with {given.strip()}; give degrees whose product divides it"
-        )
+        accepted = "degrees whose product divides it"
+        if given_shares:
+            given += f" --patch_shares {','.join(map(str, given_shares))}"
+            accepted = "a share for each patch: --gpus divided by the cfg and Ulysses degrees"
+        raise ValueError(f"--gpus {gpus} cannot be shared out with {given.strip()}; give {accepted}")
     return found
 
 
@@ -139,7 +141,11 @@ def _with_cards(degrees: ParallelDegrees, is_auto: bool, rates: Sequence[float])
 
 
 def options_of(
-    job: Job, candidates: list[ParallelDegrees], steps: int, counts_launches: bool = False
+    job: Job,
+    candidates: list[ParallelDegrees],
+    steps: int,
+    counts_launches: bool = False,
+    cards_differ: bool = False,
 ) -> tuple[list[Option], dict[ParallelDegrees, str]]:
     """Find every strategy on all degrees that fit.
 
@@ -148,6 +154,7 @@ def options_of(
         candidates: degrees to try.
         steps: number of steps.
         counts_launches: whether kernels are counted as well, and the bytes that they move.
+        cards_differ: whether their compute capabilities do, which a run refuses under some strategies.
 
     Returns:
         The options, and why other degrees are left out.
@@ -164,7 +171,7 @@ def options_of(
             refused[degrees] = str(error)
             continue
         share = share_of(job, degrees)
-        found += [Option(label, degrees, run, share) for label, run in _runs(traffic, steps)]
+        found += [Option(label, degrees, run, share) for label, run in _runs(traffic, steps, cards_differ)]
         if degrees.cfg == 2 and job.is_guided:
             try:
                 found.append(Option(HYBRIDIFF, degrees, _run(traffic, HYBRIDIFF, steps), share))
@@ -175,7 +182,7 @@ def options_of(
     return found, refused
 
 
-def _runs(traffic: Traffic, steps: int) -> Iterator[tuple[str, RunTraffic]]:
+def _runs(traffic: Traffic, steps: int, cards_differ: bool) -> Iterator[tuple[str, RunTraffic]]:
     """Yield strategies between patches, or what xDiT does without them."""
     degrees = traffic.degrees
     if degrees.patches == 1:
@@ -188,6 +195,8 @@ def _runs(traffic: Traffic, steps: int) -> Iterator[tuple[str, RunTraffic]]:
         config = strategy.make_config(given)
         if not isinstance(config, OtilConfig):
             continue  # a strategy of another package: nothing is known of what it sends
+        if cards_differ and must_be_alike(config):
+            continue
         if config.select.startswith("latent") and (degrees.ulysses > 1 or not traffic.shows_latent):
             continue  # a run refuses it: there is no latent whose sub-blocks could be told apart
         yield label, traffic.of_run(config, steps)
