@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -55,7 +56,7 @@ class FailureDetector:
 
     Attributes:
         where: the last message that this rank began.
-        calls: messages that it began in this generation.
+        times: how often it has begun that message in this generation.
         waiting: whether it waits for one; set by the collectives.
         why_broken: why the connections were given up; empty while they were not.
     """
@@ -72,8 +73,9 @@ class FailureDetector:
         sever: Callable[[], None],
     ) -> None:
         self.rank, self.timeout = rank, timeout
-        self.where, self.calls, self.waiting = START, 0, False
+        self.where, self.times, self.waiting = START, 0, False
         self.why_broken = ""
+        self._begun: Counter[str] = Counter()
         self._board = StatusBoard(name, groups, ranks, rank, store, self._poll, timeout)
         self._rendezvous = Rendezvous(self._board, rank, timeout, self._check_before_first_step)
         self._host, self._sever = host, sever
@@ -90,15 +92,16 @@ class FailureDetector:
             ExchangeTimeout: when an earlier one broke the connections.
         """
         self._check_not_broken(self.why_broken)
-        self.where, self.calls, self.waiting = START, 0, False
+        self.where, self.times, self.waiting = START, 0, False
+        self._begun.clear()
         self._overdue = ""
         self._deadlines.clear()
         self._board.begin()
 
     def on_collective(self, where: str) -> None:
         """Record that a message has been begun, "layer ... at step ..."."""
-        self.where = where
-        self.calls += 1
+        self._begun[where] += 1
+        self.where, self.times = where, self._begun[where]
 
     def on_enqueued(self, reached: Reached, works: Sequence[Transfer]) -> None:
         """Watch the message that has been begun last, for which the host does not wait; see `Deadlines.watch`."""
@@ -121,11 +124,11 @@ class FailureDetector:
         if self.why_broken:
             return {}
         order = error.order if isinstance(error, NotFinite) else None
-        own = PeerStatus("failed", self.where, self.calls, describe_error(error), order)
+        own = PeerStatus("failed", self.where, self.times, describe_error(error), order)
         self._board.post(own)
         statuses, all_left = self._wait_until_all_left()
         self._board.stop_polling()
-        if not all_left or any(peer.kind == "failed" and peer.calls != own.calls for peer in statuses.values()):
+        if not all_left or any(peer.kind == "failed" and not peer.is_at(own) for peer in statuses.values()):
             with _sigterm_held_back() as held:
                 self._give_up(own, f"rank {self.rank} {own}")
                 statuses = _collect_answers(self._board)
@@ -199,7 +202,7 @@ class FailureDetector:
             self._sever()
 
     def _status(self, kind: StatusKind) -> PeerStatus:
-        return PeerStatus(kind, self._overdue or self.where, self.calls)
+        return PeerStatus(kind, self._overdue or self.where, self.times)
 
     def _give_up(self, own: PeerStatus, reason: str) -> None:
         """Allow no more generations: tell the others, and end their waits."""

@@ -18,14 +18,14 @@ class PeerStatus:
     Attributes:
         kind: what it does there.
         where: the last message that it began, "layer ... at step ...".
-        calls: messages begun since the generation's start; the same number on two ranks is the same place.
+        times: how often it has begun that message in this generation.
         error: what it failed with; empty unless it failed by itself.
         order: the `NotFinite.order` of that error, where it is one.
     """
 
     kind: StatusKind
     where: str
-    calls: int
+    times: int
     error: str = ""
     order: tuple[int, int] | None = None
 
@@ -38,6 +38,14 @@ class PeerStatus:
     def to_json(self) -> str:
         """Return the status as text for the store."""
         return json.dumps(asdict(self))
+
+    def is_at(self, other: PeerStatus) -> bool:
+        """Tell whether two ranks are at the same place.
+
+        It is the last message that says so, and not the number of all: the ranks of a network in two stages begin other
+        messages until the step's output.
+        """
+        return (self.where, self.times) == (other.where, other.times)
 
     def __str__(self) -> str:
         if self.kind == "done":

@@ -95,6 +95,22 @@ def test_ranks_that_fail_at_different_places_do_not(two: Ranks) -> None:
     assert set(two.severed) == {0, 1} and all(one.why_broken for one in two.all)
 
 
+def test_ranks_in_two_stages_fail_alike_though_their_messages_were_others(two: Ranks) -> None:
+    two.all[0].on_collective("layer x at step 3")
+    for one in two.all:
+        one.on_collective("the output at step 3")
+    two.at_once(*map(failing, two.all))
+    assert not two.severed
+
+
+def test_the_same_message_begun_once_more_is_another_place(two: Ranks) -> None:
+    first, second = two.all
+    for one in (first, second, second):
+        one.on_collective("layer x at step 3")
+    two.at_once(*map(failing, two.all))
+    assert set(two.severed) == {0, 1}
+
+
 def test_a_rank_may_fail_when_the_others_are_done(two: Ranks) -> None:
     two.all[0].done()
     two.all[1].failed(ValueError("boom"))
