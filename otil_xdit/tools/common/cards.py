@@ -1,8 +1,8 @@
 """Cards by name: what a prediction needs to know of them, from the vendor's data sheets; nothing was measured here.
 
 All figures but the L20's follow from a card's multiprocessors, clock and memory (`tests/tools/test_plan.py`), and those
-of A100, H100 and H200 stand alike where others quote the data sheets (looked up on 2026-11-27; glennklockwood.com/garden
-has the A100's). NVIDIA's sheets themselves were not at hand.
+of A100, H100 and H200 stand alike where others quote the data sheets (looked up on 2026-11-27; the A100's in
+glennklockwood.com/garden). NVIDIA's sheets themselves were not at hand.
 """
 
 from __future__ import annotations
