@@ -165,9 +165,15 @@ def job_of(arguments: argparse.Namespace) -> Job:
     return Job(network, height, width, batch, getattr(torch, arguments.dtype), text, not arguments.no_guidance)
 
 
+def cards_of(arguments: argparse.Namespace) -> tuple[Card, ...]:
+    """Return the cards of --card; none where it is not given."""
+    return () if arguments.card is None else find_cards(arguments.card)
+
+
 def card_of(arguments: argparse.Namespace) -> Card | None:
     """Return what stands for the cards of --card; None where it is not given."""
-    return None if arguments.card is None else joined(find_cards(arguments.card))
+    cards = cards_of(arguments)
+    return joined(cards) if cards else None
 
 
 def rates_of(arguments: argparse.Namespace) -> tuple[float, ...]:
@@ -176,7 +182,7 @@ def rates_of(arguments: argparse.Namespace) -> tuple[float, ...]:
     Raises:
         ValueError: for another number of cards than of ranks, or shares that nothing tells.
     """
-    cards = () if arguments.card is None else find_cards(arguments.card)
+    cards = cards_of(arguments)
     if len(cards) > 1 and len(cards) != arguments.gpus:
         raise ValueError(f"--card {arguments.card} has {len(cards)} cards for {arguments.gpus} ranks; give one or all")
     if arguments.patch_shares == AUTO and len(cards) < 2:
@@ -186,7 +192,7 @@ def rates_of(arguments: argparse.Namespace) -> tuple[float, ...]:
 
 def cards_differ(arguments: argparse.Namespace) -> bool:
     """Tell whether --card names cards of different compute capability."""
-    return arguments.card is not None and len({card.capability for card in find_cards(arguments.card)}) > 1
+    return len({card.capability for card in cards_of(arguments)}) > 1
 
 
 def machine_of(arguments: argparse.Namespace) -> Machine | None:
