@@ -1,4 +1,4 @@
-"""Rows of `otil-xdit eval`, kept one by one: a table is made of them, and only what is missing is measured.
+"""Rows of `otil-xdit eval`, kept in a file: tables are made of them, and only what is missing is measured.
 
 A row is kept under everything that says what it is: model, sampler, ranks, network, all settings of the strategy,
 prompts and seeds. So a strategy whose defaults change has no rows any more, and a run that is interrupted goes on where
@@ -14,7 +14,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -46,39 +46,58 @@ class Cell:
 
 
 class CellStore:
-    """The folder of rows that have been measured.
+    """The rows that have been measured, in a file with a line of JSON for each.
 
     Args:
-        folder: made where it is missing.
+        path: of the file; made with its folder at the first row.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._records = self._read()
 
     def load(self, matrix: Matrix, case: Case) -> Cell | None:
         """Return a case's row, or None where it was not measured."""
-        path = self._path(matrix, case)
-        if not path.is_file():
+        found = self._records.get(_key(matrix, case))
+        if found is None:
             return None
-        found = json.loads(path.read_text())
         row = Row(**found["row"])
         if case.variant is not None:  # the same settings may have been asked for in other words
             row = replace(row, variant=case.variant.text)
         return Cell(row, found["commit"], found["date"])
 
     def save(self, matrix: Matrix, case: Case, cell: Cell) -> None:
-        """Keep a row; its file appears complete or not at all."""
-        path = self._path(matrix, case)
-        unfinished = path.with_suffix(".part")
-        row = asdict(replace(cell.row, kv_share=None, total_share=None))
-        record = {"facts": facts(matrix, case), "row": row, "commit": cell.commit, "date": cell.date}
-        unfinished.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(unfinished, path)
+        """Keep a row, beside those that another process may have written since.
 
-    def _path(self, matrix: Matrix, case: Case) -> Path:
-        text = json.dumps(facts(matrix, case), sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+        Shares, which depend on the rows beside it, and what is told of each step are left out.
+        """
+        figures = asdict(replace(cell.row, kv_share=None, total_share=None, windows=(), discrepancies=()))
+        row = {name: value for name, value in figures.items() if value not in (None, "", (), {})}
+        key = _key(matrix, case)
+        self._write({**self._read(), key: {"key": key, "row": row, "commit": cell.commit, "date": cell.date}})
+
+    def keep_only(self, runs: Iterable[Matrix]) -> None:
+        """Drop all rows but those of `runs`: what a strategy with other defaults left is in no table any more."""
+        keys = {_key(matrix, case) for matrix in runs for case in cases_of(matrix)}
+        self._write({key: record for key, record in self._read().items() if key in keys})
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        return {record["key"]: record for record in map(json.loads, lines)}
+
+    def _write(self, records: dict[str, dict[str, Any]]) -> None:
+        """Replace the file, which is complete at any time."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
+        os.replace(unfinished, self.path)
+        self._records = records
+
+
+def _key(matrix: Matrix, case: Case) -> str:
+    """Return a short name of everything that says which row a case's is."""
+    text = json.dumps(facts(matrix, case), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def facts(matrix: Matrix, case: Case) -> dict[str, Any]:

@@ -4,11 +4,11 @@
     python examples/result_tables.py --out eval-out --only tiny-sd "4 ranks"
     python examples/result_tables.py --out eval-out --made
 
-Each table is of rows of `otil-xdit eval` over real gloo ranks, which the folder keeps: the command may be interrupted
-and goes on where it was, and rows that several tables have are measured once. `--made` measures nothing and fills the
-tables with the rows that there are. A table stands in its page between two comments that name it, under the commands
-that make it and the dates and commits of its rows; the text round it is nobody's but the author's. The plot and the
-contact sheet of fidelity.md are made anew with their tables.
+Each table is of rows of `otil-xdit eval` over real gloo ranks, which docs/results/fidelity.jsonl keeps: the command may
+be interrupted and goes on where it was, rows that several tables have are measured once, and a line that is taken out
+is measured again. `--made` measures nothing and fills the tables with the rows that there are. A table stands in its
+page between two comments that name it, under the commands that make it and the dates and commits of its rows; the text
+round it is nobody's but the author's. The plot and the contact sheet of fidelity.md are made anew with their tables.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from otil_xdit.tools.eval.report import plot
 from otil_xdit.tools.eval.rows import make_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
+ROWS = RESULTS / "fidelity.jsonl"
 
 BEFORE = "otil:codec=2bit,coordinates=none"
 """What `otil` was until 2026-11-26."""
@@ -187,13 +188,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("eval-out"), metavar="FOLDER", help="of rows and images")
+    parser.add_argument("--out", type=Path, default=Path("eval-out"), metavar="FOLDER", help="of images and logs")
     parser.add_argument("--only", nargs="+", choices=TABLES, metavar="TABLE", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--made", action="store_true", help="measure nothing")
     parser.add_argument("--dry_run", action="store_true", help="print commands and how many rows are missing, and stop")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="that an image may take")
     given = parser.parse_args()
-    store = CellStore(given.out / "rows")
+    store = CellStore(ROWS)
     names = given.only or list(TABLES)
     for name in names:
         if given.dry_run:
@@ -206,6 +207,8 @@ def main() -> None:
         write(name, TABLES[name], store)
         if name in SHEETS:
             copy_sheet(TABLES[name].runs[0], store, given.out, *SHEETS[name])
+    if not given.dry_run and not given.only:
+        store.keep_only(matrix_of(run) for made in TABLES.values() for run in made.runs)
     if not given.dry_run and all(name in names for name in PLOTTED):
         rows = [cell.row for name in PLOTTED for cell in cells(TABLES[name], store)]
         plot([row for row in rows if row.variant != BEFORE], RESULTS / "psnr-bytes.png")

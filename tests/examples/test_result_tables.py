@@ -27,7 +27,7 @@ def cell(matrix: Matrix, case: Case, **figures: Any) -> Cell:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CellStore:
-    return CellStore(tmp_path / "rows")
+    return CellStore(tmp_path / "rows.jsonl")
 
 
 def saved(store: CellStore, run: str, **figures: Any) -> None:
@@ -52,6 +52,26 @@ def test_a_row_is_found_by_what_it_is(store: CellStore) -> None:
         assert any(found.row.error for found in cells_of(matrix_of(run), store)), name
     same = RUN.replace("presets distrifusion otil", "presets otil:timeout=7")
     assert [found.row.variant for found in cells_of(matrix_of(same), store)] == ["otil:timeout=7"] * 2
+
+
+def test_rows_are_read_again_and_those_of_another_process_stay(store: CellStore) -> None:
+    matrix = matrix_of(RUN)
+    first, second, third, _ = cases_of(matrix)
+    store.save(matrix, first, cell(matrix, first, psnr=41.0))
+    CellStore(store.path).save(matrix, second, cell(matrix, second, psnr=42.0))
+    store.save(matrix, third, cell(matrix, third, psnr=43.0))
+    store.save(matrix, first, cell(matrix, first, psnr=44.0))
+    found = [kept.row.psnr for kept in cells_of(matrix, CellStore(store.path))]
+    assert found == [44.0, 42.0, 43.0, None]
+    assert len(store.path.read_text().splitlines()) == 3
+
+
+def test_rows_that_no_table_has_are_dropped(store: CellStore) -> None:
+    saved(store, RUN)
+    saved(store, RUN.replace("otil", "otil:ratio=1/2"))
+    store.keep_only([matrix_of(RUN)])
+    assert len(store.path.read_text().splitlines()) == 4
+    assert not any(found.row.error for found in cells_of(matrix_of(RUN), CellStore(store.path)))
 
 
 def test_shares_are_of_the_rows_beside_it(store: CellStore) -> None:
@@ -97,7 +117,7 @@ def test_a_failed_row_is_named_and_not_kept(store: CellStore, tmp_path: Path, mo
     monkeypatch.setattr(result_cells, "ImageMaker", Maker)
     with pytest.raises(RuntimeError, match="tiny-sd outliers:32, dpm-solver:3, otil on 2 ranks: rank 1 ended"):
         measure(matrix_of(RUN), store, tmp_path, 60.0)
-    assert not list(store.folder.iterdir())
+    assert not store.path.exists()
 
 
 def test_a_page_keeps_what_stands_round_a_table(
