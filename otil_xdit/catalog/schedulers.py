@@ -49,16 +49,14 @@ BY_THE_VALUE = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
-"""Schedulers that step each value of a latent by itself, unless a setting says otherwise."""
+"""Schedulers that draw no noise and step each value of a latent by itself, unless a setting says otherwise."""
 
-_WHOLE_SETTINGS = ("thresholding", "stochastic_sampling", "use_dynamic_thresholding")
-"""Settings with which such a scheduler looks at the whole latent, or draws noise for it."""
+_WHOLE_SETTINGS = ("thresholding", "use_dynamic_thresholding")
+"""Settings with which such a scheduler looks at the whole latent."""
 
 
-def steps_by_the_value(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
-    """Tell whether stepping a part of a latent gives that part of the stepped latent.
-
-    Schedulers that draw noise would draw the same for every part; unknown ones count as such.
+def draws_noise(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a scheduler adds noise to the latent at every step; unknown ones count as such.
 
     Args:
         scheduler: of diffusers, or xDiT's wrapper of one.
@@ -66,9 +64,21 @@ def steps_by_the_value(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
     """
     inner = getattr(scheduler, "module", scheduler)
     config = getattr(inner, "config", {})
-    draws = any(config.get(name) for name in _WHOLE_SETTINGS) or str(config.get("algorithm_type", "")).startswith("sde")
-    draws = draws or any(arguments.get(name) for name in ("eta", "s_churn"))
-    return type(inner).__name__ in BY_THE_VALUE and not draws
+    stochastic = config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde")
+    asked = any(arguments.get(name) for name in ("eta", "s_churn"))
+    return type(inner).__name__ not in BY_THE_VALUE or bool(stochastic) or asked
+
+
+def steps_by_the_value(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether stepping a part of a latent gives that part of the stepped latent.
+
+    Schedulers that draw noise would draw the same for every part.
+
+    Args:
+        scheduler, arguments: as for `draws_noise`.
+    """
+    config = getattr(getattr(scheduler, "module", scheduler), "config", {})
+    return not draws_noise(scheduler, arguments) and not any(config.get(name) for name in _WHOLE_SETTINGS)
 
 
 def scheduler_name(text: str) -> str:

@@ -23,8 +23,9 @@ class StepModes:
 
     def of_kv(self, num_calls: int) -> Mode:
         """Return the mode of an attention layer that has been called `num_calls` times in this generation."""
-        step, window = self._clock.step, self._window
-        return self._schedule.mode(step, num_calls, self._clock.total, window.holds(step) if window.exists else None)
+        clock, window = self._clock, self._window
+        in_window = window.holds(clock.step) if window.exists else None
+        return self._schedule.mode(clock.step, num_calls, clock.total, in_window, clock.draws_noise)
 
     def of_small(self, freshness: SmallFreshness, num_calls: int) -> Mode:
         """Return the mode of halo rows or moments whose setting is `freshness`: never ``fresh``, which is ``sync``."""

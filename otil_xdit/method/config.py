@@ -78,7 +78,8 @@ class OtilConfig:
         0.5,
         "P",
         "Under displaced: share of the steps, counted from the first, that wait for their payloads as under fresh, in "
-        "[0, 1], and 8 steps at least unless it is 0. Old values do most harm while the large shapes settle.",
+        "[0, 1], and 8 steps at least unless it is 0; all steps where the scheduler adds noise at each. Old values do "
+        "most harm while the large shapes settle, and where they lack this step's noise.",
     )
     ratio: float = setting(
         0.875,

@@ -25,12 +25,14 @@ class Clock:
     Attributes:
         step: number of steps done, which is the index of the present one.
         total: number of steps of the generation; None before the first is done, and where the scheduler does not say.
+        draws_noise: whether the scheduler adds noise at every step; False before the first is done.
         after_step: called with the index of a step when it is done and False, and again with True when it turns out to
             have been the last.
     """
 
     step: int = 0
     total: int | None = None
+    draws_noise: bool = False
     after_step: list[Callable[[int, bool], None]] = field(default_factory=list)
 
     def tick(self) -> None:
@@ -46,7 +48,7 @@ class Clock:
 
     def reset(self) -> None:
         """Start a generation."""
-        self.step, self.total = 0, None
+        self.step, self.total, self.draws_noise = 0, None, False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Schedule:
     def from_config(cls, config: OtilConfig) -> Schedule:
         return cls(config.freshness, config.warmup_steps, config.refresh, config.fresh_share)
 
-    def mode(self, step: int, num_calls: int, total: int | None, window: bool | None = None) -> Mode:
+    def mode(
+        self, step: int, num_calls: int, total: int | None, window: bool | None = None, draws_noise: bool = False
+    ) -> Mode:
         """Return how a layer is exchanged.
 
         A layer has its own warm-up besides the generation's: a second transformer that starts halfway (Wan 2.2) has no
@@ -76,6 +80,7 @@ class Schedule:
             num_calls: how often the layer was called before in this generation.
             total: number of steps; None where it is not known.
             window: whether `step` is in the window; None where the generation has none.
+            draws_noise: whether the scheduler adds noise at every step.
         """
         if window is not None:
             return self.freshness if window and num_calls > 0 else "sync"
@@ -83,8 +88,13 @@ class Schedule:
         if self.freshness == "sync" or done < self.warmup_steps or self._is_refresh(step):
             return "sync"
         if self.freshness == "displaced" and self.fresh_share > 0:
-            # Without a total nobody knows when the image's large shapes have settled: wait throughout.
-            if total is None or done < max(math.ceil(self.fresh_share * total - 1e-9), LEAST_FRESH_STEPS):
+            # Without a total nobody knows when the image's large shapes have settled, and no velocity predicts what new
+            # noise changes: wait throughout.
+            if (
+                total is None
+                or draws_noise
+                or done < max(math.ceil(self.fresh_share * total - 1e-9), LEAST_FRESH_STEPS)
+            ):
                 return "fresh"
         return self.freshness
 

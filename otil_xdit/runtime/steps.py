@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from otil_xdit.catalog.schedulers import steps_by_the_value
+from otil_xdit.catalog.schedulers import draws_noise, steps_by_the_value
 from otil_xdit.method.schedule import Clock
 from otil_xdit.networks.class_swap import restore_class, subclass_of, swap_class
 from otil_xdit.runtime.callbacks import WholeLatent
@@ -63,7 +63,7 @@ def track_steps(
 
     Args:
         scheduler: a pipeline's, or None.
-        clock: learns the number of steps in the first one.
+        clock: learns in the first step how many there are, and whether they draw noise.
         before_step: called before a step with the latent that is stepped.
         planned: how many steps the pipeline says that it will do; None where it does not.
         whole: of a pipeline that steps this rank's part of the latent; a scheduler that draws noise, or looks at all of
@@ -117,6 +117,7 @@ def _ticked(kind: Any) -> type:
         if listener.clock.step == 0:
             first = kwargs.get("timestep", args[1] if len(args) > 1 else None)
             listener.clock.total = _steps_of(self, first, listener.planned())
+            listener.clock.draws_noise = draws_noise(self, arguments)
         listener.clock.tick()
         return out
 

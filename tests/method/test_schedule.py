@@ -42,6 +42,15 @@ def test_without_a_total_all_steps_wait_unless_none_should() -> None:
     assert modes(None, 20, fresh_share=0.0) == "ss" + 18 * "d"
 
 
+def test_all_steps_wait_where_each_draws_noise_unless_none_should() -> None:
+    def noisy(share: float) -> str:
+        schedule = Schedule.from_config(OtilConfig(fresh_share=share))
+        return "".join(schedule.mode(step, step, 20, draws_noise=True)[0] for step in range(20))
+
+    assert noisy(0.5) == "ss" + 18 * "f"
+    assert noisy(0.0) == "ss" + 18 * "d"
+
+
 def test_the_share_is_for_displaced_patches_only() -> None:
     assert modes(8, 8, freshness="fresh", fresh_share=0.0) == "ss" + 6 * "f"
     assert Schedule.from_config(OtilConfig(freshness="frozen")).mode(2, 2, 8) == "frozen"
@@ -86,6 +95,35 @@ def test_image_to_image_takes_what_is_left(first: int) -> None:
     scheduler = diffusers.DDIMScheduler()
     scheduler.set_timesteps(10)
     assert counted(scheduler, first) == (10 - first, 10 - first)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "arguments", "expected"),
+    [
+        ("DDIMScheduler", {}, {}, False),
+        ("DDIMScheduler", {}, {"eta": 0.5}, True),
+        ("DPMSolverMultistepScheduler", {}, {}, False),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}, True),
+        ("EulerDiscreteScheduler", {}, {}, False),
+        ("EulerDiscreteScheduler", {}, {"s_churn": 1.0}, True),
+        ("EulerAncestralDiscreteScheduler", {}, {}, True),
+        ("LCMScheduler", {}, {}, True),
+        ("FlowMatchEulerDiscreteScheduler", {}, {}, False),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy, for what diffusers does
+def test_the_first_step_tells_whether_noise_is_drawn(
+    kind: str, settings: dict[str, Any], arguments: dict[str, Any], expected: bool
+) -> None:
+    scheduler, clock = getattr(diffusers, kind)(**settings), Clock()
+    scheduler.set_timesteps(5)
+    x = torch.zeros(1, 4, 2, 2)
+    with track_steps(scheduler, clock):
+        scheduler.step(x, scheduler.timesteps[0], x, **arguments)
+    assert clock.draws_noise is expected
+    clock.reset()
+    assert clock.draws_noise is False
 
 
 def test_a_scheduler_without_timesteps_has_no_total() -> None:
