@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from otil_xdit.errors import FlagError
+from otil_xdit.xdit.flags.parsing import take_values_with_minus
 
 API_KEY_VARIABLE = "XFUSER_SERVE_API_KEY"
 """Environment variable that ``--api_key`` is read from where it is not given: other users see a command line."""
@@ -111,6 +112,7 @@ class _Parser(argparse.ArgumentParser):
 def parser_of_flags() -> argparse.ArgumentParser:
     """Return a parser of the server's own flags."""
     parser = _Parser(prog="xfuser serve", add_help=False, allow_abbrev=False)
+    take_values_with_minus(parser)
     group = parser.add_argument_group("Server options")
     for name, (metavar, parse, text) in FLAGS.items():
         default = getattr(ServeSettings, name)

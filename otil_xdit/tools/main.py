@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from otil_xdit import __version__
-from otil_xdit.xdit.flags.degrees import check_values
+from otil_xdit.xdit.flags.parsing import check_values, take_values_with_minus
 
 TOOLS = {
     "models": "list the models: what runs under --parallel, how, and what is refused",
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tool = tools.add_parser(name, allow_abbrev=False, help=summary, description=summary)
         if name in given[:1]:  # the others' modules import much, and nobody asked for them
             module = import_module(f"otil_xdit.tools.{name}.cli")
+            take_values_with_minus(tool)
             module.add_arguments(tool)
             tool.set_defaults(run=module.run, tool=tool)
     try:

@@ -23,7 +23,7 @@ from otil_xdit.runtime.network_hooks import NETWORKS
 from otil_xdit.runtime.strategies import Strategy, get_strategy, strategies
 from otil_xdit.xdit.flags.choice import ParallelChoice
 from otil_xdit.xdit.flags.degrees import resolve_patch_degree
-from otil_xdit.xdit.flags.options import VAE_CHOICES, Shares, check_shares, parse_shares_or_auto
+from otil_xdit.xdit.flags.options import VAE_CHOICES, Shares, check_given_shares, check_shares
 from otil_xdit.xdit.plugin import transformers
 from otil_xdit.xdit.plugin.args import carry
 from otil_xdit.xdit.plugin.register import register
@@ -74,8 +74,7 @@ def parallelize(
     config = check_config(strategy, config)
     check_choice("vae", vae, VAE_CHOICES)
     check_integer("ulysses_degree", ulysses_degree, 1)
-    given = patch_shares if isinstance(patch_shares, str) else ",".join(map(str, patch_shares))
-    shares = parse_shares_or_auto(given) if given else ()
+    shares = check_given_shares(patch_shares)
     choice = ParallelChoice(strategy, config, 1, ulysses_degree, None, allow_untested, vae, shares)
     return parallelize_as(pipe, choice, use_cfg_parallel)
 

@@ -571,7 +571,7 @@ def test_flops_are_counted() -> None:
         ("--model SDXL --gpus 2 --card 4090 --dtype float32", "--card 4090, --dtype float32: give float16 or"),
         (
             "--model SDXL --gpus 2 --patch_shares 0,2",
-            "--patch_shares 0,2: give a whole number from 1 up for each patch",
+            "--patch_shares: '0,2'; give a whole number from 1 to 1000000 for each patch",
         ),
         ("--model tiny-dit --gpus 2 --patch_shares 3,2,1", "with --patch_shares 3,2,1; give a share for each patch"),
         ("--fit bench.json", "--fit writes what it finds; give --out FILE"),

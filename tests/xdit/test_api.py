@@ -53,6 +53,12 @@ def test_a_strategy_is_a_name_or_a_strategy() -> None:
         check_strategy("foo")
 
 
+@pytest.mark.parametrize("shares", [None, -1, (3, -2), (0.6, 0.4), (True, 1), "3;2", (10**30, 1)])
+def test_shares_are_numbers_or_auto(shares: Any) -> None:
+    with pytest.raises(ValueError, match="patch_shares is '.*; give a whole number from 1 to 1000000 for each patch"):
+        otil_xdit.parallelize(SimpleNamespace(), patch_shares=shares)
+
+
 @pytest.mark.parametrize("strategy", [OtilConfig(), None, 3])
 def test_anything_else_is_no_strategy(strategy: Any) -> None:
     message = f"strategy is {strategy!r}; give a Strategy or a name (settings are given as config=); choose from otil, "

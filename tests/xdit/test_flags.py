@@ -180,6 +180,18 @@ WRONG = [
 """Command lines for two processes, and what is said about each."""
 
 
+@pytest.mark.parametrize("value", ["-3,2", "-1/8", "-.5x"])
+def test_a_value_that_begins_with_a_minus_is_judged_by_its_flag(value: str) -> None:
+    """Not by argparse, which would say "expected one argument" and not which."""
+    taken = [option.flag for option in options() if option.metavar is not None]
+    assert len(taken) > 20
+    for flag in taken:
+        try:
+            assert getattr(parser().parse_args([f"--{flag}", value]), flag) == value
+        except argparse.ArgumentError as error:
+            assert "expected one argument" not in str(error) and "-" in str(error).partition(": ")[2], error
+
+
 def test_every_number_of_xdits_flags_has_a_range() -> None:
     """Shares and scales of attention backends and of FP8, which no strategy works with, are xDiT's own matter."""
     enable_cpu_ranks()

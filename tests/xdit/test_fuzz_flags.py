@@ -21,7 +21,26 @@ from otil_xdit.tools import main as tools
 from otil_xdit.xdit.launcher import main as cli
 from otil_xdit.xdit.launcher.runner_registry import model_registry
 
-ODD = ("", "0", "-1", "1/0", "0/0", "nan", "inf", "-inf", "1e400", "9" * 30, "abc", "é%s{}", "1_0", " 2 ", "--", "None")
+ODD = (
+    "",
+    "0",
+    "-1",
+    "1/0",
+    "0/0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "9" * 30,
+    "abc",
+    "é%s{}",
+    "1_0",
+    " 2 ",
+    "--",
+    "None",
+    "-3,2",
+    "-1/8",
+)
 NUMBERS = ("1", "2", "3", "4", "7", "8", "16", "128", "256", "1024", "0.5", "1/8", "0.875", "1e-3")
 WORDS = (
     "otil",

@@ -40,7 +40,7 @@ WRONG = [
         "SDXL --use_cfg_parallel --enable_sequential_cpu_offload",
         "and --enable_sequential_cpu_offload are not",
     ),
-    ("SDXL --parallel otil --patch_degree 2 --patch_shares 3,2,1", "3,2,1 has 3 shares for 2 patches"),
+    ("SDXL --parallel otil --patch_degree 2 --patch_shares 3,2,1", "3,2,1: 3 given, and there are 2 patches; give one"),
     (
         "SD3.5 --parallel sync --patch_degree 2 --patch_shares 3,2",
         "3,2 is not possible with --model SD3.5: xDiT's pipe",
@@ -50,7 +50,11 @@ WRONG = [
         "HunyuanVideo --parallel sync --patch_degree 2 --patch_shares 3,2 --use_torch_compile",
         "3,2 is not possible with --model HunyuanVideo: how many tokens its text has is not known in a graph",
     ),
-    ("SDXL --parallel otil --patch_degree 2 --patch_shares 3,0", "3,0: give a whole number from 1 up for each patch"),
+    *(
+        (f"SDXL --parallel otil --patch_degree 2 --patch_shares {shares}", "patch_shares: .*; give .* for each patch")
+        for shares in ("3,0", "-3,2", "3,two", "3,,2", "1.5,1", "auto,auto", "2000000,1", "9" * 5000)
+    ),
+    ("SDXL --parallel otil --patch_degree 2 --patch_shares", r"patch_shares: expected one .*; give N,N,...\|auto"),
     ("SDXL --parallel otil --enable_group_cpu_offload", "--parallel otil and --enable_group_cpu_offload are not"),
     ("SDXL --parallel otil --otil_select latent-l2 --ulysses_degree 2", "choose kv-cosine or kv-l2"),
     ("SDXL --parallel otil --otil_halo old", "--otil_halo is 'old'; choose from fresh, displaced"),

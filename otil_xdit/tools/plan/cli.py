@@ -31,7 +31,8 @@ from otil_xdit.tools.plan.tables import (
     time_table,
 )
 from otil_xdit.xdit.flags.degrees import check_at_least
-from otil_xdit.xdit.flags.options import AUTO, parse_shares_or_auto, typed
+from otil_xdit.xdit.flags.options import AUTO, parse_shares_or_auto
+from otil_xdit.xdit.flags.parsing import typed
 
 MISSING = (
     "give --step_time SECONDS (measured: one process's step), --flops RATE (operations a second that one process "
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of the patches, such as 3,2, taken for the cards' speeds unless --card names unequal ones, for which auto "
         "finds them; times are then those with --step_time or --flops of the fastest card",
         None,
-        "N,N,...",
+        "N,N,...|auto",
         type=typed(parse_shares_or_auto),
     )
     about = "recommend the fastest whose images are at least as near one process's: a strategy, or decibels"

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from otil_xdit.errors import FlagError
 
 OTHER_DEGREES = ("data_parallel_degree", "use_cfg_parallel", "ulysses_degree")
 """xDiT's flags that multiply with the patch degree to the number of processes."""
-
-
-def check_values(arguments: Iterable[str]) -> None:
-    """Refuse ``--flag=--``, of which argparse makes an empty list, whatever the flag takes (Python before 3.13).
-
-    Raises:
-        FlagError: naming the flag.
-    """
-    for argument in arguments:
-        flag, has_value, value = argument.partition("=")
-        if flag.startswith("--") and has_value and value == "--":
-            raise FlagError(f"{argument}: '--' is not a value; give {flag} another one")
 
 
 def check_at_least(flag: str, value: int, least: int) -> None:

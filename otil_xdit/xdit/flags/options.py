@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from otil_xdit.catalog.schedulers import SCHEDULERS, scheduler_name
 from otil_xdit.method.checks import check_choice, parse_whole_number
 from otil_xdit.method.config import QUALITIES, SETTINGS
 from otil_xdit.runtime.strategies import strategies
 from otil_xdit.xdit.flags.degrees import UngivenDegree
-
-T = TypeVar("T")
-
+from otil_xdit.xdit.flags.parsing import take_values_with_minus, typed
 
 VAE_CHOICES = ("patches", "whole")
 
@@ -31,20 +30,28 @@ def parse_vae(text: str) -> str:
     return text
 
 
+AUTO = "auto"
+"""Shares that a measured step decides."""
+
+LARGEST_SHARE = 1_000_000
+"""More than a network has rows or tokens to share out."""
+
+
 def parse_shares(text: str) -> tuple[int, ...]:
     """Read the shares of patches.
 
     Raises:
-        ValueError: for anything but whole numbers from 1 up.
+        ValueError: for anything but whole numbers from 1 to `LARGEST_SHARE`.
     """
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"--patch_shares {text}: give a whole number from 1 up for each patch, such as 3,2")
+    parts = [part.strip() for part in text.split(",")]
+    # int refuses numbers of thousands of digits, in words of its own.
+    if not all(part.isdecimal() and len(part) < 20 and 0 < int(part) <= LARGEST_SHARE for part in parts):
+        raise ValueError(
+            f"{reprlib.repr(text)}; give a whole number from 1 to {LARGEST_SHARE} for each patch, such as 3,2, "
+            f"or {AUTO}"
+        )
     return tuple(map(int, parts))
 
-
-AUTO = "auto"
-"""Shares that a measured step decides."""
 
 Shares = tuple[int, ...] | Literal["auto"]
 """Of the patches, in any unit; empty for equal ones."""
@@ -53,6 +60,19 @@ Shares = tuple[int, ...] | Literal["auto"]
 def parse_shares_or_auto(text: str) -> Shares:
     """Read the shares of patches, which may be ``auto``; see `parse_shares`."""
     return "auto" if text == AUTO else parse_shares(text)
+
+
+def check_given_shares(given: Any) -> Shares:
+    """Return the shares of patches that Python code gives: numbers, or text as on the command line.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    text = given if isinstance(given, str) else ",".join(map(str, given)) if isinstance(given, Iterable) else str(given)
+    try:
+        return parse_shares_or_auto(text) if text else ()
+    except ValueError as error:
+        raise ValueError(f"patch_shares is {error}") from None
 
 
 def check_shares(shares: Shares, patches: int, model: str = "", why_equal: str = "") -> None:
@@ -71,7 +91,9 @@ def check_shares(shares: Shares, patches: int, model: str = "", why_equal: str =
     if shares and why_equal:
         raise ValueError(f"--patch_shares {given} is not possible with {model}: {why_equal}; leave it out")
     if shares and shares != AUTO and len(shares) != patches:
-        raise ValueError(f"--patch_shares {given} has {len(shares)} shares for {patches} patches; give one for each")
+        raise ValueError(
+            f"--patch_shares {given}: {len(shares)} given, and there are {patches} patches; give one for each"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +128,7 @@ def options() -> tuple[Option, ...]:
         ),
         Option(
             "patch_shares",
-            "N,N,...",
+            "N,N,...|auto",
             "Rows of each patch, or a DiT's tokens, as shares: 3,2 gives the first of two patches 3/5 of them, for a "
             "faster card; auto has every card time a step first. Default: equal.",
             parse_shares_or_auto,
@@ -130,20 +152,9 @@ def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[flag] for name, flag in flags.items() if values.get(flag) is not None}
 
 
-def typed(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Wrap `parse` for argparse, which shows the message of `ArgumentTypeError` only."""
-
-    def parsed(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parsed
-
-
 def add_otil_args(parser: argparse.ArgumentParser) -> None:
     """Add the group "Otil options" to xfuser's parser (or any other); None means that a flag is not given."""
+    take_values_with_minus(parser)
     known = strategies()
     summaries = "; ".join(f"{name} ({strategy.summary})" for name, strategy in known.items())
     group = parser.add_argument_group(

@@ -185,7 +185,9 @@ def silence() -> Iterator[None]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise FlagError(message)
+        named = re.fullmatch(r"argument (\S+): expected one argument", message)
+        action = self._option_string_actions.get(named[1]) if named else None
+        raise FlagError(message if action is None or action.metavar is None else f"{message}; give {action.metavar}")
 
 
 def _underscored(argument: str) -> str:

@@ -24,7 +24,8 @@ from otil_xdit.catalog.trust import check_trust
 from otil_xdit.errors import FlagError
 from otil_xdit.xdit.cpu import has_accelerator
 from otil_xdit.xdit.flags.choice import ParallelChoice, choose, implied, implies_cfg_parallel
-from otil_xdit.xdit.flags.degrees import OTHER_DEGREES, check_values, degree, given_patch_degree
+from otil_xdit.xdit.flags.degrees import OTHER_DEGREES, degree, given_patch_degree
+from otil_xdit.xdit.flags.parsing import check_values
 from otil_xdit.xdit.launcher.by_xdit import check_backends, check_by_xdit, check_capabilities
 from otil_xdit.xdit.launcher.early import (
     check_files,
