@@ -25,6 +25,12 @@ def is_swapped(thing: Any) -> bool:
     return "_otil_base" in vars(type(thing))
 
 
+def base_name(thing: Any) -> str:
+    """The name of the class that `thing` has, or had before `swap_class`."""
+    name: str = getattr(type(thing), "_otil_base", type(thing)).__name__
+    return name
+
+
 def subclass_of(kind: type, members: dict[str, Any]) -> type:
     """A subclass that code which asks for names (diffusers' save_pretrained, xDiT's checks) takes for `kind`."""
     members = {**members, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "_otil_base": kind}

@@ -20,7 +20,7 @@ from otil_xdit.exchange.report import Report
 from otil_xdit.exchange.synchronous import SynchronousExchange
 from otil_xdit.networks.offload import execution_device
 from otil_xdit.networks.vae.coder import PatchedCoder
-from otil_xdit.networks.vae.support import coder_class, is_of_video, why_whole
+from otil_xdit.networks.vae.support import coder_class, why_whole
 
 logger = logging.getLogger("otil_xdit")
 
@@ -69,7 +69,7 @@ class VaeSharing:
         self._traffic.clear()
         self._is_generating, self._by_last, self._decodes_alike = is_generating, by_last, True
         reason = why_whole(vae)
-        if reason is None and by_last and is_of_video(vae):
+        if reason is None and by_last and coder_class(vae).has_memory:
             reason = "the last rank alone decodes, frame by frame"
         if reason is not None or vae is not self._vae:
             self.release()

@@ -28,6 +28,13 @@ def test_what_is_sent_is_counted_and_whole_sends_nothing() -> None:
         assert "vae" not in line["whole"]["patches"] and "vae" in line["whole"]["whole"]
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan-video", "hunyuanvideo-1.5"])
+def test_clips_are_those_of_one_process(name: str) -> None:
+    for line in found():
+        clip = line["clips"][name]
+        assert clip["error"] <= 1e-4 * clip["deviation"] and clip["sent"]["steady"] > 10_000
+
+
 def test_a_preview_on_one_rank_does_not_wait_for_the_others() -> None:
     first, second = found()
     assert (first["previews"], second["previews"]) == (4, 0)

@@ -20,6 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import otil_xdit  # noqa: E402
 from otil_xdit.catalog.bundled import model_folder  # noqa: E402
+from tests.support.dits import CASES, Case  # noqa: E402
+
+CLIPS = ("wan", "hunyuan-video", "hunyuanvideo-1.5")
+"""Cases whose VAEs are of videos."""
 
 PROMPT = "a large red circle on the left and a small blue square on the right, striped background"
 
@@ -64,6 +68,7 @@ def main() -> None:
     found["one_decodes"] = [image(pipe, output_type=kind).shape[1], otil_xdit.report(pipe).sent_bytes.get("vae")]
     otil_xdit.restore(pipe)
     found["dit"] = of_a_dit()
+    found["clips"] = {name: of_a_clip(CASES[name]) for name in CLIPS}
     found["left"] = sum("_otil" in name for part in pipe.vae.modules() for name in vars(type(part)))
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
@@ -71,6 +76,22 @@ def main() -> None:
         print(json.dumps({"ranks": ranks}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def of_a_clip(case: Case) -> dict[str, Any]:
+    """How far a clip on all ranks is from one process's, and what its VAE sent."""
+    torch.manual_seed(0)
+    pipe = case.build()
+    pipe.set_progress_bar_config(disable=True)
+
+    def clip() -> torch.Tensor:
+        arguments = {**case.arguments(), "output_type": "pt", "return_dict": False}
+        return torch.as_tensor(pipe(**arguments)[0])
+
+    alone = clip()
+    otil_xdit.parallelize(pipe, "sync")
+    error = difference(clip(), alone)
+    return {"error": error, "sent": otil_xdit.report(pipe).sent_bytes.get("vae"), "deviation": alone.std().item()}
 
 
 def of_a_dit() -> dict[str, Any]:

@@ -1,20 +1,22 @@
-"""`PatchedCoder`: the encoder or the decoder of an `AutoencoderKL` on patches.
+"""`PatchedCoder`: the encoder or the decoder of a VAE on patches, as it is an `AutoencoderKL`'s.
 
 The pipeline calls it with the whole map on every rank and gets the whole result on every rank. In between each rank
 computes its rows, with rows, moments and tokens of the others as they are at that moment, so the result is that of one
 device up to rounding.
 
-Shapes: B batch, C channels, H x W the map that comes in, S tokens of this rank, d features of a head, R ranks.
+Shapes: B batch, C channels, T frames, 1 for an image, H x W the map that comes in, h rows of this rank, S = T * h * W
+tokens of this rank, d features of a head, R ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from otil_xdit.exchange.halo import HaloRows
@@ -24,7 +26,7 @@ from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
 from otil_xdit.networks.handles import make_order
 from otil_xdit.networks.unet.context import CONTEXT, LayerContext
 from otil_xdit.networks.unet.layers import is_spatial, unwrap_layer, wrap_layer
-from otil_xdit.networks.unet.sharding import kept_keys_of, row_shares_of
+from otil_xdit.networks.unet.sharding import row_shares_of
 from otil_xdit.networks.vae.downsampling import pads_below, patched_downsampling
 from otil_xdit.networks.vae.levels import CoderLevels, Levels
 
@@ -41,9 +43,11 @@ class PatchedCoder:
 
     Attributes:
         levels_of: makes the resolutions of its layers from a coder.
+        has_memory: whether a call is given what the calls before it have kept.
     """
 
     levels_of: Callable[[Any], Levels] = CoderLevels
+    has_memory = False
 
     def __init__(
         self,
@@ -59,6 +63,16 @@ class PatchedCoder:
         self._exchange, self._levels, self._shares = exchange, type(self).levels_of(coder), shares
         self._grid: LevelGrid | None = None
 
+    @staticmethod
+    def derivation(module: nn.Module) -> Callable[[type], type] | None:
+        """Return what makes a class on patches of a layer's; None for one that needs none, or that U-Nets have too."""
+        return patched_downsampling if pads_below(module) else None
+
+    @property
+    def is_first(self) -> bool:
+        """Tell whether this rank holds the image's uppermost rows."""
+        return self._exchange.rank == 0
+
     @property
     def is_last(self) -> bool:
         """Tell whether this rank holds the image's lowest rows."""
@@ -72,15 +86,13 @@ class PatchedCoder:
         """
         for path, module in self.coder.named_modules():
             context = LayerContext(self, path, self._levels.of(path))
+            derive = _patched_coder if module is self.coder else self.derivation(module)
             if is_spatial(module):
                 wrap_layer(module, context)
-            elif pads_below(module):
+            elif derive is not None:
                 if not is_swapped(module):
-                    swap_class(module, patched_downsampling)
+                    swap_class(module, derive)
                 vars(module)[CONTEXT] = context
-        if not is_swapped(self.coder):
-            swap_class(self.coder, _patched_coder)
-        vars(self.coder)[CONTEXT] = LayerContext(self, "", 0)
 
     def release(self) -> None:
         """Give the coder and its layers their own classes back."""
@@ -105,10 +117,19 @@ class PatchedCoder:
         rows = grid.slice_of(source, self._exchange.rank)
         with self._running_on(grid):
             part = plain(x[..., rows, :].contiguous())
-        most = max(grid.rows[target])
-        parts = self._exchange.gather("the output", functional.pad(part, (0, 0, 0, most - part.shape[-2])))
-        pairs = zip(parts, grid.rows[target], strict=True)
-        return torch.cat([theirs[..., :count, :] for theirs, count in pairs], dim=-2)
+        return self._whole("the output", part, grid.rows[target], -2)
+
+    def _whole(self, what: str, part: torch.Tensor, rows: Sequence[int], dim: int) -> torch.Tensor:
+        """Return the map of all ranks' rows from this rank's.
+
+        Args:
+            what: the map, for errors.
+            part: with this rank's rows in the dimension `dim`, counted from the end.
+            rows: every rank's number of them.
+        """
+        missing = max(rows) - part.shape[dim]  # collectives want equal sizes
+        parts = self._exchange.gather(what, functional.pad(part, (0, 0) * (-dim - 1) + (0, missing)))
+        return torch.cat([theirs.narrow(dim, 0, count) for theirs, count in zip(parts, rows, strict=True)], dim)
 
     @property
     def _ends(self) -> tuple[int, int]:
@@ -152,14 +173,21 @@ class PatchedCoder:
     def attend(
         self, context: LayerContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
+        """Attend from this rank's tokens to those of all ranks, of a clip to those of the same frame and before.
+
+        Frame by frame, as a mask would have as many numbers as there are pairs of tokens.
+        """
         grid, level = self._current_grid(), context.level
-        most = max(grid.rows[level]) * grid.widths[level]
-        own = functional.pad(torch.stack([key, value]), (0, 0, 0, most - key.shape[2]))
-        whole = self._exchange.gather(f"layer {context.name}", own).permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
-        kept_keys = kept_keys_of(grid, level, whole.device)
-        if kept_keys is not None:
-            whole = whole[:, :, :, kept_keys]
-        return functional.scaled_dot_product_attention(query, whole[0], whole[1])
+        rows = grid.rows[level]
+        own = torch.stack([key, value]).unflatten(3, (-1, rows[self._exchange.rank], grid.widths[level]))
+        keys, values = self._whole(f"layer {context.name}", own, rows, -3).flatten(4, 5)  # [B, heads, T, H * W, d]
+        out = [
+            functional.scaled_dot_product_attention(
+                frame, keys[:, :, :seen].flatten(2, 3), values[:, :, :seen].flatten(2, 3)
+            )
+            for seen, frame in enumerate(query.unflatten(2, (keys.shape[2], -1)).unbind(2), start=1)
+        ]
+        return torch.cat(out, dim=2)
 
     def _current_grid(self) -> LevelGrid:
         assert self._grid is not None, "layers ask for other ranks' part during a patched pass only"
@@ -180,8 +208,8 @@ def _patched_coder(kind: Any) -> type:
     @wraps(kind.forward)
     def forward(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         coder: PatchedCoder = self._otil_context.exchange
-        if args or kwargs or not coder.is_active():
+        if not coder.is_active() or ((args or kwargs) and not coder.has_memory):
             return kind.forward(self, sample, *args, **kwargs)
-        return coder.forward(lambda part: kind.forward(self, part), sample)
+        return coder.forward(lambda part: kind.forward(self, part, *args, **kwargs), sample)
 
-    return subclass_of(kind, {"forward": forward})
+    return subclass_of(kind, {"forward": forward, CONTEXT: None})

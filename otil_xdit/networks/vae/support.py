@@ -2,45 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from otil_xdit.networks.vae.coder import PatchedCoder
-from otil_xdit.networks.vae.video import VIDEO_VAES, PatchedVideoCoder
-
-_OF_IMAGES = (
-    "Encoder Decoder DownEncoderBlock2D UpDecoderBlock2D UNetMidBlock2D ResnetBlock2D Downsample2D Upsample2D "
-    "Attention GroupNorm Conv2d Linear SiLU Dropout ModuleList Identity"
-)
-_OF_VIDEOS = "AvgDown3D DupUp3D Conv2d SiLU Dropout ModuleList Sequential Identity ZeroPad2d"
-_NAMED_AFTER_THE_VAE = (
-    "Encoder3d Decoder3d MidBlock ResidualBlock ResidualDownBlock ResidualUpBlock UpBlock Resample AttentionBlock "
-    "CausalConv3d RMS_norm Upsample"
-)
-"""Modules that work on every row by itself, or on two rows that become one, or that have wrappers."""
+from otil_xdit.networks.vae.hunyuan import PatchedHunyuanCoder
+from otil_xdit.networks.vae.video import PatchedVideoCoder
 
 
-_REPEATS = (
-    "its middle attends from every place of a frame to all of that frame and those before, and its convolutions repeat "
-    "the rows at the border, neither of which is made for patches; --enable_tiling decodes it in tiles"
+@dataclass(frozen=True)
+class _Kind:
+    """A class of VAEs whose rows ranks can share.
+
+    Attributes:
+        coder: what shares them.
+        ends: names of the classes of its encoder and of its decoder.
+        layers: names of the classes of their modules, which work on every row by itself, or on two rows that become
+            one, or have wrappers.
+    """
+
+    coder: type[PatchedCoder]
+    ends: tuple[str, str]
+    layers: frozenset[str]
+
+
+def _kind(coder: type[PatchedCoder], prefix: str, ends: str, own: str, others: str) -> _Kind:
+    """Return a kind; `ends` and `own` are names of classes behind `prefix`, `others` whole names."""
+    encoder, decoder = (f"{prefix}{name}" for name in ends.split())
+    return _Kind(coder, (encoder, decoder), frozenset((encoder, decoder, *_named(prefix, own), *others.split())))
+
+
+def _named(prefix: str, names: str) -> Iterable[str]:
+    return (f"{prefix}{name}" for name in names.split())
+
+
+_COMMON = "Conv2d Conv3d Linear SiLU Dropout ModuleList Sequential Identity "
+_WAN = (
+    "Encoder3d Decoder3d",
+    "MidBlock ResidualBlock ResidualDownBlock ResidualUpBlock UpBlock Resample AttentionBlock CausalConv3d RMS_norm "
+    "Upsample",
+    _COMMON + "AvgDown3D DupUp3D ZeroPad2d",
 )
-_WHOLE = {
-    "AutoencoderKLHunyuanVideo": _REPEATS,
-    "AutoencoderKLHunyuanVideo15": _REPEATS,
+_KINDS = {
+    "AutoencoderKL": _kind(
+        PatchedCoder,
+        "",
+        "Encoder Decoder",
+        "DownEncoderBlock2D UpDecoderBlock2D UNetMidBlock2D ResnetBlock2D Downsample2D Upsample2D Attention GroupNorm",
+        _COMMON,
+    ),
+    "AutoencoderKLWan": _kind(PatchedVideoCoder, "Wan", *_WAN),
+    "AutoencoderKLQwenImage": _kind(PatchedVideoCoder, "QwenImage", *_WAN),
+    "AutoencoderKLHunyuanVideo": _kind(
+        PatchedHunyuanCoder,
+        "HunyuanVideo",
+        "Encoder3D Decoder3D",
+        "MidBlock3D ResnetBlockCausal3D DownBlock3D UpBlock3D DownsampleCausal3D UpsampleCausal3D CausalConv3d",
+        _COMMON + "Attention GroupNorm",
+    ),
+    "AutoencoderKLHunyuanVideo15": _kind(
+        PatchedHunyuanCoder,
+        "HunyuanVideo15",
+        "Encoder3D Decoder3D",
+        "MidBlock ResnetBlock DownBlock3D UpBlock3D Downsample Upsample AttnBlock CausalConv3d RMS_norm",
+        _COMMON,
+    ),
 }
-"""Why the ranks cannot share the rows of some VAEs, by class name."""
-
-
-def is_of_video(vae: Any) -> bool:
-    """Return whether a VAE's encoder and decoder are called with frames."""
-    return type(vae).__name__ in VIDEO_VAES
+"""All kinds by the name of the VAE's class."""
 
 
 def coder_class(vae: Any) -> type[PatchedCoder]:
     """Return what shares the rows of a VAE for which `why_whole` is None."""
-    return PatchedVideoCoder if is_of_video(vae) else PatchedCoder
+    return _KINDS[type(vae).__name__].coder
 
 
 def why_whole(vae: Any) -> str | None:
@@ -49,23 +86,17 @@ def why_whole(vae: Any) -> str | None:
     Args:
         vae: a pipeline's, or None.
     """
-    prefix = VIDEO_VAES.get(type(vae).__name__)
-    if prefix is None and type(vae).__name__ in _WHOLE:
-        return _WHOLE[type(vae).__name__]
-    if prefix is None and type(vae).__name__ != "AutoencoderKL":
-        return f"it is no AutoencoderKL, {' or '.join(VIDEO_VAES)}"
+    kind = _KINDS.get(type(vae).__name__)
+    if kind is None:
+        return f"it is no {' or '.join(_KINDS)}"
     if getattr(vae, "use_tiling", False):
         return "it works in tiles"
-    ends, known = ("Encoder", "Decoder"), frozenset(_OF_IMAGES.split())
-    if prefix is not None:
-        ends = (f"{prefix}Encoder3d", f"{prefix}Decoder3d")
-        known = frozenset((*_OF_VIDEOS.split(), *(f"{prefix}{name}" for name in _NAMED_AFTER_THE_VAE.split())))
-    for name, end in zip(("encoder", "decoder"), ends, strict=True):
+    for name, end in zip(("encoder", "decoder"), kind.ends, strict=True):
         coder = getattr(vae, name)
         if type(coder).__name__ != end:
             return f"its {name} is a {type(coder).__name__}"
         for path, module in coder.named_modules():
-            reason = _why_unknown(module, known)
+            reason = _why_unknown(module, kind.layers)
             if reason is not None:
                 return f"its layer {name}.{path} {reason}"
     return None

@@ -10,27 +10,23 @@ Shapes: B batch, C channels, T frames, h rows of this rank, W columns, S tokens 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
-from otil_xdit.networks.unet.context import CONTEXT, LayerContext, running_context
-from otil_xdit.networks.unet.layers import is_spatial, wrap_layer
+from otil_xdit.networks.class_swap import base_name, subclass_of
+from otil_xdit.networks.unet.context import CONTEXT, running_context
 from otil_xdit.networks.vae.coder import PatchedCoder
-
-VIDEO_VAES = {"AutoencoderKLWan": "Wan", "AutoencoderKLQwenImage": "QwenImage"}
-"""Classes of VAEs, and what the names of their layers begin with."""
 
 
 class VideoLevels:
     """Resolutions of an encoder or a decoder: level 0 is the image's.
 
     Args:
-        coder: of one of `VIDEO_VAES`.
+        coder: of Wan's VAE or of Qwen-Image's.
     """
 
     def __init__(self, coder: nn.Module) -> None:
@@ -47,30 +43,16 @@ class PatchedVideoCoder(PatchedCoder):
     """One encoder or decoder whose layers reach the other ranks; see `PatchedCoder` for the arguments."""
 
     levels_of = VideoLevels
+    has_memory = True
 
-    def prepare(self) -> None:
-        """Wrap the coder and its layers."""
-        for path, module in self.coder.named_modules():
-            context = LayerContext(self, path, self._levels.of(path))
-            derive = _derivation(module)
-            if is_spatial(module):
-                wrap_layer(module, context)
-            elif derive is not None:
-                if not is_swapped(module):
-                    swap_class(module, derive)
-                vars(module)[CONTEXT] = context
-
-
-def _derivation(module: nn.Module) -> Callable[[type], type] | None:
-    """Return what makes a class on patches of a module's; None for one that needs none."""
-    name = getattr(type(module), "_otil_base", type(module)).__name__
-    if name.endswith("CausalConv3d") and isinstance(module, nn.Conv3d) and module.kernel_size[1] > 1:
-        return _patched_conv
-    if name.endswith("AttentionBlock"):
-        return _patched_attention
-    if name.endswith(("Encoder3d", "Decoder3d")):
-        return _patched_coder
-    return _patched_padding if isinstance(module, nn.ZeroPad2d) else None
+    @staticmethod
+    def derivation(module: nn.Module) -> Callable[[type], type] | None:
+        name = base_name(module)
+        if name.endswith("CausalConv3d") and isinstance(module, nn.Conv3d) and module.kernel_size[1] > 1:
+            return _patched_conv
+        if name.endswith("AttentionBlock"):
+            return _patched_attention
+        return _patched_padding if isinstance(module, nn.ZeroPad2d) else None
 
 
 @cache
@@ -114,17 +96,5 @@ def _patched_padding(kind: Any) -> type:
         left, right, above, _ = self.padding
         assert above == 0, "an encoder pads below and to the right"
         return functional.pad(input, (left, right, 0, 0))
-
-    return subclass_of(kind, {"forward": forward, CONTEXT: None})
-
-
-@cache
-def _patched_coder(kind: Any) -> type:
-    @wraps(kind.forward)
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        coder: PatchedVideoCoder = self._otil_context.exchange
-        if not coder.is_active():
-            return kind.forward(self, x, *args, **kwargs)
-        return coder.forward(lambda part: kind.forward(self, part, *args, **kwargs), x)
 
     return subclass_of(kind, {"forward": forward, CONTEXT: None})
