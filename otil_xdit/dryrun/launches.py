@@ -41,6 +41,7 @@ _COPIES_OF_ALL = ("value", "velocity")
 
 _MOVED = {
     "correct_copies": lambda given: _twice(given, *_COPIES_OF_ALL),
+    "take_own": lambda given: _twice(given, "copies", "velocities") * (given.get("received") is not None),
     "advance_adaptive": lambda given: _of_some(given) - _share_of_own(given, "out"),
     "encode_adaptive": lambda given: _twice(given, "velocity", "changes"),
     "set_coded": lambda given: _twice(given, *_COPIES_OF_ALL) * given["known"] - _share_of_own(given, "out"),

@@ -111,6 +111,7 @@ class KVGroup:
 
     def shared_state(self, layer: int) -> list[torch.Tensor]:
         """Return what of a layer must be the same on all ranks between two steps, bit for bit."""
+        self._coder.settle(slice(layer, layer + 1))
         return self._copies.shared_state(layer)
 
     def numbers(self, layer: int) -> torch.Tensor:
@@ -138,6 +139,7 @@ class KVGroup:
     def apply_pending(self) -> None:
         """Take in what the others sent a step ago, if anything is under way."""
         self._messages.apply_pending()
+        self._coder.settle()
 
     def send_pending(self) -> None:
         """Send what waits for the rest of the group's layers to be called."""
@@ -161,7 +163,9 @@ class KVGroup:
         """
         label = CollectiveLabel("kv", "", step, phase)
         self._messages.send_before(layer, label)
-        if mode in ("sync", "fresh"):
+        if mode == "sync":
+            self.apply_pending()
+        elif mode == "fresh":
             self._messages.apply_pending()
         else:
             self._messages.take_pending()
@@ -170,7 +174,7 @@ class KVGroup:
         if mode == "sync":
             self._synchronous.gather(layer, (key, value), self.num_calls[layer], by_rank, label)
         else:
-            self._copies.take_own(layer, key, value, by_rank, self._coder.codes_changes)
+            self._coder.take_own(layer, key, value, by_rank)
             if mode == "fresh":
                 self._gather_sent(layer, by_rank, label)
             else:

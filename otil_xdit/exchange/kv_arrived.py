@@ -1,15 +1,16 @@
-"""Payloads that have arrived and that the copies follow layer by layer, where kernels do it.
+"""Payloads that have arrived and that the copies follow when they are read anyway, where kernels do it.
 
-A step that waits for nothing corrects the copies by what came, and extrapolates them for attention: where both happen
-in one pass over a layer's copies, these are read and written once. This rank's own follow at once, as what it is called
-with is compared with them; those of others when their layer is called.
+Each rank's copies of a layer are read once a step: this rank's own when its layer is called, for what it is called with
+to be compared with them; those of others when attention reads them. Where they follow what came in that same pass, they
+are read and written once.
 
-Shapes: l layers of a run; N patches, B batch, S tokens of one patch, C features.
+Shapes: N patches, B batch, S tokens of one patch, C features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -20,10 +21,14 @@ from otil_xdit.exchange.kv_transform import KVTransform
 
 @dataclass(frozen=True)
 class _Arrived:
-    """Where what is known of a layer's payloads stands: at `place` of what was read of a run of layers."""
+    """A layer's payloads, the layers that came in one message with it, and whose copies have not followed.
+
+    These are "all", "own", or "others".
+    """
 
     read: ReadPayloads
-    place: int
+    run: slice
+    whose: str = "all"
 
 
 class ArrivedPayloads:
@@ -44,10 +49,26 @@ class ArrivedPayloads:
         self._by_layer.clear()
 
     def take(self, run: slice, received: torch.Tensor) -> None:
-        """Have this rank's own copies of a run of layers follow everybody's payloads, uint8 [N, l, size]."""
+        """Take everybody's payloads of a run of layers, uint8 [N, l, size]; copies follow by the other methods."""
+        self.settle(run)
         read = self._kernels.read(self._copies.predictor, run, received)
-        self._kernels.advance(self._copies.predictor, run, read, "own", self._transform.rank)
-        self._by_layer.update({layer: _Arrived(read, layer - run.start) for layer in range(run.start, run.stop)})
+        layers = range(run.start, run.stop)
+        self._by_layer.update({layer: _Arrived(read.of_layer(layer - run.start), run) for layer in layers})
+
+    def follow_own(self, layer: int) -> dict[str, Any]:
+        """Return what `KVTransform.take_own` needs to have this rank's copies of a layer follow, which it must do.
+
+        They are empty where these have followed.
+        """
+        arrived = self._by_layer.get(layer)
+        if arrived is None or arrived.whose == "others":
+            return {}
+        self._leave(layer, "others")
+        return self._kernels.following(self._copies.predictor, arrived.read, self._transform.rank)
+
+    def write(self, layer: int, out: torch.Tensor) -> None:
+        """Have the other ranks' copies of a layer follow, and do what `KVCopies.write` does."""
+        self._follow_others(layer, self._transform.writing(layer, out))
 
     def write_predicted(self, layer: int, out: torch.Tensor) -> bool:
         """Have the other ranks' copies of a layer follow, and do what `KVCopies.write_predicted` does.
@@ -55,18 +76,32 @@ class ArrivedPayloads:
         Returns:
             Whether anything of that layer had arrived; otherwise nothing is done.
         """
-        arrived = self._by_layer.pop(layer, None)
-        if arrived is None:
+        if layer not in self._by_layer or self._by_layer[layer].whose == "own":
             return False
-        self._advance(layer, arrived, {**self._transform.writing(layer, out), **self._copies.extrapolating(layer)})
+        self._follow_others(layer, {**self._transform.writing(layer, out), **self._copies.extrapolating(layer)})
         return True
 
-    def settle(self) -> None:
-        """Have all copies follow."""
-        for layer, arrived in self._by_layer.items():
-            self._advance(layer, arrived, {})
-        self._by_layer.clear()
+    def settle(self, run: slice | None = None) -> None:
+        """Have all copies follow, of all layers or of those that lie where a message of `run` goes.
 
-    def _advance(self, layer: int, arrived: _Arrived, writing: dict[str, object]) -> None:
-        read, run = arrived.read.of_layer(arrived.place), slice(layer, layer + 1)
-        self._kernels.advance(self._copies.predictor, run, read, "others", self._transform.rank, writing)
+        These are more than the run where one of its layers came together with others.
+        """
+        for layer, arrived in list(self._by_layer.items()):
+            if run is None or (arrived.run.start < run.stop and run.start < arrived.run.stop):
+                del self._by_layer[layer]
+                self._advance(layer, arrived.read, arrived.whose)
+
+    def _follow_others(self, layer: int, writing: dict[str, Any]) -> None:
+        read = self._by_layer[layer].read
+        self._leave(layer, "own")
+        self._advance(layer, read, "others", writing)
+
+    def _leave(self, layer: int, whose: str) -> None:
+        """Take note that all copies of a layer but those have followed, or all if they had before."""
+        arrived = self._by_layer.pop(layer)
+        if arrived.whose == "all":
+            self._by_layer[layer] = replace(arrived, whose=whose)
+
+    def _advance(self, layer: int, read: ReadPayloads, whose: str, writing: dict[str, Any] | None = None) -> None:
+        run = slice(layer, layer + 1)
+        self._kernels.advance(self._copies.predictor, run, read, whose, self._transform.rank, writing)

@@ -145,9 +145,14 @@ class KVCoder:
             self._pack_by_eager(run, own, payload)
         return payload
 
+    def take_own(self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
+        """Do what `KVCopies.take_own` does, of copies that follow first what was taken of that layer."""
+        following = self._arrived.follow_own(layer) if self._applies_late else {}
+        self._copies.take_own(layer, key, value, out, self.codes_changes, following)
+
     def take(self, run: slice, received: torch.Tensor) -> None:
-        """Do what `apply` does, or as much of it as is wanted before `write_predicted` or `settle`."""
-        if self._kernels.can_fuse(received) and self._copies.predictor.can_fuse and self._kernels.applies_late:
+        """Do what `apply` does, or as much of it as is wanted before `take_own`, `write_predicted` or `settle`."""
+        if self._applies_late:
             self._arrived.take(run, received)
         else:
             self.apply(run, received)
@@ -157,9 +162,9 @@ class KVCoder:
         if not self._arrived.write_predicted(layer, out):
             self._copies.write_predicted(layer, out)
 
-    def settle(self) -> None:
-        """Have all copies follow what was taken."""
-        self._arrived.settle()
+    def settle(self, run: slice | None = None) -> None:
+        """Have all copies follow what was taken, of all layers or of those that `ArrivedPayloads.settle` says."""
+        self._arrived.settle(run)
 
     def apply(self, run: slice, received: torch.Tensor, out: torch.Tensor | None = None) -> None:
         """Carry the copies of a run of layers a step forward with everybody's payloads.
@@ -169,12 +174,13 @@ class KVCoder:
             received: uint8 [N, l, size].
             out: becomes everybody's values of the one layer that the run is, as of `KVCopies.write`.
         """
+        if out is not None and self._applies_late:
+            self._arrived.take(run, received)
+            self._arrived.write(run.start, out)
+            return
+        self._arrived.settle(run)
         if self._kernels.can_fuse(received) and self._copies.predictor.can_fuse:
-            writes = out is not None and self._kernels.writes_corrected
-            writing = self._transform.writing(run.start, out) if out is not None and writes else None
-            self._kernels.apply(self._copies.predictor, run, received, writing)
-            if writes:
-                return
+            self._kernels.apply(self._copies.predictor, run, received)
         else:
             self._apply_by_eager(run, received.transpose(0, 1))
         if out is not None:
@@ -184,6 +190,11 @@ class KVCoder:
     def codes_changes(self) -> bool:
         """Tell whether kernels score, select and code, from how far values are from their copies."""
         return self._kernels.can_fuse(self._payload) and self._copies.predictor.can_fuse and self._selection.is_one_pass
+
+    @property
+    def _applies_late(self) -> bool:
+        """Tell whether copies follow payloads when they are read: this rank's own when its layer is called."""
+        return self._kernels.applies_late and self.codes_changes
 
     def _scores(self, run: slice) -> torch.Tensor:
         """Return what sub-blocks of a run of layers are selected by, float32 [l, K], at this rank's own gains."""

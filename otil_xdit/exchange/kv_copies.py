@@ -109,7 +109,15 @@ class KVCopies:
         value = self._first[layer] = torch.empty(shape, dtype=value_dtype, device=self._scratch.device)
         replace(value=value, velocity=None, age=None, known=False)
 
-    def take_own(self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, differs: bool) -> None:
+    def take_own(
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        differs: bool,
+        following: dict[str, Any],
+    ) -> None:
         """Take what this rank's layer is called with, and find how far it has moved since the step before.
 
         Args:
@@ -117,6 +125,7 @@ class KVCopies:
             key, value: [B, H, S, D].
             out: [N, 2, B, S, C], a view of a contiguous [2, B, N, S, C]; its part of this rank may become them.
             differs: whether kernels are to code how far they are from their copies, and not the values.
+            following: of `ArrivedPayloads.follow_own`; only where they are.
         """
         predictor, transform = self.predictor, self._transform
         if not predictor.can_fuse:
@@ -127,7 +136,7 @@ class KVCopies:
         if self._sums is not None or differs:
             copies = predictor.own_copies(layer)
         sums = None if self._sums is None else (self._sums.tokens[layer], self._sums.totals[layer])
-        transform.take_own(layer, (key, value), copies, sums, out[transform.rank], differs)
+        transform.take_own(layer, (key, value), copies, sums, out[transform.rank], differs, following)
 
     def settle(
         self, run: slice, table: torch.Tensor, count: int | None, agreed: torch.Tensor | None = None

@@ -19,8 +19,9 @@ from otil_xdit.method.codec import Codec
 from otil_xdit.method.kernels import MOST_FEATURES, is_fused
 from otil_xdit.method.predictor import Predictor
 
-WHOSE = {"own": 1, "others": 2}
-"""What kernels call them; see `otil_xdit.method.kernels.adaptive_copies`, which is imported where there is Triton."""
+WHOSE = {"all": 0, "own": 1, "others": 2}
+"""Whose copies follow, as kernels call them; see `otil_xdit.method.kernels.adaptive_copies`, which is imported where
+there is Triton."""
 
 
 def kernel_of(name: str) -> Callable[..., None]:
@@ -36,7 +37,7 @@ class ReadPayloads:
 
     Attributes:
         received: uint8 [N, l, size].
-        found: of `Codec.late_kernels`, each [l, N, ...].
+        found: of `Codec.read_kernel`, each [l, N, ...].
     """
 
     received: torch.Tensor
@@ -67,9 +68,9 @@ class PayloadKernels:
         return is_fused(tensor) and fits and not self.layout.has_error
 
     @property
-    def writes_corrected(self) -> bool:
-        """Tell whether `apply` can write corrected copies to where attention reads them."""
-        return self._codec.writes_corrected
+    def applies_late(self) -> bool:
+        """Tell whether copies can follow payloads, by `read` and `advance`, when they are wanted."""
+        return self._codec.read_kernel is not None
 
     def encode(
         self,
@@ -106,7 +107,6 @@ class PayloadKernels:
         predictor: Predictor,
         run: slice,
         received: torch.Tensor,
-        writing: dict[str, Any] | None = None,
         kernel: Callable[..., None] | None = None,
     ) -> None:
         """Do what `PayloadCodec.unpack` and the predictor's `apply_residuals` do, in few launches.
@@ -115,29 +115,25 @@ class PayloadKernels:
             predictor: whose copies are advanced.
             run: layers.
             received: everybody's payloads, uint8 [N, l, size].
-            writing: see `KVTransform.writing`; None to write the copies alone.
             kernel: that does it, where it is not CUDA's.
         """
+        if self.applies_late:
+            self.advance(predictor, run, self.read(predictor, run, received), "all", 0)
+            return
         layout, codec = self.layout, self._codec
         assert codec.kernels is not None, "see `can_fuse`"
         places = {"indices_at": layout.error, "coded_at": layout.coded, "count": layout.count}
         _, arguments = codec.kernel_arguments(received.device, layout.vectors, self._shape[-1])
         correct = kernel or kernel_of(codec.kernels[1])
-        given = {**arguments, **places, **(writing or {})}
-        predictor.apply_coded(run, partial(correct, received=received, table=self._table, **given))
-
-    @property
-    def applies_late(self) -> bool:
-        """Tell whether `read` and `advance` can take the place of `apply`."""
-        return self._codec.late_kernels is not None
+        predictor.apply_coded(run, partial(correct, received=received, table=self._table, **arguments, **places))
 
     def read(self, predictor: Predictor, run: slice, received: torch.Tensor) -> ReadPayloads:
         """Find how everybody's payloads of a run of layers are coded, uint8 [N, l, size]; advance the copies' ages."""
         layout, codec, (_, batch, tokens, width) = self.layout, self._codec, self._shape
-        assert codec.late_kernels is not None, "see `applies_late`"
+        assert codec.read_kernel is not None, "see `applies_late`"
         _, arguments = codec.kernel_arguments(received.device, layout.vectors, width)
         places = layout.error, layout.coded, layout.count, arguments["upgrades"], arguments["rows"]
-        read: Callable[..., Any] = kernel_of(codec.late_kernels[0])
+        read: Callable[..., Any] = kernel_of(codec.read_kernel)
         found = read(received, self._table, predictor.ages(run), *places, width, batch, tokens)
         return ReadPayloads(received, found)
 
@@ -156,17 +152,34 @@ class PayloadKernels:
             predictor: whose copies are advanced.
             run: layers.
             read: their payloads.
-            whose: "own" or "others".
+            whose: one of `WHOSE`.
             own: this rank.
             writing: where the copies of one layer go as attention reads them, see `KVTransform.writing`, and how they
                 are extrapolated for it, see `KVCopies.extrapolating`; None to write the copies alone.
         """
-        layout, codec, (_, batch, _, width) = self.layout, self._codec, self._shape
-        assert codec.late_kernels is not None, "see `applies_late`"
-        _, arguments = codec.kernel_arguments(read.received.device, layout.vectors, width)
+        codec = self._codec
+        assert codec.kernels is not None, "see `applies_late`"
         words, slots, share = read.found
-        coded: dict[str, Any] = {"received": read.received, "words": words, "slots": slots, "share": share}
-        coded |= {"scales": arguments["scales"], "rows": arguments["rows"], "coded_at": layout.coded}
         nothing: dict[str, Any] = {"matrices": None, "out": None, "heads": 1, "totals": None, "predicts": False}
-        given = {**nothing, **(writing or {}), "own": own, "whose": WHOSE[whose], "sent": layout.vectors // (2 * batch)}
-        predictor.advance(run, partial(kernel_of(codec.late_kernels[1]), **coded, **given))
+        given = {**nothing, **(writing or {}), "own": own, "whose": WHOSE[whose]}
+        coded = {"received": read.received, "words": words, "slots": slots, "share": share, **self._coded(read)}
+        predictor.advance(run, partial(kernel_of(codec.kernels[1]), **coded, **given))
+
+    def following(self, predictor: Predictor, read: ReadPayloads, own: int) -> dict[str, Any]:
+        """Return what a kernel needs that has this rank's copies of one layer follow before it compares with them.
+
+        Args:
+            predictor: whose copies these are.
+            read: the layer's payloads.
+            own: this rank.
+        """
+        words, slots, share = (found[0, own] for found in read.found)
+        coded = {"received": read.received[own, 0], "words": words, "slots": slots, "share": share}
+        return {**coded, **self._coded(read), **predictor.formula}
+
+    def _coded(self, read: ReadPayloads) -> dict[str, Any]:
+        """Return what is the same in all payloads that are followed."""
+        layout, (_, batch, _, width) = self.layout, self._shape
+        _, arguments = self._codec.kernel_arguments(read.received.device, layout.vectors, width)
+        places = {"coded_at": layout.coded, "sent": layout.vectors // (2 * batch)}
+        return {"scales": arguments["scales"], "rows": arguments["rows"], **places}

@@ -58,7 +58,7 @@ class KVMessages:
     def send(self, run: slice, label: CollectiveLabel) -> None:
         """Start sending the payloads of a run of layers."""
         assert self._received is not None, "the first step is synchronous, and buffers are made after it"
-        self._coder.settle()  # what was taken lies where the others' payloads of this step go
+        self._coder.settle(run)  # what was taken lies where the others' payloads of this step go
         ranks, each = self._collectives.group.world_size, self._coder.payload_size
         received = self._received[run.start * ranks * each : run.stop * ranks * each]
         received = received.view(ranks, run.stop - run.start, each)
@@ -102,7 +102,6 @@ class KVMessages:
         Args:
             out: becomes everybody's values of the only layer that is under way, as of `KVCopies.write`.
         """
-        self._coder.settle()
         pending, self._pending = self._pending, []
         for run, message in pending:
             self._coder.apply(run, message.wait(), out)

@@ -78,6 +78,7 @@ class KVTransform:
         sums: tuple[torch.Tensor, torch.Tensor] | None,
         out: torch.Tensor,
         differs: bool,
+        following: dict[str, Any] | None = None,
     ) -> None:
         """Do in one launch what `set_own` and `code_own` do, and more that follows from keys and values.
 
@@ -88,10 +89,11 @@ class KVTransform:
             sums: the layer's tokens and totals of `ChangeSums`, which become what the comparison finds.
             out: becomes the keys and values, [2, B, S, C].
             differs: whether `coded_own` is how far they are from their copies, instead.
+            following: how the copies follow a payload first, see `PayloadKernels.following`.
         """
         self._coded_dtype = self.dtype  # kernels compute in float32, and write what copies are kept in
         coded = self.coded_own(slice(layer, layer + 1))[0]
-        self._take(layer, called_with, self.into(layer), copies, sums, out, coded, differs)
+        self._take(layer, called_with, self.into(layer), copies, sums, out, coded, differs, following)
 
     def _take(
         self,
@@ -103,13 +105,15 @@ class KVTransform:
         out: torch.Tensor | None,
         taken: torch.Tensor,
         differs: bool = False,
+        following: dict[str, Any] | None = None,
     ) -> None:
         from otil_xdit.method.kernels.own import take_own
 
         batch, self._heads[layer], tokens, _ = called_with[0].shape
         self._numbers = taken.new_empty(Tiles.of(batch, tokens).programs, dtype=torch.float32)
         tokens_sums, totals = (None, None) if sums is None else sums
-        take_own(*called_with, matrices, *copies, out, taken, tokens_sums, totals, self._numbers, differs)
+        given = *called_with, matrices, *copies, out, taken, tokens_sums, totals, self._numbers, differs
+        take_own(*given, **(following or {}))
 
     def numbers(self, layer: int) -> torch.Tensor:
         """Return numbers of which one is NaN or Inf if one is that this rank's layer was called with last."""

@@ -41,9 +41,8 @@ class AdaptiveCodec(Codec):
     of_residuals = True
     by_feature = True
     bits = 2
-    kernels = "adaptive:encode_adaptive", "adaptive_copies:correct_adaptive"
-    late_kernels = "adaptive_copies:read_adaptive", "adaptive_copies:advance_adaptive"
-    writes_corrected = True
+    kernels = "adaptive:encode_adaptive", "adaptive_copies:advance_adaptive"
+    read_kernel = "adaptive_copies:read_adaptive"
 
     def row_bytes(self, vectors: int, width: int) -> tuple[int, ...]:
         """Return the bytes of the codes of a key and of a value; of any vector where there is an odd number."""

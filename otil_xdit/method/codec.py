@@ -59,9 +59,9 @@ class Codec(ABC):
         by_feature: True where features of a layer may vary by very different amounts: what coordinates make of them.
         kernels: the operators of CUDA that write payloads and correct copies by them, ``module:name`` below
             `otil_xdit.method.kernels`; None where there are none.
-        writes_corrected: True where the latter writes corrected copies to where attention reads them, too.
-        late_kernels: operators that do apart what the second of `kernels` does: find how payloads are coded, and
-            advance the copies of some ranks, which may be extrapolated for attention at once; None where none do.
+        read_kernel: the operator that finds how payloads are coded, for the second of `kernels` to correct copies when
+            it is wanted, of all ranks or of some, and to write them where attention reads them; None where that reads
+            payloads itself and corrects all copies at once.
         set_kernel: the operator of CUDA that replaces copies by what changes coded by `kernels` make of them, likewise.
     """
 
@@ -70,8 +70,7 @@ class Codec(ABC):
     lossless: bool = False
     by_feature: bool = False
     kernels: tuple[str, str] | None = None
-    writes_corrected: bool = False
-    late_kernels: tuple[str, str] | None = None
+    read_kernel: str | None = None
     set_kernel: str | None = None
 
     def kernel_arguments(self, device: torch.device, vectors: int, width: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -203,8 +204,12 @@ class Predictor:
     def advance(self, run: slice, correct: Callable[..., None]) -> None:
         """Do what `apply_coded` does, but for the ages."""
         velocity = None if self.velocity is None else self.velocity[run]
-        how = {"fitted": self.is_fitted, "constant": self.constant_gain, "damping": self._damping}
-        correct(value=self.value[run], velocity=velocity, **how)
+        correct(value=self.value[run], velocity=velocity, **self.formula)
+
+    @property
+    def formula(self) -> dict[str, Any]:
+        """Return the constants by which copies are advanced."""
+        return {"fitted": self.is_fitted, "constant": self.constant_gain, "damping": self._damping}
 
     def apply_values(
         self,

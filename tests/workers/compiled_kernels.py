@@ -148,15 +148,20 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
     """Yield the kernels between keys and values and their coordinates: heads of 64 features, or of 128 for FLUX."""
     size = 64 if width < 2048 else 128
     constants = Tiles.of(2, 512).constants(width // size, size) | {"TURNS": True, "MOVES": True}
-    yield (
-        own._take_own,
-        dict.fromkeys(("key", "value", "copies", "velocities", "whole", "taken"), HALF)
-        | dict.fromkeys(("matrices", "sums", "totals", "numbers"), FLOAT)
-        | {f"{of}_{step}": "i32" for of in ("key", "value") for step in ("image", "head", "token")}
-        | dict.fromkeys(("whole_image", "batch", "tokens", "heads"), "i32"),
-        constants | {"COMPARES": True, "DIFFERS": True, "ATTENDS": True},
-        4,
-    )
+    for follows in (False, True):
+        yield (
+            own._take_own,
+            dict.fromkeys(("key", "value", "copies", "velocities", "whole", "taken"), HALF)
+            | dict.fromkeys(("matrices", "sums", "totals", "numbers", "share", "scales"), FLOAT)
+            | {"payload": BYTES, "words": INT, "slots": INT, "constant": "fp32", "damping": "fp32"}
+            | {f"{of}_{step}": "i32" for of in ("key", "value") for step in ("image", "head", "token")}
+            | dict.fromkeys(("whole_image", "batch", "tokens", "heads"), "i32")
+            | dict.fromkeys(("sent", "scales_at", "codes_at", "key_row", "value_row"), "i32"),
+            constants
+            | {"COMPARES": True, "DIFFERS": True, "ATTENDS": True, "FOLLOWS": follows, "C": width, "FEATURES": 64}
+            | {"WIDTH": 3 * size, "BITS_AT": 16, "SIZE_AT": 20, "FITTED": True, "SELECTED": True},
+            4,
+        )
     yield (
         others._write_others,
         {"copies": HALF, "velocities": HALF, "matrices": FLOAT, "totals": FLOAT, "out": HALF, "constant": "fp32"}
@@ -222,8 +227,8 @@ def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:
     tiles, size = Tiles.of(2, 512), 64 if width < 2048 else 128
     whole = {"FEATURES": 64, "TOKENS": tiles.rows, "PARTS": tiles.parts, "WIDTH": 3 * size, "WRITES": True}
     for part in (
-        {"FEATURES": 256, "TOKENS": 4, "PARTS": 1, "WIDTH": width, "WRITES": False, "PREDICTS": False, "WHOSE": 1},
-        {**whole, "PREDICTS": False, "WHOSE": 0},
+        {"FEATURES": 256, "TOKENS": 4, "PARTS": 1, "WIDTH": width, "WRITES": False, "PREDICTS": False, "WHOSE": 0},
+        {**whole, "PREDICTS": False, "WHOSE": 2},
         {**whole, "PREDICTS": True, "WHOSE": 2},
     ):
         yield (
@@ -279,7 +284,7 @@ def compiled(kernel: Kernel, card: int) -> dict[str, Any]:
     return {
         "kernel": function.__name__,
         "card": f"sm_{card}",
-        "constants": {name: value for name, value in constants.items() if name in ("C", "BITS", "LAST")},
+        "constants": {name: value for name, value in constants.items() if name in ("C", "BITS", "LAST", "FOLLOWS")},
         "registers": int(registers[1]),
         "spilled": int(stores[1]) + int(loads[1]),
         "shared": made.metadata.shared,

@@ -32,7 +32,7 @@ TOKENS, STEPS = ROWS * COLS, 5
 LAYERS = ("net/a#0", "net/b#0")
 
 CASES: dict[str, dict[str, Any]] = {
-    "waiting": {"fresh_share": 1.0},
+    "waiting": {"fresh_share": 1.0, "check": False},
     "displaced": {"fresh_share": 0.0, "check": False},
     "displaced, checked": {"fresh_share": 0.0},
     "refreshed": {"fresh_share": 0.0, "refresh": 2, "check": False},

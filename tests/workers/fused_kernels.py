@@ -34,7 +34,6 @@ from otil_xdit.method.coordinates import Coordinates  # noqa: E402
 from otil_xdit.method.kernels import group_norm as norm_kernels  # noqa: E402
 from otil_xdit.method.kernels import moments as moments_kernels  # noqa: E402
 from otil_xdit.method.kernels.adaptive import launch_encode_adaptive  # noqa: E402
-from otil_xdit.method.kernels.adaptive_copies import correct_adaptive  # noqa: E402
 from otil_xdit.method.kernels.choices import launch_settle  # noqa: E402
 from otil_xdit.method.kernels.copies import launch_correct_copies  # noqa: E402
 from otil_xdit.method.kernels.gathered import launch_set_coded, launch_set_gathered  # noqa: E402
@@ -131,7 +130,7 @@ def copies_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig) 
     for tensor, twin in zip(eager.tensors, fused.tensors, strict=True):
         tensor.copy_(torch.randint(1, 4, tensor.shape) if tensor.ndim == 3 else torch.randn(tensor.shape))
         twin.copy_(tensor)
-    run, heads, whole = slice(0, layers), 2, None
+    run, heads, whole, pairs = slice(0, layers), 2, None, list[tuple[torch.Tensor, torch.Tensor]]()
     coordinates = Coordinates(*(torch.randn(2, heads, width // heads, width // heads) for _ in range(2)))
     if config.uses_coordinates and layers == 1:  # as attention waits for them
         whole = torch.randn(2, batch, ranks, tokens, width).to(dtype)
@@ -141,16 +140,47 @@ def copies_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig) 
         found = codec.unpack(received.transpose(0, 1))
         gains = found.gains if found.gains is not None else constant_gains(layers, ranks, config)
         eager.apply_residuals(run, gains, found.numbers, found.scales, found.sent)
-        correct = correct_adaptive if config.uses_coordinates else launch_correct_copies
         kernels = PayloadKernels(codec.layout, make_codec(config.codec, dtype), one, table)
-        kernels.apply(fused, run, received, None if whole is None else writing, correct)
-    pairs = [*zip(fused.tensors, eager.tensors, strict=True)]
+        if whole is None:
+            kernels.apply(fused, run, received, launch_correct_copies)
+            continue
+        read = kernels.read(fused, run, received)
+        kernels.advance(fused, run, read, "others", own, writing)
+        pairs.append(compared_with_own(fused, eager, coordinates, kernels.following(fused, read, own), heads, dtype))
+    pairs += zip(fused.tensors, eager.tensors, strict=True)
     if whole is not None:
         expected = coordinates.back(eager.value[0], scratch).permute(1, 2, 0, 3, 4)
         expected = torch.cat([expected[:, :, :own], whole[:, :, own:]], dim=2)
         pairs.append((whole, expected.to(dtype)))
     error, bound = worst(pairs, torch.float8_e5m2 if config.kv_cache_dtype == "float8" else eager.value.dtype)
     return error, bound if whole is None else 4 * bound  # products of many numbers
+
+
+def compared_with_own(
+    fused: Predictor,
+    eager: Predictor,
+    coordinates: Coordinates,
+    following: dict[str, Any],
+    heads: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Have a rank's own copies of one layer follow a payload when they are compared with what it is called with.
+
+    Returns:
+        How far that is from them, and how far it is from copies that have followed.
+    """
+    copies, velocities = (None if part is None else part[0] for part in fused.own_copies(slice(0, 1)))
+    assert copies is not None, "values are always kept"
+    _, batch, tokens, width = copies.shape
+    fresh = torch.randn(2, batch, heads, tokens, width // heads).to(dtype)
+    sums = ChangeSums.make(1, batch, tokens, torch.device("cpu"))
+    taken, coded = torch.empty(copies.shape), torch.empty(1, *copies.shape)
+    launch_take_own(
+        *fresh, coordinates.matrices[0], copies, velocities, None, taken,
+        sums.tokens[0], sums.totals[0], sums.numbers[0], True, **following,
+    )  # fmt: skip
+    coordinates.into(fresh.transpose(2, 3).flatten(3)[None], coded, ScratchBuffers(torch.device("cpu")))
+    return taken, coded[0] - eager.own_copies(0)[0].float()
 
 
 def worst(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> tuple[float, float]:

@@ -91,30 +91,37 @@ Of SDXL's displaced step with `otil` on 2 ranks, bytes a number (2026-11-27):
 
 | bytes | before | what for |
 |---:|---:|---|
-| 9.6 | 11.3 | copies of all patches, values and velocities of 16 bits, corrected; others' written for attention |
-| 5.1 | 5.1 | own keys and values: read once, compared with their copies, written for attention; their changes written |
-| 4.1 | 6.1 | own payload: changes and velocities read to measure each feature, and again to be coded |
+| 5.4 | 9.6 | copies of the other patch, before of both: corrected, the other's written for attention |
+| 7.2 | 5.1 | own keys and values: read once, compared with their copies, now corrected in that pass, and written |
+| 4.1 | 4.1 | own payload: changes and velocities read to measure each feature, and again to be coded |
 | 1.6 | 1.6 | halo rows: maps written with the rows above and below them |
 | 0.7 | 0.7 | codes of halo rows and moments, and the rest |
 
-*Before* is commit ce16586, which had 25 bytes. What went: other ranks' copies are corrected when their layer is called,
-where they are moved on for attention in the same pass, instead of being read again (2 on two ranks, 3 on four); and a
-payload is coded from how far values are from their copies, which are not read for it any more (2 and 1).
+*Before* is commit 3a4a3e4, which had 21.1 bytes; ce16586 had 25. What went since 3a4a3e4: own copies follow what came
+where they are compared with what the layer is called with, instead of being corrected first and read again (2 on two
+ranks, 1 on four; in steps that wait, too). Since ce16586: other ranks' copies are corrected when their layer is called,
+where they are moved on for attention in the same pass; and a payload is coded from how far values are from their
+copies, which are not read for it any more.
 
 Copies cannot be attention's buffer themselves. They are in coordinates, and of the step before: what attention reads of
 them is moved on by this step's gain and turned back, another number in another place. It could only be where nothing is
 coded in coordinates and nothing is extrapolated.
 
-12 is out of reach with velocities of 16 bits. With N ranks, every number's value and velocity are read and written (8),
-all keys and values are written for attention (2), and of its own a rank must read them, write their changes, and read
-changes and velocities to code them (8 / N). With payloads that is 14.6 on two ranks and 12.6 on four, and SDXL's halo
-rows and moments take 2.3 besides. What is counted has 4.2 more on two ranks, most of them in two places: own copies are
-corrected, and then read again to be compared (4 / N; one kernel could hold both, at the registers of two), and changes
-are read twice, as a feature's size is known only when all of it was read (4 / N; sums of squares could be kept while
-values are compared, for about 1.25 / N of their own). Neither is done.
+What is done at every step has a floor above 12. With N ranks, every number's value and velocity of 16 bits are read and
+written (8), all keys and values are written for attention (2), and of its own a rank must read them, write their
+changes, and read changes and velocities to code them (8 / N). With payloads that is 14.6 on two ranks and 12.6 on four,
+and SDXL's halo rows and moments take 2.3 besides. What is counted has 2.2 more on two ranks, nearly all in one place:
+changes and velocities are read twice, as a feature's size is known only when all of it was read (4 / N; sums of squares
+and products could be kept for each tile of tokens while values are compared, and those of sub-blocks that are not sent
+be taken off, for about 1.25 / N of their own).
 
-With velocities of 8 bits (`--otil_kv_cache_dtype float8`, which has kernels, too) a displaced step of SDXL moves 17.6
-bytes on two ranks and 14.2 on four instead of 21.1 and 17.0, in as many launches (`"settings": {{"kv_cache_dtype":
+The floor is not one of arithmetic. Copies need not be written at every step: what came could be kept, 0.25 bytes a
+number, and be applied at every second one, when two payloads are decoded in one pass, for 8 - 2 + 0.5 bytes. Copies
+would then be rounded to 16 bits half as often, so other images would come out, and every kernel that reads copies would
+have to decode. Neither is built.
+
+With velocities of 8 bits (`--otil_kv_cache_dtype float8`, which has kernels, too) a displaced step of SDXL moves 16.1
+bytes on two ranks and 13.5 on four instead of 19.1 and 16.0, in as many launches (`"settings": {{"kv_cache_dtype":
 "float8"}}` in the scene above).
 
 ## Every step of a run

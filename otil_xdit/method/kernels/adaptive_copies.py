@@ -1,9 +1,9 @@
 """The copies of keys and values of all patches, corrected by payloads in the adaptive codec.
 
-`correct_adaptive` does what `AdaptiveCodec.decode_at` and `Predictor.apply_residuals` do, and what `Coordinates.back`
-does where attention waits for the result. It has two parts: `read_adaptive` finds how payloads are coded, and
-`advance_adaptive` corrects copies, of all ranks or of some, and writes what attention reads of them, extrapolated if
-that is wanted. Copies are read and written once.
+`read_adaptive` finds how payloads are coded. `advance_adaptive` does what `AdaptiveCodec.decode_at` and
+`Predictor.apply_residuals` do, for the copies of all ranks or of some, and what `Coordinates.back` does where attention
+waits for the result, extrapolated if that is wanted. Copies are read and written once. A rank's own copies may follow
+in `otil_xdit.method.kernels.own` instead, which reads them anyway.
 
 Shapes: l layers of a run; N patches, B batch, S tokens of one patch, C features, K sub-blocks of T tokens, k sent, m =
 k * T tokens, V = 2 * B * m vectors of a layer's payload, R bytes of a row of codes.
@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT, read_plans, step_of
+from otil_xdit.method.kernels.copies import advance_copies
 from otil_xdit.method.kernels.others import LARGEST_GAIN, fitted_gain, write_turned
 from otil_xdit.method.kernels.tiles import Tiles
-from otil_xdit.method.kernels.velocities import load_velocity, store_velocity, stored
+from otil_xdit.method.kernels.velocities import stored
 
 ALL, OWN, OTHERS = 0, 1, 2
 """Whose copies are corrected."""
@@ -28,6 +29,54 @@ _PARTS = 512
 
 _TOKENS = 4
 """Tokens that a program corrects: what it knows of features is read for all of them at once."""
+
+
+@triton.jit
+def follow_payload(
+    value, velocity, payload, words, slots, share, scales,
+    kv, kv_image, token, first, last, batch, tokens, sent, scales_at, codes_at, key_row, value_row,
+    constant, damping,
+    C: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr, BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr,
+    MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+):  # fmt: skip
+    """Have some tokens of one rank's copies of a layer follow its payload, in the features from `first` to `last`.
+
+    value, velocity: [2, B, S, C]; payload: uint8 [size]; words: int32 [2, C]; slots, share: [S].
+    """
+    there = token < tokens
+    gain = constant
+    if FITTED:
+        gain = tl.load(payload.to(tl.pointer_type(tl.float32)) + kv)
+    slot = token
+    given = tl.full((TOKENS,), 1.0, tl.float32)
+    kept = tl.full((TOKENS,), 1.0, tl.float32)
+    is_sent = there
+    if SELECTED:
+        slot = tl.load(slots + token, mask=there, other=-1)
+        given = tl.load(share + token, mask=there, other=0.0)
+        is_sent = slot >= 0
+        kept = tl.where(is_sent, 1.0, damping)
+    vector = kv_image * sent + tl.where(is_sent, slot, 0)
+    byte = tl.load(payload + scales_at + vector, mask=is_sent, other=0).to(tl.int32)
+    scale = tl.where(is_sent, tl.load(scales + byte), 0.0)
+    length = tl.where(kv == 0, key_row, value_row)
+    rows = payload + codes_at + tl.where(kv == 0, 0, batch * sent * key_row)
+    rows += (vector - kv * batch * sent) * length
+    row = (kv_image.to(tl.int64) * tokens + token) * C
+    for start in range(first, last, FEATURES):
+        feature = start + tl.arange(0, FEATURES)
+        word = tl.load(words + kv * C + feature, mask=feature < last, other=0)
+        bits = (word >> BITS_AT) & 15
+        place = word & 0xFFFF
+        highest = (1 << bits) - 1
+        step = step_of(bits) * tl.load(scales + (word >> SIZE_AT))
+        inside = there[:, None] & (feature < last)[None, :]
+        has_code = is_sent[:, None] & (bits > 0)[None, :]
+        packed = tl.load(rows[:, None] + (place >> 3)[None, :], mask=has_code, other=0).to(tl.int32)
+        code = (packed >> (place & 7)[None, :]) & highest[None, :]
+        level = code.to(tl.float32) * step[None, :] - (step * highest.to(tl.float32) * 0.5)[None, :]
+        at = row[:, None] + feature[None, :]
+        advance_copies(value, velocity, at, inside, level, scale[:, None], gain, kept[:, None], given[:, None], MOVES)
 
 
 @triton.jit
@@ -54,54 +103,17 @@ def _advance_adaptive(
         rank = own
     elif WHOSE == 2:
         rank += (rank >= own).to(tl.int32)
-    layer_rank = layer * ranks + rank
+    layer_rank = (layer * ranks + rank).to(tl.int64)
     kv = kv_image // batch
     token = tile * TOKENS + tl.arange(0, TOKENS)
-    there = token < tokens
     payload = received + rank.to(tl.int64) * rank_size + layer.to(tl.int64) * size
-    gain = constant
-    if FITTED:
-        gain = tl.load(payload.to(tl.pointer_type(tl.float32)) + kv)
-    slot = token
-    given = tl.full((TOKENS,), 1.0, tl.float32)
-    kept = tl.full((TOKENS,), 1.0, tl.float32)
-    is_sent = there
-    if SELECTED:
-        of_token = layer_rank.to(tl.int64) * tokens + token
-        slot = tl.load(slots + of_token, mask=there, other=-1)
-        given = tl.load(share + of_token, mask=there, other=0.0)
-        is_sent = slot >= 0
-        kept = tl.where(is_sent, 1.0, damping)
-    vector = kv_image * sent + tl.where(is_sent, slot, 0)
-    byte = tl.load(payload + scales_at + vector, mask=is_sent, other=0).to(tl.int32)
-    scale = tl.where(is_sent, tl.load(scales + byte), 0.0)
-    length = tl.where(kv == 0, key_row, value_row)
-    rows = payload + codes_at + tl.where(kv == 0, 0, batch * sent * key_row)
-    rows += (vector - kv * batch * sent) * length
-    of_part = (layer_rank * 2 + kv).to(tl.int64) * C
-    row = ((layer_rank * tl.num_programs(1) + kv_image).to(tl.int64) * tokens + token) * C
-    last = min(part * WIDTH + WIDTH, C)
-    for start in range(part * WIDTH, last, FEATURES):
-        feature = start + tl.arange(0, FEATURES)
-        word = tl.load(words + of_part + feature, mask=feature < last, other=0)
-        bits = (word >> BITS_AT) & 15
-        place = word & 0xFFFF
-        highest = (1 << bits) - 1
-        step = step_of(bits) * tl.load(scales + (word >> SIZE_AT))
-        inside = there[:, None] & (feature < last)[None, :]
-        has_code = is_sent[:, None] & (bits > 0)[None, :]
-        packed = tl.load(rows[:, None] + (place >> 3)[None, :], mask=has_code, other=0).to(tl.int32)
-        code = (packed >> (place & 7)[None, :]) & highest[None, :]
-        level = code.to(tl.float32) * step[None, :] - (step * highest.to(tl.float32) * 0.5)[None, :]
-        at = row[:, None] + feature[None, :]
-        v = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
-        if MOVES:
-            u = load_velocity(velocity, at, inside)
-            v += u * gain
-            u = u * (gain * kept)[:, None] + level * (scale * given)[:, None]
-            store_velocity(velocity, at, u, inside)
-        v += level * scale[:, None]
-        tl.store(value + at, v.to(value.dtype.element_ty), mask=inside)
+    copies = layer_rank * tl.num_programs(1) * tokens * C
+    follow_payload(
+        value + copies, velocity + copies, payload, words + layer_rank * 2 * C, slots + layer_rank * tokens,
+        share + layer_rank * tokens, scales, kv, kv_image, token, part * WIDTH, min(part * WIDTH + WIDTH, C),
+        batch, tokens, sent, scales_at, codes_at, key_row, value_row, constant, damping,
+        C, FEATURES, TOKENS, BITS_AT, SIZE_AT, MOVES, FITTED, SELECTED,
+    )  # fmt: skip
     if WRITES:
         if rank != own:
             tl.debug_barrier()
@@ -235,36 +247,3 @@ def _(
 @advance_adaptive.register_fake
 def _(*args: object) -> None:
     """Nothing is returned."""
-
-
-def correct_adaptive(
-    value: torch.Tensor,
-    velocity: torch.Tensor | None,
-    age: torch.Tensor | None,
-    received: torch.Tensor,
-    table: torch.Tensor,
-    scales: torch.Tensor,
-    indices_at: int,
-    coded_at: int,
-    count: int,
-    fitted: bool,
-    constant: float,
-    damping: float,
-    upgrades: list[int],
-    rows: list[int],
-    matrices: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    heads: int = 1,
-    own: int = 0,
-) -> None:
-    """Advance the copies of a run of layers by one step, with everybody's payloads; in two launches.
-
-    Args: of `launch_read_adaptive` and `launch_advance_adaptive`.
-    """
-    _, _, _, batch, tokens, width = value.shape
-    read = read_adaptive(received, table, age, indices_at, coded_at, count, upgrades, rows, width, batch, tokens)
-    sent = count * table.shape[1] or tokens
-    advance_adaptive(
-        value, velocity, received, *read, scales, coded_at, sent, fitted, constant, damping, rows, ALL, own, matrices,
-        out, heads, None, False,
-    )  # fmt: skip

@@ -19,6 +19,19 @@ _COLUMNS = 1024
 
 
 @triton.jit
+def advance_copies(value, velocity, at, inside, level, scale, gain, kept, given, MOVES: tl.constexpr):
+    """Advance values and velocities by one step with residuals, ``level * scale``; see `Predictor` for the formulas."""
+    v = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
+    if MOVES:
+        u = load_velocity(velocity, at, inside)
+        v += u * gain
+        u = u * (gain * kept) + level * (scale * given)
+        store_velocity(velocity, at, u, inside)
+    v += level * scale
+    tl.store(value + at, v.to(value.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def mark_sent(
     received, table, age, slots, share, layer, rank, ranks, layers, size, indices_at,
     TOKENS: tl.constexpr, T: tl.constexpr, SENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -95,15 +108,7 @@ def _correct(
         packed = tl.load(codes + column // PER, mask=inside, other=0).to(tl.int32)
         code = (packed >> ((column % PER) * BITS)) & ((1 << BITS) - 1)
         level = tl.load(levels + code, mask=inside, other=0.0)
-        v = tl.load(value + row + column, mask=inside, other=0.0).to(tl.float32)
-        residual = level * scale
-        if MOVES:
-            u = load_velocity(velocity, row + column, inside)
-            v += u * gain
-            u = u * (gain * kept) + level * (scale * given)
-            store_velocity(velocity, row + column, u, inside)
-        v += residual
-        tl.store(value + row + column, v.to(value.dtype.element_ty), mask=inside)
+        advance_copies(value, velocity, row + column, inside, level, scale, gain, kept, given, MOVES)
 
 
 def launch_correct_copies(

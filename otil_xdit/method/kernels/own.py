@@ -1,7 +1,8 @@
 """A rank's own keys and values, read once: for attention, for the payload and for what they tell of their change.
 
 `take_own` does what copies of keys and values, `Coordinates.into`, `Predictor.gain` and the first half of a change
-score do, and sums the numbers, so that NaN among them is found.
+score do, and sums the numbers, so that NaN among them is found. The copies that all this is compared with may have to
+follow a payload first, as in `otil_xdit.method.kernels.adaptive_copies`.
 
 Shapes: N patches, B batch, H heads, S tokens of this rank, d features of a head, C = H * d.
 """
@@ -12,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from otil_xdit.method.kernels.adaptive_copies import follow_payload
+from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT
 from otil_xdit.method.kernels.tiles import Tiles
 from otil_xdit.method.kernels.velocities import load_velocity, stored
 
@@ -19,15 +22,19 @@ from otil_xdit.method.kernels.velocities import load_velocity, stored
 @triton.jit
 def _take_own(
     key, value, matrices, copies, velocities, whole, taken, sums, totals, numbers,
+    payload, words, slots, share, scales,
     key_image, key_head, key_token, value_image, value_head, value_token, whole_image, batch, tokens, heads,
+    sent, scales_at, codes_at, key_row, value_row, constant, damping,
     D: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     TURNS: tl.constexpr, COMPARES: tl.constexpr, DIFFERS: tl.constexpr, MOVES: tl.constexpr, ATTENDS: tl.constexpr,
+    FOLLOWS: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, BITS_AT: tl.constexpr,
+    SIZE_AT: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of some heads of one image's keys, or values.
 
     key, value: [B, H, S, d]; matrices: float32 [2, H, d, d]; copies, velocities, taken: [2, B, S, C]; whole: this
-    rank's part of [2, B, N, S, C]; sums, totals, numbers: one layer's of `ChangeSums`.
+    rank's part of [2, B, N, S, C]; sums, totals, numbers: one layer's of `ChangeSums`; others of `follow_payload`.
     """
     tile, part, kv_image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv, image = kv_image // batch, (kv_image % batch).to(tl.int64)
@@ -39,6 +46,14 @@ def _take_own(
     else:
         source = value + image * value_image + row[:, None].to(tl.int64) * value_token
         head_stride = value_head
+    if FOLLOWS:
+        follow_payload(
+            copies, velocities, payload, words, slots, share, scales,
+            kv, kv_image, row, part * WIDTH, min(part * WIDTH + WIDTH, C), batch, tokens,
+            sent, scales_at, codes_at, key_row, value_row, constant, damping,
+            C, FEATURES, ROWS, BITS_AT, SIZE_AT, MOVES, FITTED, SELECTED,
+        )  # fmt: skip
+        tl.debug_barrier()  # the program's other threads read what it has written
     own = (kv_image.to(tl.int64) * tokens + row[:, None]) * (heads * D)
     attended = whole + kv_image.to(tl.int64) * whole_image + row[:, None].to(tl.int64) * (heads * D)
     square = tl.zeros((ROWS,), tl.float32)
@@ -101,6 +116,17 @@ def launch_take_own(
     totals: torch.Tensor | None,
     numbers: torch.Tensor,
     differs: bool,
+    received: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    share: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    coded_at: int = 0,
+    sent: int = 0,
+    fitted: bool = False,
+    constant: float = 0.0,
+    damping: float = 0.0,
+    rows: list[int] | None = None,
 ) -> None:
     """Read this rank's keys and values of a layer.
 
@@ -113,23 +139,34 @@ def launch_take_own(
         taken: becomes what is coded of them, [2, B, S, C], contiguous.
         sums, totals, numbers: become one layer's of `ChangeSums`; the first two may not be wanted.
         differs: whether `taken` becomes how far they are from the copies, instead.
+        received: this rank's payload, which the copies follow first, uint8 [size]; None where they have.
+        words, slots, share: this rank's of `otil_xdit.method.kernels.adaptive_copies.launch_read_adaptive`.
+        scales, coded_at, sent, fitted, constant, damping, rows: as for `launch_advance_adaptive` there.
     """
     batch, heads, tokens, size = key.shape
     key, value = (one if one.stride(3) == 1 else one.contiguous() for one in (key, value))
     tiles = Tiles.of(batch, tokens)
-    strides = (*key.stride()[:3], *value.stride()[:3])
+    constants, strides = tiles.constants(heads, size), (*key.stride()[:3], *value.stride()[:3])
+    width, nothing = heads * size, numbers
+    coded = [nothing if part is None else part for part in (received, words, slots, share, scales)]
     _take_own[tiles.grid](
         key, value, taken if matrices is None else matrices, taken if copies is None else copies,
         taken if velocities is None else stored(velocities), taken if whole is None else whole, taken,
         numbers if sums is None else sums, numbers if totals is None else totals, numbers,
-        *strides, 0 if whole is None else whole.stride(1), batch, tokens, heads,
-        **tiles.constants(heads, size), TURNS=matrices is not None, COMPARES=sums is not None,
-        DIFFERS=differs, MOVES=velocities is not None, ATTENDS=whole is not None, num_stages=1,
+        *coded, *strides, 0 if whole is None else whole.stride(1), batch, tokens, heads,
+        sent, coded_at, coded_at + 2 * batch * sent + 2 * width, *(rows or (0, 0)), constant, damping,
+        **constants, TURNS=matrices is not None, COMPARES=sums is not None,
+        DIFFERS=differs, MOVES=velocities is not None, ATTENDS=whole is not None, FOLLOWS=received is not None,
+        C=width, FEATURES=64, WIDTH=constants["UNITS"] // constants["SPLIT"] * size, BITS_AT=BITS_AT, SIZE_AT=SIZE_AT,
+        FITTED=fitted, SELECTED=slots is not None and slots.numel() > 0, num_stages=1,
+        enable_fp_fusion=False,  # copies are to have the same bits on all ranks
     )  # fmt: skip
 
 
 take_own = torch.library.custom_op(
-    "otil_xdit::take_own", launch_take_own, mutates_args=("whole", "taken", "sums", "totals", "numbers")
+    "otil_xdit::take_own",
+    launch_take_own,
+    mutates_args=("copies", "velocities", "whole", "taken", "sums", "totals", "numbers"),
 )
 """`launch_take_own`, as an operator of torch."""
 
