@@ -28,6 +28,8 @@ from otil_xdit.method.selection import BlockSelector
 class KVCoder:
     """Codes what the others' copies lack of a group's layers, where most is lacking, and applies such payloads.
 
+    Over 200 lines: whatever is done has two ways, and here it is decided which one is taken.
+
     Args:
         transform: has this rank's fresh values, and the layers' shape.
         copies: of all ranks' values.

@@ -3,6 +3,8 @@
 All ranks hold bit-identical copies, because each update uses only data that every rank has received, element by
 element. The one measured quantity, the gain, is computed by the sender and shipped in the payload.
 
+Over 300 lines: nearly all of it is one class, which says why.
+
 Shapes: L layers, l of them in a run; N patches, B batch, S tokens of one patch, C features (heads x head dimension),
 m tokens that a rank sends. Everything is computed in float32, whatever dtype the copies are stored in.
 """
