@@ -28,9 +28,6 @@ from otil_xdit.networks.unet.model import is_unet
 
 META = torch.device("meta")
 
-DTYPES = ("bfloat16", "float16", "float32")
-"""What a network may be told to compute in."""
-
 T5_TOKENS = 256
 """Of SD3: `max_sequence_length` of diffusers' pipeline unless the user says otherwise."""
 

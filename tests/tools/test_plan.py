@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -584,3 +586,18 @@ def test_wrong_arguments_are_one_line(line: str, message: str, capsys: pytest.Ca
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert ended.value.code == 2
     assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    "line", ["--card 1080", "--card 4090,3090,3090", "--link fast", "--gpus 1", "--patch_shares -3,2", "--flops 0"]
+)
+def test_what_the_flags_alone_tell_is_said_before_diffusers_is_imported(line: str) -> None:
+    """Which takes seconds."""
+    program = (
+        "import sys\nfrom otil_xdit.tools.main import main\n"
+        f"try:\n    main(['plan', '--model', 'SDXL', '--gpus', '2', *{line.split()}])\n"
+        "except SystemExit as ended:\n    assert ended.code == 2 and 'diffusers' not in sys.modules\n"
+        "else:\n    raise AssertionError('nothing is refused')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and ": error: " in done.stderr, done.stderr

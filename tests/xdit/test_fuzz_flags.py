@@ -211,6 +211,8 @@ BEGINS = {
     "models": ("print_models",),
 }
 """Names in each tool's module at which work begins."""
+MODULES = {**{tool: f"{tool}.cli" for tool in BEGINS}, "plan": "plan.report"}
+"""That module, in `otil_xdit.tools`."""
 
 TOOL_LIKELY = {
     "models": MODELS,
@@ -238,7 +240,7 @@ def in_a_folder_where_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "bench.json").write_text('{"runs": []}')
     (tmp_path / "machine.json").write_text("[]")
     for tool, names in BEGINS.items():
-        module = import_module(f"otil_xdit.tools.{tool}.cli")
+        module = import_module(f"otil_xdit.tools.{MODULES[tool]}")
         for name in names:
             monkeypatch.setattr(module, name, start)
     yield tmp_path

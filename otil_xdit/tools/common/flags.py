@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""What a network may be told to compute in."""
+
 
 class FlagAdder:
     """Adds flags to a parser.

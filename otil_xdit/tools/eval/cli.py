@@ -17,9 +17,8 @@ import torch
 from otil_xdit.catalog.folders import MODELS_AND_VIDEOS_HELP, OWN, Model, find_model
 from otil_xdit.catalog.schedulers import SCHEDULERS
 from otil_xdit.catalog.trust import check_folder, check_lora
-from otil_xdit.dryrun.networks import DTYPES
 from otil_xdit.runtime.strategies import strategies
-from otil_xdit.tools.common.flags import FlagAdder
+from otil_xdit.tools.common.flags import DTYPES, FlagAdder
 from otil_xdit.tools.common.jobs import Interrupted, jobs_of_a_run
 from otil_xdit.tools.common.variants import parse_variant, variant_settings
 from otil_xdit.tools.eval.attention_observer import Drawing, write_statistics

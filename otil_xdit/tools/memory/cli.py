@@ -12,12 +12,12 @@ from otil_xdit.catalog.models import published_networks
 from otil_xdit.dryrun.communicators import CHANNELS, COMMUNICATOR_BYTES, CONNECTIONS, communicators_of
 from otil_xdit.dryrun.job import ParallelDegrees
 from otil_xdit.dryrun.memory import Memory, memory_of
-from otil_xdit.dryrun.networks import DTYPES, Network, attention_layers, find_network, with_controlnets
+from otil_xdit.dryrun.networks import Network, attention_layers, find_network, with_controlnets
 from otil_xdit.dryrun.vae_memory import peak_of_decoding
 from otil_xdit.method.config import KvCacheDtype, OtilConfig
 from otil_xdit.networks.dit.token_cut import TokenCut
 from otil_xdit.runtime.strategies import get_strategy
-from otil_xdit.tools.common.flags import FlagAdder
+from otil_xdit.tools.common.flags import DTYPES, FlagAdder
 from otil_xdit.tools.common.tables import markdown
 from otil_xdit.xdit.flags.degrees import check_at_least
 
