@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    pipe = DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32).to(device)
+    pipe = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(device)
     pipe = otil_xdit.parallelize(pipe, use_cfg_parallel=arguments.cfg)
 
     if os.environ["RANK"] == "0":

@@ -25,7 +25,7 @@ def main() -> None:
     engine_config.runtime_config.dtype = torch.float32
 
     pipe = xFuserStableDiffusion3Pipeline.from_pretrained(
-        args.model, engine_config=engine_config, torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+        args.model, engine_config=engine_config, dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
     )
     device = f"cuda:{get_world_group().local_rank}" if torch.cuda.is_available() else "cpu"
     pipe.to(device)

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of 24 images here")
     args = parser.parse_args()
     empty = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants these said where a folder lacks them
-    pipeline = DiffusionPipeline.from_pretrained(args.folder, torch_dtype=torch.float32, **empty)
+    pipeline = DiffusionPipeline.from_pretrained(args.folder, dtype=torch.float32, **empty)
     pipeline.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(args.seed)
     scenes = [sample(rng, 1 if i < args.count // 2 else 2) for i in range(args.count)]

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=12345)
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of 16 clips here")
     args = parser.parse_args()
-    pipeline = WanPipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(args.folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(args.seed)
     motions = [sample(rng) for _ in range(args.count)]

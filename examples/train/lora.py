@@ -82,7 +82,7 @@ def write(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def load_base() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

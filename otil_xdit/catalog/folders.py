@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from otil_xdit.catalog.bundled import BUNDLED, BUNDLED_VIDEOS, absent_parts, model_folder
 from otil_xdit.catalog.geometry import check_geometry
@@ -148,7 +150,7 @@ def load_pipe(folder: str, sampler: str, lora: str | None, dtype: torch.dtype = 
     diffusers = importlib.import_module("diffusers")
     check_folder(folder)
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, **absent_parts(folder)
+        folder, **dtype_argument(dtype), use_safetensors=True, **absent_parts(folder)
     )
     if sampler != OWN:
         pipe.scheduler = make_scheduler(sampler, pipe.scheduler)
@@ -161,6 +163,14 @@ def load_pipe(folder: str, sampler: str, lora: str | None, dtype: torch.dtype = 
             pipe.unload_lora_weights()
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device())
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the argument of diffusers' `from_pretrained` that sets the weights' dtype.
+
+    Version 0.40 renamed it and warns of the old name; older ones ignore the new one.
+    """
+    return {"dtype" if Version(version("diffusers")).release >= (0, 40) else "torch_dtype": dtype}
 
 
 def device() -> torch.device:

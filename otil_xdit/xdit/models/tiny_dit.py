@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from otil_xdit.catalog.bundled import TINY_DIT, absent_parts, model_folder
+from otil_xdit.catalog.folders import dtype_argument
 from otil_xdit.catalog.models import find_dit
 
 
@@ -59,7 +60,7 @@ def _register_tiny_dit() -> None:
             return xFuserStableDiffusion3Pipeline.from_pretrained(
                 pretrained_model_name_or_path=self.settings.model_name,
                 engine_config=self.engine_config,
-                torch_dtype=torch.float32,
+                **dtype_argument(torch.float32),
                 **absent_parts(self.settings.model_name),
             )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from otil_xdit.catalog.bundled import BUNDLED_UNETS, model_folder
+from otil_xdit.catalog.folders import dtype_argument
 from otil_xdit.catalog.models import find_unet, unet_records
 from otil_xdit.catalog.pipelines import check_unet_pipeline
 from otil_xdit.catalog.schedulers import make_scheduler
@@ -159,7 +160,7 @@ def _runner_class() -> Any:
             try:
                 pipe = DiffusionPipeline.from_pretrained(
                     name,
-                    torch_dtype=dtype,
+                    **dtype_argument(dtype),
                     variant=variant_of(name) if Path(name).is_dir() else None,
                     use_safetensors=None if values.get("allow_pickle") else True,
                     trust_remote_code=bool(values.get("trust_remote_code")),
