@@ -57,7 +57,9 @@ class AdaptiveCodec(Codec):
         count, width = vectors.shape[-2:]
         scale_bytes, spectrum, *codes = self._split(out, count, width)
         parts = vectors.unflatten(-2, (_parts(count), -1))
-        write_scales(torch.linalg.vector_norm(parts, dim=-2).div_(parts.shape[-2] ** 0.5), spectrum)
+        # Over a dimension that is not the last one `vector_norm` adds number by number, and `sum` row by row.
+        squares = torch.mul(parts, parts, out=scratch("codec.squares", tuple(parts.shape), torch.float32))
+        write_scales(squares.sum(dim=-2).div_(parts.shape[-2]).sqrt_(), spectrum)
         plan = plan_of(spectrum, self.row_bytes(count, width), scratch)
         parts.mul_(plan.inverse)
         write_scales(torch.linalg.vector_norm(parts, dim=-1).div_(plan.weight), scale_bytes)
