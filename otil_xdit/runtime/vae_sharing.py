@@ -33,8 +33,9 @@ IS_DECODED = "images are decoded"
 _FACT = "how the VAE is computed"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_HEADER = 6
-"""Numbers in front of a latent: the place of its dtype and its shape; -1 for the end, and to fill up."""
+_HEADER = 7
+"""Numbers in front of a latent: the place of its dtype, whether the call is given what the one before has returned, and
+the latent's shape; -1 for the end, and to fill up."""
 
 
 class VaeSharing:
@@ -69,8 +70,8 @@ class VaeSharing:
         self._traffic.clear()
         self._is_generating, self._by_last, self._decodes_alike = is_generating, by_last, True
         reason = why_whole(vae)
-        if reason is None and by_last and coder_class(vae).has_memory:
-            reason = "the last rank alone decodes, frame by frame"
+        if reason is None and by_last and coder_class(vae).takes_arguments:
+            reason = "the last rank alone decodes, and the others do not have the arguments of its calls"
         if reason is not None or vae is not self._vae:
             self.release()
         if reason is not None:
@@ -113,8 +114,7 @@ class VaeSharing:
             hook.pre_forward(self._vae)
         try:
             with torch.no_grad():  # as within the pipeline's call, which has ended here
-                while (latent := self._announced()) is not None:
-                    self._vae.decoder(latent)
+                self._coders[-1].follow(self._announced())
         finally:
             self._serves = False
 
@@ -165,26 +165,27 @@ class VaeSharing:
         takes_part = self._decodes_alike and (not self._by_last or self._is_last or self._serves)
         return self._is_generating() and not self._alone and takes_part
 
-    def _announce(self, latent: torch.Tensor) -> None:
+    def _announce(self, latent: torch.Tensor, continues: bool) -> None:
         """Tell the other ranks of a call that they do not make by themselves."""
         if not self._by_last or self._serves:
             return
-        shape = [*latent.shape]
-        numbers = [_DTYPES.index(latent.dtype), *shape, *[-1] * (_HEADER - 1 - len(shape))]
+        numbers = [_DTYPES.index(latent.dtype), int(continues), *latent.shape]
+        numbers += [-1] * (_HEADER - len(numbers))
         for peer in range(self._exchange.ranks - 1):
             self._exchange.send("the size of a latent", torch.tensor(numbers, device=latent.device), peer)
             self._exchange.send("a latent", latent, peer)
 
-    def _announced(self) -> torch.Tensor | None:
-        """Return the latent that the last rank decodes next; None at the end."""
+    def _announced(self) -> Iterator[tuple[torch.Tensor, bool]]:
+        """Yield the latents that the last rank decodes, and whether it gives what the call before has returned."""
         last = self._exchange.ranks - 1
         header = torch.empty(_HEADER, dtype=torch.int64, device=self._device)
-        kind, *shape = self._exchange.receive("the size of a latent", header, last).tolist()
-        if kind < 0:
-            return None
-        size = [count for count in shape if count >= 0]
-        return self._exchange.receive("a latent", torch.empty(size, dtype=_DTYPES[kind], device=self._device), last)
+        while True:
+            kind, continues, *shape = self._exchange.receive("the size of a latent", header, last).tolist()
+            if kind < 0:
+                return
+            latent = torch.empty([count for count in shape if count >= 0], dtype=_DTYPES[kind], device=self._device)
+            yield self._exchange.receive("a latent", latent, last), bool(continues)
 
 
-def _tell_nobody(latent: torch.Tensor) -> None:
+def _tell_nobody(latent: torch.Tensor, continues: bool) -> None:
     """Every rank makes the call by itself."""

@@ -35,6 +35,12 @@ def test_clips_are_those_of_one_process(name: str) -> None:
         assert clip["error"] <= 1e-4 * clip["deviation"] and clip["sent"]["steady"] > 10_000
 
 
+def test_a_clip_s_last_rank_decodes_with_all_others_in_several_calls() -> None:
+    first, last = (line["clips"]["cogvideox"] for line in found())
+    assert first["error"] is None and last["error"] <= 1e-4 * last["deviation"]
+    assert min(line["sent"]["steady"] for line in (first, last)) > 10_000
+
+
 def test_a_preview_on_one_rank_does_not_wait_for_the_others() -> None:
     first, second = found()
     assert (first["previews"], second["previews"]) == (4, 0)

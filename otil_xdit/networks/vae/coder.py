@@ -10,7 +10,7 @@ tokens of this rank, d features of a head, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
@@ -38,23 +38,25 @@ class PatchedCoder:
         coder: diffusers' `Encoder` or `Decoder` of a VAE that ranks can share (`.support`); `prepare` wraps its layers.
         exchange: between all ranks that work on the image.
         is_active: tells whether all these ranks make the call under way, or are about to.
-        announce: told of the input of each call that the ranks share.
+        announce: told of the input of each call that the ranks share, and of whether it is given `memory`.
         shares: of the rows, for each rank, in any unit; empty for equal ones.
 
     Attributes:
         levels_of: makes the resolutions of its layers from a coder.
-        has_memory: whether a call is given what the calls before it have kept.
+        takes_arguments: whether calls may have arguments beside the map, which ranks that `follow` would not know.
+        memory: the argument that takes what the call before has returned beside its map; empty where none does.
     """
 
     levels_of: Callable[[Any], Levels] = CoderLevels
-    has_memory = False
+    takes_arguments = False
+    memory = ""
 
     def __init__(
         self,
         coder: Any,
         exchange: SynchronousExchange,
         is_active: Callable[[], bool],
-        announce: Callable[[torch.Tensor], None] = lambda x: None,
+        announce: Callable[[torch.Tensor, bool], None] = lambda x, continues: None,
         shares: tuple[int, ...] = (),
     ) -> None:
         self.coder, self.is_active, self._announce = coder, is_active, announce
@@ -87,37 +89,40 @@ class PatchedCoder:
         for path, module in self.coder.named_modules():
             context = LayerContext(self, path, self._levels.of(path))
             derive = _patched_coder if module is self.coder else self.derivation(module)
-            if is_spatial(module):
-                wrap_layer(module, context)
-            elif derive is not None:
+            if derive is not None:
                 if not is_swapped(module):
                     swap_class(module, derive)
                 vars(module)[CONTEXT] = context
+            elif is_spatial(module):
+                wrap_layer(module, context)
 
     def release(self) -> None:
         """Give the coder and its layers their own classes back."""
         for module in self.coder.modules():
             unwrap_layer(module)
 
-    def forward(self, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def forward(self, plain: Callable[[torch.Tensor], Any], x: torch.Tensor, continues: bool = False) -> Any:
         """Compute ``plain(x)`` on all ranks together; on each of them where they cannot share the rows of `x`.
 
         Args:
             plain: the coder's own `forward`.
             x: the whole image or latent, [B, C, H, W], the same on all ranks; of a clip [B, C, T, H, W].
+            continues: whether the call is given what the one before has returned.
 
         Returns:
-            The whole latent or image.
+            The whole latent or image; before what else `plain` returns, which stays this rank's.
         """
         grid = self._grid_of(x)
         if grid is None:
             return plain(x)
-        self._announce(x)
+        self._announce(x, continues)
         source, target = self._ends
         rows = grid.slice_of(source, self._exchange.rank)
         with self._running_on(grid):
-            part = plain(x[..., rows, :].contiguous())
-        return self._whole("the output", part, grid.rows[target], -2)
+            made = plain(x[..., rows, :].contiguous())
+        part, *rest = made if isinstance(made, tuple) else (made,)
+        whole = self._whole("the output", part, grid.rows[target], -2)
+        return (whole, *rest) if rest else whole
 
     def _whole(self, what: str, part: torch.Tensor, rows: Sequence[int], dim: int) -> torch.Tensor:
         """Return the map of all ranks' rows from this rank's.
@@ -130,6 +135,19 @@ class PatchedCoder:
         missing = max(rows) - part.shape[dim]  # collectives want equal sizes
         parts = self._exchange.gather(what, functional.pad(part, (0, 0) * (-dim - 1) + (0, missing)))
         return torch.cat([theirs.narrow(dim, 0, count) for theirs, count in zip(parts, rows, strict=True)], dim)
+
+    def follow(self, calls: Iterable[tuple[torch.Tensor, bool]]) -> None:
+        """Make the calls that another rank makes.
+
+        Args:
+            calls: the input of each, and whether it is given `memory`, as `announce` was told there.
+        """
+        kept = None
+        for x, continues in calls:
+            if self.memory:
+                _, kept = self.coder(x, **{self.memory: kept if continues else None})
+            else:
+                self.coder(x)
 
     @property
     def _ends(self) -> tuple[int, int]:
@@ -208,8 +226,10 @@ def _patched_coder(kind: Any) -> type:
     @wraps(kind.forward)
     def forward(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         coder: PatchedCoder = self._otil_context.exchange
-        if not coder.is_active() or ((args or kwargs) and not coder.has_memory):
+        is_known = coder.takes_arguments or not (args or kwargs.keys() - {coder.memory})
+        if not coder.is_active() or not is_known:
             return kind.forward(self, sample, *args, **kwargs)
-        return coder.forward(lambda part: kind.forward(self, part, *args, **kwargs), sample)
+        continues = kwargs.get(coder.memory) is not None
+        return coder.forward(lambda part: kind.forward(self, part, *args, **kwargs), sample, continues)
 
     return subclass_of(kind, {"forward": forward, CONTEXT: None})

@@ -9,45 +9,16 @@ Shapes: B batch, C channels, T frames, h rows of this rank, W columns, S = T * h
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from otil_xdit.networks.class_swap import base_name, subclass_of
 from otil_xdit.networks.unet.context import CONTEXT, running_context
 from otil_xdit.networks.vae.coder import PatchedCoder
-
-
-class HunyuanLevels:
-    """Resolutions of an encoder or a decoder: level 0 is the image's.
-
-    Args:
-        coder: of HunyuanVideo's VAE or of HunyuanVideo 1.5's.
-    """
-
-    def __init__(self, coder: nn.Module) -> None:
-        self.is_encoder = hasattr(coder, "down_blocks")
-        self.count = 1 + sum(map(_changes_rows, coder.modules()))
-
-    def of(self, path: str) -> int:
-        """Return the middle's level, in which attention is; norms ask for shares of rows, alike in all levels."""
-        return self.count - 1
-
-
-class PatchedHunyuanCoder(PatchedCoder):
-    """One encoder or decoder whose layers reach the other ranks; see `PatchedCoder` for the arguments."""
-
-    levels_of = HunyuanLevels
-
-    @staticmethod
-    def derivation(module: Any) -> Callable[[type], type] | None:
-        name = base_name(module)
-        if name.endswith("CausalConv3d"):
-            return _patched_conv if module.time_causal_padding[2] > 0 else None
-        return {"HunyuanVideoMidBlock3D": _patched_middle, "HunyuanVideo15AttnBlock": _patched_attention}.get(name)
+from otil_xdit.networks.vae.conv3d import pad_with_rows
+from otil_xdit.networks.vae.levels import ClipLevels
 
 
 def _changes_rows(module: Any) -> bool:
@@ -60,23 +31,26 @@ def _changes_rows(module: Any) -> bool:
     return name in ("HunyuanVideo15Upsample", "HunyuanVideo15Downsample")
 
 
+class PatchedHunyuanCoder(PatchedCoder):
+    """One encoder or decoder whose layers reach the other ranks; see `PatchedCoder` for the arguments."""
+
+    levels_of = partial(ClipLevels, changes_rows=_changes_rows)
+
+    @staticmethod
+    def derivation(module: Any) -> Callable[[type], type] | None:
+        name = base_name(module)
+        if name.endswith("CausalConv3d"):
+            return _patched_conv if module.time_causal_padding[2] > 0 else None
+        return {"HunyuanVideoMidBlock3D": _patched_middle, "HunyuanVideo15AttnBlock": _patched_attention}.get(name)
+
+
 @cache
 def _patched_conv(kind: Any) -> type:
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         context = running_context(self)
         if context is None:
             return kind.forward(self, hidden_states)
-        coder = cast(PatchedHunyuanCoder, context.exchange)
-        left, right, above, below, before, after = self.time_causal_padding  # of one device: columns, rows, frames
-        read_below = max(self.conv.kernel_size[1] - self.conv.stride[1] - above, 0)
-        merged = coder.halo(context, hidden_states.flatten(1, 2), above, read_below, None)
-        merged = merged.unflatten(1, hidden_states.shape[1:3])
-        top = bottom = 0
-        if coder.is_first:
-            top, merged = above, merged[..., above:, :]
-        if coder.is_last:
-            bottom, merged = below, merged[..., : merged.shape[-2] - read_below, :]
-        return self.conv(functional.pad(merged, (left, right, top, bottom, before, after), mode=self.pad_mode))
+        return self.conv(pad_with_rows(context, hidden_states, self.conv, self.time_causal_padding, self.pad_mode))
 
     return subclass_of(kind, {"forward": forward, CONTEXT: None})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -20,6 +21,24 @@ class Levels(Protocol):
     def of(self, path: str) -> int:
         """Return the level of a layer's input, by the layer's name."""
         ...
+
+
+class ClipLevels:
+    """Resolutions of an encoder or a decoder of clips: level 0 is the image's.
+
+    Args:
+        coder: a module with `down_blocks` or `up_blocks`.
+        changes_rows: tells of each of its modules whether it doubles or halves the rows.
+    """
+
+    def __init__(self, coder: Any, changes_rows: Callable[[Any], bool]) -> None:
+        self.is_encoder = hasattr(coder, "down_blocks")
+        side = getattr(coder, "patch_size", 1)  # of the squares of pixels that LTX's first and last convolutions see
+        self.count = side.bit_length() + sum(map(changes_rows, coder.modules()))
+
+    def of(self, path: str) -> int:
+        """Return the middle's level, in which attention is; norms ask for shares of rows, alike in all levels."""
+        return self.count - 1
 
 
 class CoderLevels:

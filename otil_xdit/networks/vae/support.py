@@ -10,7 +10,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from otil_xdit.networks.vae.coder import PatchedCoder
+from otil_xdit.networks.vae.cogvideo import PatchedCogVideoCoder
 from otil_xdit.networks.vae.hunyuan import PatchedHunyuanCoder
+from otil_xdit.networks.vae.ltx import PatchedLtxCoder
 from otil_xdit.networks.vae.video import PatchedVideoCoder
 
 
@@ -47,14 +49,22 @@ _WAN = (
     "Upsample",
     _COMMON + "AvgDown3D DupUp3D ZeroPad2d",
 )
+_LTX = (
+    "Encoder3d Decoder3d",
+    "MidBlock3d ResnetBlock3d DownBlock3D 095DownBlock3D UpBlock3d Downsampler3d Upsampler3d CausalConv3d",
+    _COMMON + "RMSNorm LayerNorm PerChannelRMSNorm "
+    "PixArtAlphaCombinedTimestepSizeEmbeddings Timesteps TimestepEmbedding",
+)
+_OF_IMAGES = _kind(
+    PatchedCoder,
+    "",
+    "Encoder Decoder",
+    "DownEncoderBlock2D UpDecoderBlock2D UNetMidBlock2D ResnetBlock2D Downsample2D Upsample2D Attention GroupNorm",
+    _COMMON,
+)
 _KINDS = {
-    "AutoencoderKL": _kind(
-        PatchedCoder,
-        "",
-        "Encoder Decoder",
-        "DownEncoderBlock2D UpDecoderBlock2D UNetMidBlock2D ResnetBlock2D Downsample2D Upsample2D Attention GroupNorm",
-        _COMMON,
-    ),
+    "AutoencoderKL": _OF_IMAGES,
+    "AutoencoderKLFlux2": _OF_IMAGES,
     "AutoencoderKLWan": _kind(PatchedVideoCoder, "Wan", *_WAN),
     "AutoencoderKLQwenImage": _kind(PatchedVideoCoder, "QwenImage", *_WAN),
     "AutoencoderKLHunyuanVideo": _kind(
@@ -70,6 +80,15 @@ _KINDS = {
         "Encoder3D Decoder3D",
         "MidBlock ResnetBlock DownBlock3D UpBlock3D Downsample Upsample AttnBlock CausalConv3d RMS_norm",
         _COMMON,
+    ),
+    "AutoencoderKLLTXVideo": _kind(PatchedLtxCoder, "LTXVideo", *_LTX),
+    "AutoencoderKLLTX2Video": _kind(PatchedLtxCoder, "LTX2Video", *_LTX),
+    "AutoencoderKLCogVideoX": _kind(
+        PatchedCogVideoCoder,
+        "CogVideoX",
+        "Encoder3D Decoder3D",
+        "MidBlock3D ResnetBlock3D DownBlock3D UpBlock3D Downsample3D Upsample3D CausalConv3d SafeConv3d SpatialNorm3D",
+        _COMMON + "GroupNorm",
     ),
 }
 """All kinds by the name of the VAE's class."""
@@ -113,6 +132,12 @@ def _why_unknown(module: nn.Module, known: frozenset[str]) -> str | None:
         return "has hooks"
     if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
         return "draws at random"
+    if getattr(module, "per_channel_scale1", None) is not None:
+        return "adds noise that it draws for the whole map"
+    if getattr(module, "padding_mode", "") == "circular":
+        return "joins the image's edges"
+    if (side := getattr(module, "patch_size", 1)).bit_count() != 1:
+        return f"takes {side} x {side} pixels as one"
     if isinstance(module, Attention) and (module.spatial_norm is not None or module.is_cross_attention):
         return "attends to more than the map"
     return None

@@ -10,7 +10,7 @@ Shapes: B batch, C channels, T frames, h rows of this rank, W columns, S tokens 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,30 +20,19 @@ from torch.nn import functional
 from otil_xdit.networks.class_swap import base_name, subclass_of
 from otil_xdit.networks.unet.context import CONTEXT, running_context
 from otil_xdit.networks.vae.coder import PatchedCoder
+from otil_xdit.networks.vae.levels import ClipLevels
 
 
-class VideoLevels:
-    """Resolutions of an encoder or a decoder: level 0 is the image's.
-
-    Args:
-        coder: of Wan's VAE or of Qwen-Image's.
-    """
-
-    def __init__(self, coder: nn.Module) -> None:
-        self.is_encoder = hasattr(coder, "down_blocks")
-        modes = [getattr(module, "mode", "") for module in coder.modules() if hasattr(module, "resample")]
-        self.count = 1 + sum(mode.startswith(("upsample", "downsample")) for mode in modes)
-
-    def of(self, path: str) -> int:
-        """Return the level of a layer that asks for it: attention, which is in the middle."""
-        return self.count - 1
+def _changes_rows(module: Any) -> bool:
+    """Return whether a module doubles or halves the rows."""
+    return hasattr(module, "resample") and module.mode.startswith(("upsample", "downsample"))
 
 
 class PatchedVideoCoder(PatchedCoder):
     """One encoder or decoder whose layers reach the other ranks; see `PatchedCoder` for the arguments."""
 
-    levels_of = VideoLevels
-    has_memory = True
+    levels_of = partial(ClipLevels, changes_rows=_changes_rows)
+    takes_arguments = True
 
     @staticmethod
     def derivation(module: nn.Module) -> Callable[[type], type] | None:

@@ -13,7 +13,7 @@ from otil_xdit.dryrun.communicators import CHANNELS, COMMUNICATOR_BYTES, CONNECT
 from otil_xdit.dryrun.job import ParallelDegrees
 from otil_xdit.dryrun.memory import Memory, memory_of
 from otil_xdit.dryrun.networks import Network, attention_layers, find_network, with_controlnets
-from otil_xdit.dryrun.vae_memory import peak_of_decoding
+from otil_xdit.dryrun.vae_memory import PUBLISHED_VAES, peak_of_decoding
 from otil_xdit.method.config import KvCacheDtype, OtilConfig
 from otil_xdit.networks.dit.token_cut import TokenCut
 from otil_xdit.runtime.strategies import get_strategy
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--controlnets", "ControlNets of a U-Net, each a copy of its encoder", 0, "N")
     add("--text_tokens", "of a DiT (default 512, as FLUX has)", 512, "N")
     add("--dtype", "of the network", "bfloat16", choices=DTYPES)
+    add("--vaes", "whose VAE decodes; SD1.5 and SD2 have SDXL's", ["SDXL"], choices=[*PUBLISHED_VAES])
     dtypes = get_args(KvCacheDtype)
     about = "as --otil_kv_cache_dtype, each a row of the preset otil (default all)"
     add("--kv_cache_dtype", about, list(dtypes), choices=dtypes)
@@ -59,10 +60,16 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.size} x {arguments.size} pixels, {arguments.dtype}. MB (10^6 bytes) on each rank:\n")
     print(markdown(TITLES, rows, text=3))
     dtype = getattr(torch, arguments.dtype)
-    peaks = {ranks: peak_of_decoding(arguments.size, ranks, dtype) for ranks in (1, *arguments.ranks)}
-    decodes = [(str(ranks), f"{peak / MEGABYTE:.0f}") for ranks, peak in peaks.items()]
-    print("\nThe VAE of SD1.5, SD2 and SDXL decoding an image: MB of activations that a rank holds at most:\n")
-    print(markdown(("ranks", "decode"), decodes, text=1))
+    vaes = {name: PUBLISHED_VAES[name] for name in arguments.vaes}
+    decodes = [
+        (
+            str(ranks),
+            *(f"{peak_of_decoding(vae, arguments.size, ranks, dtype) / MEGABYTE:.0f}" for vae in vaes.values()),
+        )
+        for ranks in (1, *arguments.ranks)
+    ]
+    print("\nA VAE decoding: MB of activations that a rank holds at most:\n")
+    print(markdown(("ranks", *(f"{name}, {vae.decodes}" for name, vae in vaes.items())), decodes, text=1))
     print(
         f"\nNCCL's communicators: about {COMMUNICATOR_BYTES / MEGABYTE:.0f} MB each on PCIe (an estimate: {CHANNELS} "
         f"channels of {CONNECTIONS} connections), made when first used:\n"
