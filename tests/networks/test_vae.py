@@ -317,7 +317,11 @@ def test_an_ltx_that_adds_noise_is_whole() -> None:
     assert "adds noise" in (why_whole(vae) or "")
 
 
-def test_squares_that_do_not_halve_are_whole() -> None:
+def test_squares_that_do_not_halve_and_edges_that_meet_are_whole() -> None:
     vae = build_video("ltx 2")
     vae.encoder.patch_size = 3
     assert "3 x 3 pixels" in (why_whole(vae) or "")
+    vae.encoder.patch_size = 2
+    assert why_whole(vae) is None
+    vae.decoder.conv_in.conv.padding_mode = "circular"
+    assert "joins the image's edges" in (why_whole(vae) or "")
