@@ -83,7 +83,7 @@ def test_a_controlnet_is_shared_as_the_unet_is(found: dict[str, list[Any]]) -> N
 def test_patches_may_have_unequal_shares(found: dict[str, list[Any]]) -> None:
     first, second = found["unequal"]
     for rank in (first, second):
-        assert rank["error"] <= 1e-4 and "1,2,3 has 3 shares for 2 patches" in rank["told"]
+        assert rank["error"] <= 1e-4 and "--patch_shares 1,2,3: 3 given, and there are 2 patches" in rank["told"]
     assert (first["rows"], second["rows"]) == ([8], [16])
 
 
