@@ -1,6 +1,6 @@
 """Time of a denoising step with a ControlNet on the ranks of a torchrun: run whole on every rank, and shared.
 
-    torchrun --standalone --nproc_per_node 2 tests/workers/controlnet_time.py [--rounds 5] [--strategy sync]
+    torchrun --standalone --nproc_per_node 2 tests/workers/controlnet_time.py [--rounds 5] [--strategy sync] [--size N]
 
 The two alternate, so that what else the machine does falls on both. Rank 0 prints one JSON object: seconds of a step of
 each (the median of the rounds), their ratio in each round, and the share of the floating-point operations of a step
@@ -30,7 +30,7 @@ import otil_xdit  # noqa: E402
 from otil_xdit.catalog.bundled import model_folder  # noqa: E402
 from otil_xdit.runtime import network_hooks  # noqa: E402
 
-SIZE, STEPS = 160, 4
+STEPS = 4
 WAYS = ("whole", "shared")
 
 
@@ -40,16 +40,17 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--strategy", default="sync")
+    parser.add_argument("--size", type=int, default=160, help="height and width, in pixels")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     dist.init_process_group("gloo")
     pipe = pipeline()
-    share = share_of_flops(pipe)
+    share = share_of_flops(pipe, arguments.size)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(arguments.rounds + 1):
         for way in WAYS:
-            spent = timed(pipe, way, arguments.strategy)
+            spent = timed(pipe, way, arguments.strategy, arguments.size)
             if turn:  # the first round warms up
                 seconds[way].append(spent)
     if dist.get_rank() == 0:
@@ -83,32 +84,32 @@ def levels(config: Any) -> int:
     return len(config["block_out_channels"])
 
 
-def timed(pipe: Any, way: str, strategy: str) -> float:
+def timed(pipe: Any, way: str, strategy: str, size: int) -> float:
     """Return the seconds of a step; the slower rank's."""
     reason = {"whole": lambda control: "it is told to", "shared": network_hooks.why_whole}[way]
     with patch.object(network_hooks, "why_whole", reason):
         otil_xdit.parallelize(pipe, strategy)
         dist.barrier()
         start = time.perf_counter()
-        draw(pipe)
+        draw(pipe, size)
         dist.barrier()
         spent = (time.perf_counter() - start) / STEPS
         otil_xdit.restore(pipe)
     return spent
 
 
-def draw(pipe: Any, steps: int = STEPS) -> None:
-    condition = torch.zeros(1, 3, SIZE, SIZE)
+def draw(pipe: Any, size: int, steps: int = STEPS) -> None:
+    condition = torch.zeros(1, 3, size, size)
     generator = torch.Generator().manual_seed(3)
-    size = {"height": SIZE, "width": SIZE, "output_type": "latent"}
-    pipe("a large red circle", condition, num_inference_steps=steps, guidance_scale=4.0, generator=generator, **size)
+    given = {"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": 4.0}
+    pipe("a large red circle", condition, generator=generator, output_type="latent", **given)
 
 
-def share_of_flops(pipe: Any) -> float:
+def share_of_flops(pipe: Any, size: int) -> float:
     """Return the ControlNet's part of a step's operations."""
     counter = FlopCounterMode(mods=[pipe.controlnet, pipe.unet], display=False)
     with counter:
-        draw(pipe, 1)
+        draw(pipe, size, 1)
     found = counter.get_flop_counts()
     control, unet = (sum(found[type(part).__name__].values()) for part in (pipe.controlnet, pipe.unet))
     return round(control / (control + unet), 3)
