@@ -55,6 +55,12 @@ _WHOLE_SETTINGS = ("thresholding", "use_dynamic_thresholding")
 """Settings with which such a scheduler looks at the whole latent."""
 
 
+def _inner(scheduler: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Return the scheduler of diffusers that xDiT may have wrapped, and its settings."""
+    inner = getattr(scheduler, "module", scheduler)
+    return inner, getattr(inner, "config", {})
+
+
 def draws_noise(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
     """Tell whether a scheduler adds noise to the latent at every step; unknown ones count as such.
 
@@ -62,8 +68,7 @@ def draws_noise(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
         scheduler: of diffusers, or xDiT's wrapper of one.
         arguments: what else than tensors its `step` is called with, by name.
     """
-    inner = getattr(scheduler, "module", scheduler)
-    config = getattr(inner, "config", {})
+    inner, config = _inner(scheduler)
     stochastic = config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde")
     asked = any(arguments.get(name) for name in ("eta", "s_churn"))
     return type(inner).__name__ not in BY_THE_VALUE or bool(stochastic) or asked
@@ -77,7 +82,7 @@ def steps_by_the_value(scheduler: Any, arguments: Mapping[str, Any]) -> bool:
     Args:
         scheduler, arguments: as for `draws_noise`.
     """
-    config = getattr(getattr(scheduler, "module", scheduler), "config", {})
+    _, config = _inner(scheduler)
     return not draws_noise(scheduler, arguments) and not any(config.get(name) for name in _WHOLE_SETTINGS)
 
 

@@ -221,6 +221,13 @@ class PatchedCoder:
         return LevelGrid.build(height, width, self._levels.count, self._exchange.ranks, self._shares)
 
 
+def attend_places(context: LayerContext, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Do what `PatchedCoder.attend` does, in one head, with maps of rows: [B, C, h, W], or [B, C, T, h, W]."""
+    tokens = (one.flatten(2).transpose(1, 2).unsqueeze(1) for one in (query, key, value))
+    out = context.exchange.attend(context, *tokens)
+    return out.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
+
+
 @cache
 def _patched_coder(kind: Any) -> type:
     @wraps(kind.forward)

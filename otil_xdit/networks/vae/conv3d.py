@@ -57,6 +57,7 @@ def patched_conv3d(kind: Any) -> type:
         padded = pad_with_rows(context, input, self, padding, "constant" if zeros else self.padding_mode)
         return kind.forward(self, padded)
 
+    # What `kind.forward` calls, in one piece or in pieces of time (CogVideoX's), with rows that are padded already.
     def _conv_forward(self: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if running_context(self) is None:
             return kind._conv_forward(self, input, weight, bias)

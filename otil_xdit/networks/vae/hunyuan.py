@@ -16,7 +16,7 @@ import torch
 
 from otil_xdit.networks.class_swap import base_name, subclass_of
 from otil_xdit.networks.unet.context import CONTEXT, running_context
-from otil_xdit.networks.vae.coder import PatchedCoder
+from otil_xdit.networks.vae.coder import PatchedCoder, attend_places
 from otil_xdit.networks.vae.conv3d import pad_with_rows
 from otil_xdit.networks.vae.levels import ClipLevels
 
@@ -78,8 +78,7 @@ def _patched_attention(kind: Any) -> type:
         if context is None:
             return kind.forward(self, x)
         normed = self.norm(x)
-        tokens = (project(normed).flatten(2).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v))
-        out = context.exchange.attend(context, *(one.unsqueeze(1) for one in tokens))
-        return x + self.proj_out(out.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+        out = attend_places(context, self.to_q(normed), self.to_k(normed), self.to_v(normed))
+        return x + self.proj_out(out)
 
     return subclass_of(kind, {"forward": forward, CONTEXT: None})

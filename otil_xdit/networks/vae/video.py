@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from otil_xdit.networks.class_swap import base_name, subclass_of
 from otil_xdit.networks.unet.context import CONTEXT, running_context
-from otil_xdit.networks.vae.coder import PatchedCoder
+from otil_xdit.networks.vae.coder import PatchedCoder, attend_places
+from otil_xdit.networks.vae.conv3d import pad_with_rows
 from otil_xdit.networks.vae.levels import ClipLevels
 
 
@@ -54,8 +55,7 @@ def _patched_conv(kind: Any) -> type:
         if cache_x is not None and before > 0:
             x = torch.cat([cache_x.to(x.device), x], dim=2)
             before -= cache_x.shape[2]
-        merged = context.exchange.halo(context, x.flatten(1, 2), above, below, None)
-        padded = functional.pad(merged.unflatten(1, x.shape[1:3]), (left, right, 0, 0, before, 0))
+        padded = pad_with_rows(context, x, self, (left, right, above, below, before, 0), "constant")
         return functional.conv3d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
     return subclass_of(kind, {"forward": forward, CONTEXT: None})
@@ -68,9 +68,7 @@ def _patched_attention(kind: Any) -> type:
         if context is None:
             return kind.forward(self, x)
         frames = x.transpose(1, 2).flatten(0, 1)
-        tokens = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
-        out = context.exchange.attend(context, *tokens.chunk(3, dim=-1))
-        out = out.squeeze(1).transpose(1, 2).unflatten(2, frames.shape[2:])
+        out = attend_places(context, *self.to_qkv(self.norm(frames)).chunk(3, dim=1))
         return x + self.proj(out).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
     return subclass_of(kind, {"forward": forward, CONTEXT: None})
