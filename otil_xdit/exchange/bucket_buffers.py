@@ -1,4 +1,4 @@
-"""Byte buffers of one bucket: the offset of each layer's tensors in a message.
+"""Messages of one bucket: the offset of each layer's tensors, and what is coded of them.
 
 Shapes: P ranks that send or are sent to, V vectors.
 """
@@ -6,13 +6,17 @@ Shapes: P ranks that send or are sent to, V vectors.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from otil_xdit.exchange.byte_buffer import ByteBuffer
 from otil_xdit.method.codec import Quantised
+from otil_xdit.method.kernels import is_fused
 from otil_xdit.method.scratch import ScratchBuffers
 
 Direction = Literal["previous", "next", "everybody"]
@@ -26,19 +30,15 @@ Sizes = Counter[tuple[Literal["out", "in"], Direction, Literal["message", "value
 DIRECTIONS: tuple[Direction, ...] = ("previous", "next", "everybody")
 
 
-_ALIGNMENT = 16
-"""Bytes; a buffer's length is a multiple of it, so that it can be viewed in any dtype."""
-
-
 _CODEC = Quantised(8)
+
+
+_ENCODING = ("scales", "octave", "zero", "step", "middle", "highest")
+"""What the kernel needs of the codec, of all that its kernels may ask for."""
 
 
 _VECTOR = 64
 """Numbers that share a scale: the largest that divides the rows of most maps, so that no two layers share one."""
-
-
-_MOST_VIEWS = 1024
-"""Views that a buffer keeps; a network asks for a few hundred, and images of other sizes for others."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TensorSpec:
     is `received` of this one on ``previous``.
 
     Attributes:
-        dtype: as it is written and read; float32 if it is coded.
+        dtype: as it is written and read; float32 if it is coded, but for where kernels code (`is_fused`).
         coded: whether it travels in 8 bits a number and a byte for `_VECTOR` of them; to a neighbour only.
     """
 
@@ -60,7 +60,22 @@ class TensorSpec:
     coded: bool = False
 
 
-class MessageBuffer:
+@dataclass(frozen=True)
+class _Run:
+    """Vectors of one dtype that are coded one behind another.
+
+    Attributes:
+        offset: of the first of them among the values, bytes.
+        first, count: of the vectors, among all of the message.
+    """
+
+    dtype: torch.dtype
+    offset: int
+    first: int
+    count: int
+
+
+class MessageBuffer(ABC):
     """A message in one direction: tensors as they are, and behind them the codes of all others.
 
     Args:
@@ -69,7 +84,9 @@ class MessageBuffer:
 
     def __init__(self, ranks: int) -> None:
         self._message, self._values = ByteBuffer(ranks), ByteBuffer(ranks)
+        self._runs: list[_Run] = []
         self._codes = 0
+        self._by_kernels = False
 
     @property
     def nbytes(self) -> int:
@@ -88,9 +105,12 @@ class MessageBuffer:
             device: of the buffers.
             message, values: bytes to allocate of each; more are allocated when they are reserved.
         """
-        for buffer, size in ((self._message, message), (self._values, values)):
+        self._runs.clear()
+        for buffer in (self._message, self._values):
             buffer.start(device)
-            buffer.fit(size)
+        self._message.fit(message)
+        self._by_kernels = is_fused(self._message.message())
+        self._fit_values(values)
 
     def reserve(self, shape: tuple[int, ...], spec: TensorSpec) -> tuple[int, int, int]:
         """Reserve the bytes of a tensor.
@@ -107,10 +127,13 @@ class MessageBuffer:
             self._message.fit(self._message.used)
             return offset, math.prod(shape) * spec.dtype.itemsize, padding
         vectors = -(-math.prod(shape) // _VECTOR)
-        offset, _ = self._values.reserve((vectors, _VECTOR), torch.float32)
-        self._values.fit(self._values.used)
-        if vectors * _VECTOR != math.prod(shape):  # what nobody writes must not raise the last scale
-            self._values.at(offset, (vectors, _VECTOR), torch.float32)[0, -1].zero_()
+        offset, _ = self._values.reserve((vectors, _VECTOR), spec.dtype)
+        self._fit_values(self._values.used)
+        last = self._runs[-1] if self._runs else None
+        if last is not None and last.dtype == spec.dtype:
+            self._runs[-1] = replace(last, count=last.count + vectors)
+        elif vectors:
+            self._runs.append(_Run(spec.dtype, offset, self._vectors, vectors))
         return offset, _CODEC.size(vectors, _VECTOR), 0
 
     def at(self, offset: int, shape: tuple[int, ...], spec: TensorSpec) -> torch.Tensor:
@@ -123,89 +146,89 @@ class MessageBuffer:
         self._message.fit(self._message.used)
         return self._message.message()
 
-    def encode(self, scratch: ScratchBuffers) -> None:
-        """Write the codes of the values into the message."""
-        if vectors := self._vectors:
-            numbers = self._values.at(0, (vectors, _VECTOR), torch.float32)[0]
-            _CODEC.encode(numbers, self._coded()[0], scratch)
-
-    def decode(self, scratch: ScratchBuffers) -> None:
-        """Read the values from the codes in the message."""
-        if vectors := self._vectors:
-            levels, scales = _CODEC.decode(self._coded()[0], vectors, _VECTOR, scratch)
-            assert scales is not None, "it quantises"
-            torch.mul(levels, scales, out=self._values.at(0, (vectors, _VECTOR), torch.float32)[0])
+    @abstractmethod
+    def _fit_values(self, size: int) -> None:
+        """Make room for `size` bytes of values before the message is coded, or read."""
 
     @property
     def _vectors(self) -> int:
         """Number of vectors that are coded."""
-        return self._values.used // (_VECTOR * torch.float32.itemsize)
+        return self._runs[-1].first + self._runs[-1].count if self._runs else 0
 
     def _coded(self) -> torch.Tensor:
-        """Return the codes in the message, uint8 [P, bytes]."""
-        return self._message.at(self._codes, (_CODEC.size(self._vectors, _VECTOR),), torch.uint8)
+        """Return the codes in the message, uint8 [bytes]: a message from or to a neighbour."""
+        return self._message.at(self._codes, (_CODEC.size(self._vectors, _VECTOR),), torch.uint8)[0]
+
+    def _vectors_of(self, run: _Run) -> torch.Tensor:
+        """Return a run's vectors, [V, `_VECTOR`]."""
+        return self._values.at(run.offset, (run.count, _VECTOR), run.dtype)[0]
+
+    def _coded_runs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield each run's vectors, their scales, uint8 [V], and their codes, uint8 [V, `_VECTOR`]."""
+        scale_bytes, codes = _CODEC.split(self._coded(), self._vectors, _VECTOR)
+        for run in self._runs:
+            part = slice(run.first, run.first + run.count)
+            yield self._vectors_of(run), scale_bytes[part], codes[part]
 
 
-@dataclass
-class ByteBuffer:
-    """A growing buffer of bytes for one message to each or from each of P ranks, filled tensor by tensor.
+class OutgoingMessage(MessageBuffer):
+    """A message that layers fill."""
 
-    Attributes:
-        ranks: P, the ranks in that direction.
-        used: bytes of one message so far.
+    def reserve(self, shape: tuple[int, ...], spec: TensorSpec) -> tuple[int, int, int]:
+        offset, size, padding = super().reserve(shape, spec)
+        if spec.coded and math.prod(shape) % _VECTOR:  # what nobody writes must not raise the last scale
+            vectors = -(-math.prod(shape) // _VECTOR)
+            self._values.at(offset, (vectors, _VECTOR), spec.dtype)[0, -1].zero_()
+        return offset, size, padding
+
+    def encode(self, scratch: ScratchBuffers) -> None:
+        """Write the codes of the values into the message."""
+        if not self._runs:
+            return
+        coded = self._coded()
+        if not self._by_kernels:
+            (run,) = self._runs  # float32, all of it
+            _CODEC.encode(self._vectors_of(run), coded, scratch)
+            return
+        from otil_xdit.method.kernels.vectors import encode_vectors
+
+        arguments, _ = _CODEC.kernel_arguments(coded.device, self._vectors, _VECTOR)
+        for vectors, scale_bytes, codes in self._coded_runs():
+            encode_vectors(vectors, scale_bytes, codes, **{name: arguments[name] for name in _ENCODING})
+
+    def _fit_values(self, size: int) -> None:
+        self._values.fit(size)
+
+
+class IncomingMessage(MessageBuffer):
+    """A message that is read. What kernels decode is the layers' own: each message's values get a buffer of their own.
+
+    They are kept for the two steps that rows are extrapolated from, so they would have to be copied otherwise.
     """
 
-    ranks: int
-    used: int = 0
-    _bytes: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    # Views by offset: the same layers ask at every step, and making one takes longer than copying into it.
-    _views: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
+    def decode(self, scratch: ScratchBuffers) -> None:
+        """Read the values from the codes in the message."""
+        if not self._runs:
+            return
+        coded = self._coded()
+        if not self._by_kernels:
+            (run,) = self._runs  # float32, all of it
+            levels, scales = _CODEC.decode(coded, run.count, _VECTOR, scratch)
+            assert scales is not None, "it quantises"
+            torch.mul(levels, scales, out=self._vectors_of(run))
+            return
+        from otil_xdit.method.kernels.vectors import decode_vectors
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer, used or not."""
-        return self._bytes.nbytes
+        self._values.renew()
+        _, arguments = _CODEC.kernel_arguments(coded.device, self._vectors, _VECTOR)
+        for vectors, scale_bytes, codes in self._coded_runs():
+            decode_vectors(scale_bytes, codes, vectors, **arguments)
 
-    def start(self, device: torch.device) -> None:
-        """Begin a new message."""
-        self.used = 0
-        if self._bytes.device != device:
-            self._replace(torch.empty(0, dtype=torch.uint8, device=device))
+    def release(self) -> None:
+        """Leave values that kernels decoded to the layers that keep them."""
+        if self._by_kernels:
+            self._values.discard()
 
-    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
-        """Reserve the bytes of a tensor; return its offset in the message and the bytes of padding before it."""
-        size = math.prod(shape) * dtype.itemsize
-        padding = -self.used % dtype.itemsize if size else 0
-        offset = self.used + padding
-        self.used = offset + size
-        return offset, padding
-
-    def fit(self, size: int) -> None:
-        """Grow the buffer to messages of `size` bytes; what is in it stays."""
-        needed = -(-self.ranks * size // _ALIGNMENT) * _ALIGNMENT
-        if needed > self._bytes.numel():
-            larger = self._bytes.new_empty(needed)
-            larger[: self._bytes.numel()] = self._bytes
-            self._replace(larger)
-
-    def at(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return the tensors of all P messages at an offset, [P, *shape]."""
-        key = (offset, self.used if self.ranks > 1 else 0, shape, dtype)
-        found = self._views.get(key)
-        if found is None:
-            whole = self._bytes.view(dtype)
-            strides = (self.used // dtype.itemsize, *(math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
-            if len(self._views) >= _MOST_VIEWS:
-                self._views.clear()
-            found = whole.as_strided((self.ranks, *shape), strides, offset // dtype.itemsize)
-            self._views[key] = found
-        return found
-
-    def message(self) -> torch.Tensor:
-        """Return the bytes that have been reserved, uint8 [P, used]."""
-        return self._bytes[: self.ranks * self.used].view(self.ranks, self.used)
-
-    def _replace(self, larger: torch.Tensor) -> None:
-        """Take another tensor for the buffer; views of the old one are discarded."""
-        self._bytes = larger
-        self._views.clear()
+    def _fit_values(self, size: int) -> None:
+        if not self._by_kernels:
+            self._values.fit(size)

@@ -21,7 +21,7 @@ import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives, CounterKey, Pending
 from otil_xdit.errors import ExchangeTimeout
-from otil_xdit.exchange.bucket_buffers import DIRECTIONS, Direction, MessageBuffer, Sizes, TensorSpec
+from otil_xdit.exchange.bucket_buffers import DIRECTIONS, Direction, IncomingMessage, OutgoingMessage, Sizes, TensorSpec
 from otil_xdit.method.scratch import ScratchBuffers
 
 LAYERS_PER_BUCKET = 24
@@ -48,6 +48,8 @@ class BucketSlot:
 
     def receive(self) -> list[tuple[Direction, torch.Tensor]]:
         """Return what came for each spec, [P, *received], valid until `release`; empty where the bucket was dropped.
+
+        What kernels have decoded (`is_fused`) is the layer's own from now on.
 
         Sends the bucket if it is open, and waits for it unless another layer has.
 
@@ -169,6 +171,8 @@ class Bucketer:
         bucket.unread -= 1
         if bucket.unread == 0 and bucket in self._sent:
             self._sent.remove(bucket)
+            for message in bucket.incoming.values():
+                message.release()
             self._free.append(bucket)
 
     def free(self) -> None:
@@ -187,8 +191,10 @@ class Bucket:
     """
 
     def __init__(self, ranks: int) -> None:
-        self.outgoing = {direction: MessageBuffer(1) for direction in DIRECTIONS}
-        self.incoming = {direction: MessageBuffer(ranks if direction == "everybody" else 1) for direction in DIRECTIONS}
+        self.outgoing = {direction: OutgoingMessage(1) for direction in DIRECTIONS}
+        self.incoming = {
+            direction: IncomingMessage(ranks if direction == "everybody" else 1) for direction in DIRECTIONS
+        }
         self.step: int | None = None
         self.layers, self.unread = 0, 0
         self._shares: dict[Direction, Counter[CounterKey]] = {direction: Counter() for direction in DIRECTIONS}
@@ -196,7 +202,8 @@ class Bucket:
 
     @property
     def nbytes(self) -> int:
-        return sum(message.nbytes for ways in (self.outgoing, self.incoming) for message in ways.values())
+        messages = (*self.outgoing.values(), *self.incoming.values())
+        return sum(message.nbytes for message in messages)
 
     def start(self, label: CollectiveLabel, scratch: ScratchBuffers, largest: Sizes) -> None:
         """Empty it for the layers of a step.

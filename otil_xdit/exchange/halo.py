@@ -60,7 +60,8 @@ class HaloLayer(BucketedLayer):
         self._received: Neighbours = like.new_zeros(up), like.new_zeros(down)
         self._received_before: Neighbours = like.new_zeros(up), like.new_zeros(down)
         # The rank before is sent as many rows as come from the one after.
-        dtype = torch.float32 if coded else like.dtype
+        self._coded = coded
+        dtype = torch.float32 if coded and not is_fused(like) else like.dtype
         specs = TensorSpec("previous", down, up, dtype, coded), TensorSpec("next", up, down, dtype, coded)
         self._specs = specs[self._first : 1 if self._last else 2]
 
@@ -135,7 +136,11 @@ class HaloLayer(BucketedLayer):
     def _apply(self, direction: Direction, received: torch.Tensor) -> None:
         if direction == self._specs[0].direction:  # the first of what a step brings
             self._begin_reception()
-        self._received[direction == "next"].copy_(received[0])
+        if self._coded and is_fused(received):  # decoded into a buffer that nothing else is written to
+            above, below = self._received
+            self._received = (above, received[0]) if direction == "next" else (received[0], below)
+        else:
+            self._received[direction == "next"].copy_(received[0])
 
     def _begin_reception(self) -> None:
         """Make the last rows those before, whose buffers the next step's rows overwrite."""
@@ -195,17 +200,19 @@ class HaloLayer(BucketedLayer):
         from otil_xdit.method.kernels.rows import pack_rows
 
         up, down = self.rows_to_send(x)
-        to_previous, to_next = self._room("rows up", up, x), self._room("rows down", down, x)
+        to_previous, to_next = _room_for((up, down), x.dtype, self._scratch)
         pack_rows(
             *moments, kept, None, up, None if up is None else to_previous, down, None if down is None else to_next
         )
         return lambda: self._send_packed(to_previous, to_next, self._scratch_rows(), label)
 
     def _send(self, x: torch.Tensor, output: Neighbours, label: CollectiveLabel) -> Pending[Neighbours]:
-        up, down = self.rows_to_send(x)
-        return self._send_packed(
-            self._contiguous("rows up", up, x), self._contiguous("rows down", down, x), output, label
-        )
+        sent = self.rows_to_send(x)
+        packed = _room_for(sent, x.dtype, self._scratch)
+        for room, rows in zip(packed, sent, strict=True):
+            if rows is not None:
+                room.copy_(rows)
+        return self._send_packed(*packed, output, label)
 
     def _send_packed(
         self, to_previous: torch.Tensor, to_next: torch.Tensor, output: Neighbours, label: CollectiveLabel
@@ -213,16 +220,13 @@ class HaloLayer(BucketedLayer):
         shares = {label.counter: to_previous.nbytes}, {label.counter: to_next.nbytes}
         return self._collectives.neighbours(to_previous, to_next, output, shares, label)
 
-    def _contiguous(self, name: str, rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Return a contiguous copy in scratch; empty for None."""
-        room = self._room(name, rows, like)
-        return room if rows is None else room.copy_(rows)
-
-    def _room(self, name: str, rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Return scratch for a contiguous copy; empty for None."""
-        return self._scratch(name, (0,) if rows is None else tuple(rows.shape), like.dtype)
-
 
 def halo_key(like: torch.Tensor, above: int, below: int) -> tuple[object, ...]:
     """Return what a `HaloLayer`'s buffers depend on."""
     return (like.shape[0], like.shape[1], like.shape[3], like.dtype, like.device, above, below)
+
+
+def _room_for(sent: HaloRows, dtype: torch.dtype, scratch: ScratchBuffers) -> Neighbours:
+    """Return scratch for contiguous copies of rows; empty for None."""
+    up, down = ((0,) if rows is None else tuple(rows.shape) for rows in sent)
+    return scratch("rows up", up, dtype), scratch("rows down", down, dtype)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -31,10 +32,11 @@ ERROR = 1e-5
 """Of the largest number: sums in another order. These numbers have none that fall to the other side of a border."""
 
 
-def check(case: str, ranks: int) -> None:
+def ran(worker: str, case: str, ranks: int) -> list[dict[str, Any]]:
+    """Return what every rank found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
-        [*command, "tests/workers/fused_exchange.py", case],
+        [*command, f"tests/workers/{worker}.py", case],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
@@ -43,7 +45,11 @@ def check(case: str, ranks: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert found["case"] == case and len(found["ranks"]) == ranks
-    for rank in found["ranks"]:
+    return list(found["ranks"])
+
+
+def check(case: str, ranks: int) -> None:
+    for rank in ran("fused_exchange", case, ranks):
         assert rank["sent"], "kernels send as much"
         assert rank["attended"] < ERROR and rank["copies"] < ERROR, rank
 
@@ -62,3 +68,20 @@ def test_steps_with_kernels_are_those_without(case: str) -> None:
 @pytest.mark.parametrize("case", ["agreed", "agreed on gains"])
 def test_passes_with_kernels_agree_as_those_without(case: str) -> None:
     check(case, 4)
+
+
+def check_halos(case: str, ranks: int, is_coded: bool = True) -> None:
+    for rank in ran("fused_halos", case, ranks):
+        assert rank["sent"] and rank["keeps no more"], rank
+        assert rank["roundings"] <= 2, rank
+        assert (rank["coding"] > 1e-3) == is_coded, "rows were coded"
+
+
+def test_halo_rows_with_kernels_are_those_without() -> None:
+    check_halos("displaced", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["refreshed", "as they were", "not coded"])
+def test_halo_rows_with_kernels_are_those_without_in_every_way(case: str) -> None:
+    check_halos(case, 2, is_coded=case != "not coded")

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = ("moments", "own", "chosen", "copies", "gathered", "payloads", "group_norm", "rows")
+KERNELS = ("moments", "own", "chosen", "copies", "gathered", "payloads", "group_norm", "rows", "vectors")
 
 
 def worker(script: str, *arguments: str, **environment: str) -> list[dict[str, Any]]:

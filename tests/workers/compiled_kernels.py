@@ -38,6 +38,7 @@ from otil_xdit.method.kernels import (  # noqa: E402
     own,
     payloads,
     rows,
+    vectors,
 )
 from otil_xdit.method.kernels.tiles import Tiles  # noqa: E402
 
@@ -142,6 +143,15 @@ def kernels(width: int) -> Iterator[Kernel]:
         {"SIZE": 64, "SENDS": True, "BLOCK": 512},
         4,
     )
+
+    coded = {"vectors": HALF, "scale_bytes": BYTES, "codes": BYTES, "scales": FLOAT, "count": "i32"}
+    yield (
+        vectors._encode_vectors,
+        coded | dict.fromkeys(("octave", "zero", "step", "middle", "highest"), "fp32"),
+        {"C": 64, "VECTORS": 16},
+        4,
+    )
+    yield vectors._decode_vectors, coded | {"levels": FLOAT}, {"C": 64, "VECTORS": 16}, 4
 
 
 def of_coordinates(width: int) -> Iterator[Kernel]:

@@ -1,6 +1,7 @@
-"""Compares the fused kernels with the eager code over random shapes, in Triton's interpreter.
+r"""Compares the fused kernels with the eager code over random shapes, in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/workers/fused_kernels.py moments own chosen copies gathered payloads group_norm rows
+    TRITON_INTERPRET=1 python tests/workers/fused_kernels.py moments own chosen copies gathered payloads \
+        group_norm rows vectors
 
 Prints a JSON object for each comparison: the largest difference relative to the largest value, and its bound.
 """
@@ -28,6 +29,7 @@ from otil_xdit.exchange.known_moments import combined_moments  # noqa: E402
 from otil_xdit.exchange.kv_kernels import PayloadKernels  # noqa: E402
 from otil_xdit.exchange.kv_payload import PayloadCodec  # noqa: E402
 from otil_xdit.exchange.moments import MomentsLayer  # noqa: E402
+from otil_xdit.method.codec import Quantised  # noqa: E402
 from otil_xdit.method.codecs import make_codec  # noqa: E402
 from otil_xdit.method.config import OtilConfig  # noqa: E402
 from otil_xdit.method.coordinates import Coordinates  # noqa: E402
@@ -42,6 +44,7 @@ from otil_xdit.method.kernels.own import launch_take_own  # noqa: E402
 from otil_xdit.method.kernels.payloads import launch_encode_residuals  # noqa: E402
 from otil_xdit.method.kernels.rows import launch_pack_rows, launch_pad_rows  # noqa: E402
 from otil_xdit.method.kernels.tiles import ChangeSums  # noqa: E402
+from otil_xdit.method.kernels.vectors import launch_decode_vectors, launch_encode_vectors  # noqa: E402
 from otil_xdit.method.predictor import Predictor  # noqa: E402
 from otil_xdit.method.scores import l2_of_difference  # noqa: E402
 from otil_xdit.method.scratch import ScratchBuffers  # noqa: E402
@@ -480,6 +483,31 @@ def rows_cases() -> Iterator[tuple[str, float, float]]:
             (found, rows) for found, rows in zip(sent, sides, strict=True) if found is not None and rows is not None
         ]
         yield f"packed {up}, {down}, {memory_format}", *worst(pairs, torch.float32)
+
+
+def vectors_cases() -> Iterator[tuple[str, float, float]]:
+    """Vectors of very different sizes in 8 bits, and the same bytes read."""
+    scratch, codec = ScratchBuffers(torch.device("cpu")), Quantised(8)
+    types = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    for (count, width), dtype in product(((1, 64), (16, 64), (37, 64), (300, 32)), types):
+        vectors = (torch.randn(count, width) * torch.randn(count, 1).mul(4).exp()).clamp(-6e4, 6e4).to(dtype)
+        vectors[count // 2] = 0
+        expected, found = (torch.empty(codec.size(count, width), dtype=torch.uint8) for _ in range(2))
+        codec.encode(vectors.float().clone(), expected, scratch)
+        encoding, decoding = codec.kernel_arguments(found.device, count, width)
+        kept = {name: given for name, given in encoding.items() if name not in ("bits", "borders")}
+        launch_encode_vectors(vectors, *codec.split(found, count, width), **kept)
+        # A number beside a border may fall to its other side.
+        name = f"{count} x {width}, {dtype}"
+        yield f"{name}: share of bytes that differ", (expected != found).float().mean().item(), 2e-3
+        numbers, scales = codec.decode(expected, count, width, scratch)
+        read = torch.full_like(vectors, 7)
+        launch_decode_vectors(*codec.split(expected, count, width), read, **decoding)
+        meant = (numbers * scales).to(dtype)
+        if dtype == torch.bfloat16:  # which the interpreter cuts off, where a card rounds
+            yield f"{name}: numbers", ((read - meant).abs() / meant.abs().clamp_min(1e-30)).max().item(), 2**-7
+        else:
+            yield f"{name}: numbers that differ", (read != meant).float().mean().item(), 0.0
 
 
 def late_layer(ranks: int, own: int, batch: int, groups: int, gain: float) -> Any:
