@@ -43,13 +43,14 @@ _MOVED = {
     "correct_copies": lambda given: _twice(given, *_COPIES_OF_ALL),
     "take_own": lambda given: _twice(given, "copies", "velocities") * (given.get("received") is not None),
     "advance_adaptive": lambda given: _of_some(given) - _share_of_own(given, "out"),
-    "encode_adaptive": lambda given: _twice(given, "velocity", "changes"),
+    "encode_adaptive": lambda given: -_not_sent(given),
+    "encode_residuals": lambda given: -_not_sent(given),
     "set_coded": lambda given: _twice(given, *_COPIES_OF_ALL) * given["known"] - _share_of_own(given, "out"),
     "set_gathered": lambda given: 0 if given["velocity"] is None else _twice(given, *_COPIES_OF_ALL) * given["known"],
     "write_others": lambda given: -_share_of_own(given, "copies", "velocities", "out"),
 }
-"""What our own operators move beyond each tensor once, by their arguments: copies are read and written, features are
-measured before they are coded, and a rank's own part of all ranks' copies may be left out."""
+"""What our own operators move beyond each tensor once, by their arguments: copies are read and written, only what is
+sent is coded, and a rank's own part of all ranks' copies may be left out."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,15 @@ def _of_some(given: dict[str, Any]) -> int:
     others = {0: 0, 1: ranks - 1, 2: 1}[given["whose"]]
     copies, payloads = _twice(given, *_COPIES_OF_ALL), _twice(given, "received")
     return copies - (2 * copies + payloads) * others // ranks
+
+
+def _not_sent(given: dict[str, Any]) -> int:
+    """Return the bytes of the residuals of tokens that are not sent."""
+    if given["selected"] is None:
+        return 0
+    tokens = given["residuals"].shape[3]
+    sent = min(given["selected"].shape[1] * given["table"].shape[1], tokens)
+    return _twice(given, "residuals") * (tokens - sent) // tokens
 
 
 def _share_of_own(given: dict[str, Any], *names: str) -> int:

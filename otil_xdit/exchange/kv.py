@@ -174,7 +174,7 @@ class KVGroup:
         if mode == "sync":
             self._synchronous.gather(layer, (key, value), self.num_calls[layer], by_rank, label)
         else:
-            self._coder.take_own(layer, key, value, by_rank)
+            self._coder.take_own(layer, key, value, by_rank, label)
             if mode == "fresh":
                 self._gather_sent(layer, by_rank, label)
             else:

@@ -9,6 +9,9 @@ sent a step.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel
@@ -64,6 +67,7 @@ class KVCoder:
     def allocate(self, name: str, layers: int) -> None:
         """Make the buffers of L layers, the first of which is called `name`."""
         device = self._scratch.device
+        self._name = f"layer {name}" if layers == 1 else f"one of {layers} layers from {name}"
         self._selection.allocate(name, layers)
         self._payload = torch.zeros(layers, self.payload_size, dtype=torch.uint8, device=device)
         self._codec.allocate(layers, self._transform.ranks)
@@ -108,9 +112,9 @@ class KVCoder:
         self._selection.set_previous(layer, fresh)
 
     def agree(self, layer: int, label: CollectiveLabel) -> None:
-        """Have a layer's next payload follow from the mean of what the ranks of both passes measure; waits for it.
+        """Have a layer's next payloads follow from the mean of what the ranks of both passes measure; waits for it.
 
-        The gain that it says is their mean, and so are the scores that its sub-blocks are selected by.
+        The scores that its sub-blocks are selected by are their mean, and so is the gain of the payload after it.
         """
         if self._agreement is None:
             return
@@ -121,11 +125,11 @@ class KVCoder:
             self._is_settled = True
             return
         self._copies.settle(run, self._table, None)
-        found = [self._copies.gains[run]]
+        found = [self._copies.fitted[run]]
         if is_alike:
             found.append(self._scores(run))
         gains, *scores = self._agreement.mean(found, label)
-        self._copies.gains[run] = gains
+        self._copies.fitted[run] = gains
         self._is_settled = True
         if scores:
             self._selection.agree(scores[0])
@@ -140,17 +144,28 @@ class KVCoder:
         is_settled, self._is_settled = self._is_settled, False
         if self.codes_changes:
             selected = self._selection.select_by_kernel(run, is_settled)
-            self._kernels.encode(self._copies.predictor, run, own, gains, payload, selected)
+            self._kernels.encode(own, self._copies.tile_sizes(run), gains, payload, selected)
         else:
             if not is_settled:
                 self._copies.settle(run, self._table, None)
             self._pack_by_eager(run, own, payload)
         return payload
 
-    def take_own(self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
-        """Do what `KVCopies.take_own` does, of copies that follow first what was taken of that layer."""
+    def take_own(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, label: CollectiveLabel
+    ) -> None:
+        """Do what `KVCopies.take_own` does, of copies that follow first what was taken of that layer.
+
+        Its first gains are the mean of those that the ranks of both passes find, which is waited for.
+        """
         following = self._arrived.follow_own(layer) if self._applies_late else {}
-        self._copies.take_own(layer, key, value, out, self.codes_changes, following)
+        self._copies.take_own(layer, key, value, out, self.codes_changes, following, partial(self._agreed_gains, label))
+
+    def _agreed_gains(self, label: CollectiveLabel, gains: torch.Tensor) -> torch.Tensor:
+        """Return the mean of a layer's gains of both passes, float32 [2]."""
+        if self._agreement is None:
+            return gains
+        return self._agreement.mean([gains], replace(label, layer=f"the first gains of {self._name}"))[0]
 
     def take(self, run: slice, received: torch.Tensor) -> None:
         """Do what `apply` does, or as much of it as is wanted before `take_own`, `write_predicted` or `settle`."""
@@ -199,26 +214,25 @@ class KVCoder:
         return self._kernels.applies_late and self.codes_changes
 
     def _scores(self, run: slice) -> torch.Tensor:
-        """Return what sub-blocks of a run of layers are selected by, float32 [l, K], at this rank's own gains."""
-        return self._selection.scores(run, self._copies.gains[run], self.codes_changes)
+        """Return what sub-blocks of a run of layers are selected by, float32 [l, K], as this rank measures it."""
+        return self._selection.scores(run, self.codes_changes)
 
     def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor) -> None:
         codec, layout = self._codec, self._layout
         codec.pack_gains(payload, self._copies.gains[run])
-        tokens, own, residual = fresh, fresh, None
+        tokens, residual, sizes = fresh, None, None
         if codec.of_residuals or layout.has_error or self._selection.compares_with_prediction:
-            own = self._scratch("own", tuple(fresh.shape), torch.float32)
-            self._copies.predictor.predict_own(run, self._copies.gains[run], own)
-            residual = self._scratch("residual", tuple(fresh.shape), torch.float32)
-            torch.sub(fresh, own, out=residual)
+            residual = self._copies.residual(run)
             tokens = residual if codec.of_residuals else fresh
+        if codec.by_feature:
+            sizes = codec.sizes(tokens)
         if layout.has_error and residual is not None:
             codec.pack_error(payload, fresh, residual)
         if layout.count:
-            selected = self._selection.select(run, lambda: self._selection.compare(run, own, residual))
+            selected = self._selection.select(run, lambda: self._selection.compare(run, residual))
             tokens = codec.pack_selected(payload, selected, tokens)
         self._selection.set_previous(run, fresh)
-        codec.pack_tokens(payload, tokens)
+        codec.pack_tokens(payload, tokens, sizes)
 
     def _apply_by_eager(self, run: slice, received: torch.Tensor) -> None:
         """Do what `apply` does; `received` is [l, N, size]."""

@@ -74,31 +74,28 @@ class PayloadKernels:
 
     def encode(
         self,
-        predictor: Predictor,
-        run: slice,
-        changes: torch.Tensor,
+        residuals: torch.Tensor,
+        sizes: torch.Tensor,
         gains: torch.Tensor,
         payload: torch.Tensor,
         selected: torch.Tensor | None,
         kernel: Callable[..., None] | None = None,
     ) -> None:
-        """Fill payloads in few launches.
+        """Fill the payloads of a run of layers in few launches.
 
         Args:
-            predictor: whose copies everybody has.
-            run: layers.
-            changes: how far what they were called with is from the copies, [l, 2, B, S, C].
-            gains: this rank's, float32 [l, 2].
+            residuals: what the others' prediction lacks, [l, 2, B, S, C].
+            sizes: of their features, as of `KVCopies.tile_sizes`; read by codecs that go by feature.
+            gains: of that prediction, float32 [l, 2].
             payload: uint8 [l, size].
             selected: sub-blocks that are sent, int64 [l, k]; None for all tokens.
             kernel: that does it, where it is not CUDA's.
         """
         layout, codec = self.layout, self._codec
         assert codec.kernels is not None, "see `can_fuse`"
-        _, velocity = predictor.own_copies(run)
         places = {"indices_at": layout.error, "coded_at": layout.coded, "fitted": layout.has_gains}
-        own = {"velocity": velocity, "changes": changes, "gains": gains}
-        arguments, _ = codec.kernel_arguments(changes.device, layout.vectors, self._shape[-1])
+        own = {"residuals": residuals, "gains": gains, **({"sizes": sizes} if codec.by_feature else {})}
+        arguments, _ = codec.kernel_arguments(residuals.device, layout.vectors, self._shape[-1])
         encode = kernel or kernel_of(codec.kernels[0])
         encode(**own, payload=payload, selected=selected, table=self._table, **places, **arguments)
 
@@ -160,7 +157,7 @@ class PayloadKernels:
         codec = self._codec
         assert codec.kernels is not None, "see `applies_late`"
         words, slots, share = read.found
-        nothing: dict[str, Any] = {"matrices": None, "out": None, "heads": 1, "totals": None, "predicts": False}
+        nothing: dict[str, Any] = {"matrices": None, "out": None, "heads": 1, "totals": None, "gains": None}
         given = {**nothing, **(writing or {}), "own": own, "whose": WHOSE[whose]}
         coded = {"received": read.received, "words": words, "slots": slots, "share": share, **self._coded(read)}
         predictor.advance(run, partial(kernel_of(codec.kernels[1]), **coded, **given))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from otil_xdit.method.adaptive_codec import sizes_of
 from otil_xdit.method.codec import Decoded
 from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
@@ -112,6 +113,15 @@ class PayloadCodec:
         return self._codec.of_residuals
 
     @property
+    def by_feature(self) -> bool:
+        """Tell whether features are coded by their `sizes`."""
+        return self._codec.by_feature
+
+    def sizes(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the root mean square of each feature of [l, 2, B, S, C], float32 [l, 2, C]."""
+        return sizes_of(numbers, (2, 3), self._scratch)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are kept on the device."""
         return self._first_rows.nbytes
@@ -150,10 +160,13 @@ class PayloadCodec:
         taken = self._scratch("taken", (rows.numel(), width), values.dtype)
         return torch.index_select(values.view(-1, width), 0, rows, out=taken)
 
-    def pack_tokens(self, payload: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Code tokens, l * V vectors of C numbers, into payloads, uint8 [l, size]."""
+    def pack_tokens(self, payload: torch.Tensor, tokens: torch.Tensor, sizes: torch.Tensor | None) -> None:
+        """Code tokens, l * V vectors of C numbers, into payloads, uint8 [l, size]; `sizes` where `by_feature`."""
         vectors = tokens.reshape(len(payload), self.layout.vectors, self._shape[-1])
-        self._codec.encode(vectors, payload[:, self._coded], self._scratch)
+        if sizes is None:
+            self._codec.encode(vectors, payload[:, self._coded], self._scratch)
+        else:
+            self._codec.encode_measured(vectors, sizes, payload[:, self._coded], self._scratch)
 
     def unpack(self, received: torch.Tensor) -> Unpacked:
         """Read everybody's payloads, uint8 [l, N, size]."""

@@ -106,31 +106,30 @@ class KVSelection:
         """Have the next selection follow from these scores, float32 [l, K], instead of this rank's own."""
         self._agreed = scores
 
-    def scores(self, run: slice, gains: torch.Tensor, by_kernel: bool) -> torch.Tensor:
+    def scores(self, run: slice, by_kernel: bool) -> torch.Tensor:
         """Return how much each sub-block of a run of layers has changed.
 
         Args:
             run: layers.
-            gains: that the others predict this rank's values with, float32 [l, 2].
-            by_kernel: whether a kernel computes it, at the gains that `KVCopies.settle` finds; `is_one_pass` must allow
-                it.
+            by_kernel: whether a kernel computes it; `is_one_pass` must allow it.
 
         Returns:
             float32 [l, K].
         """
-        predictor, fresh = self._copies.predictor, self._transform.coded_own(run)
         if by_kernel:
             found, _ = self._copies.settle(run, self._table, 0)
             return found
-        own = self._scratch("own", tuple(fresh.shape), torch.float32)
-        predictor.predict_own(run, gains, own)
-        residual = self._scratch("residual", tuple(fresh.shape), torch.float32)
-        return self.compare(run, own, torch.sub(fresh, own, out=residual))
+        return self.compare(run, self._copies.residual(run))
 
-    def compare(self, run: slice, own: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        """Return what `scores` does, from what the others predict and what that lacks, [l, 2, B, S, C]."""
-        reference, difference = (own, residual) if self._previous is None else (self._previous[run], None)
-        return self._selector.scores(self._table, self._transform.coded_own(run), reference, difference)
+    def compare(self, run: slice, residual: torch.Tensor | None) -> torch.Tensor:
+        """Return what `scores` does, from what the others' prediction lacks, [l, 2, B, S, C]; or without it."""
+        fresh = self._transform.coded_own(run)
+        if self._previous is not None:
+            return self._selector.scores(self._table, fresh, self._previous[run], None)
+        assert residual is not None, "see `compares_with_prediction`"
+        if self._selector.compares_by_l2:
+            return self._selector.scores(self._table, fresh, fresh, residual)
+        return self._selector.scores(self._table, fresh, fresh - residual, None)
 
     def select(self, run: slice, scores: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the sub-blocks that each layer of a run sends, int64 [l, k], contiguous.
@@ -162,11 +161,11 @@ class KVSelection:
         _, self._chosen = self._copies.settle(slice(layer, layer + 1), self._table, count, everybody)
 
     def select_by_kernel(self, run: slice, is_settled: bool) -> torch.Tensor | None:
-        """Find gains, and return what `select` does; None where everything is sent.
+        """Find the next gains, and return what `select` does; None where everything is sent.
 
         Args:
             run: layers.
-            is_settled: whether the gains are known, and to stay what they are.
+            is_settled: whether these gains are known, and to stay what they are.
         """
         copies, table, chosen = self._copies, self._table, self._chosen
         self._chosen = None
@@ -175,8 +174,8 @@ class KVSelection:
         if self._config.ratio >= 1 or self._shared is not None or self._agreed is not None:
             if not is_settled:
                 copies.settle(run, table, None)
-            return None if self._config.ratio >= 1 else self.select(run, lambda: copies.gains[run])
+            return None if self._config.ratio >= 1 else self.select(run, lambda: copies.fitted[run])
         picks = self.is_picked_by_kernel
         count = blocks_to_send(len(table), self._config.ratio) if picks else 0
-        scores, selected = copies.settle(run, table, count, copies.gains[run].clone() if is_settled else None)
+        scores, selected = copies.settle(run, table, count, copies.fitted[run].clone() if is_settled else None)
         return selected if picks else self._selector.select_scored(self._layers, table, scores, run)

@@ -148,13 +148,13 @@ class SynchronousKV:
         transform, codec = self._transform, self._codec
         assert codec.kernels is not None and codec.set_kernel is not None, "see `gather`"
         known = self._copies.last_own(layer)
-        transform.take_own(layer, called_with, (known, None), None, out[transform.rank], known is not None)
+        transform.take_own(layer, called_with, out[transform.rank], known is not None, copies=known)
         vectors, width = transform.shape[:-1].numel(), transform.shape[-1]
         payload, received = self._buffers(vectors, width)
         encoding, decoding = codec.kernel_arguments(payload.device, vectors, width)
         changes = transform.coded_own(slice(layer, layer + 1))
         kernel_of(codec.kernels[0])(
-            None, changes, None, payload[None], None, self._table, indices_at=0, coded_at=0, fitted=False,
+            changes, None, payload[None], None, self._table, indices_at=0, coded_at=0, fitted=False,
             **encoding,
         )  # fmt: skip
         coded = self._messages.gather_now(layer, payload, received, label)

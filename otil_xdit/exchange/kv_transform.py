@@ -63,7 +63,7 @@ class KVTransform:
         """Keep what this rank's layer is called with, each [B, H, S, D], and return it as `own_values` does."""
         fresh = self.own_values(layer)
         if is_fused(key):
-            self._take(layer, (key, value), None, (None, None), None, None, fresh)
+            self._take(layer, (key, value), None, None, fresh)
             return fresh
         self._numbers = None
         for own, given in zip(fresh, (key, value), strict=True):
@@ -74,46 +74,39 @@ class KVTransform:
         self,
         layer: int,
         called_with: tuple[torch.Tensor, torch.Tensor],
-        copies: tuple[torch.Tensor | None, torch.Tensor | None],
-        sums: tuple[torch.Tensor, torch.Tensor] | None,
-        out: torch.Tensor,
+        out: torch.Tensor | None,
         differs: bool,
-        following: dict[str, Any] | None = None,
+        **compared: Any,
     ) -> None:
         """Do in one launch what `set_own` and `code_own` do, and more that follows from keys and values.
 
         Args:
             layer: its place.
             called_with: this rank's keys and values, each [B, H, S, D].
-            copies: of them, and their velocities, [2, B, S, C], where they are to be compared.
-            sums: the layer's tokens and totals of `ChangeSums`, which become what the comparison finds.
-            out: becomes the keys and values, [2, B, S, C].
-            differs: whether `coded_own` is how far they are from their copies, instead.
-            following: how the copies follow a payload first, see `PayloadKernels.following`.
+            out: becomes the keys and values, [2, B, S, C]; None to leave it.
+            differs: whether `coded_own` is what a prediction of them lacks, instead.
+            compared: of `otil_xdit.method.kernels.own.launch_take_own`: what they are compared with, what becomes of
+                the comparison, and how the copies follow a payload first, see `PayloadKernels.following`.
         """
         self._coded_dtype = self.dtype  # kernels compute in float32, and write what copies are kept in
         coded = self.coded_own(slice(layer, layer + 1))[0]
-        self._take(layer, called_with, self.into(layer), copies, sums, out, coded, differs, following)
+        self._take(layer, called_with, self.into(layer), out, coded, differs, **compared)
 
     def _take(
         self,
         layer: int,
         called_with: tuple[torch.Tensor, torch.Tensor],
         matrices: torch.Tensor | None,
-        copies: tuple[torch.Tensor | None, torch.Tensor | None],
-        sums: tuple[torch.Tensor, torch.Tensor] | None,
         out: torch.Tensor | None,
         taken: torch.Tensor,
         differs: bool = False,
-        following: dict[str, Any] | None = None,
+        **compared: Any,
     ) -> None:
         from otil_xdit.method.kernels.own import take_own
 
         batch, self._heads[layer], tokens, _ = called_with[0].shape
         self._numbers = taken.new_empty(Tiles.of(batch, tokens).programs, dtype=torch.float32)
-        tokens_sums, totals = (None, None) if sums is None else sums
-        given = *called_with, matrices, *copies, out, taken, tokens_sums, totals, self._numbers, differs
-        take_own(*given, **(following or {}))
+        take_own(*called_with, matrices, out, taken, self._numbers, differs, **compared)
 
     def numbers(self, layer: int) -> torch.Tensor:
         """Return numbers of which one is NaN or Inf if one is that this rank's layer was called with last."""
@@ -190,7 +183,7 @@ class KVTransform:
         copies: torch.Tensor,
         velocities: torch.Tensor | None,
         totals: torch.Tensor | None,
-        constant: float,
+        gains: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
         """Do in one launch what `write` does with extrapolated copies, but for this rank's, which `take_own` wrote.
@@ -198,12 +191,13 @@ class KVTransform:
         Args:
             layer: its place.
             copies, velocities: in its coordinates, [N, 2, B, S, C]; no velocities to take the copies as they are.
-            totals: of `ChangeSums`, which the gain is fitted by; None for `constant`.
+            totals: of `ChangeSums`, which the gain is fitted by, beginning with `gains`; None to take these.
+            gains: float32 [2]; None without velocities.
             out: [N, 2, B, S, C], a view of a contiguous [2, B, N, S, C].
         """
         from otil_xdit.method.kernels.others import write_others
 
-        write_others(copies, velocities, totals=totals, constant=constant, **self.writing(layer, out))
+        write_others(copies, velocities, totals=totals, gains=gains, **self.writing(layer, out))
 
     def writing(self, layer: int, out: torch.Tensor) -> dict[str, Any]:
         """Return what kernels need that write a layer's keys and values to `out`, as of `write_others`."""

@@ -10,6 +10,7 @@ codes; ``...`` layers and ranks. An odd number of vectors is one part, of which 
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -55,11 +56,16 @@ class AdaptiveCodec(Codec):
 
     def encode(self, vectors: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers) -> None:
         count, width = vectors.shape[-2:]
+        parts = vectors.unflatten(-2, (_parts(count), -1))
+        self.encode_measured(vectors, sizes_of(parts, (-2,), scratch), out, scratch)
+
+    def encode_measured(
+        self, vectors: torch.Tensor, sizes: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers
+    ) -> None:
+        count, width = vectors.shape[-2:]
         scale_bytes, spectrum, *codes = self._split(out, count, width)
         parts = vectors.unflatten(-2, (_parts(count), -1))
-        # Over a dimension that is not the last one `vector_norm` adds number by number, and `sum` row by row.
-        squares = torch.mul(parts, parts, out=scratch("codec.squares", tuple(parts.shape), torch.float32))
-        write_scales(squares.sum(dim=-2).div_(parts.shape[-2]).sqrt_(), spectrum)
+        write_scales(sizes, spectrum)
         plan = plan_of(spectrum, self.row_bytes(count, width), scratch)
         parts.mul_(plan.inverse)
         write_scales(torch.linalg.vector_norm(parts, dim=-1).div_(plan.weight), scale_bytes)
@@ -129,6 +135,14 @@ class AdaptiveCodec(Codec):
         found.bitwise_right_shift_(plan.shift).bitwise_and_(plan.mask)
         numbers = scratch("codec.levels", shape, torch.float32).copy_(found)
         return numbers.mul_(plan.sizes).sub_(plan.depths).flatten(-3, -2)
+
+
+def sizes_of(numbers: torch.Tensor, over: tuple[int, ...], scratch: ScratchBuffers) -> torch.Tensor:
+    """Return the root mean square of numbers over some dimensions, none of them the last; float32."""
+    # Over a dimension that is not the last one `vector_norm` adds number by number, and `sum` row by row.
+    squares = torch.mul(numbers, numbers, out=scratch("codec.squares", tuple(numbers.shape), torch.float32))
+    count = math.prod(numbers.shape[at] for at in over)
+    return squares.sum(dim=over).div_(count).sqrt_()
 
 
 def _parts(vectors: int) -> int:

@@ -85,6 +85,18 @@ class Codec(ABC):
     def encode(self, vectors: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers) -> None:
         """Write vectors, float [..., V, C] contiguous, to `out`, uint8 [..., size]; may overwrite the vectors."""
 
+    def encode_measured(
+        self, vectors: torch.Tensor, sizes: torch.Tensor, out: torch.Tensor, scratch: ScratchBuffers
+    ) -> None:
+        """Do what `encode` does with vectors that are some of more, whose features were measured together.
+
+        Args:
+            vectors, out, scratch: as in `encode`.
+            sizes: each feature's root mean square, float32 [..., 2, C], of keys and of values; may be overwritten.
+                Read where `by_feature`.
+        """
+        self.encode(vectors, out, scratch)
+
     @abstractmethod
     def decode(self, coded: torch.Tensor, vectors: int, width: int, scratch: ScratchBuffers) -> Decoded:
         """Read `vectors` vectors of `width` numbers from `coded`, uint8 [..., size]; float32 where of residuals."""

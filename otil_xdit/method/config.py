@@ -27,7 +27,7 @@ Extrapolation = Literal["none", "constant", "fitted"]
 
 CoordinatesFrom = Literal["weights", "none"]
 
-KvCacheDtype = Literal["auto", "bfloat16", "float8"]
+KvCacheDtype = Literal["auto", "same", "bfloat16", "float8"]
 
 SmallFreshness = Literal["fresh", "displaced"]
 """Whether a U-Net's halo rows and moments are those of this step or, like keys and values, of the one before."""
@@ -202,7 +202,8 @@ class OtilConfig:
     kv_cache_dtype: KvCacheDtype = setting(
         "auto",
         "HOW",
-        "How a rank keeps its copies of all patches: auto in the layer's own type, bfloat16, or float8 for bfloat16 "
+        "How a rank keeps its copies of all patches: auto for values in the layer's own type, with velocities in 8 "
+        "bits where that has 16; same for both in the layer's own type; bfloat16 for both in that; float8 for bfloat16 "
         "values with velocities in 8 bits.",
     )
     check: bool = setting(

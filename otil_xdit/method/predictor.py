@@ -36,7 +36,8 @@ class Predictor:
 
     The gain is 0 (``extrapolation="none"``), a constant (``"constant"``), or fitted (``"fitted"``): the least-squares
     fit of a rank's own change since the last step by its own velocity. So it follows schedulers whose steps differ in
-    size. A receiver does not know the senders' gains of this step yet, and predicts with its own.
+    size. A payload is coded, and carries, the gain that was fitted at the step before: so one pass over the values
+    gives their residuals, and what fits the next gain. What attention waits for is predicted with this step's.
 
     Args:
         like: one rank's keys and values of all layers, [L, 2, B, S, C]; gives shape, dtype and device.
@@ -104,7 +105,7 @@ class Predictor:
                 before = self._in_float32("velocity", velocity)
                 faster = self._scratch("moved", tuple(value.shape), torch.float32).copy_(values).sub_(value)
                 faster.sub_(before).div_(1 if age is None else age[:, None, None, :, None])
-                velocity.copy_(faster.add_(before))
+                self._keep_velocity(velocity, faster.add_(before))
             else:
                 velocity.zero_()
         value.copy_(values)
@@ -123,29 +124,40 @@ class Predictor:
             self._age[layer].fill_(1)
         self._known[layer] = True
 
-    def gain(self, layer: int, fresh: torch.Tensor) -> torch.Tensor:
+    def fitted_gain(self, layer: int, residual: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         """Return how far this rank's own values have moved since the last step, in velocities.
 
         Args:
             layer: of the L.
-            fresh: this rank's keys and values, [2, B, S, C].
+            residual: what a prediction of this rank's keys and values lacks, float32 [2, B, S, C].
+            gain: of that prediction, float32 [2].
 
         Returns:
             float32 [2], one for keys and one for values, in [0, 1.25].
         """
         if self.velocity is None or not self.is_fitted:
-            return torch.full((2,), self.constant_gain, device=fresh.device)
+            return torch.full((2,), self.constant_gain, device=residual.device)
         velocity = self._in_float32("velocity", self.velocity[layer, self._rank])
-        change = self._scratch("change", tuple(fresh.shape), torch.float32)
-        torch.sub(self._in_float32("fresh.float32", fresh), self.value[layer, self._rank], out=change)
-        along = change.mul_(velocity).sum(dim=(1, 2, 3))
+        along = torch.mul(residual, velocity, out=self._scratch("change", tuple(residual.shape), torch.float32))
         square = torch.linalg.vector_norm(velocity, dim=(1, 2, 3)).square_()
-        return along.div_(square.clamp_min_(1e-30)).clamp_(0, _MAX_GAIN)
+        return along.sum(dim=(1, 2, 3)).div_(square.clamp_min_(1e-30)).add_(gain).clamp_(0, _MAX_GAIN)
 
     def predict(self, layer: int, gain: torch.Tensor, out: torch.Tensor) -> None:
         """Write the prediction of all ranks' values for this step to `out`, [N, 2, B, S, C]; `gain` is [2]."""
         velocity = None if self.velocity is None else self.velocity[layer]
         self._moved(self.value[layer], velocity, gain.view(2, 1, 1, 1), out)
+
+    def residual_of(self, run: slice, fresh: torch.Tensor, gains: torch.Tensor, out: torch.Tensor) -> None:
+        """Write what the prediction lacks that the other ranks make of this rank's values, fresh - p.
+
+        Args:
+            run: layers.
+            fresh: this rank's keys and values, [l, 2, B, S, C].
+            gains: float32 [l, 2].
+            out: float32 [l, 2, B, S, C].
+        """
+        self.predict_own(run, gains, out)
+        torch.sub(fresh, out, out=out)
 
     def predict_own(self, run: slice, gains: torch.Tensor, out: torch.Tensor) -> None:
         """Write the prediction that the other ranks make of this rank's values once they have its gains.
@@ -290,17 +302,28 @@ class Predictor:
         if self.value.dtype != torch.float32:
             self.value[run].copy_(value)
         if self.velocity is not None and velocity is not None and self.velocity.dtype != torch.float32:
-            self.velocity[run].copy_(velocity)
+            self._keep_velocity(self.velocity[run], velocity)
+
+    @staticmethod
+    def _keep_velocity(kept: torch.Tensor, velocity: torch.Tensor) -> None:
+        """Round velocities, float32, to what they are kept as; may overwrite them."""
+        if kept.dtype.itemsize == 1:
+            largest = torch.finfo(kept.dtype).max  # beyond it they would become infinite
+            velocity = velocity.clamp_(-largest, largest)
+        kept.copy_(velocity)
 
 
 def storage_dtypes(kv_cache_dtype: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes that values and velocities are stored in.
 
+    Velocities of 8 bits are float8_e5m2, whose range needs no scale.
+
     Args:
-        kv_cache_dtype: ``auto`` for the layer's own, ``bfloat16``, or ``float8`` for bfloat16 values and velocities in
-            float8_e5m2, whose range needs no scale.
+        kv_cache_dtype: ``auto`` for values of the layer's own type, and velocities of 8 bits where that has 16, else of
+            that type, too; ``same`` for both in the layer's own; ``bfloat16`` for both in that; ``float8`` for bfloat16
+            values and velocities of 8 bits.
         dtype: the layer's.
     """
-    if kv_cache_dtype == "auto":
-        return dtype, dtype
-    return torch.bfloat16, torch.float8_e5m2 if kv_cache_dtype == "float8" else torch.bfloat16
+    value = dtype if kv_cache_dtype in ("auto", "same") else torch.bfloat16
+    is_short = kv_cache_dtype == "float8" or (kv_cache_dtype == "auto" and dtype.itemsize == 2)
+    return value, torch.float8_e5m2 if is_short else value

@@ -50,15 +50,24 @@ def run_of(passes: bool = True, text: str = "none", **settings: Any) -> dict[str
     run = OtilCommunicator(OtilConfig(**given, timeout=20.0), group, Seen)
     run.begin()
     run.clock.total = STEPS
+    fitted = []
     state, velocity = torch.randn(2, 2, 1, HEADS, TOKENS, SIZE, generator=torch.Generator().manual_seed(rank))
     for step in range(STEPS):
         run.observe(None, TokenLayout(ROWS, COLS, text=text))  # type: ignore[arg-type]  # a literal
         run.gather("a", *(state + (step + 0.3 * rank * step**1.5) * velocity))
+        if step >= OtilConfig.warmup_steps:
+            group, layer = run.kv.place_of("a")
+            fitted.append(group._copies.fitted[layer].numpy().tobytes())
         run.clock.tick()
     run.end()
     steady = run.report().sent_bytes["kv"]["steady"] / (STEPS - OtilConfig.warmup_steps)
     gains = [payload[:GAINS] for payload in Seen.payloads]
-    return {"gains": gains, "blocks": [payload[GAINS:][: 4 * SENT] for payload in Seen.payloads], "kv": steady}
+    return {
+        "gains": gains,
+        "fitted": fitted,
+        "blocks": [payload[GAINS:][: 4 * SENT] for payload in Seen.payloads],
+        "kv": steady,
+    }
 
 
 def on_each_rank() -> dict[str, Any]:
@@ -74,6 +83,12 @@ def same(ranks: list[dict[str, Any]], case: str, what: str) -> bool:
     one, other = (rank[case][what] for rank in ranks)
     assert len(one) == len(other) == STEPS - OtilConfig.warmup_steps
     return bool(one == other)
+
+
+@pytest.mark.parametrize("case", ["alone", "both", "displaced"])
+def test_a_payload_carries_the_gain_of_the_step_before(ranks: list[dict[str, Any]], case: str) -> None:
+    for found in (rank[case] for rank in ranks):
+        assert found["gains"][1:] == found["fitted"][:-1] and len(set(found["gains"])) > 1
 
 
 def test_both_passes_have_one_gain_and_one_selection(ranks: list[dict[str, Any]]) -> None:
@@ -93,4 +108,5 @@ def test_nothing_is_waited_for_where_ranks_may_not_meet_or_do_not_wait(ranks: li
 
 def test_what_is_agreed_on_is_counted(ranks: list[dict[str, Any]]) -> None:
     more = {name: ranks[0][name]["kv"] - ranks[0]["alone"]["kv"] for name in CASES}
-    assert more["both"] == GAINS + 4 * BLOCKS and more["text"] == GAINS and more["displaced"] == 0
+    first = GAINS / (STEPS - OtilConfig.warmup_steps)  # at the step before which none were fitted
+    assert more["both"] == first + GAINS + 4 * BLOCKS and more["text"] == first + GAINS and more["displaced"] == 0

@@ -14,7 +14,7 @@ from otil_xdit.method.codecs import CODECS
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.coordinates import AttentionWeights
 from otil_xdit.method.grid import TokenLayout
-from otil_xdit.method.predictor import Predictor
+from otil_xdit.method.predictor import Predictor, storage_dtypes
 from otil_xdit.method.scratch import ScratchBuffers
 from tests.support.ranks import run_ranks
 
@@ -50,6 +50,14 @@ def own(predictor: Predictor, gain: torch.Tensor) -> torch.Tensor:
     return out[0]
 
 
+def fitted(predictor: Predictor, fresh: torch.Tensor) -> torch.Tensor:
+    """Return the gain that fits this rank's values, by way of what a prediction with some other gain lacks."""
+    some = torch.tensor([[0.25, 0.5]]) if predictor.is_fitted else torch.full((1, 2), predictor.constant_gain)
+    residual = torch.empty(1, *SHAPE)
+    predictor.residual_of(ALL, fresh[None], some, residual)
+    return predictor.fitted_gain(0, residual[0], some[0])
+
+
 def ones_at(tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Residuals of 1 of the same tokens of both ranks, as levels and scales, and what says that they were sent."""
     sent = torch.zeros(1, 2, 6)
@@ -61,7 +69,7 @@ def test_straight_lines_are_predicted() -> None:
     predictor = make_predictor()
     predictor.set_values(0, everybody(0))
     predictor.set_values(0, everybody(1))
-    gain = predictor.gain(0, everybody(2)[0])
+    gain = fitted(predictor, everybody(2)[0])
     torch.testing.assert_close(gain, torch.ones(2))
     torch.testing.assert_close(predicted(predictor, gain), everybody(2))
     torch.testing.assert_close(own(predictor, gain), everybody(2)[0])
@@ -72,7 +80,7 @@ def test_the_gain_follows_the_size_of_the_step() -> None:
     predictor.set_values(0, everybody(0))
     predictor.set_values(0, everybody(1))
     for step, expected in ((1.5, 0.5), (1.0, 0.0), (0.0, 0.0), (9.0, 1.25)):
-        torch.testing.assert_close(predictor.gain(0, everybody(step)[0]), torch.full((2,), expected), atol=1e-5, rtol=0)
+        torch.testing.assert_close(fitted(predictor, everybody(step)[0]), torch.full((2,), expected), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def test_other_rules(settings: dict, expected: float) -> None:
     predictor = make_predictor(**settings)
     predictor.set_values(0, everybody(0))
     predictor.set_values(0, everybody(1))
-    torch.testing.assert_close(predicted(predictor, predictor.gain(0, everybody(2)[0])), everybody(expected))
+    torch.testing.assert_close(predicted(predictor, fitted(predictor, everybody(2)[0])), everybody(expected))
 
 
 def test_a_residual_corrects_value_and_velocity_by_its_age() -> None:
@@ -135,7 +143,7 @@ def test_the_gain_is_of_this_rank_s_values_whatever_their_size(rank: int, size: 
     predictor = make_predictor(rank=rank)
     for step in (0, 1):
         predictor.set_values(0, size * everybody(step))
-    gain = predictor.gain(0, size * everybody(1.75)[rank])
+    gain = fitted(predictor, size * everybody(1.75)[rank])
     torch.testing.assert_close(gain, torch.full((2,), 0.75), atol=1e-4, rtol=0)
     expected = size * everybody(1.75)[rank]
     torch.testing.assert_close(own(predictor, gain), expected, atol=1e-4 * size, rtol=0)
@@ -201,7 +209,36 @@ def test_values_of_some_tokens_leave_the_others_on_their_way() -> None:
     torch.testing.assert_close(predictor.velocity[0], slope)
 
 
-@pytest.mark.parametrize(("kv_cache_dtype", "share"), [("auto", 1.0), ("bfloat16", 0.5), ("float8", 0.375)])
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "dtype", "expected"),
+    [
+        ("auto", torch.float32, (torch.float32, torch.float32)),
+        ("auto", torch.float16, (torch.float16, torch.float8_e5m2)),
+        ("auto", torch.bfloat16, (torch.bfloat16, torch.float8_e5m2)),
+        ("same", torch.float16, (torch.float16, torch.float16)),
+        ("bfloat16", torch.float16, (torch.bfloat16, torch.bfloat16)),
+        ("float8", torch.float32, (torch.bfloat16, torch.float8_e5m2)),
+    ],
+)
+def test_what_copies_are_kept_in(
+    kv_cache_dtype: str, dtype: torch.dtype, expected: tuple[torch.dtype, torch.dtype]
+) -> None:
+    assert storage_dtypes(kv_cache_dtype, dtype) == expected
+
+
+def test_a_velocity_beyond_8_bits_is_the_largest_there_is() -> None:
+    predictor = make_predictor(kv_cache_dtype="float8")
+    for size in (0.0, 1e5, -1e5):
+        predictor.set_values(0, torch.full((2, *SHAPE), size))
+        assert predictor.velocity.float().isfinite().all()
+    levels, scales, sent = ones_at([0])
+    predictor.apply_residuals(ALL, torch.ones(1, 2, 2), -1e6 * levels, scales, sent)
+    assert predictor.velocity.float().min() == -57344
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "share"), [("auto", 1.0), ("same", 1.0), ("bfloat16", 0.5), ("float8", 0.375)]
+)
 def test_copies_take_less(kv_cache_dtype: str, share: float) -> None:
     full, less = make_predictor(ratio=1.0), make_predictor(ratio=1.0, kv_cache_dtype=kv_cache_dtype)
     sizes = [sum(tensor.nbytes for tensor in predictor.tensors) for predictor in (less, full)]
@@ -213,7 +250,7 @@ def random_settings(dice: random.Random, codec: str) -> dict:
         "codec": codec,
         "ratio": dice.choice([1 / 8, 1 / 3, 1 / 2, 1.0]),
         "extrapolation": dice.choice(["none", "constant", "fitted", "fitted"]),
-        "kv_cache_dtype": dice.choice(["auto", "bfloat16", "float8"]),
+        "kv_cache_dtype": dice.choice(["auto", "same", "bfloat16", "float8"]),
         "select": dice.choice(["kv-l2", "kv-cosine", "random"]),
         "score_reference": dice.choice(["prediction", "previous"]),
         "polling": dice.choice([0.0, 0.5]),

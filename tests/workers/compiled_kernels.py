@@ -49,7 +49,6 @@ HALF, FLOAT, BYTES, INT, LONG = "*fp16", "*fp32", "*u8", "*i32", "*i64"
 ALIGNED = {f"{of}_{step}" for of in ("key", "value") for step in ("image", "head", "token")} | {
     "whole_image",
     "tokens",
-    "layer_stride",
     "size",
     "rank_size",
 }
@@ -62,7 +61,6 @@ Kernel = tuple[Any, dict[str, str], dict[str, Any], int]
 def kernels(width: int) -> Iterator[Kernel]:
     """Yield every kernel, as the strategy otil launches it for so many features."""
     columns = triton.next_power_of_2(width)
-    given = {"velocity": HALF, "changes": HALF, "gains": FLOAT}
     yield from of_coordinates(width)
     yield from of_adaptive(width, columns)
     yield (
@@ -74,7 +72,7 @@ def kernels(width: int) -> Iterator[Kernel]:
     )
     yield (
         copies._correct,
-        {"value": HALF, "velocity": HALF, "received": BYTES, "slots": INT, "share": FLOAT}
+        {"value": HALF, "velocity": BYTES, "received": BYTES, "slots": INT, "share": FLOAT}
         | {"levels": FLOAT, "scales": FLOAT}
         | dict.fromkeys(("layers", "batch", "tokens", "size", "coded_at", "sent_tokens"), "i32")
         | {"constant": "fp32", "damping": "fp32"},
@@ -84,13 +82,13 @@ def kernels(width: int) -> Iterator[Kernel]:
     for of_number in (1, 2, 4, 8):
         yield (
             payloads._encode,
-            given
-            | {"payload": BYTES, "selected": LONG, "table": LONG, "scales": FLOAT, "borders": FLOAT}
-            | dict.fromkeys(("layer_stride", "batch", "tokens", "size", "indices_at", "coded_at", "count"), "i32")
+            {"residuals": HALF, "gains": FLOAT, "scales": FLOAT, "borders": FLOAT}
+            | {"payload": BYTES, "selected": LONG, "table": LONG}
+            | dict.fromkeys(("batch", "tokens", "size", "indices_at", "coded_at", "count"), "i32")
             | dict.fromkeys(("octave", "zero", "width_root", "step", "middle", "highest"), "fp32"),
             {"C": width, "T": 16, "BITS": of_number, "BYTES": columns * of_number // 8}
             | {"R": width * of_number // 8}
-            | {"MOVES": True, "FITTED": True, "SELECTED": True},
+            | {"FITTED": True, "SELECTED": True},
             4,
         )
     yield (
@@ -161,20 +159,23 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
     for follows in (False, True):
         yield (
             own._take_own,
-            dict.fromkeys(("key", "value", "copies", "velocities", "whole", "taken"), HALF)
-            | dict.fromkeys(("matrices", "sums", "totals", "numbers", "share", "scales"), FLOAT)
+            dict.fromkeys(("key", "value", "copies", "whole", "taken"), HALF)
+            | dict.fromkeys(("matrices", "before", "gains", "sums", "totals", "sizes", "numbers"), FLOAT)
+            | dict.fromkeys(("share", "scales"), FLOAT)
+            | {"velocities": BYTES}
             | {"payload": BYTES, "words": INT, "slots": INT, "constant": "fp32", "damping": "fp32"}
             | {f"{of}_{step}": "i32" for of in ("key", "value") for step in ("image", "head", "token")}
             | dict.fromkeys(("whole_image", "batch", "tokens", "heads"), "i32")
             | dict.fromkeys(("sent", "scales_at", "codes_at", "key_row", "value_row"), "i32"),
             constants
-            | {"COMPARES": True, "DIFFERS": True, "ATTENDS": True, "FOLLOWS": follows, "C": width, "FEATURES": 64}
+            | dict.fromkeys(("COMPARES", "DIFFERS", "SIZES", "ATTENDS"), True)
+            | {"FOLLOWS": follows, "C": width, "FEATURES": 64}
             | {"WIDTH": 3 * size, "BITS_AT": 16, "SIZE_AT": 20, "FITTED": True, "SELECTED": True},
             4,
         )
     yield (
         others._write_others,
-        {"copies": HALF, "velocities": HALF, "matrices": FLOAT, "totals": FLOAT, "out": HALF, "constant": "fp32"}
+        {"copies": HALF, "velocities": BYTES, "matrices": FLOAT, "totals": FLOAT, "gains": FLOAT, "out": HALF}
         | dict.fromkeys(("batch", "tokens", "heads", "ranks", "own", "count"), "i32"),
         constants | {"FITTED": True, "LARGEST": 1.25, "PARTS": 512},
         4,
@@ -182,7 +183,7 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
     switches = dict.fromkeys(("KNOWN", "AGED"), True)
     yield (
         gathered._set_coded,
-        dict.fromkeys(("value", "velocity", "out"), HALF)
+        {"value": HALF, "velocity": BYTES, "out": HALF}
         | dict.fromkeys(("age", "levels", "scales", "matrices"), FLOAT)
         | {"received": BYTES}
         | dict.fromkeys(("batch", "tokens", "size", "heads", "own"), "i32"),
@@ -191,7 +192,7 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
     )
     yield (
         gathered._set_gathered,
-        dict.fromkeys(("gathered", "value", "velocity", "out"), HALF)
+        {"gathered": HALF, "value": HALF, "velocity": BYTES, "out": HALF}
         | dict.fromkeys(("age", "matrices"), FLOAT)
         | dict.fromkeys(("batch", "tokens", "heads", "ranks"), "i32"),
         constants | switches,
@@ -200,28 +201,29 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
     for agreed in (0, 2):
         yield (
             choices._settle,
-            dict.fromkeys(("sums", "totals", "gains", "scores", "agreed"), FLOAT)
+            dict.fromkeys(("sums", "totals", "gains", "fitted", "scores", "agreed"), FLOAT)
             | {"table": LONG, "selected": LONG}
-            | dict.fromkeys(("parts", "tokens", "batch", "count", "blocks", "sent"), "i32")
-            | {"constant": "fp32"},
+            | dict.fromkeys(("parts", "tokens", "batch", "count", "blocks", "sent"), "i32"),
             {"T": 4, "SIDE": 4, "BLOCKS": 1024, "STEP": 256, "LARGEST": 1.25, "PARTS": 512, "BINS": 512}
             | {"RANKS": agreed, "SIZE": agreed * 513}
-            | dict.fromkeys(("FITTED", "MOVES", "SCORES", "PICKS"), True),
+            | dict.fromkeys(("FITTED", "SCORES", "PICKS"), True),
             8,
         )
 
 
 def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:
     """Yield the adaptive codec's kernels."""
-    given = {"velocity": HALF, "changes": HALF, "gains": FLOAT, "payload": BYTES, "selected": LONG}
-    sizes = dict.fromkeys(("layer_stride", "batch", "tokens", "size", "sent", "count"), "i32")
+    given = {"residuals": HALF, "gains": FLOAT, "payload": BYTES, "selected": LONG}
+    sizes = dict.fromkeys(("batch", "tokens", "size", "sent", "count"), "i32")
     places = dict.fromkeys(("codes_at", "scales_at", "key_row", "value_row"), "i32")
     word = {"BITS_AT": 16, "SIZE_AT": 20}
-    switches = {"MOVES": True, "FITTED": True, "SELECTED": True}
+    coded = {"FITTED": True, "SELECTED": True}
     yield (
         adaptive._measure_features,
-        given | {"table": LONG, "sizes_at": "i32"} | sizes | dict.fromkeys(("octave", "zero", "root"), "fp32"),
-        {"C": width, "FEATURES": 32, "ROWS": 64, "T": 4, "MOVES": True, "SELECTED": True},
+        {"sizes": FLOAT, "payload": BYTES}
+        | dict.fromkeys(("batch", "tiles", "size", "sizes_at"), "i32")
+        | dict.fromkeys(("octave", "zero", "root"), "fp32"),
+        {"C": width, "FEATURES": 32, "ROWS": 64},
         4,
     )
     yield (
@@ -231,7 +233,7 @@ def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:
         | sizes
         | places
         | {"octave": "fp32", "zero": "fp32"},
-        {"C": width, "COLUMNS": 512, "ROW": width // 4, "BYTES": 64, "VECTORS": 4, "T": 4} | word | switches,
+        {"C": width, "COLUMNS": 512, "ROW": width // 4, "BYTES": 64, "VECTORS": 4, "T": 4} | word | coded,
         4,
     )
     tiles, size = Tiles.of(2, 512), 64 if width < 2048 else 128
@@ -243,15 +245,17 @@ def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:
     ):
         yield (
             adaptive_copies._advance_adaptive,
-            {"value": HALF, "velocity": HALF, "received": BYTES, "slots": INT, "share": FLOAT, "words": INT}
-            | {"scales": FLOAT, "totals": FLOAT, "matrices": FLOAT, "out": HALF, "constant": "fp32", "damping": "fp32"}
+            {"value": HALF, "velocity": BYTES, "received": BYTES, "slots": INT, "share": FLOAT, "words": INT}
+            | dict.fromkeys(("scales", "totals", "gains", "matrices"), FLOAT)
+            | {"out": HALF, "constant": "fp32", "damping": "fp32"}
             | dict.fromkeys(("ranks", "layers", "batch", "tokens", "size", "rank_size", "sent"), "i32")
             | dict.fromkeys(("heads", "own", "count"), "i32")
             | places,
             {"C": width, "TURNS": True, "LARGEST": 1.25, "SUMS": 512}
             | part
             | word
-            | switches
+            | coded
+            | {"MOVES": True}
             | tiles.constants(width // size, size),
             4,
         )

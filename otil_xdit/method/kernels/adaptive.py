@@ -1,6 +1,6 @@
-"""What a rank sends of its keys and values in the adaptive codec: features measured, and residuals coded.
+"""What a rank sends of its keys and values in the adaptive codec: residuals coded, by how much features vary.
 
-`encode_adaptive` does what `Predictor.predict_own`, `PayloadCodec` and `AdaptiveCodec` do to fill a payload. How many
+`encode_adaptive` does what `PayloadCodec` and `AdaptiveCodec` do to fill a payload. How many
 bits a feature has is found by `otil_xdit.method.kernels.bits`, whose words and entries are read here.
 
 Shapes: l layers of a run; B batch, S tokens of this rank, C features, K sub-blocks of T tokens, k sent, m = k * T
@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 
 from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT, read_plans, step_of
-from otil_xdit.method.kernels.payloads import residual_of, scale_byte
-from otil_xdit.method.kernels.velocities import stored
+from otil_xdit.method.kernels.payloads import scale_byte
 
 _FEATURES = 32
-"""Features of a program that measures them: 64 bytes of a token in half precision."""
+"""Features of a program that adds up what is known of them."""
 
 _VECTORS = 4
 """Vectors that a program codes: what it knows of features is read for all of them at once."""
@@ -35,25 +34,18 @@ def _token_of(slot, inside, selected, table, layer, count, T: tl.constexpr, SELE
 
 @triton.jit
 def _measure_features(
-    velocity, changes, gains, payload, selected, table,
-    layer_stride, batch, tokens, size, sent, count, sizes_at, octave, zero, root,
-    C: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, MOVES: tl.constexpr,
-    SELECTED: tl.constexpr,
+    sizes, payload, batch, tiles, size, sizes_at, octave, zero, root,
+    C: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The sizes of some features of one layer's keys, or values, over all that is sent."""
+    """The sizes of some features of one layer's keys, or values, from all tiles' sums of squares."""
     kv, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
-    gain = tl.load(gains + layer * 2 + kv)
     total = tl.zeros((FEATURES,), tl.float32)
-    for start in range(0, batch * sent, ROWS):
-        vector = start + tl.arange(0, ROWS)
-        there = vector < batch * sent
-        token = _token_of(vector % sent, there, selected, table, layer, count, T, SELECTED)
-        row = ((kv * batch + vector // sent) * tokens + token)[:, None].to(tl.int64) * C + feature[None, :]
-        inside = there[:, None] & (feature < C)[None, :]
-        change_at = layer * 2 * batch * tokens * C + row
-        found = residual_of(velocity, changes, gain, layer * layer_stride + row, change_at, inside, MOVES)
-        total += tl.sum(found * found, 0)
+    for start in range(0, batch * tiles, ROWS):
+        one = start + tl.arange(0, ROWS)
+        row = (layer * tiles + one // batch) * 2 * batch + kv * batch + one % batch
+        inside = (one < batch * tiles)[:, None] & (feature < C)[None, :]
+        total += tl.sum(tl.load(sizes + row[:, None] * C + feature[None, :], mask=inside, other=0.0), 0)
     byte = scale_byte(tl.sqrt(total) / root, octave, zero, False)
     at = payload + layer * size + sizes_at + kv * C + feature
     tl.store(at, byte.to(tl.uint8), mask=feature < C)
@@ -61,11 +53,10 @@ def _measure_features(
 
 @triton.jit
 def _encode_adaptive(
-    velocity, changes, gains, payload, selected, table, words, entries, scales,
-    layer_stride, batch, tokens, size, sent, count, indices_at, scales_at, codes_at, key_row, value_row, octave, zero,
+    residuals, gains, payload, selected, table, words, entries, scales,
+    batch, tokens, size, sent, count, indices_at, scales_at, codes_at, key_row, value_row, octave, zero,
     C: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, BYTES: tl.constexpr, VECTORS: tl.constexpr,
-    T: tl.constexpr, BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr,
-    MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+    T: tl.constexpr, BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """Some vectors of a payload, of one layer's keys, or values, of one image."""
     kv_image, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -73,19 +64,16 @@ def _encode_adaptive(
     slot = tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)
     there = slot < sent
     out = payload + layer * size
-    gain = tl.load(gains + layer * 2 + kv)
     if FITTED:
         if tl.program_id(0) == 0 and kv_image % batch == 0:
-            tl.store(out.to(tl.pointer_type(tl.float32)) + kv, gain)
+            tl.store(out.to(tl.pointer_type(tl.float32)) + kv, tl.load(gains + layer * 2 + kv))
     token = _token_of(slot, there, selected, table, layer, count, T, SELECTED)
     if SELECTED:
         if kv_image == 0:
             block = tl.load(selected + layer * count + slot // T, mask=there, other=0)
             at = (out + indices_at).to(tl.pointer_type(tl.int32)) + slot // T
             tl.store(at, block.to(tl.int32), mask=there & (slot % T == 0))
-    row = (kv_image * tokens + token).to(tl.int64) * C
-    copy_at = layer * layer_stride + row
-    change_at = layer * tl.num_programs(1) * tokens * C + row
+    row = residuals + ((layer * tl.num_programs(1) + kv_image) * tokens + token).to(tl.int64) * C
     of_part = layer * 2 + kv
     square = tl.zeros((VECTORS,), tl.float32)
     coded = tl.zeros((COLUMNS,), tl.int32)
@@ -95,8 +83,7 @@ def _encode_adaptive(
         has_bits = ((word >> BITS_AT) & 15) > 0
         size_of = tl.load(scales + (word >> SIZE_AT), mask=has_bits, other=1.0)
         inside = there[:, None] & has_bits[None, :]
-        at = feature[None, :]
-        found = residual_of(velocity, changes, gain, copy_at[:, None] + at, change_at[:, None] + at, inside, MOVES)
+        found = tl.load(row[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
         found = found * (1.0 / size_of)[None, :]
         square += tl.sum(found * found, 1)
         coded += has_bits.to(tl.int32)
@@ -119,15 +106,7 @@ def _encode_adaptive(
         size_of = tl.load(scales + (entry >> SIZE_AT), mask=begins, other=1.0)
         feature = (entry & 0xFFFF)[None, :, :]
         inside = there[:, None, None] & begins[None, :, :]
-        found = residual_of(
-            velocity,
-            changes,
-            gain,
-            copy_at[:, None, None] + feature,
-            change_at[:, None, None] + feature,
-            inside,
-            MOVES,
-        )
+        found = tl.load(row[:, None, None] + feature, mask=inside, other=0.0).to(tl.float32)
         highest = (1 << bits) - 1
         middle = ((1 << bits) >> 1).to(tl.float32)
         factor = (1.0 / size_of) / tl.maximum(step_of(bits), 1e-9)
@@ -138,8 +117,8 @@ def _encode_adaptive(
 
 
 def launch_encode_adaptive(
-    velocity: torch.Tensor | None,
-    changes: torch.Tensor,
+    residuals: torch.Tensor,
+    sizes: torch.Tensor,
     gains: torch.Tensor,
     payload: torch.Tensor,
     selected: torch.Tensor | None,
@@ -155,13 +134,14 @@ def launch_encode_adaptive(
 ) -> None:
     """Fill the payloads of a run of layers: gains, the numbers of sub-blocks, and residuals in the adaptive codec.
 
-    Three launches: features are measured, their bits found from the bytes that say how large they are, and all coded.
+    Three launches: what is known of features is added up, their bits found from the bytes that say how large they are,
+    and residuals coded.
 
     Args:
-        velocity: this rank's of a run of layers, [l, 2, B, S, C], each layer's contiguous; None where nothing is
-            extrapolated.
-        changes: how far this rank's values are from their copies, [l, 2, B, S, C], contiguous.
-        gains: this rank's, float32 [l, 2].
+        residuals: what the others' prediction of this rank's values lacks, of a run of layers, [l, 2, B, S, C],
+            contiguous.
+        sizes: sums of its squares over some tokens each, float32 [l, tiles, 2 * B, C].
+        gains: of that prediction, float32 [l, 2].
         payload: uint8 [l, size].
         selected: sub-blocks that are sent, int64 [l, k], contiguous; None for all tokens.
         table: the tokens of each sub-block, int64 [K, T].
@@ -170,25 +150,23 @@ def launch_encode_adaptive(
         fitted: whether gains travel.
         upgrades, rows, octave, zero: of the codec; see `AdaptiveCodec.kernel_arguments`.
     """
-    layers, _, batch, tokens, width = changes.shape
+    layers, _, batch, tokens, width = residuals.shape
     count = 0 if selected is None else selected.shape[1]
     side, size = table.shape[1], payload.shape[1]
     sent = count * side or tokens
-    moves, chooses = velocity is not None, selected is not None
-    velocities, chosen = changes if velocity is None else stored(velocity), table if selected is None else selected
     sizes_at = coded_at + 2 * batch * sent
-    own = (velocities, changes, gains, payload, chosen, table)
     _measure_features[(triton.cdiv(width, _FEATURES), 2, layers)](
-        *own, velocities.stride(0), batch, tokens, size, sent, count, sizes_at, octave, zero, (batch * sent) ** 0.5,
-        C=width, FEATURES=_FEATURES, ROWS=64, T=side, MOVES=moves, SELECTED=chooses,
+        sizes, payload, batch, sizes.shape[1], size, sizes_at, octave, zero, (batch * tokens) ** 0.5,
+        C=width, FEATURES=_FEATURES, ROWS=64,
     )  # fmt: skip
     words, entries, _, _ = read_plans(payload[None], upgrades, sizes_at, rows, width, True, None, None, 0, 0, tokens)
     _encode_adaptive[(triton.cdiv(sent, _VECTORS), 2 * batch, layers)](
-        *own, words, entries, scales, velocities.stride(0), batch, tokens, size, sent, count, indices_at, coded_at,
+        residuals, gains, payload, table if selected is None else selected, table, words, entries, scales, batch,
+        tokens, size, sent, count, indices_at, coded_at,
         sizes_at + 2 * width, *rows, octave, zero,
         C=width, COLUMNS=min(512, triton.next_power_of_2(width)), ROW=entries.shape[3] // 8,
         BYTES=min(64, triton.next_power_of_2(max(rows))), VECTORS=_VECTORS, T=side, BITS_AT=BITS_AT, SIZE_AT=SIZE_AT,
-        MOVES=moves, FITTED=fitted, SELECTED=chooses,
+        FITTED=fitted, SELECTED=selected is not None,
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def follow_payload(
 
 @triton.jit
 def _advance_adaptive(
-    value, velocity, received, slots, share, words, scales, totals,
+    value, velocity, received, slots, share, words, scales, totals, gains,
     matrices, out, ranks, layers, batch, tokens, size, rank_size, sent, scales_at, codes_at, key_row, value_row,
     constant, damping, heads, own, count,
     C: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
@@ -93,8 +93,8 @@ def _advance_adaptive(
     """Some tokens of a part of the features, `WIDTH` wide, of one layer, rank, key or value, and image.
 
     received: uint8 [N, l, size], each rank's `rank_size` bytes after the last one's; slots, share: [l, N, S]; matrices,
-    out: of `otil_xdit.method.kernels.others`, where the corrected copies of other ranks go at once; totals: of
-    `ChangeSums`, by which these are extrapolated first if `PREDICTS`.
+    out: of `otil_xdit.method.kernels.others`, where the corrected copies of other ranks go at once; totals, gains: of
+    `fitted_gain`, by which these are extrapolated first if `PREDICTS`; gains alone if nothing is fitted.
     """
     tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     kv_image, corrected = tl.program_id(1), tl.num_programs(2) // layers
@@ -117,9 +117,11 @@ def _advance_adaptive(
     if WRITES:
         if rank != own:
             tl.debug_barrier()
-            ahead = constant
+            ahead = 0.0
             if PREDICTS and FITTED:
-                ahead = fitted_gain(totals, kv, count, LARGEST, SUMS)
+                ahead = fitted_gain(totals, gains, kv, count, LARGEST, SUMS)
+            elif PREDICTS:
+                ahead = tl.load(gains + kv)
             write_turned(
                 value, velocity, matrices, out, rank, kv_image, kv, part, token, batch, tokens, heads, ranks, ahead,
                 D, SPLIT, COLUMNS, CHUNK, ROWS, UNITS, TURNS, PREDICTS,
@@ -176,7 +178,7 @@ def launch_advance_adaptive(
     out: torch.Tensor | None,
     heads: int,
     totals: torch.Tensor | None,
-    predicts: bool,
+    gains: torch.Tensor | None,
 ) -> None:
     """Advance the copies of a run of layers by one step, with everybody's payloads.
 
@@ -191,8 +193,8 @@ def launch_advance_adaptive(
         own: this rank.
         matrices, out, heads: as for `otil_xdit.method.kernels.others.write_others`, to write the corrected copies of
             one layer there at once; nothing is written without `out`.
-        totals: one layer's of `ChangeSums`, which the gain is fitted by, where `predicts`.
-        predicts: whether these are extrapolated to the next step first.
+        totals: one layer's of `ChangeSums`, which the gain is fitted by, beginning with `gains`; None to take these.
+        gains: float32 [2], by which these are extrapolated to the next step first; None not to.
     """
     layers, ranks, _, batch, tokens, width = value.shape
     tiles = Tiles.of(batch, tokens)
@@ -202,15 +204,16 @@ def launch_advance_adaptive(
     corrected = {ALL: ranks, OWN: 1, OTHERS: ranks - 1}[whose]
     _advance_adaptive[(triton.cdiv(tokens, rows_each) * parts, 2 * batch, layers * corrected)](
         value, value if velocity is None else stored(velocity), received, slots, share, words, scales,
-        scales if totals is None else totals, value if matrices is None else matrices, value if out is None else out,
+        scales if totals is None else totals, scales if gains is None else gains,
+        value if matrices is None else matrices, value if out is None else out,
         ranks, layers, batch, tokens, received.stride(1), received.stride(0), sent, coded_at,
         coded_at + 2 * batch * sent + 2 * width, *rows, constant, damping, heads, own,
         0 if totals is None else totals.shape[1],
         C=width, FEATURES=features, TOKENS=rows_each, PARTS=parts,
         WIDTH=constants["UNITS"] // constants["SPLIT"] * constants["D"] if writes else width,
         BITS_AT=BITS_AT, SIZE_AT=SIZE_AT, MOVES=velocity is not None, FITTED=fitted, SELECTED=slots.numel() > 0,
-        WHOSE=whose, WRITES=writes, PREDICTS=predicts, TURNS=matrices is not None, **constants, LARGEST=LARGEST_GAIN,
-        SUMS=_PARTS, num_stages=1,
+        WHOSE=whose, WRITES=writes, PREDICTS=gains is not None, TURNS=matrices is not None, **constants,
+        LARGEST=LARGEST_GAIN, SUMS=_PARTS, num_stages=1,
         enable_fp_fusion=False,  # the same bits on all ranks, whatever compiled the kernel
     )  # fmt: skip
 

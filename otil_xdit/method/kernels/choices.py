@@ -1,8 +1,8 @@
 """What a rank decides before it sends: its gains, and which sub-blocks changed most.
 
-`settle` does what the second half of `Predictor.gain`, `l2_of_difference` and `TopKSelector.select` do, from the sums
-that `otil_xdit.method.kernels.own` leaves, or from what several ranks have found by them, as `PassAgreement.mean` does.
-With gain g a token's squared residual is the sum of ``d * d - 2 g d * u + g * g * u * u``.
+`settle` does what the second half of `Predictor.fitted_gain`, `l2_of_difference` and `TopKSelector.select` do, from the
+sums that `otil_xdit.method.kernels.own` leaves, or from what several ranks have found by them, as `PassAgreement.mean`
+does.
 
 Shapes: l layers of a run; B batch, S tokens of this rank, K sub-blocks of T tokens, k sent.
 """
@@ -58,25 +58,25 @@ def _mean(agreed, at, there, size, RANKS: tl.constexpr):
 
 @triton.jit
 def _settle(
-    sums, totals, gains, table, scores, selected, agreed, parts, tokens, batch, count, constant, blocks, sent,
+    sums, totals, gains, fitted, table, scores, selected, agreed, parts, tokens, batch, count, blocks, sent,
     T: tl.constexpr, SIDE: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr, LARGEST: tl.constexpr,
-    PARTS: tl.constexpr, BINS: tl.constexpr, FITTED: tl.constexpr, MOVES: tl.constexpr, SCORES: tl.constexpr,
+    PARTS: tl.constexpr, BINS: tl.constexpr, FITTED: tl.constexpr, SCORES: tl.constexpr,
     PICKS: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One layer.
 
-    sums, totals: of `ChangeSums`; gains: float32 [l, 2]; scores: float32 [l, K]; selected: int64 [l, k]; agreed:
-    float32 [RANKS, SIZE], where there are any, with l = 1.
+    sums, totals: of `ChangeSums`; gains, fitted: float32 [l, 2]; scores: float32 [l, K]; selected: int64 [l, k];
+    agreed: float32 [RANKS, SIZE], where there are any, with l = 1.
     """
     layer = tl.program_id(0).to(tl.int64)
-    keys, values = constant, constant
+    keys, values = tl.load(gains + layer * 2), tl.load(gains + layer * 2 + 1)
     if RANKS > 0:
         keys, values = _mean(agreed, 0, True, SIZE, RANKS), _mean(agreed, 1, True, SIZE, RANKS)
     elif FITTED:
-        keys = fitted_gain(totals + layer * 4 * count, 0, count, LARGEST, PARTS)
-        values = fitted_gain(totals + layer * 4 * count, 1, count, LARGEST, PARTS)
-    tl.store(gains + layer * 2, keys)
-    tl.store(gains + layer * 2 + 1, values)
+        keys = fitted_gain(totals + layer * 4 * count, gains + layer * 2, 0, count, LARGEST, PARTS)
+        values = fitted_gain(totals + layer * 4 * count, gains + layer * 2, 1, count, LARGEST, PARTS)
+    tl.store(fitted + layer * 2, keys)
+    tl.store(fitted + layer * 2 + 1, values)
     if SIZE > 2:
         for start in range(0, blocks, STEP):
             one = start + tl.arange(0, STEP)
@@ -92,15 +92,9 @@ def _settle(
             token = tl.load(table + block * T + lane, mask=there, other=0)
             change = tl.zeros((STEP, SIDE), tl.float32)
             for place in range(0, parts * images):
-                at = sums + layer * 3 * size + place * tokens + token
-                found = tl.load(at, mask=there, other=0.0)
-                if MOVES:
-                    gain = tl.where((place % images) < batch, keys, values)
-                    found -= 2.0 * gain * tl.load(at + size, mask=there, other=0.0)
-                    found += gain * gain * tl.load(at + 2 * size, mask=there, other=0.0)
-                change += found
+                change += tl.load(sums + layer * size + place * tokens + token, mask=there, other=0.0)
             one = start + tl.arange(0, STEP)
-            tl.store(scores + layer * blocks + one, tl.maximum(tl.sum(change, 1), 0.0), mask=one < blocks)
+            tl.store(scores + layer * blocks + one, tl.sum(change, 1), mask=one < blocks)
     if PICKS:
         tl.debug_barrier()
         block = tl.arange(0, BLOCKS)
@@ -115,26 +109,23 @@ def launch_settle(
     sums: torch.Tensor,
     totals: torch.Tensor,
     gains: torch.Tensor,
+    fitted: torch.Tensor,
     scores: torch.Tensor,
-    table: torch.Tensor,
-    batch: int,
-    moves: bool,
-    fitted: bool,
-    constant: float,
+    table: torch.Tensor | None,
+    fits: bool,
     count: int,
     agreed: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Find the gains of a run of layers, and the sub-blocks that are sent of them.
+    """Find the gains that fit a run of layers best, and the sub-blocks that are sent of them.
 
     Args:
         sums, totals: the layers' of `ChangeSums`.
-        gains: become the gains of keys and values, float32 [l, 2].
+        gains: that these were found with, of keys and values, float32 [l, 2].
+        fitted: become those that fit, [l, 2].
         scores: become each sub-block's squared distance from what the others predict, float32 [l, K]; without numbers
             where nothing is compared.
-        table: the tokens of each sub-block, int64 [K, T].
-        batch: B.
-        moves: whether copies are extrapolated.
-        fitted: whether by a fitted gain; otherwise it is `constant`.
+        table: the tokens of each sub-block, int64 [K, T]; None where nothing is compared.
+        fits: whether gains are fitted; otherwise they stay.
         count: how many of the most changed are selected, k of `MOST_BLOCKS` at most, in the order of their numbers; 0
             for none.
         agreed: the gains of one layer that some ranks have found, float32 [R, 2], or their gains and scores, [R, 2 +
@@ -143,22 +134,23 @@ def launch_settle(
     Returns:
         The selected sub-blocks, int64 [l, k].
     """
-    layers, _, parts, _, tokens = sums.shape
-    blocks, side = table.shape
+    layers, parts, images, tokens = sums.shape
+    blocks, side = (1, 1) if table is None else table.shape
     selected = torch.empty(layers, count, dtype=torch.int64, device=sums.device)
     lanes = triton.next_power_of_2(side)
     step = min(triton.next_power_of_2(blocks), max(1, _TOKENS // lanes))
     _settle[(layers,)](
-        sums, totals, gains, table, scores, selected, gains if agreed is None else agreed, parts, tokens, batch,
-        totals.shape[2], constant, blocks, count, T=side, SIDE=lanes, BLOCKS=triton.next_power_of_2(blocks), STEP=step,
-        LARGEST=LARGEST_GAIN, PARTS=_PARTS, BINS=512, FITTED=fitted, MOVES=moves, SCORES=scores.numel() > 0,
-        PICKS=count > 0, RANKS=0 if agreed is None else agreed.shape[0], SIZE=0 if agreed is None else agreed.shape[1],
+        sums, totals, gains, fitted, selected if table is None else table, scores, selected,
+        gains if agreed is None else agreed, parts, tokens, images // 2, totals.shape[2], blocks, count,
+        T=side, SIDE=lanes, BLOCKS=triton.next_power_of_2(blocks), STEP=step, LARGEST=LARGEST_GAIN, PARTS=_PARTS,
+        BINS=512, FITTED=fits, SCORES=scores.numel() > 0, PICKS=count > 0,
+        RANKS=0 if agreed is None else agreed.shape[0], SIZE=0 if agreed is None else agreed.shape[1],
         num_warps=8,
     )  # fmt: skip
     return selected
 
 
-settle = torch.library.custom_op("otil_xdit::settle", launch_settle, mutates_args=("gains", "scores"))
+settle = torch.library.custom_op("otil_xdit::settle", launch_settle, mutates_args=("fitted", "scores"))
 """`launch_settle`, as an operator of torch."""
 
 
@@ -167,12 +159,10 @@ def _(
     sums: torch.Tensor,
     totals: torch.Tensor,
     gains: torch.Tensor,
+    fitted: torch.Tensor,
     scores: torch.Tensor,
-    table: torch.Tensor,
-    batch: int,
-    moves: bool,
-    fitted: bool,
-    constant: float,
+    table: torch.Tensor | None,
+    fits: bool,
     count: int,
     agreed: torch.Tensor | None,
 ) -> torch.Tensor:

@@ -21,8 +21,11 @@ _PARTS = 512
 
 
 @triton.jit
-def fitted_gain(totals, kv, count, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the gain of keys, or values: how far they moved along their velocity; totals: float32 [2, count, 2]."""
+def fitted_gain(totals, gains, kv, count, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the gain of keys, or values: how far they moved along their velocity.
+
+    totals: float32 [2, count, 2], of what a prediction with `gains`, [2], lacks.
+    """
     along = tl.zeros((BLOCK,), tl.float32)
     speed = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
@@ -30,7 +33,7 @@ def fitted_gain(totals, kv, count, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
         at = totals + (kv * count + lane) * 2
         along += tl.load(at, mask=lane < count, other=0.0)
         speed += tl.load(at + 1, mask=lane < count, other=0.0)
-    found = tl.sum(along, 0) / tl.maximum(tl.sum(speed, 0), 1e-30)
+    found = tl.load(gains + kv) + tl.sum(along, 0) / tl.maximum(tl.sum(speed, 0), 1e-30)
     return tl.minimum(tl.maximum(found, 0.0), LARGEST)
 
 
@@ -74,23 +77,26 @@ def write_turned(
 
 @triton.jit
 def _write_others(
-    copies, velocities, matrices, totals, out, batch, tokens, heads, ranks, own, count, constant,
+    copies, velocities, matrices, totals, gains, out, batch, tokens, heads, ranks, own, count,
     D: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr, TURNS: tl.constexpr, MOVES: tl.constexpr, FITTED: tl.constexpr, LARGEST: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of some heads of one rank's keys, or values, of one image.
 
-    copies, velocities: [N, 2, B, S, C]; matrices: float32 [2, H, d, d]; totals: of `ChangeSums`; out: [2, B, N, S, C].
+    copies, velocities: [N, 2, B, S, C]; matrices: float32 [2, H, d, d]; totals: of `ChangeSums`; gains: [2]; out:
+    [2, B, N, S, C].
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     other, kv_image = tl.program_id(2) // (2 * batch), tl.program_id(2) % (2 * batch)
     rank = other + (other >= own).to(tl.int32)
     kv = kv_image // batch
     row = tile * ROWS + tl.arange(0, ROWS)
-    gain = constant
+    gain = 0.0
     if FITTED:
-        gain = fitted_gain(totals, kv, count, LARGEST, PARTS)
+        gain = fitted_gain(totals, gains, kv, count, LARGEST, PARTS)
+    elif MOVES:
+        gain = tl.load(gains + kv)
     write_turned(
         copies, velocities, matrices, out, rank, kv_image, kv, part, row, batch, tokens, heads, ranks, gain,
         D, SPLIT, COLUMNS, CHUNK, ROWS, UNITS, TURNS, MOVES,
@@ -102,7 +108,7 @@ def launch_write_others(
     velocities: torch.Tensor | None,
     matrices: torch.Tensor | None,
     totals: torch.Tensor | None,
-    constant: float,
+    gains: torch.Tensor | None,
     out: torch.Tensor,
     heads: int,
     own: int,
@@ -112,7 +118,8 @@ def launch_write_others(
     Args:
         copies, velocities: of one layer, [N, 2, B, S, C]; no velocities to take the copies as they are.
         matrices: of `Coordinates.back`, float32 [2, H, d, d]; None where copies are keys and values themselves.
-        totals: one layer's of `ChangeSums`, which the gain is fitted by; None for `constant`.
+        totals: one layer's of `ChangeSums`, which the gain is fitted by, beginning with `gains`; None to take these.
+        gains: float32 [2]; None without velocities.
         out: [2, B, N, S, C], contiguous; this rank's part is left as it is.
         heads: H.
         own: this rank.
@@ -121,8 +128,8 @@ def launch_write_others(
     tiles = Tiles.of(batch, tokens)
     _write_others[(tiles.tiles, tiles.parts, (ranks - 1) * tiles.images)](
         copies, copies if velocities is None else stored(velocities), copies if matrices is None else matrices,
-        copies if totals is None else totals, out, batch, tokens, heads, ranks, own,
-        0 if totals is None else totals.shape[1], constant,
+        copies if totals is None else totals, copies if gains is None else gains, out,
+        batch, tokens, heads, ranks, own, 0 if totals is None else totals.shape[1],
         **tiles.constants(heads, width // heads), TURNS=matrices is not None, MOVES=velocities is not None,
         FITTED=totals is not None, LARGEST=LARGEST_GAIN, PARTS=_PARTS, num_stages=1,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """A rank's own keys and values, read once: for attention, for the payload and for what they tell of their change.
 
-`take_own` does what copies of keys and values, `Coordinates.into`, `Predictor.gain` and the first half of a change
-score do, and sums the numbers, so that NaN among them is found. The copies that all this is compared with may have to
-follow a payload first, as in `otil_xdit.method.kernels.adaptive_copies`.
+`take_own` does what copies of keys and values, `Coordinates.into` and `Predictor.residual_of` do, and leaves sums for
+`otil_xdit.method.kernels.choices` and `otil_xdit.method.kernels.adaptive`. It sums the numbers, too, so that NaN among
+them is found. The copies that all this is compared with may have to follow a payload first, as in
+`otil_xdit.method.kernels.adaptive_copies`.
 
 Shapes: N patches, B batch, H heads, S tokens of this rank, d features of a head, C = H * d.
 """
@@ -21,20 +22,21 @@ from otil_xdit.method.kernels.velocities import load_velocity, stored
 
 @triton.jit
 def _take_own(
-    key, value, matrices, copies, velocities, whole, taken, sums, totals, numbers,
+    key, value, matrices, copies, velocities, before, gains, whole, taken, sums, totals, sizes, numbers,
     payload, words, slots, share, scales,
     key_image, key_head, key_token, value_image, value_head, value_token, whole_image, batch, tokens, heads,
     sent, scales_at, codes_at, key_row, value_row, constant, damping,
     D: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
-    TURNS: tl.constexpr, COMPARES: tl.constexpr, DIFFERS: tl.constexpr, MOVES: tl.constexpr, ATTENDS: tl.constexpr,
-    FOLLOWS: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, BITS_AT: tl.constexpr,
-    SIZE_AT: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+    TURNS: tl.constexpr, COMPARES: tl.constexpr, DIFFERS: tl.constexpr, MOVES: tl.constexpr, SIZES: tl.constexpr,
+    ATTENDS: tl.constexpr, FOLLOWS: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
+    BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of some heads of one image's keys, or values.
 
-    key, value: [B, H, S, d]; matrices: float32 [2, H, d, d]; copies, velocities, taken: [2, B, S, C]; whole: this
-    rank's part of [2, B, N, S, C]; sums, totals, numbers: one layer's of `ChangeSums`; others of `follow_payload`.
+    key, value: [B, H, S, d]; matrices: float32 [2, H, d, d]; copies, velocities, taken: [2, B, S, C]; before, gains:
+    float32 [2]; whole: this rank's part of [2, B, N, S, C]; sums, totals, numbers: one layer's of `ChangeSums`; sizes:
+    float32 [tiles, 2 * B, C]; others of `follow_payload`.
     """
     tile, part, kv_image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv, image = kv_image // batch, (kv_image % batch).to(tl.int64)
@@ -54,6 +56,11 @@ def _take_own(
             C, FEATURES, ROWS, BITS_AT, SIZE_AT, MOVES, FITTED, SELECTED,
         )  # fmt: skip
         tl.debug_barrier()  # the program's other threads read what it has written
+    gain = 0.0
+    if MOVES:
+        gain = tl.load(before + kv)
+        if tile == 0 and part == 0 and image == 0:
+            tl.store(gains + kv, gain)
     own = (kv_image.to(tl.int64) * tokens + row[:, None]) * (heads * D)
     attended = whole + kv_image.to(tl.int64) * whole_image + row[:, None].to(tl.int64) * (heads * D)
     square = tl.zeros((ROWS,), tl.float32)
@@ -82,14 +89,20 @@ def _take_own(
         place = own + head * D + column[None, :]
         change = found
         if COMPARES or DIFFERS:
-            change = tl.where(there, found - tl.load(copies + place, mask=there, other=0.0).to(tl.float32), 0.0)
+            change = found - tl.load(copies + place, mask=there, other=0.0).to(tl.float32)
+            if MOVES:
+                velocity = load_velocity(velocities, place, there)
+                change -= velocity * gain
+            change = tl.where(there, change, 0.0)
         tl.store(taken + place, (change if DIFFERS else found).to(taken.dtype.element_ty), mask=there)
         if COMPARES:
             square += tl.sum(change * change, 1)
             if MOVES:
-                velocity = load_velocity(velocities, place, there)
                 along += tl.sum(change * velocity, 1)
                 speed += tl.sum(velocity * velocity, 1)
+        if SIZES:
+            at = sizes + (tile * tl.num_programs(2) + kv_image).to(tl.int64) * (heads * D) + head * D + column
+            tl.store(at, tl.sum(change * change, 0), mask=column < D)
     parts, images, tiles = tl.num_programs(1), tl.num_programs(2), tl.num_programs(0)
     program = (kv_image * parts + part) * tiles + tile
     tl.store(numbers + program, tl.sum(total, 0))
@@ -97,9 +110,6 @@ def _take_own(
         of_token = (part * images + kv_image) * tokens + row
         tl.store(sums + of_token, square, mask=inside)
         if MOVES:
-            size = parts * images * tokens
-            tl.store(sums + size + of_token, along, mask=inside)
-            tl.store(sums + 2 * size + of_token, speed, mask=inside)
             tl.store(totals + program * 2, tl.sum(along, 0))
             tl.store(totals + program * 2 + 1, tl.sum(speed, 0))
 
@@ -108,14 +118,17 @@ def launch_take_own(
     key: torch.Tensor,
     value: torch.Tensor,
     matrices: torch.Tensor | None,
-    copies: torch.Tensor | None,
-    velocities: torch.Tensor | None,
     whole: torch.Tensor | None,
     taken: torch.Tensor,
-    sums: torch.Tensor | None,
-    totals: torch.Tensor | None,
     numbers: torch.Tensor,
     differs: bool,
+    copies: torch.Tensor | None = None,
+    velocities: torch.Tensor | None = None,
+    before: torch.Tensor | None = None,
+    gains: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
+    totals: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
     received: torch.Tensor | None = None,
     words: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
@@ -133,12 +146,17 @@ def launch_take_own(
     Args:
         key, value: [B, H, S, d], a head's features next to each other.
         matrices: of `Coordinates.into`, float32 [2, H, d, d]; None to take the features as they are.
-        copies, velocities: what the others know, [2, B, S, C], contiguous; None where there is nothing to compare with,
-            or nothing is extrapolated.
         whole: becomes keys and values, a part of [2, B, N, S, C], [2, B, S, C]; None to leave it.
         taken: becomes what is coded of them, [2, B, S, C], contiguous.
-        sums, totals, numbers: become one layer's of `ChangeSums`; the first two may not be wanted.
-        differs: whether `taken` becomes how far they are from the copies, instead.
+        numbers: becomes one layer's of `ChangeSums`.
+        differs: whether `taken` becomes what the others' prediction of them lacks, instead.
+        copies, velocities: what the others know, [2, B, S, C], contiguous; None where there is nothing to compare with,
+            or nothing is extrapolated.
+        before: the gains of that prediction, float32 [2]; read with velocities.
+        gains: become these, [2]; written with velocities.
+        sums, totals: become one layer's of `ChangeSums`; None where they are not wanted.
+        sizes: becomes sums of squares of what the prediction lacks of each feature, over a tile's tokens, float32
+            [tiles, 2 * B, C]; None where they are not wanted.
         received: this rank's payload, which the copies follow first, uint8 [size]; None where they have.
         words, slots, share: this rank's of `otil_xdit.method.kernels.adaptive_copies.launch_read_adaptive`.
         scales, coded_at, sent, fitted, constant, damping, rows: as for `launch_advance_adaptive` there.
@@ -148,15 +166,17 @@ def launch_take_own(
     tiles = Tiles.of(batch, tokens)
     constants, strides = tiles.constants(heads, size), (*key.stride()[:3], *value.stride()[:3])
     width, nothing = heads * size, numbers
+    told = [nothing if part is None else part for part in (before, gains)]
+    found = [nothing if part is None else part for part in (sums, totals, sizes)]
     coded = [nothing if part is None else part for part in (received, words, slots, share, scales)]
     _take_own[tiles.grid](
         key, value, taken if matrices is None else matrices, taken if copies is None else copies,
-        taken if velocities is None else stored(velocities), taken if whole is None else whole, taken,
-        numbers if sums is None else sums, numbers if totals is None else totals, numbers,
-        *coded, *strides, 0 if whole is None else whole.stride(1), batch, tokens, heads,
+        taken if velocities is None else stored(velocities), *told, taken if whole is None else whole, taken,
+        *found, numbers, *coded, *strides, 0 if whole is None else whole.stride(1), batch, tokens, heads,
         sent, coded_at, coded_at + 2 * batch * sent + 2 * width, *(rows or (0, 0)), constant, damping,
         **constants, TURNS=matrices is not None, COMPARES=sums is not None,
-        DIFFERS=differs, MOVES=velocities is not None, ATTENDS=whole is not None, FOLLOWS=received is not None,
+        DIFFERS=differs, MOVES=velocities is not None, SIZES=sizes is not None, ATTENDS=whole is not None,
+        FOLLOWS=received is not None,
         C=width, FEATURES=64, WIDTH=constants["UNITS"] // constants["SPLIT"] * size, BITS_AT=BITS_AT, SIZE_AT=SIZE_AT,
         FITTED=fitted, SELECTED=slots is not None and slots.numel() > 0, num_stages=1,
         enable_fp_fusion=False,  # copies are to have the same bits on all ranks
@@ -166,7 +186,7 @@ def launch_take_own(
 take_own = torch.library.custom_op(
     "otil_xdit::take_own",
     launch_take_own,
-    mutates_args=("copies", "velocities", "whole", "taken", "sums", "totals", "numbers"),
+    mutates_args=("whole", "taken", "numbers", "copies", "velocities", "gains", "sums", "totals", "sizes"),
 )
 """`launch_take_own`, as an operator of torch."""
 

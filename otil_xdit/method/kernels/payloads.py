@@ -1,6 +1,6 @@
 """What a rank sends of its keys and values: residuals, quantised and packed, in equally many bits for every number.
 
-`encode_residuals` does what `Predictor.predict_own`, `PayloadCodec` and `Quantised` do to fill a payload.
+`encode_residuals` does what `PayloadCodec` and `Quantised` do to fill a payload.
 
 Shapes: l layers of a run; B batch, S tokens of this rank, C features, K sub-blocks of T tokens, k sent, m = k * T
 tokens, R bytes of a vector's codes.
@@ -12,20 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from otil_xdit.method.kernels.velocities import load_velocity, stored
-
 _LARGEST_STEP = tl.constexpr(127.0)
 _SMALLEST_STEP = tl.constexpr(-128.0)
 """Bounds of a scale's byte, less the byte of scale 1."""
-
-
-@triton.jit
-def residual_of(velocity, changes, gain, at, change_at, inside, MOVES: tl.constexpr):
-    """Return change - gain * velocity, float32."""
-    found = tl.load(changes + change_at, mask=inside, other=0.0).to(tl.float32)
-    if MOVES:
-        found -= load_velocity(velocity, at, inside) * gain
-    return found
 
 
 @triton.jit
@@ -39,20 +28,18 @@ def scale_byte(spread, octave, zero, UPWARDS: tl.constexpr):
 
 @triton.jit
 def _encode(
-    velocity, changes, gains, payload, selected, table, scales, borders,
-    layer_stride, batch, tokens, size, indices_at, coded_at, count, octave, zero, width_root,
+    residuals, gains, payload, selected, table, scales, borders,
+    batch, tokens, size, indices_at, coded_at, count, octave, zero, width_root,
     step, middle, highest,
     C: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, R: tl.constexpr,
-    MOVES: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+    FITTED: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """One vector of a payload: payload, uint8 [l, size]; selected, int64 [l, k]."""
     slot, kv_image, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     out = payload + layer.to(tl.int64) * size
-    gain = 0.0
-    if MOVES or FITTED:
-        gain = tl.load(gains + layer * 2 + kv_image // batch)
     if FITTED:
         if slot == 0 and kv_image % batch == 0:
+            gain = tl.load(gains + layer * 2 + kv_image // batch)
             tl.store(out.to(tl.pointer_type(tl.float32)) + kv_image // batch, gain)
     token = slot.to(tl.int64)
     if SELECTED:
@@ -64,10 +51,8 @@ def _encode(
     lane = tl.arange(0, PER)[None, :]
     column = tl.arange(0, BYTES)[:, None] * PER + lane
     inside = column < C
-    row = (kv_image.to(tl.int64) * tokens + token) * C
-    at = layer.to(tl.int64) * layer_stride + row + column
-    change_at = layer * tl.num_programs(1).to(tl.int64) * tokens * C + row + column
-    residual = residual_of(velocity, changes, gain, at, change_at, inside, MOVES)
+    row = ((layer * tl.num_programs(1) + kv_image).to(tl.int64) * tokens + token) * C
+    residual = tl.load(residuals + row + column, mask=inside, other=0.0).to(tl.float32)
     if BITS == 8:
         spread = tl.max(tl.max(tl.abs(residual), 1), 0)
     else:
@@ -91,8 +76,7 @@ def _encode(
 
 
 def launch_encode_residuals(
-    velocity: torch.Tensor | None,
-    changes: torch.Tensor,
+    residuals: torch.Tensor,
     gains: torch.Tensor | None,
     payload: torch.Tensor,
     selected: torch.Tensor | None,
@@ -112,10 +96,8 @@ def launch_encode_residuals(
     """Fill the payloads of a run of layers: gains, the numbers of sub-blocks, scales and codes of residuals.
 
     Args:
-        velocity: this rank's of a run of layers, [l, 2, B, S, C], each layer's contiguous; None where nothing is
-            extrapolated.
-        changes: how far this rank's values are from their copies, [l, 2, B, S, C], contiguous.
-        gains: this rank's, float32 [l, 2]; None where nothing is extrapolated.
+        residuals: what the others' prediction of this rank's values lacks, [l, 2, B, S, C], contiguous.
+        gains: of that prediction, float32 [l, 2]; None where they do not travel.
         table: the tokens of each sub-block, int64 [K, T].
         payload: uint8 [l, size].
         selected: sub-blocks that are sent, int64 [l, k], contiguous; None for all tokens.
@@ -125,18 +107,17 @@ def launch_encode_residuals(
         fitted: whether gains travel.
         bits, octave, zero, step, middle, highest: of the codec; see `otil_xdit.method.codec.Quantised`.
     """
-    layers, _, batch, tokens, width = changes.shape
+    layers, _, batch, tokens, width = residuals.shape
     count = 0 if selected is None else selected.shape[1]
     side = table.shape[1]
     row = -(-width * bits // 8)
-    velocities = changes if velocity is None else stored(velocity)
     _encode[(count * side or tokens, 2 * batch, layers)](
-        velocities, changes, scales if gains is None else gains, payload,
+        residuals, scales if gains is None else gains, payload,
         table if selected is None else selected, table, scales, borders,
-        velocities.stride(0), batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
+        batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
         step, middle, highest,
         C=width, T=side, BITS=bits, BYTES=triton.next_power_of_2(row), R=row,
-        MOVES=velocity is not None, FITTED=fitted, SELECTED=selected is not None,
+        FITTED=fitted, SELECTED=selected is not None,
     )  # fmt: skip
 
 

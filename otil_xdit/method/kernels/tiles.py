@@ -67,11 +67,11 @@ class Tiles:
 class ChangeSums:
     """What is known of how a rank's keys and values of L layers changed, once a kernel has read them.
 
-    With d the difference of a number from its copy, and u the copy's velocity.
+    With r what the prediction of a number lacks, and u the velocity of its copy.
 
     Attributes:
-        tokens: sums of d * d, d * u and u * u over a token's heads of a part, float32 [L, 3, parts, 2 * B, S].
-        totals: sums of d * u and u * u over what a program read, float32 [L, 2, programs / 2, 2], keys first.
+        tokens: sums of r * r over a token's heads of a part, float32 [L, parts, 2 * B, S].
+        totals: sums of r * u and u * u over what a program read, float32 [L, 2, programs / 2, 2], keys first.
         numbers: sums of the keys and values that a program read, float32 [L, programs]: NaN or Inf if one was.
     """
 
@@ -87,7 +87,7 @@ class ChangeSums:
         def room(*shape: int) -> torch.Tensor:
             return torch.zeros(layers, *shape, dtype=torch.float32, device=device)
 
-        return cls(room(3, tiles.parts, tiles.images, tokens), room(2, tiles.programs // 2, 2), room(tiles.programs))
+        return cls(room(tiles.parts, tiles.images, tokens), room(2, tiles.programs // 2, 2), room(tiles.programs))
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+_LARGEST = tl.constexpr(57344.0)
+"""Of float8_e5m2."""
+
 
 def stored(velocity: torch.Tensor) -> torch.Tensor:
     """Return velocities as kernels take them: as bytes where they have 8 bits."""
@@ -26,8 +29,9 @@ def load_velocity(velocity, at, inside):
 
 @triton.jit
 def store_velocity(velocity, at, found, inside):
-    """Write velocities, float32, rounded to the nearest."""
+    """Write velocities, float32, rounded to the nearest; of 8 bits the largest where they would become infinite."""
     if velocity.dtype.element_ty == tl.uint8:
+        found = tl.minimum(tl.maximum(found, -_LARGEST), _LARGEST)
         bits = found.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         found = (bits + 127 + ((bits >> 8) & 1)) >> 8
     tl.store(velocity + at, found.to(velocity.dtype.element_ty), mask=inside)
