@@ -70,15 +70,15 @@ class ArrivedPayloads:
         """Have the other ranks' copies of a layer follow, and do what `KVCopies.write` does."""
         self._follow_others(layer, self._transform.writing(layer, out))
 
-    def write_predicted(self, layer: int, out: torch.Tensor) -> bool:
-        """Have the other ranks' copies of a layer follow, and do what `KVCopies.write_predicted` does.
+    def write_predicted(self, layer: int, out: torch.Tensor, extrapolating: dict[str, Any]) -> bool:
+        """Have the other ranks' copies of a layer follow, and do what `KVResiduals.write_predicted` does.
 
         Returns:
             Whether anything of that layer had arrived; otherwise nothing is done.
         """
         if layer not in self._by_layer or self._by_layer[layer].whose == "own":
             return False
-        self._follow_others(layer, {**self._transform.writing(layer, out), **self._copies.extrapolating(layer)})
+        self._follow_others(layer, {**self._transform.writing(layer, out), **extrapolating})
         return True
 
     def settle(self, run: slice | None = None) -> None:

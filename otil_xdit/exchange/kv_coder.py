@@ -19,6 +19,7 @@ from otil_xdit.exchange.kv_arrived import ArrivedPayloads
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_kernels import PayloadKernels
 from otil_xdit.exchange.kv_payload import PayloadCodec
+from otil_xdit.exchange.kv_residuals import KVResiduals
 from otil_xdit.exchange.kv_selection import KVSelection
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.exchange.pass_agreement import PassAgreement
@@ -55,7 +56,8 @@ class KVCoder:
     ) -> None:
         self._transform, self._copies, self._table = transform, copies, table
         self._config, self._scratch, self._agreement = config, scratch, agreement
-        self._selection = KVSelection(transform, copies, table, config, selector, scratch)
+        self._residuals = KVResiduals(transform, copies, config, scratch)
+        self._selection = KVSelection(transform, self._residuals, table, config, selector, scratch)
         self._codec = PayloadCodec(transform.shape, transform.dtype, table, config, scratch)
         self._layout = self._codec.layout
         codec = make_codec(config.codec, transform.dtype)
@@ -68,6 +70,7 @@ class KVCoder:
         """Make the buffers of L layers, the first of which is called `name`."""
         device = self._scratch.device
         self._name = f"layer {name}" if layers == 1 else f"one of {layers} layers from {name}"
+        self._residuals.allocate(layers)
         self._selection.allocate(name, layers)
         self._payload = torch.zeros(layers, self.payload_size, dtype=torch.uint8, device=device)
         self._codec.allocate(layers, self._transform.ranks)
@@ -77,6 +80,7 @@ class KVCoder:
         self._errors = None
         self._is_settled = False
         self._arrived.clear()
+        self._residuals.begin()
         self._selection.begin()
 
     @property
@@ -93,7 +97,7 @@ class KVCoder:
     def nbytes(self) -> int:
         """Bytes that are kept on the device."""
         own = self._payload.nbytes if self._copies.is_allocated else 0
-        return own + self._selection.nbytes + self._codec.nbytes
+        return own + self._residuals.nbytes + self._selection.nbytes + self._codec.nbytes
 
     def error(self, layer: int) -> float:
         """Return the largest known prediction error of any rank, relative to its values: |fresh - p| / |fresh|.
@@ -120,16 +124,16 @@ class KVCoder:
             return
         run, is_alike = slice(layer, layer + 1), self._selection.is_alike_in_both_passes
         if self.codes_changes and self._selection.is_picked_by_kernel:
-            measured = self._copies.measure(run, self._table, is_alike)
+            measured = self._residuals.measure(run, self._table, is_alike)
             self._selection.agree_by_kernel(layer, self._agreement.gather(measured[0], label))
             self._is_settled = True
             return
-        self._copies.settle(run, self._table, None)
-        found = [self._copies.fitted[run]]
+        self._residuals.settle(run, self._table, None)
+        found = [self._residuals.fitted[run]]
         if is_alike:
             found.append(self._scores(run))
         gains, *scores = self._agreement.mean(found, label)
-        self._copies.fitted[run] = gains
+        self._residuals.fitted[run] = gains
         self._is_settled = True
         if scores:
             self._selection.agree(scores[0])
@@ -140,26 +144,27 @@ class KVCoder:
 
     def pack(self, run: slice) -> torch.Tensor:
         """Fill the payloads of a run of layers from what they were called with, and return them, uint8 [l, size]."""
-        payload, own, gains = self._payload[run], self._transform.coded_own(run), self._copies.gains[run]
+        payload, own, gains = self._payload[run], self._transform.coded_own(run), self._residuals.gains[run]
         is_settled, self._is_settled = self._is_settled, False
         if self.codes_changes:
             selected = self._selection.select_by_kernel(run, is_settled)
-            self._kernels.encode(own, self._copies.tile_sizes(run), gains, payload, selected)
+            self._kernels.encode(own, self._residuals.tile_sizes(run), gains, payload, selected)
         else:
             if not is_settled:
-                self._copies.settle(run, self._table, None)
+                self._residuals.settle(run, self._table, None)
             self._pack_by_eager(run, own, payload)
         return payload
 
     def take_own(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, label: CollectiveLabel
     ) -> None:
-        """Do what `KVCopies.take_own` does, of copies that follow first what was taken of that layer.
+        """Do what `KVResiduals.take_own` does, of copies that follow first what was taken of that layer.
 
         Its first gains are the mean of those that the ranks of both passes find, which is waited for.
         """
         following = self._arrived.follow_own(layer) if self._applies_late else {}
-        self._copies.take_own(layer, key, value, out, self.codes_changes, following, partial(self._agreed_gains, label))
+        agree = partial(self._agreed_gains, label)
+        self._residuals.take_own(layer, key, value, out, self.codes_changes, following, agree)
 
     def _agreed_gains(self, label: CollectiveLabel, gains: torch.Tensor) -> torch.Tensor:
         """Return the mean of a layer's gains of both passes, float32 [2]."""
@@ -175,9 +180,9 @@ class KVCoder:
             self.apply(run, received)
 
     def write_predicted(self, layer: int, out: torch.Tensor) -> None:
-        """Do what `KVCopies.write_predicted` does, after what was taken of that layer."""
-        if not self._arrived.write_predicted(layer, out):
-            self._copies.write_predicted(layer, out)
+        """Do what `KVResiduals.write_predicted` does, after what was taken of that layer."""
+        if not self._arrived.write_predicted(layer, out, self._residuals.extrapolating(layer)):
+            self._residuals.write_predicted(layer, out)
 
     def settle(self, run: slice | None = None) -> None:
         """Have all copies follow what was taken, of all layers or of those that `ArrivedPayloads.settle` says."""
@@ -219,10 +224,10 @@ class KVCoder:
 
     def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor) -> None:
         codec, layout = self._codec, self._layout
-        codec.pack_gains(payload, self._copies.gains[run])
+        codec.pack_gains(payload, self._residuals.gains[run])
         tokens, residual, sizes = fresh, None, None
         if codec.of_residuals or layout.has_error or self._selection.compares_with_prediction:
-            residual = self._copies.residual(run)
+            residual = self._residuals.of(run)
             tokens = residual if codec.of_residuals else fresh
         if codec.by_feature:
             sizes = codec.sizes(tokens)
@@ -243,7 +248,7 @@ class KVCoder:
             gains = torch.full((*received.shape[:2], 2), constant, device=received.device)
         if found.errors is not None:
             if self._errors is None:
-                shape = len(self._copies.gains), self._transform.ranks
+                shape = len(self._residuals.gains), self._transform.ranks
                 self._errors = torch.full(shape, float("inf"), device=received.device)
             self._errors[run] = found.errors
         if self._codec.of_residuals:

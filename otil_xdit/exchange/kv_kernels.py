@@ -85,7 +85,7 @@ class PayloadKernels:
 
         Args:
             residuals: what the others' prediction lacks, [l, 2, B, S, C].
-            sizes: of their features, as of `KVCopies.tile_sizes`; read by codecs that go by feature.
+            sizes: of their features, as of `KVResiduals.tile_sizes`; read by codecs that go by feature.
             gains: of that prediction, float32 [l, 2].
             payload: uint8 [l, size].
             selected: sub-blocks that are sent, int64 [l, k]; None for all tokens.
@@ -152,7 +152,7 @@ class PayloadKernels:
             whose: one of `WHOSE`.
             own: this rank.
             writing: where the copies of one layer go as attention reads them, see `KVTransform.writing`, and how they
-                are extrapolated for it, see `KVCopies.extrapolating`; None to write the copies alone.
+                are extrapolated for it, see `KVResiduals.extrapolating`; None to write the copies alone.
         """
         codec = self._codec
         assert codec.kernels is not None, "see `applies_late`"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from otil_xdit.exchange.kv_copies import KVCopies
+from otil_xdit.exchange.kv_residuals import KVResiduals
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.kernels import MOST_BLOCKS
@@ -22,7 +22,7 @@ class KVSelection:
 
     Args:
         transform: of the layers.
-        copies: of all ranks' values.
+        residuals: of the layers.
         table: int64 [K, T], the tokens of each sub-block, on the layers' device.
         config: the settings.
         selector: scores and selects.
@@ -32,13 +32,13 @@ class KVSelection:
     def __init__(
         self,
         transform: KVTransform,
-        copies: KVCopies,
+        residuals: KVResiduals,
         table: torch.Tensor,
         config: OtilConfig,
         selector: BlockSelector,
         scratch: ScratchBuffers,
     ) -> None:
-        self._transform, self._copies, self._table = transform, copies, table
+        self._transform, self._residuals, self._table = transform, residuals, table
         self._config, self._selector, self._scratch = config, selector, scratch
         self._layers = "", 0
         self._first: dict[int, torch.Tensor] = {}
@@ -117,9 +117,9 @@ class KVSelection:
             float32 [l, K].
         """
         if by_kernel:
-            found, _ = self._copies.settle(run, self._table, 0)
+            found, _ = self._residuals.settle(run, self._table, 0)
             return found
-        return self.compare(run, self._copies.residual(run))
+        return self.compare(run, self._residuals.of(run))
 
     def compare(self, run: slice, residual: torch.Tensor | None) -> torch.Tensor:
         """Return what `scores` does, from what the others' prediction lacks, [l, 2, B, S, C]; or without it."""
@@ -155,10 +155,12 @@ class KVSelection:
         )
 
     def agree_by_kernel(self, layer: int, everybody: torch.Tensor) -> None:
-        """Find a layer's gains and its next selection from what several ranks have measured, as of `KVCopies.settle`;
-        `is_picked_by_kernel` must allow it."""
+        """Find a layer's next gains and its selection from what several ranks measured, as of `KVResiduals.settle`.
+
+        `is_picked_by_kernel` must allow it.
+        """
         count = blocks_to_send(len(self._table), self._config.ratio)
-        _, self._chosen = self._copies.settle(slice(layer, layer + 1), self._table, count, everybody)
+        _, self._chosen = self._residuals.settle(slice(layer, layer + 1), self._table, count, everybody)
 
     def select_by_kernel(self, run: slice, is_settled: bool) -> torch.Tensor | None:
         """Find the next gains, and return what `select` does; None where everything is sent.
@@ -167,15 +169,15 @@ class KVSelection:
             run: layers.
             is_settled: whether these gains are known, and to stay what they are.
         """
-        copies, table, chosen = self._copies, self._table, self._chosen
+        residuals, table, chosen = self._residuals, self._table, self._chosen
         self._chosen = None
         if chosen is not None:
             return chosen
         if self._config.ratio >= 1 or self._shared is not None or self._agreed is not None:
             if not is_settled:
-                copies.settle(run, table, None)
-            return None if self._config.ratio >= 1 else self.select(run, lambda: copies.fitted[run])
+                residuals.settle(run, table, None)
+            return None if self._config.ratio >= 1 else self.select(run, lambda: residuals.fitted[run])
         picks = self.is_picked_by_kernel
         count = blocks_to_send(len(table), self._config.ratio) if picks else 0
-        scores, selected = copies.settle(run, table, count, copies.fitted[run].clone() if is_settled else None)
+        scores, selected = residuals.settle(run, table, count, residuals.fitted[run].clone() if is_settled else None)
         return selected if picks else self._selector.select_scored(self._layers, table, scores, run)

@@ -38,7 +38,7 @@ def kernels() -> Kernels:
 @pytest.fixture
 def arrived(kernels: Kernels) -> ArrivedPayloads:
     transform = SimpleNamespace(rank=1, writing=lambda layer, out: {"out": out})
-    copies = SimpleNamespace(predictor=None, extrapolating=lambda layer: {"predicts": True})
+    copies = SimpleNamespace(predictor=None)
     return ArrivedPayloads(transform, copies, kernels)  # type: ignore[arg-type]
 
 
@@ -51,7 +51,7 @@ def test_each_ranks_copies_follow_once(arrived: ArrivedPayloads, kernels: Kernel
     arrived.take(run, payloads(run))
     assert arrived.follow_own(1)["received"].equal(payloads(run)[1, 1])
     assert arrived.follow_own(1) == {}
-    assert arrived.write_predicted(1, torch.empty(0)) and not arrived.write_predicted(1, torch.empty(0))
+    assert arrived.write_predicted(1, torch.empty(0), {}) and not arrived.write_predicted(1, torch.empty(0), {})
     arrived.settle()
     assert kernels.followed == [(1, "others"), (0, "all")]
 

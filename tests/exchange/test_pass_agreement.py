@@ -57,7 +57,7 @@ def run_of(passes: bool = True, text: str = "none", **settings: Any) -> dict[str
         run.gather("a", *(state + (step + 0.3 * rank * step**1.5) * velocity))
         if step >= OtilConfig.warmup_steps:
             group, layer = run.kv.place_of("a")
-            fitted.append(group._copies.fitted[layer].numpy().tobytes())
+            fitted.append(group._coder._residuals.fitted[layer].numpy().tobytes())
         run.clock.tick()
     run.end()
     steady = run.report().sent_bytes["kv"]["steady"] / (STEPS - OtilConfig.warmup_steps)
