@@ -102,7 +102,7 @@ PREDICTOR = faults_of(
     ("a new image knows the last one", "self._known = [False] * len(self._known)", "pass"),
     ("values sent do not move the others", "        value.addcmul_(velocity, moved)\n        change",
      "        change"),
-    ("velocities in 16 bits", "torch.float8_e5m2 if kv_cache_dtype", "torch.bfloat16 if kv_cache_dtype"),
+    ("velocities in 16 bits", "torch.float8_e5m2 if is_short", "value if is_short"),
 )  # fmt: skip
 
 CODEC = faults_of(
