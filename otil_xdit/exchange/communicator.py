@@ -192,7 +192,9 @@ class OtilCommunicator:
         if self.config.check and mode != "sync":
             group.apply_pending()
             check_copies(self.collectives, group, layer, step)
-        whole = group.gather(layer, key, value, mode, step, self._modes.phase(num_calls))
+        phase = self._modes.phase(num_calls)
+        self.kv.agree_on_gains(mode, CollectiveLabel("kv", "", step, phase))
+        whole = group.gather(layer, key, value, mode, step, phase)
         self._finite.record(name, group.numbers(layer))
         heads = whole.unflatten(3, (key.shape[1], -1)).transpose(2, 3)
         return heads[0], heads[1]

@@ -118,6 +118,16 @@ class KVGroup:
         """Return numbers of which one is NaN or Inf if one is that this rank's layer was called with last."""
         return self._transform.numbers(layer)
 
+    @property
+    def fitted_gains(self) -> torch.Tensor:
+        """See `KVCoder.fitted_gains`."""
+        return self._coder.fitted_gains
+
+    @property
+    def is_allocated(self) -> bool:
+        """Tell whether the layers have buffers: from their second call on."""
+        return self._copies.is_allocated
+
     def error(self, layer: int) -> float:
         """Return the largest known prediction error of any rank; see `KVCoder.error`."""
         return self._coder.error(layer)

@@ -21,12 +21,13 @@ from otil_xdit.exchange.kv_transform import KVTransform
 
 @dataclass(frozen=True)
 class _Arrived:
-    """A layer's payloads, the layers that came in one message with it, and whose copies have not followed.
+    """A layer's payloads, what reads them, the layers that came in one message, and whose copies have not followed.
 
     These are "all", "own", or "others".
     """
 
     read: ReadPayloads
+    kernels: PayloadKernels
     run: slice
     whose: str = "all"
 
@@ -37,23 +38,22 @@ class ArrivedPayloads:
     Args:
         transform: of the layers.
         copies: of all ranks' values.
-        kernels: read payloads.
     """
 
-    def __init__(self, transform: KVTransform, copies: KVCopies, kernels: PayloadKernels) -> None:
-        self._transform, self._copies, self._kernels = transform, copies, kernels
+    def __init__(self, transform: KVTransform, copies: KVCopies) -> None:
+        self._transform, self._copies = transform, copies
         self._by_layer: dict[int, _Arrived] = {}
 
     def clear(self) -> None:
         """Forget them."""
         self._by_layer.clear()
 
-    def take(self, run: slice, received: torch.Tensor) -> None:
+    def take(self, run: slice, received: torch.Tensor, kernels: PayloadKernels) -> None:
         """Take everybody's payloads of a run of layers, uint8 [N, l, size]; copies follow by the other methods."""
         self.settle(run)
-        read = self._kernels.read(self._copies.predictor, run, received)
-        layers = range(run.start, run.stop)
-        self._by_layer.update({layer: _Arrived(read.of_layer(layer - run.start), run) for layer in layers})
+        read = kernels.read(self._copies.predictor, run, received)
+        for layer in range(run.start, run.stop):
+            self._by_layer[layer] = _Arrived(read.of_layer(layer - run.start), kernels, run)
 
     def follow_own(self, layer: int) -> dict[str, Any]:
         """Return what `KVTransform.take_own` needs to have this rank's copies of a layer follow, which it must do.
@@ -64,7 +64,7 @@ class ArrivedPayloads:
         if arrived is None or arrived.whose == "others":
             return {}
         self._leave(layer, "others")
-        return self._kernels.following(self._copies.predictor, arrived.read, self._transform.rank)
+        return arrived.kernels.following(self._copies.predictor, arrived.read, self._transform.rank)
 
     def write(self, layer: int, out: torch.Tensor) -> None:
         """Have the other ranks' copies of a layer follow, and do what `KVCopies.write` does."""
@@ -89,12 +89,12 @@ class ArrivedPayloads:
         for layer, arrived in list(self._by_layer.items()):
             if run is None or (arrived.run.start < run.stop and run.start < arrived.run.stop):
                 del self._by_layer[layer]
-                self._advance(layer, arrived.read, arrived.whose)
+                self._advance(layer, arrived, arrived.whose)
 
     def _follow_others(self, layer: int, writing: dict[str, Any]) -> None:
-        read = self._by_layer[layer].read
+        arrived = self._by_layer[layer]
         self._leave(layer, "own")
-        self._advance(layer, read, "others", writing)
+        self._advance(layer, arrived, "others", writing)
 
     def _leave(self, layer: int, whose: str) -> None:
         """Take note that all copies of a layer but those have followed, or all if they had before."""
@@ -102,6 +102,6 @@ class ArrivedPayloads:
         if arrived.whose == "all":
             self._by_layer[layer] = replace(arrived, whose=whose)
 
-    def _advance(self, layer: int, read: ReadPayloads, whose: str, writing: dict[str, Any] | None = None) -> None:
-        run = slice(layer, layer + 1)
-        self._kernels.advance(self._copies.predictor, run, read, whose, self._transform.rank, writing)
+    def _advance(self, layer: int, arrived: _Arrived, whose: str, writing: dict[str, Any] | None = None) -> None:
+        run, rank = slice(layer, layer + 1), self._transform.rank
+        arrived.kernels.advance(self._copies.predictor, run, arrived.read, whose, rank, writing)

@@ -9,7 +9,7 @@ sent a step.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,11 +22,38 @@ from otil_xdit.exchange.kv_payload import PayloadCodec
 from otil_xdit.exchange.kv_residuals import KVResiduals
 from otil_xdit.exchange.kv_selection import KVSelection
 from otil_xdit.exchange.kv_transform import KVTransform
-from otil_xdit.exchange.pass_agreement import PassAgreement
+from otil_xdit.exchange.pass_agreement import ALL_FROM, PassAgreement
 from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
+
+
+@dataclass(frozen=True, eq=False)
+class PayloadFormat:
+    """How the payload of a layer is laid out, and what writes and reads it.
+
+    Attributes:
+        codec: by eager code.
+        kernels: by kernels.
+    """
+
+    codec: PayloadCodec
+    kernels: PayloadKernels
+
+    @property
+    def size(self) -> int:
+        """Bytes of one layer's payload."""
+        return self.codec.layout.size
+
+    @classmethod
+    def of(
+        cls, transform: KVTransform, table: torch.Tensor, config: OtilConfig, scratch: ScratchBuffers
+    ) -> PayloadFormat:
+        """Return what `config` says; arguments as of `KVCoder`."""
+        codec = PayloadCodec(transform.shape, transform.dtype, table, config, scratch)
+        coder = make_codec(config.codec, transform.dtype)
+        return cls(codec, PayloadKernels(codec.layout, coder, transform.shape, table))
 
 
 class KVCoder:
@@ -58,13 +85,11 @@ class KVCoder:
         self._config, self._scratch, self._agreement = config, scratch, agreement
         self._residuals = KVResiduals(transform, copies, config, scratch)
         self._selection = KVSelection(transform, self._residuals, table, config, selector, scratch)
-        self._codec = PayloadCodec(transform.shape, transform.dtype, table, config, scratch)
-        self._layout = self._codec.layout
-        codec = make_codec(config.codec, transform.dtype)
-        self._kernels = PayloadKernels(self._layout, codec, transform.shape, table)
-        self._arrived = ArrivedPayloads(transform, copies, self._kernels)
+        self._format = self._format_of_all = PayloadFormat.of(transform, table, config, scratch)
+        if agreement is not None and ALL_FROM <= config.ratio < 1:
+            self._format_of_all = PayloadFormat.of(transform, table, config.replace(ratio=1.0), scratch)
+        self._arrived = ArrivedPayloads(transform, copies)
         self._errors: torch.Tensor | None = None
-        self._is_settled = False
 
     def allocate(self, name: str, layers: int) -> None:
         """Make the buffers of L layers, the first of which is called `name`."""
@@ -72,32 +97,41 @@ class KVCoder:
         self._name = f"layer {name}" if layers == 1 else f"one of {layers} layers from {name}"
         self._residuals.allocate(layers)
         self._selection.allocate(name, layers)
-        self._payload = torch.zeros(layers, self.payload_size, dtype=torch.uint8, device=device)
-        self._codec.allocate(layers, self._transform.ranks)
+        self._payload = torch.zeros(layers * self.most_bytes, dtype=torch.uint8, device=device)
+        for one in self._formats:
+            one.codec.allocate(layers, self._transform.ranks)
 
     def begin(self) -> None:
         """Start a generation."""
         self._errors = None
-        self._is_settled = False
         self._arrived.clear()
         self._residuals.begin()
-        self._selection.begin()
 
     @property
     def payload_size(self) -> int:
-        """Bytes of one layer's payload."""
-        return self._layout.size
+        """Bytes of one layer's payload of selected sub-blocks."""
+        return self._format.size
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of one layer's largest payload."""
+        return max(one.size for one in self._formats)
+
+    @property
+    def _formats(self) -> set[PayloadFormat]:
+        return {self._format, self._format_of_all}
 
     @property
     def is_one_pass(self) -> bool:
         """Tell whether kernels compute in one pass what the eager code has buffers of all layers for."""
-        return self._kernels.can_fuse(self._table)
+        return self._format.kernels.can_fuse(self._table)
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept on the device."""
         own = self._payload.nbytes if self._copies.is_allocated else 0
-        return own + self._residuals.nbytes + self._selection.nbytes + self._codec.nbytes
+        coding = sum(one.codec.nbytes for one in self._formats)
+        return own + self._residuals.nbytes + self._selection.nbytes + coding
 
     def error(self, layer: int) -> float:
         """Return the largest known prediction error of any rank, relative to its values: |fresh - p| / |fresh|.
@@ -105,6 +139,11 @@ class KVCoder:
         Only with a tolerance; waits for the device.
         """
         return float("inf") if self._errors is None else float(self._errors[layer].max())
+
+    @property
+    def fitted_gains(self) -> torch.Tensor:
+        """The gains of all layers' next payloads, float32 [L, 2], to be replaced where ranks agree on others."""
+        return self._residuals.fitted
 
     @property
     def keeps_previous(self) -> bool:
@@ -115,44 +154,30 @@ class KVCoder:
         """Take note of a layer's values, coded [2, B, S, C], at a step where nothing was selected of them."""
         self._selection.set_previous(layer, fresh)
 
-    def agree(self, layer: int, label: CollectiveLabel) -> None:
-        """Have a layer's next payloads follow from the mean of what the ranks of both passes measure; waits for it.
-
-        The scores that its sub-blocks are selected by are their mean, and so is the gain of the payload after it.
-        """
-        if self._agreement is None:
-            return
-        run, is_alike = slice(layer, layer + 1), self._selection.is_alike_in_both_passes
-        if self.codes_changes and self._selection.is_picked_by_kernel:
-            measured = self._residuals.measure(run, self._table, is_alike)
-            self._selection.agree_by_kernel(layer, self._agreement.gather(measured[0], label))
-            self._is_settled = True
-            return
-        self._residuals.settle(run, self._table, None)
-        found = [self._residuals.fitted[run]]
-        if is_alike:
-            found.append(self._scores(run))
-        gains, *scores = self._agreement.mean(found, label)
-        self._residuals.fitted[run] = gains
-        self._is_settled = True
-        if scores:
-            self._selection.agree(scores[0])
-
     def select_shared(self) -> None:
         """Select the sub-blocks that all layers send at this step; see `BlockSelector.select_shared` when to call."""
         self._selection.select_shared()
 
-    def pack(self, run: slice) -> torch.Tensor:
-        """Fill the payloads of a run of layers from what they were called with, and return them, uint8 [l, size]."""
-        payload, own, gains = self._payload[run], self._transform.coded_own(run), self._residuals.gains[run]
-        is_settled, self._is_settled = self._is_settled, False
+    def pack(self, run: slice, is_awaited: bool) -> torch.Tensor:
+        """Fill the payloads of a run of layers from what they were called with, and return them, uint8 [l, size].
+
+        Those that are waited for may have all sub-blocks where each pass of guidance has its own ranks; see
+        `otil_xdit.exchange.pass_agreement`.
+
+        Args:
+            run: layers.
+            is_awaited: whether everybody waits for them at this step.
+        """
+        form = self._format_of_all if is_awaited else self._format
+        first, size = run.start * self.most_bytes, form.size
+        payload = self._payload[first : first + (run.stop - run.start) * size].view(-1, size)
+        own, gains = self._transform.coded_own(run), self._residuals.gains[run]
         if self.codes_changes:
-            selected = self._selection.select_by_kernel(run, is_settled)
-            self._kernels.encode(own, self._residuals.tile_sizes(run), gains, payload, selected)
+            selected = self._selection.select_by_kernel(run, all_sent=not form.codec.layout.count)
+            form.kernels.encode(own, self._residuals.tile_sizes(run), gains, payload, selected)
         else:
-            if not is_settled:
-                self._residuals.settle(run, self._table, None)
-            self._pack_by_eager(run, own, payload)
+            self._residuals.settle(run, self._table, None)
+            self._pack_by_eager(run, own, payload, form.codec)
         return payload
 
     def take_own(
@@ -175,7 +200,7 @@ class KVCoder:
     def take(self, run: slice, received: torch.Tensor) -> None:
         """Do what `apply` does, or as much of it as is wanted before `take_own`, `write_predicted` or `settle`."""
         if self._applies_late:
-            self._arrived.take(run, received)
+            self._arrived.take(run, received, self._form_of(received).kernels)
         else:
             self.apply(run, received)
 
@@ -196,34 +221,36 @@ class KVCoder:
             received: uint8 [N, l, size].
             out: becomes everybody's values of the one layer that the run is, as of `KVCopies.write`.
         """
+        form = self._form_of(received)
         if out is not None and self._applies_late:
-            self._arrived.take(run, received)
+            self._arrived.take(run, received, form.kernels)
             self._arrived.write(run.start, out)
             return
         self._arrived.settle(run)
-        if self._kernels.can_fuse(received) and self._copies.predictor.can_fuse:
-            self._kernels.apply(self._copies.predictor, run, received)
+        if form.kernels.can_fuse(received) and self._copies.predictor.can_fuse:
+            form.kernels.apply(self._copies.predictor, run, received)
         else:
-            self._apply_by_eager(run, received.transpose(0, 1))
+            self._apply_by_eager(run, received.transpose(0, 1), form.codec)
         if out is not None:
             self._copies.write(run.start, out)
 
     @property
     def codes_changes(self) -> bool:
         """Tell whether kernels score, select and code, from how far values are from their copies."""
-        return self._kernels.can_fuse(self._payload) and self._copies.predictor.can_fuse and self._selection.is_one_pass
+        fuses = self._format.kernels.can_fuse(self._payload) and self._copies.predictor.can_fuse
+        return fuses and self._selection.is_one_pass
 
     @property
     def _applies_late(self) -> bool:
         """Tell whether copies follow payloads when they are read: this rank's own when its layer is called."""
-        return self._kernels.applies_late and self.codes_changes
+        return self._format.kernels.applies_late and self.codes_changes
 
-    def _scores(self, run: slice) -> torch.Tensor:
-        """Return what sub-blocks of a run of layers are selected by, float32 [l, K], as this rank measures it."""
-        return self._selection.scores(run, self.codes_changes)
+    def _form_of(self, received: torch.Tensor) -> PayloadFormat:
+        """Return the format of payloads, uint8 [N, l, size]."""
+        return next(one for one in self._formats if one.size == received.shape[-1])
 
-    def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor) -> None:
-        codec, layout = self._codec, self._layout
+    def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor, codec: PayloadCodec) -> None:
+        layout = codec.layout
         codec.pack_gains(payload, self._residuals.gains[run])
         tokens, residual, sizes = fresh, None, None
         if codec.of_residuals or layout.has_error or self._selection.compares_with_prediction:
@@ -239,9 +266,9 @@ class KVCoder:
         self._selection.set_previous(run, fresh)
         codec.pack_tokens(payload, tokens, sizes)
 
-    def _apply_by_eager(self, run: slice, received: torch.Tensor) -> None:
+    def _apply_by_eager(self, run: slice, received: torch.Tensor, codec: PayloadCodec) -> None:
         """Do what `apply` does; `received` is [l, N, size]."""
-        predictor, found = self._copies.predictor, self._codec.unpack(received)
+        predictor, found = self._copies.predictor, codec.unpack(received)
         gains = found.gains
         if gains is None:
             constant = self._config.extrapolation_gain if self._config.extrapolation == "constant" else 0.0
@@ -251,7 +278,7 @@ class KVCoder:
                 shape = len(self._residuals.gains), self._transform.ranks
                 self._errors = torch.full(shape, float("inf"), device=received.device)
             self._errors[run] = found.errors
-        if self._codec.of_residuals:
+        if codec.of_residuals:
             predictor.apply_residuals(run, gains, found.numbers, found.scales, found.sent)
         else:
             values = found.numbers if found.scales is None else found.numbers * found.scales

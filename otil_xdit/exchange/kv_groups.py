@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from otil_xdit.exchange.kv import KVGroup
 from otil_xdit.exchange.kv_coordinates import LayerCoordinates
 from otil_xdit.exchange.pass_agreement import PassAgreement
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.schedule import Mode
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
 
@@ -42,9 +44,11 @@ class KVGroups:
         self._coordinates, self._agreement = coordinates, agreement
         self._places: dict[str, tuple[KVGroup, int]] = {}
         self._called: KVGroup | None = None
+        self._fitted_at: int | None = None
 
     def begin(self) -> None:
         """Start a generation."""
+        self._fitted_at = None
         for group in self.groups:
             group.begin()
 
@@ -68,6 +72,24 @@ class KVGroups:
             self._called.send_pending()
         self._called = group
         return group, layer
+
+    def agree_on_gains(self, mode: Mode, label: CollectiveLabel) -> None:
+        """Have both passes of guidance go on with the mean of the gains that they have fitted at the step before.
+
+        They wait for each other at the first layer of a step that follows one whose payloads were waited for.
+
+        Args:
+            mode: of the layer that is called.
+            label: of its step.
+        """
+        if self._agreement is None:
+            return
+        if self._fitted_at is not None and self._fitted_at != label.step:
+            fitted = [group.fitted_gains for group in self.groups if group.is_allocated]
+            torch._foreach_copy_(fitted, self._agreement.mean(fitted, replace(label, layer="the gains of all layers")))
+            self._fitted_at = None
+        if mode == "fresh":
+            self._fitted_at = label.step
 
     def place_of(self, name: str) -> tuple[KVGroup, int]:
         """Return the group of a layer that has been called, and its place there."""

@@ -31,7 +31,7 @@ class KVMessages:
 
     def allocate(self, device: torch.device) -> None:
         """Make the buffer of what arrives for all layers."""
-        size = len(self._names) * self._collectives.group.world_size * self._coder.payload_size
+        size = len(self._names) * self._collectives.group.world_size * self._coder.most_bytes
         self._received = torch.zeros(size, dtype=torch.uint8, device=device)
 
     @property
@@ -51,18 +51,17 @@ class KVMessages:
 
     def exchange_now(self, layer: int, label: CollectiveLabel, out: torch.Tensor) -> None:
         """Send a layer's payload, wait for everybody's, and have the copies follow, and `out`; see `apply_pending`."""
-        self._coder.agree(layer, replace(label, layer=f"what layer {self._names[layer]} measures"))
-        self.send(slice(layer, layer + 1), label)
+        self.send(slice(layer, layer + 1), label, is_awaited=True)
         self.apply_pending(out)
 
-    def send(self, run: slice, label: CollectiveLabel) -> None:
-        """Start sending the payloads of a run of layers."""
+    def send(self, run: slice, label: CollectiveLabel, is_awaited: bool = False) -> None:
+        """Start sending the payloads of a run of layers, which are waited for at this step or at the next."""
         assert self._received is not None, "the first step is synchronous, and buffers are made after it"
         self._coder.settle(run)  # what was taken lies where the others' payloads of this step go
-        ranks, each = self._collectives.group.world_size, self._coder.payload_size
-        received = self._received[run.start * ranks * each : run.stop * ranks * each]
-        received = received.view(ranks, run.stop - run.start, each)
-        pending = self._collectives.all_gather(self._coder.pack(run), received, self._label_of(run, label))
+        payload, ranks = self._coder.pack(run, is_awaited), self._collectives.group.world_size
+        received = self._received[run.start * ranks * self._coder.most_bytes :][: ranks * payload.numel()]
+        received = received.view(ranks, *payload.shape)
+        pending = self._collectives.all_gather(payload, received, self._label_of(run, label))
         self._pending.append((run, pending))
 
     def defer(self, layer: int, label: CollectiveLabel, called: int) -> None:

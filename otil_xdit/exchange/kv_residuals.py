@@ -96,7 +96,7 @@ class KVResiduals:
             self.fitted[layer].zero_()
             self._take_by_kernel(layer, called_with, None, differs, following)
             run, following = slice(layer, layer + 1), {}
-            self._settled(run, None, self.fitted[run], self.gains.new_empty(1, 0), 0, None)
+            self._settled(run, None, self.gains.new_empty(1, 0), 0)
             self._begin_with(layer, agree(self.fitted[layer]))
         self._take_by_kernel(layer, called_with, out[transform.rank], differs, following)
 
@@ -158,47 +158,29 @@ class KVResiduals:
         shape = len(self._is_fitted), tiles.tiles, tiles.images, width
         return self._scratch("sizes of features", shape, torch.float32)[run]
 
-    def settle(
-        self, run: slice, table: torch.Tensor, count: int | None, agreed: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def settle(self, run: slice, table: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the next step's gains, where they are fitted, and what is predicted worst, from what kernels have taken.
 
         Args:
             run: layers.
             table: int64 [K, T], the tokens of each sub-block.
             count: how many sub-blocks are selected, the worst ones; None where none are compared.
-            agreed: what several ranks have found of the one layer that the run is, [R, ...], as of `measure`; the means
-                count then.
 
         Returns:
             Squared residuals of sub-blocks, float32 [l, K], and those selected, int64 [l, k].
         """
         gains = self.fitted[run]
         scores = gains.new_empty(len(gains), 0 if count is None else len(table))
-        return scores, self._settled(run, table, gains, scores, count or 0, agreed)
+        return scores, self._settled(run, table, scores, count or 0)
 
-    def measure(self, run: slice, table: torch.Tensor, scored: bool) -> torch.Tensor:
-        """Return the gains that `settle` would find of one layer and, if wanted, the residuals, float32 [1, 2 + K]."""
-        found = self.gains.new_empty(1, 2 + scored * len(table))
-        self._settled(run, table, found[:, :2], found[:, 2:], 0, None)
-        return found
-
-    def _settled(
-        self,
-        run: slice,
-        table: torch.Tensor | None,
-        fitted: torch.Tensor,
-        scores: torch.Tensor,
-        count: int,
-        agreed: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _settled(self, run: slice, table: torch.Tensor | None, scores: torch.Tensor, count: int) -> torch.Tensor:
         from otil_xdit.method.kernels.choices import settle
 
-        fits, sums = self._copies.predictor.is_fitted, self._sums
-        if sums is None or not (fits or scores.numel() or agreed is not None):
+        fits, sums, fitted = self._copies.predictor.is_fitted, self._sums, self.fitted[run]
+        if sums is None or not (fits or scores.numel()):
             return torch.empty(len(fitted), 0, dtype=torch.int64, device=fitted.device)
         given = sums.tokens[run], sums.totals[run], self.gains[run], fitted, scores, table
-        return settle(*given, fits, count, agreed)
+        return settle(*given, fits, count)
 
     def extrapolating(self, layer: int) -> dict[str, Any]:
         """Return what kernels need that extrapolate a layer's copies for attention: what the gain is fitted by."""

@@ -44,8 +44,6 @@ class KVSelection:
         self._first: dict[int, torch.Tensor] = {}
         self._previous: torch.Tensor | None = None
         self._shared: torch.Tensor | None = None
-        self._agreed: torch.Tensor | None = None
-        self._chosen: torch.Tensor | None = None
 
     def allocate(self, name: str, layers: int) -> None:
         """Make the buffers of L layers, the first of which is called `name`."""
@@ -56,10 +54,6 @@ class KVSelection:
             for layer, fresh in self._first.items():
                 self._previous[layer] = fresh
         self._first.clear()
-
-    def begin(self) -> None:
-        """Start a generation."""
-        self._agreed = self._chosen = None
 
     @property
     def nbytes(self) -> int:
@@ -82,14 +76,6 @@ class KVSelection:
         """Tell whether a kernel finds the sub-blocks to send, or they are the same for all layers, or all are sent."""
         return not self._config.selects_by_layer or (self._selector.compares_by_l2 and not self.keeps_previous)
 
-    @property
-    def is_alike_in_both_passes(self) -> bool:
-        """Tell whether a layer has its own scores, and as many of them in both passes of guidance.
-
-        Where text is among the tokens there may be more of it in one pass than in the other.
-        """
-        return self._config.selects_by_layer and self._selector.layout.is_image_only
-
     def set_previous(self, layers: int | slice, fresh: torch.Tensor) -> None:
         """Take note of what was sent of a layer or a run of layers, coded [2, B, S, C] or [l, 2, B, S, C]."""
         if self._previous is not None:
@@ -102,27 +88,13 @@ class KVSelection:
         if self._config.ratio < 1:
             self._shared = self._selector.select_shared(self._table, self._transform.shape[2])
 
-    def agree(self, scores: torch.Tensor) -> None:
-        """Have the next selection follow from these scores, float32 [l, K], instead of this rank's own."""
-        self._agreed = scores
-
-    def scores(self, run: slice, by_kernel: bool) -> torch.Tensor:
-        """Return how much each sub-block of a run of layers has changed.
+    def compare(self, run: slice, residual: torch.Tensor | None) -> torch.Tensor:
+        """Return how much each sub-block of a run of layers has changed, float32 [l, K].
 
         Args:
             run: layers.
-            by_kernel: whether a kernel computes it; `is_one_pass` must allow it.
-
-        Returns:
-            float32 [l, K].
+            residual: what the others' prediction lacks, [l, 2, B, S, C]; None where nothing is compared with that.
         """
-        if by_kernel:
-            found, _ = self._residuals.settle(run, self._table, 0)
-            return found
-        return self.compare(run, self._residuals.of(run))
-
-    def compare(self, run: slice, residual: torch.Tensor | None) -> torch.Tensor:
-        """Return what `scores` does, from what the others' prediction lacks, [l, 2, B, S, C]; or without it."""
         fresh = self._transform.coded_own(run)
         if self._previous is not None:
             return self._selector.scores(self._table, fresh, self._previous[run], None)
@@ -140,9 +112,7 @@ class KVSelection:
         """
         if self._shared is not None:
             return self._shared.expand(run.stop - run.start, -1).contiguous()
-        agreed, self._agreed = self._agreed, None
-        found = scores() if agreed is None else agreed
-        return self._selector.select_scored(self._layers, self._table, found, run)
+        return self._selector.select_scored(self._layers, self._table, scores(), run)
 
     @property
     def is_picked_by_kernel(self) -> bool:
@@ -154,30 +124,18 @@ class KVSelection:
             and len(self._table) <= MOST_BLOCKS
         )
 
-    def agree_by_kernel(self, layer: int, everybody: torch.Tensor) -> None:
-        """Find a layer's next gains and its selection from what several ranks measured, as of `KVResiduals.settle`.
-
-        `is_picked_by_kernel` must allow it.
-        """
-        count = blocks_to_send(len(self._table), self._config.ratio)
-        _, self._chosen = self._residuals.settle(slice(layer, layer + 1), self._table, count, everybody)
-
-    def select_by_kernel(self, run: slice, is_settled: bool) -> torch.Tensor | None:
+    def select_by_kernel(self, run: slice, all_sent: bool) -> torch.Tensor | None:
         """Find the next gains, and return what `select` does; None where everything is sent.
 
         Args:
             run: layers.
-            is_settled: whether these gains are known, and to stay what they are.
+            all_sent: whether it is.
         """
-        residuals, table, chosen = self._residuals, self._table, self._chosen
-        self._chosen = None
-        if chosen is not None:
-            return chosen
-        if self._config.ratio >= 1 or self._shared is not None or self._agreed is not None:
-            if not is_settled:
-                residuals.settle(run, table, None)
-            return None if self._config.ratio >= 1 else self.select(run, lambda: residuals.fitted[run])
+        residuals, table = self._residuals, self._table
+        if all_sent or self._shared is not None:
+            residuals.settle(run, table, None)
+            return None if all_sent else self.select(run, lambda: residuals.fitted[run])
         picks = self.is_picked_by_kernel
         count = blocks_to_send(len(table), self._config.ratio) if picks else 0
-        scores, selected = residuals.settle(run, table, count, residuals.fitted[run].clone() if is_settled else None)
+        scores, selected = residuals.settle(run, table, count)
         return selected if picks else self._selector.select_scored(self._layers, table, scores, run)

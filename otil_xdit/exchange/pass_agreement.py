@@ -1,8 +1,10 @@
 """What the ranks of the two passes of guidance agree on, where each computes one of them.
 
 Guidance multiplies the difference of the passes' predictions, and with it all errors that they have not in common. In
-one batch both passes have one gain and one selection of sub-blocks, so their errors are alike; ranks that have one pass
-each must tell each other what they measure.
+one batch both passes have one gain and one selection of sub-blocks, so their errors are alike. Ranks that have one pass
+each tell each other what gains they fit: at once of a layer that has none yet, else those of all layers in one message
+a step. To agree on sub-blocks would take another message for each layer. They send all of them while they wait, where
+these are not many more than they would select.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives
 from otil_xdit.method.config import OtilConfig
+
+ALL_FROM = 0.75
+"""The ratio from which ranks of either pass send all sub-blocks while they wait: at most a third more bytes then."""
 
 
 class PassAgreement:
@@ -42,11 +47,8 @@ class PassAgreement:
             measured: float32, of the same shapes on all of the ranks.
             label: the counter, and the place in error messages.
         """
-        mean = self.gather(torch.cat([part.flatten() for part in measured]), label).mean(dim=0)
+        own = torch.cat([part.flatten() for part in measured])
+        everybody = own.new_empty(self._collectives.group.world_size, own.numel())
+        mean = self._collectives.all_gather(own, everybody, label).wait().mean(dim=0)
         parts = mean.split([part.numel() for part in measured])
         return [part.view(given.shape) for part, given in zip(parts, measured, strict=True)]
-
-    def gather(self, own: torch.Tensor, label: CollectiveLabel) -> torch.Tensor:
-        """Return what each of the ranks has measured, [R, *own.shape]; waits for the others'."""
-        everybody = own.new_empty(self._collectives.group.world_size, *own.shape)
-        return self._collectives.all_gather(own, everybody, label).wait()

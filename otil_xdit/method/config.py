@@ -84,7 +84,8 @@ class OtilConfig:
     ratio: float = setting(
         0.875,
         "R",
-        "Share of its sub-blocks that a rank sends at each step after warm-up, 1/8 or 0.125, in (0, 1]; 1 sends all.",
+        "Share of its sub-blocks that a rank sends at each step after warm-up, 1/8 or 0.125, in (0, 1]; 1 sends all, "
+        "as from 3/4 on do steps that wait under CFG parallelism, for the errors of both passes to be alike.",
         parse=parse_ratio,
     )
     codec: str = setting(

@@ -36,10 +36,10 @@ def kernels() -> Kernels:
 
 
 @pytest.fixture
-def arrived(kernels: Kernels) -> ArrivedPayloads:
+def arrived() -> ArrivedPayloads:
     transform = SimpleNamespace(rank=1, writing=lambda layer, out: {"out": out})
     copies = SimpleNamespace(predictor=None)
-    return ArrivedPayloads(transform, copies, kernels)  # type: ignore[arg-type]
+    return ArrivedPayloads(transform, copies)  # type: ignore[arg-type]
 
 
 def payloads(run: slice) -> torch.Tensor:
@@ -48,7 +48,7 @@ def payloads(run: slice) -> torch.Tensor:
 
 def test_each_ranks_copies_follow_once(arrived: ArrivedPayloads, kernels: Kernels) -> None:
     run = slice(0, 2)
-    arrived.take(run, payloads(run))
+    arrived.take(run, payloads(run), kernels)
     assert arrived.follow_own(1)["received"].equal(payloads(run)[1, 1])
     assert arrived.follow_own(1) == {}
     assert arrived.write_predicted(1, torch.empty(0), {}) and not arrived.write_predicted(1, torch.empty(0), {})
@@ -60,7 +60,7 @@ def test_own_copies_follow_at_the_next_call_of_a_layer_that_was_waited_for(
     arrived: ArrivedPayloads, kernels: Kernels
 ) -> None:
     run = slice(2, 3)
-    arrived.take(run, payloads(run))
+    arrived.take(run, payloads(run), kernels)
     arrived.write(2, torch.empty(0))
     assert kernels.followed == [(2, "others")]
     assert arrived.follow_own(2)["received"].equal(payloads(run)[1, 0])
@@ -73,8 +73,8 @@ def test_copies_follow_before_anything_is_written_to_where_their_payloads_lie(
 ) -> None:
     """Payloads of layers that came together lie rank by rank, so one layer's message goes to where several lie."""
     together, alone = slice(0, 3), slice(3, 4)
-    arrived.take(together, payloads(together))
-    arrived.take(alone, payloads(alone))
+    arrived.take(together, payloads(together), kernels)
+    arrived.take(alone, payloads(alone), kernels)
     arrived.settle(slice(1, 2))
     assert kernels.followed == [(0, "all"), (1, "all"), (2, "all")]
     arrived.settle(slice(3, 4))

@@ -198,17 +198,15 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
         constants | switches,
         4,
     )
-    for agreed in (0, 2):
-        yield (
-            choices._settle,
-            dict.fromkeys(("sums", "totals", "gains", "fitted", "scores", "agreed"), FLOAT)
-            | {"table": LONG, "selected": LONG}
-            | dict.fromkeys(("parts", "tokens", "batch", "count", "blocks", "sent"), "i32"),
-            {"T": 4, "SIDE": 4, "BLOCKS": 1024, "STEP": 256, "LARGEST": 1.25, "PARTS": 512, "BINS": 512}
-            | {"RANKS": agreed, "SIZE": agreed * 513}
-            | dict.fromkeys(("FITTED", "SCORES", "PICKS"), True),
-            8,
-        )
+    yield (
+        choices._settle,
+        dict.fromkeys(("sums", "totals", "gains", "fitted", "scores"), FLOAT)
+        | {"table": LONG, "selected": LONG}
+        | dict.fromkeys(("parts", "tokens", "batch", "count", "blocks", "sent"), "i32"),
+        {"T": 4, "SIDE": 4, "BLOCKS": 1024, "STEP": 256, "LARGEST": 1.25, "PARTS": 512, "BINS": 512}
+        | dict.fromkeys(("FITTED", "SCORES", "PICKS"), True),
+        8,
+    )
 
 
 def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:

@@ -1,8 +1,7 @@
 """What a rank decides before it sends: its gains, and which sub-blocks changed most.
 
 `settle` does what the second half of `Predictor.fitted_gain`, `l2_of_difference` and `TopKSelector.select` do, from the
-sums that `otil_xdit.method.kernels.own` leaves, or from what several ranks have found by them, as `PassAgreement.mean`
-does.
+sums that `otil_xdit.method.kernels.own` leaves.
 
 Shapes: l layers of a run; B batch, S tokens of this rank, K sub-blocks of T tokens, k sent.
 """
@@ -48,41 +47,24 @@ def _largest(bits, valid, count, BINS: tl.constexpr):
 
 
 @triton.jit
-def _mean(agreed, at, there, size, RANKS: tl.constexpr):
-    """Return the means of some numbers of each of the ranks, float32 [RANKS, size]."""
-    total = tl.load(agreed + at, mask=there, other=0.0)
-    for rank in tl.static_range(1, RANKS):
-        total += tl.load(agreed + rank * size + at, mask=there, other=0.0)
-    return total / RANKS
-
-
-@triton.jit
 def _settle(
-    sums, totals, gains, fitted, table, scores, selected, agreed, parts, tokens, batch, count, blocks, sent,
+    sums, totals, gains, fitted, table, scores, selected, parts, tokens, batch, count, blocks, sent,
     T: tl.constexpr, SIDE: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr, LARGEST: tl.constexpr,
     PARTS: tl.constexpr, BINS: tl.constexpr, FITTED: tl.constexpr, SCORES: tl.constexpr,
-    PICKS: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr,
+    PICKS: tl.constexpr,
 ):  # fmt: skip
     """One layer.
 
-    sums, totals: of `ChangeSums`; gains, fitted: float32 [l, 2]; scores: float32 [l, K]; selected: int64 [l, k];
-    agreed: float32 [RANKS, SIZE], where there are any, with l = 1.
+    sums, totals: of `ChangeSums`; gains, fitted: float32 [l, 2]; scores: float32 [l, K]; selected: int64 [l, k].
     """
     layer = tl.program_id(0).to(tl.int64)
     keys, values = tl.load(gains + layer * 2), tl.load(gains + layer * 2 + 1)
-    if RANKS > 0:
-        keys, values = _mean(agreed, 0, True, SIZE, RANKS), _mean(agreed, 1, True, SIZE, RANKS)
-    elif FITTED:
+    if FITTED:
         keys = fitted_gain(totals + layer * 4 * count, gains + layer * 2, 0, count, LARGEST, PARTS)
         values = fitted_gain(totals + layer * 4 * count, gains + layer * 2, 1, count, LARGEST, PARTS)
     tl.store(fitted + layer * 2, keys)
     tl.store(fitted + layer * 2 + 1, values)
-    if SIZE > 2:
-        for start in range(0, blocks, STEP):
-            one = start + tl.arange(0, STEP)
-            there = one < blocks
-            tl.store(scores + one, _mean(agreed, 2 + one, there, SIZE, RANKS), mask=there)
-    elif SCORES:
+    if SCORES:
         images = 2 * batch
         size = parts * images * tokens
         for start in range(0, blocks, STEP):
@@ -114,7 +96,6 @@ def launch_settle(
     table: torch.Tensor | None,
     fits: bool,
     count: int,
-    agreed: torch.Tensor | None,
 ) -> torch.Tensor:
     """Find the gains that fit a run of layers best, and the sub-blocks that are sent of them.
 
@@ -128,8 +109,6 @@ def launch_settle(
         fits: whether gains are fitted; otherwise they stay.
         count: how many of the most changed are selected, k of `MOST_BLOCKS` at most, in the order of their numbers; 0
             for none.
-        agreed: the gains of one layer that some ranks have found, float32 [R, 2], or their gains and scores, [R, 2 +
-            K], whose means take the place of its own; None where these count.
 
     Returns:
         The selected sub-blocks, int64 [l, k].
@@ -141,10 +120,9 @@ def launch_settle(
     step = min(triton.next_power_of_2(blocks), max(1, _TOKENS // lanes))
     _settle[(layers,)](
         sums, totals, gains, fitted, selected if table is None else table, scores, selected,
-        gains if agreed is None else agreed, parts, tokens, images // 2, totals.shape[2], blocks, count,
+        parts, tokens, images // 2, totals.shape[2], blocks, count,
         T=side, SIDE=lanes, BLOCKS=triton.next_power_of_2(blocks), STEP=step, LARGEST=LARGEST_GAIN, PARTS=_PARTS,
         BINS=512, FITTED=fits, SCORES=scores.numel() > 0, PICKS=count > 0,
-        RANKS=0 if agreed is None else agreed.shape[0], SIZE=0 if agreed is None else agreed.shape[1],
         num_warps=8,
     )  # fmt: skip
     return selected
@@ -164,6 +142,5 @@ def _(
     table: torch.Tensor | None,
     fits: bool,
     count: int,
-    agreed: torch.Tensor | None,
 ) -> torch.Tensor:
     return sums.new_empty(len(sums), count, dtype=torch.int64)
