@@ -43,6 +43,7 @@ _MOVED = {
     "correct_copies": lambda given: _twice(given, *_COPIES_OF_ALL),
     "take_own": lambda given: _twice(given, "copies", "velocities") * (given.get("received") is not None),
     "advance_adaptive": lambda given: _of_some(given) - _share_of_own(given, "out"),
+    "read_adaptive": lambda given: -_codes(given),
     "encode_adaptive": lambda given: -_not_sent(given),
     "encode_residuals": lambda given: -_not_sent(given),
     "set_coded": lambda given: _twice(given, *_COPIES_OF_ALL) * given["known"] - _share_of_own(given, "out"),
@@ -50,7 +51,8 @@ _MOVED = {
     "write_others": lambda given: -_share_of_own(given, "copies", "velocities", "out"),
 }
 """What our own operators move beyond each tensor once, by their arguments: copies are read and written, only what is
-sent is coded, and a rank's own part of all ranks' copies may be left out."""
+sent is coded, how codes are to be read says a small part of a payload, and a rank's own part of all ranks' copies may
+be left out."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,12 @@ def _of_some(given: dict[str, Any]) -> int:
     others = {0: 0, 1: ranks - 1, 2: 1}[given["whose"]]
     copies, payloads = _twice(given, *_COPIES_OF_ALL), _twice(given, "received")
     return copies - (2 * copies + payloads) * others // ranks
+
+
+def _codes(given: dict[str, Any]) -> int:
+    """Return the bytes of all payloads but for the sizes of features and the numbers of sub-blocks."""
+    ranks, layers, size = given["received"].shape
+    return int(ranks * layers * (size - 2 * given["width"] - 4 * given["count"]))
 
 
 def _not_sent(given: dict[str, Any]) -> int:

@@ -78,6 +78,7 @@ def replay(requests: list[Request], communicator: Communicator, log: Log, counte
         counter: counts the exchange's launches, where it is given.
     """
     prefetched: dict[str, HaloRows] = {}
+    rooms: dict[str, torch.Tensor] = {}
     with ShapesOnly() if counter is None else nullcontext():
         for method, args in requests:
             log.request += 1
@@ -92,7 +93,9 @@ def replay(requests: list[Request], communicator: Communicator, log: Log, counte
                         counter.found += Launches(_ROWS_OF_A_PAIR * sum(rows is not None for rows in found[2]))
             elif method == "halo":
                 name, x, above, below = args
-                communicator.halo(name, x, above, below, prefetched.pop(name, None))
+                communicator.halo(name, rooms.pop(name, x), above, below, prefetched.pop(name, None))
+            elif method == "room_for":
+                rooms[args[0]] = communicator.room_for(*args)
             else:
                 getattr(communicator, method)(*args)
     log.request += 1

@@ -80,6 +80,12 @@ class RecordingCommunicator:
         self.requests.append(("halo", (name, x, above, below)))
         return x.new_empty(*x.shape[:2], above + x.shape[2] + below, x.shape[3])
 
+    def room_for(self, name: str, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+        """Return a part of an empty [B, C, above + h + below, W]."""
+        self.requests.append(("room_for", (name, x, above, below)))
+        wide = x.new_empty(*x.shape[:2], above + x.shape[2] + below, x.shape[3])
+        return wide[:, :, above : above + x.shape[2]]
+
     def moments(
         self, name: str, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -217,6 +217,20 @@ class OtilCommunicator:
         """
         return self._small.halo(name, x, above, below, precomputed)
 
+    @keeps_tensors
+    def room_for(self, name: str, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+        """Return room to write the input of a convolution to, so that `halo` need not copy it.
+
+        Args:
+            name: of the convolution, as in `gather`.
+            x: a map like it, [B, C, rows, W].
+            above, below: as in `halo`.
+
+        Returns:
+            [B, C, rows, W], in the memory format of `x`; valid until the next call of this method.
+        """
+        return self._small.room_for(x, above, below)
+
     @_timed
     def moments(
         self, name: str, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, W columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -24,8 +25,7 @@ HaloRows = tuple[torch.Tensor | None, torch.Tensor | None]
 class HaloLayer(BucketedLayer):
     """The rows next to this rank's that one convolution needs: `above` of the rank before, `below` of the one after.
 
-    A displaced step extrapolates a neighbour's rows r from those of the two steps before:
-    ``r'' + (1 + gain) (r' - r'')``.
+    A displaced step extrapolates a neighbour's rows from those of the two before: ``r'' + (1 + gain) (r' - r'')``.
 
     Args:
         collectives: of the ranks that hold rows.
@@ -70,7 +70,7 @@ class HaloLayer(BucketedLayer):
         """Bytes that are kept on the device."""
         return sum(rows.nbytes for rows in (*self._received, *self._received_before))
 
-    def pad_with_halo(self, x: torch.Tensor, mode: Mode, label: CollectiveLabel) -> torch.Tensor:
+    def pad_with_halo(self, x: torch.Tensor, mode: Mode, label: CollectiveLabel, room: Room = None) -> torch.Tensor:
         """Return `x` with the halo above and below it; zeros beyond the image's edges.
 
         Args:
@@ -78,6 +78,7 @@ class HaloLayer(BucketedLayer):
             mode: ``sync`` waits for the neighbours' rows of this step; ``displaced`` extrapolates those that were sent
                 a step earlier and sends this step's; ``frozen`` takes the last.
             label: of the rows.
+            room: that `x` lies in, if it lies in any.
 
         Returns:
             [B, C, above + rows + below, W] in the memory format of `x`, in scratch: valid until the next call of any
@@ -92,10 +93,10 @@ class HaloLayer(BucketedLayer):
         self.num_calls += 1
         if is_fused(x):
             is_moved = mode == "displaced" and self._gain > 0 and self._receptions >= 2
-            return self._padded_by_kernel(x, (None, None), is_moved)
+            return self._padded_by_kernel(x, (None, None), is_moved, room)
         return self._padded(x, self._extrapolated() if mode == "displaced" else self._received)
 
-    def set_halo(self, x: torch.Tensor, precomputed: HaloRows) -> torch.Tensor:
+    def set_halo(self, x: torch.Tensor, precomputed: HaloRows, room: Room = None) -> torch.Tensor:
         """Return `x` padded with rows that are known on every rank alike, without a message.
 
         The rows are kept as those of a synchronous step are. Shapes as in `pad_with_halo`.
@@ -104,7 +105,7 @@ class HaloLayer(BucketedLayer):
         self._begin_reception()
         self.num_calls += 1
         if is_fused(x):
-            return self._padded_by_kernel(x, precomputed, is_moved=False)
+            return self._padded_by_kernel(x, precomputed, False, room)
         for kept, rows in zip(self._received, precomputed, strict=True):
             if rows is not None:
                 kept.copy_(rows)
@@ -169,23 +170,25 @@ class HaloLayer(BucketedLayer):
     def _padded(self, x: torch.Tensor, halo: Neighbours) -> torch.Tensor:
         return torch.cat([halo[0], x, halo[1]], dim=2, out=self._wide(x))
 
-    def _padded_by_kernel(self, x: torch.Tensor, given: HaloRows, is_moved: bool) -> torch.Tensor:
+    def _padded_by_kernel(self, x: torch.Tensor, given: HaloRows, is_moved: bool, room: Room) -> torch.Tensor:
         """Keep rows that are given, move the others on if they are to be, and return `_padded`, in one launch."""
+        from otil_xdit.method.kernels.joined_rows import join_rows
         from otil_xdit.method.kernels.rows import pad_rows
 
-        wide, (above, below), (above_before, below_before) = self._wide(x), self._received, self._received_before
+        (above, below), (above_before, below_before) = self._received, self._received_before
         # Beyond the image's edge there are zeros, which stay.
         moves = is_moved and not self._first, is_moved and not self._last
-        pad_rows(x, wide, above, above_before, given[0], below, below_before, given[1], self._gain, *moves)
+        rows = above, above_before, given[0], below, below_before, given[1], self._gain, *moves
+        if room is not None:
+            join_rows(room.top, room.bottom, *rows)
+            return room.whole
+        wide = self._wide(x)
+        pad_rows(x, wide, *rows)
         return wide
 
     def _wide(self, x: torch.Tensor) -> torch.Tensor:
         """Return scratch for a map with its halo, in the memory format of `x`."""
-        batch, channels, rows, width = x.shape
-        height = self._above + rows + self._below
-        if is_channels_last(x):
-            return self._scratch("wide", (batch, height, width, channels), x.dtype).permute(0, 3, 1, 2)
-        return self._scratch("wide", (batch, channels, height, width), x.dtype)
+        return _wide("wide", x, self._above + self._below, is_channels_last(x), self._scratch)
 
     def request_with_moments(
         self, x: torch.Tensor, moments: tuple[torch.Tensor, torch.Tensor], kept: torch.Tensor, label: CollectiveLabel
@@ -219,6 +222,45 @@ class HaloLayer(BucketedLayer):
     ) -> Pending[Neighbours]:
         shares = {label.counter: to_previous.nbytes}, {label.counter: to_next.nbytes}
         return self._collectives.neighbours(to_previous, to_next, output, shares, label)
+
+
+@dataclass(frozen=True)
+class PaddedRoom:
+    """Room for a map between the rows that its convolution reads above and below it, to be written there at once.
+
+    It is scratch of its own: valid until room is wanted for another map, whatever other layers do.
+
+    Attributes:
+        whole: [B, C, above + rows + below, W].
+        top, inside, bottom: the parts of it.
+    """
+
+    whole: torch.Tensor
+    top: torch.Tensor
+    inside: torch.Tensor
+    bottom: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor, above: int, below: int, is_last: bool, scratch: ScratchBuffers) -> PaddedRoom:
+        """Return the room for a map like `x`, [B, C, rows, W], with its channels last in memory or not."""
+        whole, end = _wide("wide map", x, above + below, is_last, scratch), above + x.shape[2]
+        return cls(whole, whole[:, :, :above], whole[:, :, above:end], whole[:, :, end:])
+
+    def holds(self, x: torch.Tensor, above: int, below: int) -> bool:
+        """Tell whether a map was written here, with room for so many rows above and below it."""
+        return x is self.inside and (self.top.shape[2], self.bottom.shape[2]) == (above, below)
+
+
+Room = PaddedRoom | None
+"""Where a map lies, if it lies in any."""
+
+
+def _wide(name: str, x: torch.Tensor, more: int, is_last: bool, scratch: ScratchBuffers) -> torch.Tensor:
+    """Return scratch for a map like `x` with `more` rows, its channels last in memory or not."""
+    batch, channels, rows, width = x.shape
+    if is_last:
+        return scratch(name, (batch, rows + more, width, channels), x.dtype).permute(0, 3, 1, 2)
+    return scratch(name, (batch, channels, rows + more, width), x.dtype)
 
 
 def halo_key(like: torch.Tensor, above: int, below: int) -> tuple[object, ...]:

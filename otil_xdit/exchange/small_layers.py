@@ -11,10 +11,11 @@ import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives
 from otil_xdit.exchange.buckets import Bucketer
-from otil_xdit.exchange.halo import HaloLayer, HaloRows, halo_key
+from otil_xdit.exchange.halo import HaloLayer, HaloRows, PaddedRoom, halo_key
 from otil_xdit.exchange.modes import StepModes
 from otil_xdit.exchange.moments import MomentsLayer, moments_key
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.memory_format import is_channels_last
 from otil_xdit.method.schedule import Clock
 from otil_xdit.method.scratch import ScratchBuffers
 
@@ -47,6 +48,7 @@ class SmallLayers:
         self._gain = 0.0 if config.extrapolation == "none" else config.extrapolation_gain
         self._halos: dict[str, HaloLayer] = {}
         self._moments: dict[str, MomentsLayer] = {}
+        self._room: PaddedRoom | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,14 +78,21 @@ class SmallLayers:
         self._halos.clear()
         self._moments.clear()
         self._bucketer.free()
+        self._room = None
 
     def halo(self, name: str, x: torch.Tensor, above: int, below: int, precomputed: HaloRows | None) -> torch.Tensor:
         """Return a map with its halo, [B, C, above + rows + below, W]."""
         layer = self._halo_layer(name, x, above, below)
+        room = self._room if self._room is not None and self._room.holds(x, above, below) else None
         if precomputed is not None:
-            return layer.set_halo(x, precomputed)
+            return layer.set_halo(x, precomputed, room)
         mode = self._modes.of_small(self._config.halo, layer.num_calls)
-        return layer.pad_with_halo(x, mode, self._label("halo", f"the halo of layer {name}", layer.num_calls))
+        return layer.pad_with_halo(x, mode, self._label("halo", f"the halo of layer {name}", layer.num_calls), room)
+
+    def room_for(self, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+        """Return room for a map like `x`, [B, C, rows, W], where `halo` need not copy it, in its memory format."""
+        self._room = PaddedRoom.of(x, above, below, is_channels_last(x), self._scratch_of(x.device))
+        return self._room.inside
 
     def moments(
         self, name: str, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor

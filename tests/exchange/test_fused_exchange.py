@@ -70,6 +70,24 @@ def test_passes_with_kernels_agree_as_those_without(case: str) -> None:
     check(case, 4)
 
 
+def check_unet(case: str) -> None:
+    """All 13 norms of each of 4 steps are activated where they are read, but for the two of a block that is hooked."""
+    for rank in ran("fused_unet", case, 2):
+        assert rank["error"] < ERROR, rank
+        assert rank["without"] == 0 and rank["activated"] == (44 if case == "hooked" else 52), rank
+
+
+@pytest.mark.parametrize("case", ["displaced", "hooked"])
+def test_a_unet_with_kernels_draws_what_it_does_without(case: str) -> None:
+    check_unet(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["sync", "waiting", "frozen", "channels last", "LoRA", "in between"])
+def test_a_unet_with_kernels_draws_what_it_does_without_in_every_way(case: str) -> None:
+    check_unet(case)
+
+
 def check_halos(case: str, ranks: int, is_coded: bool = True) -> None:
     for rank in ran("fused_halos", case, ranks):
         assert rank["sent"] and rank["keeps no more"], rank

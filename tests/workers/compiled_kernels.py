@@ -33,6 +33,7 @@ from otil_xdit.method.kernels import (  # noqa: E402
     copies,
     gathered,
     group_norm,
+    joined_rows,
     moments,
     others,
     own,
@@ -126,6 +127,26 @@ def kernels(width: int) -> Iterator[Kernel]:
             {"C": 640, "G": 32, "LAST": last, "AFFINE": True, "BLOCK": 1024},
             4,
         )
+        yield (
+            group_norm._activate_into,
+            {"x": HALF, "mean": FLOAT, "var": FLOAT, "weight": HALF, "bias": HALF, "out": HALF, "eps": "fp32"}
+            | dict.fromkeys(("count", "channels", "height", "width"), "i32")
+            | {f"{step}_step": "i32" for step in steps}
+            | {f"out_{step}": "i32" for step in steps},
+            {"G": 32, "PER": 20, "LAST": last, "AFFINE": True, "BLOCK": 1024},
+            4,
+        )
+    yield (
+        joined_rows._join_rows,
+        dict.fromkeys(("top", "above", "above_before", "above_given"), HALF)
+        | dict.fromkeys(("bottom", "below", "below_before", "below_given"), HALF)
+        | dict.fromkeys(("above_count", "above_height", "below_count", "below_height", "channels", "width"), "i32")
+        | {f"{step}_step": "i32" for step in steps}
+        | {f"{side}_{step}": "i32" for side in ("above", "below") for step in steps}
+        | {"gain": "fp32"},
+        {"ABOVE": 1, "BELOW": 2, "KEPT": 0, "GIVEN": 1, "BLOCK": 512},
+        4,
+    )
     yield (
         group_norm._combine_moments,
         dict.fromkeys(("received", "share", "came", "mean", "var"), FLOAT) | {"other": "i32", "size": "i32"},
@@ -160,7 +181,8 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
         yield (
             own._take_own,
             dict.fromkeys(("key", "value", "copies", "whole", "taken"), HALF)
-            | dict.fromkeys(("matrices", "before", "gains", "sums", "totals", "sizes", "numbers"), FLOAT)
+            | dict.fromkeys(("matrices", "before", "gains", "sums", "totals", "numbers"), FLOAT)
+            | {"sizes": FLOAT}
             | dict.fromkeys(("share", "scales"), FLOAT)
             | {"velocities": BYTES}
             | {"payload": BYTES, "words": INT, "slots": INT, "constant": "fp32", "damping": "fp32"}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -39,6 +40,7 @@ from otil_xdit.method.kernels.adaptive import launch_encode_adaptive  # noqa: E4
 from otil_xdit.method.kernels.choices import launch_settle  # noqa: E402
 from otil_xdit.method.kernels.copies import launch_correct_copies  # noqa: E402
 from otil_xdit.method.kernels.gathered import launch_set_coded, launch_set_gathered  # noqa: E402
+from otil_xdit.method.kernels.joined_rows import launch_join_rows  # noqa: E402
 from otil_xdit.method.kernels.others import launch_write_others  # noqa: E402
 from otil_xdit.method.kernels.own import launch_take_own  # noqa: E402
 from otil_xdit.method.kernels.payloads import launch_encode_residuals  # noqa: E402
@@ -439,6 +441,11 @@ def group_norm_cases() -> Iterator[tuple[str, float, float]]:
         bound = 2 * FLOAT32 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
         with torch.no_grad():
             yield f"norm of {tuple(x.shape)}, {dtype}, {memory_format}, {affine}", relative(found, norm(x)), bound
+            wide = torch.randn(batch, channels, 9, 10).to(dtype).contiguous(memory_format=memory_format)
+            before, inside = wide.clone(), wide[:, :, 1:7]
+            norm_kernels.launch_activate_into(x, mean, var, norm.weight, norm.bias, norm.eps, inside)
+            expected = torch.cat([before[:, :, :1], functional.silu(norm(x)), before[:, :, 7:]], dim=2)
+            yield f"SiLU of {tuple(x.shape)}, {dtype}, {memory_format}, {affine}", relative(wide, expected), 2 * bound
     tokens, norm = torch.randn(2, 15, 16).transpose(1, 2), nn.GroupNorm(4, 16)  # as a VAE's attention normalises
     mean, var = norm_kernels.launch_group_moments(tokens, 4)
     found = norm_kernels.launch_normalise(tokens, mean, var, norm.weight, norm.bias, norm.eps)
@@ -473,8 +480,14 @@ def rows_cases() -> Iterator[tuple[str, float, float]]:
             expected.append({"kept": last.clone(), "given": rows, "moved": moved}[side])
             kept.append((last, before))
             given.append(rows if side == "given" else None)
-        launch_pad_rows(x, out, *kept[0], given[0], *kept[1], given[1], 0.75, above == "moved", below == "moved")
-        pairs = [(out, torch.cat([expected[0], x, expected[1]], dim=2))]
+        moves = above == "moved", below == "moved"
+        joined, ours = out.clone(), [(last.clone(), before) for last, before in kept]
+        joined[:, :, upper : upper + 5] = x
+        ends = joined[:, :, :upper], joined[:, :, upper + 5 :]
+        launch_join_rows(*ends, *ours[0], given[0], *ours[1], given[1], 0.75, *moves)
+        launch_pad_rows(x, out, *kept[0], given[0], *kept[1], given[1], 0.75, *moves)
+        pairs = [(out, torch.cat([expected[0], x, expected[1]], dim=2)), (joined, out)]
+        pairs += [(mine, last) for (mine, _), (last, _) in zip(ours, kept, strict=True) if last.numel()]
         pairs += [
             (last, rows) for (last, _), rows in zip(kept, given, strict=True) if rows is not None and len(rows[0, 0])
         ]

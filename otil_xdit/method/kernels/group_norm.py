@@ -1,4 +1,4 @@
-"""A group norm's moments, their combination over ranks, and its application: one launch each.
+"""A group norm's moments, their combination over ranks, and its application, with SiLU or alone: one launch each.
 
 Maps stay in their memory format, channels last or first.
 
@@ -67,6 +67,36 @@ def _normalise(
         factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
         numbers = numbers * factor + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + index, numbers.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activate_into(
+    x, mean, var, weight, bias, out, count, channels, height, width, eps,
+    image_step, channel_step, row_step, column_step, out_image, out_channel, out_row, out_column,
+    G: tl.constexpr, PER: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A part of a map, in the order of its memory, normalised, rounded as a norm's output is, and given to SiLU."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    if LAST:
+        channel, line = index % channels, index // channels
+        column, row, image = line % width, (line // width) % height, line // (width * height)
+    else:
+        column, line = index % width, index // width
+        row, channel, image = line % height, (line // height) % channels, line // (height * channels)
+    at = image * image_step + channel * channel_step + row * row_step + column * column_step
+    group = image * G + channel // PER
+    numbers = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    middle = tl.load(mean + group, mask=inside, other=0.0)
+    spread = tl.load(var + group, mask=inside, other=1.0)
+    numbers = (numbers - middle) * (1.0 / tl.sqrt(spread + eps))
+    if AFFINE:
+        factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+        numbers = numbers * factor + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    numbers = numbers.to(out.dtype.element_ty).to(tl.float32)
+    numbers = numbers / (1.0 + tl.exp(-numbers))
+    at = image * out_image + channel * out_channel + row * out_row + column * out_column
+    tl.store(out + at, numbers.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -153,6 +183,38 @@ def _(
     eps: float,
 ) -> torch.Tensor:
     return torch.empty_like(x if is_channels_last(x) else x.contiguous())
+
+
+def launch_activate_into(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    """Write SiLU of a map normalised by moments that are known.
+
+    Args:
+        x, mean, var, weight, bias, eps: as for `launch_normalise`.
+        out: becomes it, of any strides, [B, C, rows, W].
+    """
+    batch, channels, height, width = x.shape
+    affine = (x, x) if weight is None or bias is None else (weight, bias)
+    _activate_into[(triton.cdiv(x.numel(), 1024),)](
+        x, mean, var, *affine, out, x.numel(), channels, height, width, eps, *x.stride(), *out.stride(),
+        G=mean.shape[1], PER=channels // mean.shape[1], LAST=x.stride(1) == 1, AFFINE=weight is not None, BLOCK=1024,
+    )  # fmt: skip
+
+
+activate_into = torch.library.custom_op("otil_xdit::activate_into", launch_activate_into, mutates_args=("out",))
+"""`launch_activate_into`, as an operator of torch."""
+
+
+@activate_into.register_fake
+def _(*args: object) -> None:
+    """Nothing is returned."""
 
 
 def launch_combine_moments(

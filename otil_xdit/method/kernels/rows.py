@@ -1,7 +1,7 @@
 """Rows next to a rank's: packed for a message together with moments, and put above and below its map.
 
 `pack_rows` does what the copies of `otil_xdit.exchange.moments` do before a message, `pad_rows` what
-`otil_xdit.exchange.halo` does to extrapolate rows, to keep them and to join them to the map. One launch each.
+`otil_xdit.exchange.halo` does to extrapolate rows and to keep them and to join them to the map. One launch each.
 
 Maps stay in their memory format, channels last or first.
 
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from otil_xdit.method.memory_format import is_channels_last
 
-_BLOCK = 512
+BLOCK_SIZE = 512
 """Numbers of a program."""
 
 KEPT, GIVEN, MOVED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -87,7 +87,7 @@ def _pack_rows(
 
 
 @triton.jit
-def _rows_of(
+def rows_of(
     last, before, given, at, given_at, there, gain, FROM: tl.constexpr, KEPT: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Return rows next to the map, and keep what is given."""
@@ -127,11 +127,11 @@ def _pad_rows(
     found = tl.load(x + at, mask=of_map, other=0.0)
     at = ((image * channels + channel) * above_height + row) * width + column
     given_at = image * above_image + channel * above_channel + row * above_row + column * above_column
-    upper = _rows_of(above, above_before, above_given, at, given_at, is_above, gain, ABOVE, KEPT, GIVEN)
+    upper = rows_of(above, above_before, above_given, at, given_at, is_above, gain, ABOVE, KEPT, GIVEN)
     row -= above_height + height
     at = ((image * channels + channel) * below_height + row) * width + column
     given_at = image * below_image + channel * below_channel + row * below_row + column * below_column
-    lower = _rows_of(below, below_before, below_given, at, given_at, is_below, gain, BELOW, KEPT, GIVEN)
+    lower = rows_of(below, below_before, below_given, at, given_at, is_below, gain, BELOW, KEPT, GIVEN)
     tl.store(out + index, tl.where(is_above, upper, tl.where(is_below, lower, found)), mask=inside)
 
 
@@ -161,9 +161,9 @@ def launch_pack_rows(
     for (rows, out), count in zip(pairs, counts, strict=True):
         sides += [like, like, 0, 1] if rows is None else [rows, out, count, rows.shape[2]]
     size = mean.numel()
-    _pack_rows[(max(1, triton.cdiv(max(counts), _BLOCK)), 3)](
+    _pack_rows[(max(1, triton.cdiv(max(counts), BLOCK_SIZE)), 3)](
         mean, var, kept, kept if sent is None else sent, size, *sides, like.shape[1], like.shape[3], *like.stride(),
-        SIZE=triton.next_power_of_2(size), SENDS=sent is not None, BLOCK=_BLOCK,
+        SIZE=triton.next_power_of_2(size), SENDS=sent is not None, BLOCK=BLOCK_SIZE,
     )  # fmt: skip
 
 
@@ -212,9 +212,9 @@ def launch_pad_rows(
         sides += [last, before, last if given is None else given]
         strides += [0] * 4 if given is None else given.stride()
         sources.append(GIVEN if given is not None else MOVED if moves else KEPT)
-    _pad_rows[(triton.cdiv(out.numel(), _BLOCK),)](
+    _pad_rows[(triton.cdiv(out.numel(), BLOCK_SIZE),)](
         x, out, *sides, out.numel(), *x.shape[1:], above.shape[2], below.shape[2], *x.stride(), *strides, gain,
-        LAST=is_channels_last(out), ABOVE=sources[0], BELOW=sources[1], KEPT=KEPT, GIVEN=GIVEN, BLOCK=_BLOCK,
+        LAST=is_channels_last(out), ABOVE=sources[0], BELOW=sources[1], KEPT=KEPT, GIVEN=GIVEN, BLOCK=BLOCK_SIZE,
     )  # fmt: skip
 
 

@@ -64,6 +64,18 @@ class LayerExchange(Protocol):
         """
         ...
 
+    def room_for(self, context: LayerContext, x: torch.Tensor) -> torch.Tensor | None:
+        """Return where the activated output of a norm may be written, so that its convolution need not copy it.
+
+        Args:
+            context: the norm's.
+            x: its input, [B, C, h, W].
+
+        Returns:
+            [B, C, h, W]; None where something else than the pair's convolution may read it, or kernels cannot write it.
+        """
+        ...
+
     def moments(
         self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

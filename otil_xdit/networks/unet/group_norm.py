@@ -22,6 +22,7 @@ from otil_xdit.method.memory_format import is_channels_last
 from otil_xdit.networks.class_swap import subclass_of
 from otil_xdit.networks.handles import define_operator, owner_of
 from otil_xdit.networks.unet.context import CONTEXT, Affine, LayerContext, check_forward, handle_of, running_context
+from otil_xdit.networks.unet.norm_conv import give_activated
 from otil_xdit.networks.unet.text_cache import tensor_state
 
 Normalise = Callable[[torch.Tensor], torch.Tensor]
@@ -61,7 +62,13 @@ def patched_group_norm(kind: type) -> type:
         normalise = _normaliser(self, context, mean, var)
         if halo is not None:
             _prefetch(context, input, halo, normalise)
-        return normalise(input)
+        room = None if context.pair is None else context.exchange.room_for(context, input)
+        if room is None or context.pair is None or (self.weight is None) != (self.bias is None):
+            return normalise(input)
+        from otil_xdit.method.kernels.group_norm import activate_into
+
+        activate_into(input, mean, var, self.weight, self.bias, self.eps, room)
+        return give_activated(context.pair.activation, room)
 
     return subclass_of(kind, {"forward": forward, CONTEXT: None})
 

@@ -26,6 +26,7 @@ from otil_xdit.comm.groups import UnetGroups
 from otil_xdit.exchange.halo import HaloRows, halo_key
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.method.grid import TokenLayout
+from otil_xdit.method.kernels import is_fused
 from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
 from otil_xdit.networks.compatibility import check_adapter, check_no_gradients
 from otil_xdit.networks.compiled import CompiledCalls
@@ -43,7 +44,12 @@ from otil_xdit.networks.unet.control_calls import ControlCalls
 from otil_xdit.networks.unet.conv import halo_rows
 from otil_xdit.networks.unet.layers import spatial_layers, unwrap_layer, wrap_layer
 from otil_xdit.networks.unet.levels import Levels
-from otil_xdit.networks.unet.norm_conv import PrefetchedHalo, find_norm_conv_pairs
+from otil_xdit.networks.unet.norm_conv import (
+    PrefetchedHalo,
+    find_norm_conv_pairs,
+    forget_activated,
+    wrap_activation,
+)
 from otil_xdit.networks.unet.sharding import UNetSharding
 from otil_xdit.networks.unet.text_cache import TextCache
 
@@ -142,6 +148,8 @@ class PatchedNetwork:
             check_heads(path, module, self.groups.ulysses_degree)
             if isinstance(module, Attention) and not module.is_cross_attention:
                 levels.add(level)
+        for pair in pairs.values():
+            wrap_activation(pair.activation)
         for level in levels if self.groups.rows.world_size > self.groups.ulysses_degree else ():
             self.session.communicator.observe(None, TokenLayout(pixels=2**level))
         follow_class(self.network)
@@ -153,6 +161,7 @@ class PatchedNetwork:
         self._compiled.release()
         for module in self.network.modules():
             unwrap_layer(module)
+            forget_activated(module)
         follow_class(self.network)
         self.text_cache.clear()
 
@@ -172,6 +181,13 @@ class PatchedNetwork:
         """Return `x` with the neighbours' rows above and below it."""
         self._current_sharding().check_halo(context.name, context.level, above, below)
         return self.session.communicator.halo(self._call_name(context.name), x, above, below, precomputed)
+
+    def room_for(self, context: LayerContext, x: torch.Tensor) -> torch.Tensor | None:
+        """Return where the activated output of a norm may be written."""
+        pair = context.pair
+        if pair is None or not is_fused(x) or not pair.is_intact() or not pair.hands_over:
+            return None
+        return self.session.communicator.room_for(self._call_name(pair.conv_name), x, *halo_rows(pair.conv))
 
     def moments(
         self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from otil_xdit.exchange.halo import HaloRows, halo_key
+from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
 
 ACTIVATIONS = (nn.SiLU, nn.Mish, nn.GELU, nn.ReLU)
 """Activations that act on every value by itself: those that diffusers' blocks know."""
@@ -28,12 +30,14 @@ class NormConvPair:
     """A convolution that reads ``dropout(activation(norm(x)))``.
 
     Attributes:
+        block: that calls them, one after the other.
         norm, activation, dropout: the modules; None for no dropout.
         reader: the module that is given the result: the convolution, or what holds it and its adapters (peft).
         conv: the convolution.
         reader_name, conv_name: names of `reader` and `conv` in the network.
     """
 
+    block: nn.Module
     norm: nn.GroupNorm
     activation: nn.Module
     dropout: nn.Dropout | None
@@ -41,6 +45,13 @@ class NormConvPair:
     conv: nn.Conv2d
     reader_name: str
     conv_name: str
+
+    @property
+    def hands_over(self) -> bool:
+        """Tell whether the norm may give its activation what that makes of it, as nothing else is given it."""
+        block, activation = self.block, self.activation
+        is_own = "forward" not in vars(block) and "forward" not in vars(activation)
+        return is_own and is_swapped(activation) and not block._forward_pre_hooks
 
     def is_intact(self) -> bool:
         """Tell whether nothing between norm and convolution is random or somebody else's.
@@ -104,24 +115,60 @@ def find_norm_conv_pairs(network: Any) -> dict[str, NormConvPair]:
 
 def _pairs_of_block(path: str, block: Any) -> Iterator[tuple[str, NormConvPair | None]]:
     if isinstance(block, UNet2DConditionModel) and block.conv_norm_out is not None:
-        yield "conv_norm_out", _pair(block.conv_norm_out, block.conv_act, None, block.conv_out, "conv_out")
+        yield "conv_norm_out", _pair(block, block.conv_norm_out, block.conv_act, None, block.conv_out, "conv_out")
     if type(block).forward is not ResnetBlock2D.forward:
         return
     if block.upsample is None and block.downsample is None:
-        yield f"{path}.norm1", _pair(block.norm1, block.nonlinearity, None, block.conv1, f"{path}.conv1")
+        yield f"{path}.norm1", _pair(block, block.norm1, block.nonlinearity, None, block.conv1, f"{path}.conv1")
     if block.time_embedding_norm == "default":
-        yield f"{path}.norm2", _pair(block.norm2, block.nonlinearity, block.dropout, block.conv2, f"{path}.conv2")
+        yield (
+            f"{path}.norm2",
+            _pair(block, block.norm2, block.nonlinearity, block.dropout, block.conv2, f"{path}.conv2"),
+        )
 
 
-def _pair(norm: Any, activation: Any, dropout: Any, reader: Any, name: str) -> NormConvPair | None:
+def _pair(block: nn.Module, norm: Any, activation: Any, dropout: Any, reader: Any, name: str) -> NormConvPair | None:
     conv, conv_name = reader, name
     if type(reader).__module__.startswith("peft.tuners.lora."):
         conv, conv_name = reader.base_layer, f"{name}.base_layer"
     known = (
         isinstance(norm, nn.GroupNorm)
-        and type(activation) in ACTIVATIONS
+        and getattr(type(activation), "_otil_base", type(activation)) in ACTIVATIONS
         and (dropout is None or type(dropout) is nn.Dropout)
         and isinstance(conv, nn.Conv2d)
         and conv.kernel_size[0] > 1
     )
-    return NormConvPair(norm, activation, dropout, reader, conv, name, conv_name) if known else None
+    return NormConvPair(block, norm, activation, dropout, reader, conv, name, conv_name) if known else None
+
+
+_GIVEN = "_otil_given"
+"""Of a wrapped activation: what a norm has made that is activated already."""
+
+
+def wrap_activation(activation: nn.Module) -> None:
+    """Let norms give SiLU what they have activated themselves, which it returns as it is; others stay as they are."""
+    if type(activation) is nn.SiLU:
+        swap_class(activation, _patched_activation)
+
+
+def forget_activated(module: nn.Module) -> None:
+    """Forget what an activation was given and not called with; any other module stays as it is."""
+    vars(module).pop(_GIVEN, None)
+
+
+def give_activated(activation: nn.Module, activated: torch.Tensor) -> torch.Tensor:
+    """Return what an activation is to return as it is, when it is called with that very tensor."""
+    vars(activation)[_GIVEN] = activated
+    return activated
+
+
+@cache
+def _patched_activation(kind: type) -> type:
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if input is vars(self).get(_GIVEN):
+            del vars(self)[_GIVEN]
+            return input
+        out: torch.Tensor = kind.forward(self, input)  # type: ignore[attr-defined]  # a class of modules
+        return out
+
+    return subclass_of(kind, {"forward": forward})

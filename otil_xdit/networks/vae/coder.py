@@ -174,6 +174,9 @@ class PatchedCoder:
     ) -> torch.Tensor:
         return self._exchange.halo(context.name, x, above, below)
 
+    def room_for(self, context: LayerContext, x: torch.Tensor) -> torch.Tensor | None:
+        return None
+
     def moments(
         self, context: LayerContext, mean: torch.Tensor, var: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
