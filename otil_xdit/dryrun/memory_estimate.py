@@ -39,7 +39,7 @@ def log_memory_estimate(pipe: Any, config: Any, patches: int, ulysses_degree: in
         return
     logger.info(
         "the exchange's copies will take about %.1f MB on each rank for an image of %d x %d pixels; "
-        "--otil_kv_cache_dtype float8 takes less",
+        "--otil_kv_cache_dtype float8 takes less in float32",
         bytes_of_rank / 1e6,
         *size,
     )

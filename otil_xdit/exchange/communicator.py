@@ -323,8 +323,8 @@ class OtilCommunicator:
         return (
             f"rank {self.group.rank} of {self.group.world_size}: no room for the exchange's buffers at step "
             f"{self.clock.step}, which take {self.report().buffer_bytes / 1e6:.1f} MB so far ({reason}); give "
-            "--otil_kv_cache_dtype float8, a smaller image or batch, --use_cfg_parallel, or --parallel sync, which "
-            "keeps no copies (`otil-xdit memory` tells beforehand)"
+            "--otil_kv_cache_dtype float8 (in float32), a smaller image or batch, --use_cfg_parallel, or --parallel "
+            "sync, which keeps no copies (`otil-xdit memory` tells beforehand)"
         )
 
     def _after_step(self, step: int, is_last: bool) -> None:

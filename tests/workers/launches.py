@@ -66,8 +66,8 @@ or what the host launches, whichever is more.
 
 - *launches*: kernels; in brackets, over those of the plain network on one card, and the aim.
 - *bytes a number*: bytes moved beyond what the network's layers move, for each number of all ranks' keys and values;
-  the aim is {target:g}. Reading and writing a value and a velocity of 16 bits each, which all ranks keep of all
-  numbers, takes 8 of them.
+  the aim is {target:g}. Reading and writing a value of 16 bits and a velocity of 8, which all ranks keep of all
+  numbers, takes 6 of them.
 - *messages*: waited for at once + travelling while something is computed. Of a displaced step at most {awaited} are to
   be waited for.
 
@@ -91,38 +91,33 @@ Of SDXL's displaced step with `otil` on 2 ranks, bytes a number (2026-11-27):
 
 | bytes | before | what for |
 |---:|---:|---|
-| 5.4 | 9.6 | copies of the other patch, before of both: corrected, the other's written for attention |
-| 7.2 | 5.1 | own keys and values: read once, compared with their copies, now corrected in that pass, and written |
-| 4.1 | 4.1 | own payload: changes and velocities read to measure each feature, and again to be coded |
-| 1.6 | 1.6 | halo rows: maps written with the rows above and below them |
-| 0.7 | 0.7 | codes of halo rows and moments, and the rest |
+| 6.3 | 7.2 | own keys and values: read once, copies corrected and compared, what they lack written, and for attention |
+| 4.2 | 5.2 | copies of the other patch: corrected, moved on and written for attention |
+| 1.1 | 4.1 | own payload: what the others lack, read once of the sub-blocks that are sent |
+| 0.3 | 1.6 | maps written between the rows above and below them |
+| 0.1 | 1.0 | codes of halo rows and moments, and the rest |
+| 12.0 | 19.1 | |
 
-*Before* is commit 3a4a3e4, which had 21.1 bytes; ce16586 had 25. What went since 3a4a3e4: own copies follow what came
-where they are compared with what the layer is called with, instead of being corrected first and read again (2 on two
-ranks, 1 on four; in steps that wait, too). Since ce16586: other ranks' copies are corrected when their layer is called,
-where they are moved on for attention in the same pass; and a payload is coded from how far values are from their
-copies, which are not read for it any more.
+*Before* is commit 7957ddd. What went since:
+
+- A payload is coded with the gain that was fitted at the step before. So what the others lack is known in the pass that
+  compares values with their copies, features are measured there, too, and velocities are not read again (3.0 on two
+  ranks).
+- Velocities take 8 bits where layers have 16 (3.0; `--otil_kv_cache_dtype same` keeps 16).
+- A norm, its activation and the rows of its convolution are one pass (1.3, and 1.3 of what the network itself moves,
+  which is not counted here).
+- A bucket of halo rows is coded, and decoded, by one kernel (0.6 with 114 launches).
+- 0.2 were counted and are not moved: how codes are to be read says a small part of a payload.
 
 Copies cannot be attention's buffer themselves. They are in coordinates, and of the step before: what attention reads of
 them is moved on by this step's gain and turned back, another number in another place. It could only be where nothing is
 coded in coordinates and nothing is extrapolated.
 
-What is done at every step has a floor above 12. With N ranks, every number's value and velocity of 16 bits are read and
-written (8), all keys and values are written for attention (2), and of its own a rank must read them, write their
-changes, and read changes and velocities to code them (8 / N). With payloads that is 14.6 on two ranks and 12.6 on four,
-and SDXL's halo rows and moments take 2.3 besides. What is counted has 2.2 more on two ranks, nearly all in one place:
-changes and velocities are read twice, as a feature's size is known only when all of it was read (4 / N; sums of squares
-and products could be kept for each tile of tokens while values are compared, and those of sub-blocks that are not sent
-be taken off, for about 1.25 / N of their own).
-
-The floor is not one of arithmetic. Copies need not be written at every step: what came could be kept, 0.25 bytes a
-number, and be applied at every second one, when two payloads are decoded in one pass, for 8 - 2 + 0.5 bytes. Copies
-would then be rounded to 16 bits half as often, so other images would come out, and every kernel that reads copies would
-have to decode. Neither is built.
-
-With velocities of 8 bits (`--otil_kv_cache_dtype float8`, which has kernels, too) a displaced step of SDXL moves 16.1
-bytes on two ranks and 13.5 on four instead of 19.1 and 16.0, in as many launches (`"settings": {{"kv_cache_dtype":
-"float8"}}` in the scene above).
+What is left is what such a step does: with N ranks, a value of 16 bits and a velocity of 8 are read and written of
+every number (6), all keys and values are written for attention (2), and of its own a rank reads the values, writes what
+they lack, and reads what is sent of it (5.75 / N); with payloads 11.1 on two ranks and 9.7 on four. `otil 2bit`
+corrects all copies before its layers are called, and so reads them twice; warm-up and refreshes write whole copies.
+They are above the aim.
 
 ## Every step of a run
 
@@ -134,9 +129,9 @@ once for a size, so the second image begins with less. It sends one byte a numbe
 changes since nothing is the values themselves. The first displaced step finds nothing under way, and moments are fitted
 from the third on. The last step is a displaced one like those before it.
 
-Where each pass of guidance has its own ranks, a step that waits asks for two messages a layer: what both passes have
-measured comes before the payload. It takes two launches a layer besides, one that measures and one that takes the means
-and selects.
+Where each pass of guidance has its own ranks, these agree on gains: of a layer that has none yet at once, which is
+what step 3 waits for besides, then of all layers in one message a step. They send all sub-blocks while they wait, as to
+agree on some took a message for each layer (192 + 0 before).
 
 `python tests/workers/launches.py --write` makes this page, and the ceilings that a test holds
 (tests/budgets/launches.json).
