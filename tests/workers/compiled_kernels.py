@@ -133,7 +133,7 @@ def kernels(width: int) -> Iterator[Kernel]:
             | dict.fromkeys(("count", "channels", "height", "width"), "i32")
             | {f"{step}_step": "i32" for step in steps}
             | {f"out_{step}": "i32" for step in steps},
-            {"G": 32, "PER": 20, "LAST": last, "AFFINE": True, "BLOCK": 1024},
+            {"G": 32, "PER": 20, "LAST": last, "AFFINE": True, "BLOCK": 512},
             4,
         )
     yield (
@@ -144,7 +144,7 @@ def kernels(width: int) -> Iterator[Kernel]:
         | {f"{step}_step": "i32" for step in steps}
         | {f"{side}_{step}": "i32" for side in ("above", "below") for step in steps}
         | {"gain": "fp32"},
-        {"ABOVE": 1, "BELOW": 2, "KEPT": 0, "GIVEN": 1, "BLOCK": 512},
+        {"ABOVE": 1, "BELOW": 2, "KEPT": 0, "GIVEN": 1, "BLOCK": 256},
         4,
     )
     yield (

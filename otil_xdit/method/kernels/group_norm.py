@@ -202,9 +202,9 @@ def launch_activate_into(
     """
     batch, channels, height, width = x.shape
     affine = (x, x) if weight is None or bias is None else (weight, bias)
-    _activate_into[(triton.cdiv(x.numel(), 1024),)](
+    _activate_into[(triton.cdiv(x.numel(), 512),)](
         x, mean, var, *affine, out, x.numel(), channels, height, width, eps, *x.stride(), *out.stride(),
-        G=mean.shape[1], PER=channels // mean.shape[1], LAST=x.stride(1) == 1, AFFINE=weight is not None, BLOCK=1024,
+        G=mean.shape[1], PER=channels // mean.shape[1], LAST=x.stride(1) == 1, AFFINE=weight is not None, BLOCK=512,
     )  # fmt: skip
 
 

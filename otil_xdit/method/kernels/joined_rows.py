@@ -13,7 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from otil_xdit.method.kernels.rows import BLOCK_SIZE, GIVEN, KEPT, MOVED, rows_of
+from otil_xdit.method.kernels.rows import GIVEN, KEPT, MOVED, rows_of
+
+_BLOCK = 256
+"""Numbers of a program: with more of them sm_90's registers do not do."""
 
 
 @triton.jit
@@ -87,9 +90,9 @@ def launch_join_rows(
         strides += [0] * 4 if given is None else given.stride()
         sources.append(GIVEN if given is not None else MOVED if moves else KEPT)
     most = max(top.numel(), bottom.numel())
-    _join_rows[(max(1, triton.cdiv(most, BLOCK_SIZE)), 2)](
+    _join_rows[(max(1, triton.cdiv(most, _BLOCK)), 2)](
         *sides, top.shape[1], top.shape[3], *top.stride(), *strides, gain,
-        ABOVE=sources[0], BELOW=sources[1], KEPT=KEPT, GIVEN=GIVEN, BLOCK=BLOCK_SIZE,
+        ABOVE=sources[0], BELOW=sources[1], KEPT=KEPT, GIVEN=GIVEN, BLOCK=_BLOCK,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from otil_xdit.method.memory_format import is_channels_last
 
-BLOCK_SIZE = 512
+_BLOCK = 512
 """Numbers of a program."""
 
 KEPT, GIVEN, MOVED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -161,9 +161,9 @@ def launch_pack_rows(
     for (rows, out), count in zip(pairs, counts, strict=True):
         sides += [like, like, 0, 1] if rows is None else [rows, out, count, rows.shape[2]]
     size = mean.numel()
-    _pack_rows[(max(1, triton.cdiv(max(counts), BLOCK_SIZE)), 3)](
+    _pack_rows[(max(1, triton.cdiv(max(counts), _BLOCK)), 3)](
         mean, var, kept, kept if sent is None else sent, size, *sides, like.shape[1], like.shape[3], *like.stride(),
-        SIZE=triton.next_power_of_2(size), SENDS=sent is not None, BLOCK=BLOCK_SIZE,
+        SIZE=triton.next_power_of_2(size), SENDS=sent is not None, BLOCK=_BLOCK,
     )  # fmt: skip
 
 
@@ -212,9 +212,9 @@ def launch_pad_rows(
         sides += [last, before, last if given is None else given]
         strides += [0] * 4 if given is None else given.stride()
         sources.append(GIVEN if given is not None else MOVED if moves else KEPT)
-    _pad_rows[(triton.cdiv(out.numel(), BLOCK_SIZE),)](
+    _pad_rows[(triton.cdiv(out.numel(), _BLOCK),)](
         x, out, *sides, out.numel(), *x.shape[1:], above.shape[2], below.shape[2], *x.stride(), *strides, gain,
-        LAST=is_channels_last(out), ABOVE=sources[0], BELOW=sources[1], KEPT=KEPT, GIVEN=GIVEN, BLOCK=BLOCK_SIZE,
+        LAST=is_channels_last(out), ABOVE=sources[0], BELOW=sources[1], KEPT=KEPT, GIVEN=GIVEN, BLOCK=_BLOCK,
     )  # fmt: skip
 
 
