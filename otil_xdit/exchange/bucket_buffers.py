@@ -126,7 +126,7 @@ class MessageBuffer(ABC):
             offset, padding = self._message.reserve(shape, spec.dtype)
             self._message.fit(self._message.used)
             return offset, math.prod(shape) * spec.dtype.itemsize, padding
-        vectors = -(-math.prod(shape) // _VECTOR)
+        vectors = _vectors_for(shape)
         offset, _ = self._values.reserve((vectors, _VECTOR), spec.dtype)
         self._fit_values(self._values.used)
         last = self._runs[-1] if self._runs else None
@@ -177,8 +177,7 @@ class OutgoingMessage(MessageBuffer):
     def reserve(self, shape: tuple[int, ...], spec: TensorSpec) -> tuple[int, int, int]:
         offset, size, padding = super().reserve(shape, spec)
         if spec.coded and math.prod(shape) % _VECTOR:  # what nobody writes must not raise the last scale
-            vectors = -(-math.prod(shape) // _VECTOR)
-            self._values.at(offset, (vectors, _VECTOR), spec.dtype)[0, -1].zero_()
+            self._values.at(offset, (_vectors_for(shape), _VECTOR), spec.dtype)[0, -1].zero_()
         return offset, size, padding
 
     def encode(self, scratch: ScratchBuffers) -> None:
@@ -232,3 +231,8 @@ class IncomingMessage(MessageBuffer):
     def _fit_values(self, size: int) -> None:
         if not self._by_kernels:
             self._values.fit(size)
+
+
+def _vectors_for(shape: tuple[int, ...]) -> int:
+    """Return how many vectors hold the numbers of a tensor."""
+    return -(-math.prod(shape) // _VECTOR)

@@ -29,7 +29,7 @@ from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PayloadFormat:
     """How the payload of a layer is laid out, and what writes and reads it.
 
@@ -61,6 +61,9 @@ class KVCoder:
 
     Over 200 lines: whatever is done has two ways, and here it is decided which one is taken.
 
+    Attributes:
+        most_bytes: of one layer's largest payload.
+
     Args:
         transform: has this rank's fresh values, and the layers' shape.
         copies: of all ranks' values.
@@ -86,8 +89,11 @@ class KVCoder:
         self._residuals = KVResiduals(transform, copies, config, scratch)
         self._selection = KVSelection(transform, self._residuals, table, config, selector, scratch)
         self._format = self._format_of_all = PayloadFormat.of(transform, table, config, scratch)
+        self._formats = [self._format]
         if agreement is not None and ALL_FROM <= config.ratio < 1:
             self._format_of_all = PayloadFormat.of(transform, table, config.replace(ratio=1.0), scratch)
+            self._formats.append(self._format_of_all)
+        self.most_bytes = max(one.size for one in self._formats)
         self._arrived = ArrivedPayloads(transform, copies)
         self._errors: torch.Tensor | None = None
 
@@ -111,15 +117,6 @@ class KVCoder:
     def payload_size(self) -> int:
         """Bytes of one layer's payload of selected sub-blocks."""
         return self._format.size
-
-    @property
-    def most_bytes(self) -> int:
-        """Bytes of one layer's largest payload."""
-        return max(one.size for one in self._formats)
-
-    @property
-    def _formats(self) -> set[PayloadFormat]:
-        return {self._format, self._format_of_all}
 
     @property
     def is_one_pass(self) -> bool:

@@ -82,7 +82,7 @@ class KVGroups:
             mode: of the layer that is called.
             label: of its step.
         """
-        if self._agreement is None:
+        if self._agreement is None or self._config.extrapolation != "fitted":
             return
         if self._fitted_at is not None and self._fitted_at != label.step:
             fitted = [group.fitted_gains for group in self.groups if group.is_allocated]

@@ -111,18 +111,13 @@ class KVSelection:
             scores: computes them, where nothing else says what is selected.
         """
         if self._shared is not None:
-            return self._shared.expand(run.stop - run.start, -1).contiguous()
+            return self._shared_of(run, self._shared)
         return self._selector.select_scored(self._layers, self._table, scores(), run)
 
-    @property
-    def is_picked_by_kernel(self) -> bool:
-        """Tell whether the kernel that compares a layer's sub-blocks also says which are sent."""
-        return (
-            self._config.selects_by_layer
-            and self.is_one_pass
-            and self._selector.takes_largest
-            and len(self._table) <= MOST_BLOCKS
-        )
+    @staticmethod
+    def _shared_of(run: slice, selected: torch.Tensor) -> torch.Tensor:
+        """Return what all layers send, int64 [1, k], for each of a run."""
+        return selected.expand(run.stop - run.start, -1).contiguous()
 
     def select_by_kernel(self, run: slice, all_sent: bool) -> torch.Tensor | None:
         """Find the next gains, and return what `select` does; None where everything is sent.
@@ -131,11 +126,12 @@ class KVSelection:
             run: layers.
             all_sent: whether it is.
         """
-        residuals, table = self._residuals, self._table
-        if all_sent or self._shared is not None:
-            residuals.settle(run, table, None)
-            return None if all_sent else self.select(run, lambda: residuals.fitted[run])
-        picks = self.is_picked_by_kernel
+        table, shared = self._table, self._shared
+        if all_sent or shared is not None:
+            self._residuals.settle(run, table, None)
+            return None if all_sent or shared is None else self._shared_of(run, shared)
+        # The kernel that compares a layer's sub-blocks says which are sent, too, if it can.
+        picks = self._selector.takes_largest and len(table) <= MOST_BLOCKS
         count = blocks_to_send(len(table), self._config.ratio) if picks else 0
-        scores, selected = residuals.settle(run, table, count)
+        scores, selected = self._residuals.settle(run, table, count)
         return selected if picks else self._selector.select_scored(self._layers, table, scores, run)

@@ -224,7 +224,7 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
         choices._settle,
         dict.fromkeys(("sums", "totals", "gains", "fitted", "scores"), FLOAT)
         | {"table": LONG, "selected": LONG}
-        | dict.fromkeys(("parts", "tokens", "batch", "count", "blocks", "sent"), "i32"),
+        | dict.fromkeys(("parts", "tokens", "images", "count", "blocks", "sent"), "i32"),
         {"T": 4, "SIDE": 4, "BLOCKS": 1024, "STEP": 256, "LARGEST": 1.25, "PARTS": 512, "BINS": 512}
         | dict.fromkeys(("FITTED", "SCORES", "PICKS"), True),
         8,

@@ -1,7 +1,7 @@
 """What a rank sends of its keys and values in the adaptive codec: residuals coded, by how much features vary.
 
-`encode_adaptive` does what `PayloadCodec` and `AdaptiveCodec` do to fill a payload. How many
-bits a feature has is found by `otil_xdit.method.kernels.bits`, whose words and entries are read here.
+`encode_adaptive` does what `PayloadCodec` and `AdaptiveCodec` do to fill a payload. How many bits a feature has is
+found by `otil_xdit.method.kernels.bits`, whose words and entries are read here.
 
 Shapes: l layers of a run; B batch, S tokens of this rank, C features, K sub-blocks of T tokens, k sent, m = k * T
 tokens, V = 2 * B * m vectors of a layer's payload, R bytes of a row of codes.

@@ -48,7 +48,7 @@ def _largest(bits, valid, count, BINS: tl.constexpr):
 
 @triton.jit
 def _settle(
-    sums, totals, gains, fitted, table, scores, selected, parts, tokens, batch, count, blocks, sent,
+    sums, totals, gains, fitted, table, scores, selected, parts, tokens, images, count, blocks, sent,
     T: tl.constexpr, SIDE: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr, LARGEST: tl.constexpr,
     PARTS: tl.constexpr, BINS: tl.constexpr, FITTED: tl.constexpr, SCORES: tl.constexpr,
     PICKS: tl.constexpr,
@@ -65,7 +65,6 @@ def _settle(
     tl.store(fitted + layer * 2, keys)
     tl.store(fitted + layer * 2 + 1, values)
     if SCORES:
-        images = 2 * batch
         size = parts * images * tokens
         for start in range(0, blocks, STEP):
             block = start + tl.arange(0, STEP)[:, None]
@@ -120,7 +119,7 @@ def launch_settle(
     step = min(triton.next_power_of_2(blocks), max(1, _TOKENS // lanes))
     _settle[(layers,)](
         sums, totals, gains, fitted, selected if table is None else table, scores, selected,
-        parts, tokens, images // 2, totals.shape[2], blocks, count,
+        parts, tokens, images, totals.shape[2], blocks, count,
         T=side, SIDE=lanes, BLOCKS=triton.next_power_of_2(blocks), STEP=step, LARGEST=LARGEST_GAIN, PARTS=_PARTS,
         BINS=512, FITTED=fits, SCORES=scores.numel() > 0, PICKS=count > 0,
         num_warps=8,

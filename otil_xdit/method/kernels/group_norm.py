@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from otil_xdit.method.kernels.rows import place_in_map
 from otil_xdit.method.memory_format import is_channels_last
 
 
@@ -49,6 +50,19 @@ def _group_moments(
 
 
 @triton.jit
+def _normalised(x, mean, var, weight, bias, inside, eps, AFFINE: tl.constexpr):
+    """Return numbers normalised, float32; arguments point at each number's own."""
+    numbers = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    numbers = (numbers - tl.load(mean, mask=inside, other=0.0)) * (
+        1.0 / tl.sqrt(tl.load(var, mask=inside, other=1.0) + eps)
+    )
+    if AFFINE:
+        factor = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+        numbers = numbers * factor + tl.load(bias, mask=inside, other=0.0).to(tl.float32)
+    return numbers
+
+
+@triton.jit
 def _normalise(
     x, mean, var, weight, bias, out, count, pixels, eps,
     C: tl.constexpr, G: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.constexpr,
@@ -59,13 +73,7 @@ def _normalise(
     image = index // (C * pixels)
     channel = index % C if LAST else (index // pixels) % C
     group = image * G + channel // (C // G)
-    numbers = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
-    middle = tl.load(mean + group, mask=inside, other=0.0)
-    spread = tl.load(var + group, mask=inside, other=1.0)
-    numbers = (numbers - middle) * (1.0 / tl.sqrt(spread + eps))
-    if AFFINE:
-        factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-        numbers = numbers * factor + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    numbers = _normalised(x + index, mean + group, var + group, weight + channel, bias + channel, inside, eps, AFFINE)
     tl.store(out + index, numbers.to(out.dtype.element_ty), mask=inside)
 
 
@@ -78,21 +86,10 @@ def _activate_into(
     """A part of a map, in the order of its memory, normalised, rounded as a norm's output is, and given to SiLU."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
-    if LAST:
-        channel, line = index % channels, index // channels
-        column, row, image = line % width, (line // width) % height, line // (width * height)
-    else:
-        column, line = index % width, index // width
-        row, channel, image = line % height, (line // height) % channels, line // (height * channels)
+    image, channel, row, column = place_in_map(index, channels, height, width, LAST)
     at = image * image_step + channel * channel_step + row * row_step + column * column_step
     group = image * G + channel // PER
-    numbers = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    middle = tl.load(mean + group, mask=inside, other=0.0)
-    spread = tl.load(var + group, mask=inside, other=1.0)
-    numbers = (numbers - middle) * (1.0 / tl.sqrt(spread + eps))
-    if AFFINE:
-        factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-        numbers = numbers * factor + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    numbers = _normalised(x + at, mean + group, var + group, weight + channel, bias + channel, inside, eps, AFFINE)
     numbers = numbers.to(out.dtype.element_ty).to(tl.float32)
     numbers = numbers / (1.0 + tl.exp(-numbers))
     at = image * out_image + channel * out_channel + row * out_row + column * out_column

@@ -7,13 +7,11 @@ Shapes: B batch, C channels, W columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from otil_xdit.method.kernels.rows import GIVEN, KEPT, MOVED, rows_of
+from otil_xdit.method.kernels.rows import GIVEN, KEPT, place_in_map, rows_of, side_of
 
 _BLOCK = 256
 """Numbers of a program: with more of them sm_90's registers do not do."""
@@ -28,8 +26,7 @@ def _side_rows(
     """A part of the rows on one side of a map, `out`, [B, C, height, W]."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
-    column, line = index % width, index // width
-    row, channel, image = line % height, (line // height) % channels, line // (height * channels)
+    image, channel, row, column = place_in_map(index, channels, height, width, False)
     given_at = image * given_image + channel * given_channel + row * given_row + column * given_column
     found = rows_of(last, before, given, index, given_at, inside, gain, FROM, KEPT, GIVEN)
     at = image * out_image + channel * out_channel + row * out_row + column * out_column
@@ -79,20 +76,13 @@ def launch_join_rows(
         above, above_before, above_given, below, below_before, below_given, gain, moves_above, moves_below: as for
             `launch_pad_rows`.
     """
-    sides: list[Any] = []
-    strides: list[int] = []
-    sources = []
-    for out, last, before, given, moves in (
-        (top, above, above_before, above_given, moves_above),
-        (bottom, below, below_before, below_given, moves_below),
-    ):
-        sides += [out, last, before, last if given is None else given, out.numel(), out.shape[2]]
-        strides += [0] * 4 if given is None else given.stride()
-        sources.append(GIVEN if given is not None else MOVED if moves else KEPT)
+    upper, upper_strides, upper_from = side_of(above, above_before, above_given, moves_above)
+    lower, lower_strides, lower_from = side_of(below, below_before, below_given, moves_below)
     most = max(top.numel(), bottom.numel())
     _join_rows[(max(1, triton.cdiv(most, _BLOCK)), 2)](
-        *sides, top.shape[1], top.shape[3], *top.stride(), *strides, gain,
-        ABOVE=sources[0], BELOW=sources[1], KEPT=KEPT, GIVEN=GIVEN, BLOCK=_BLOCK,
+        top, *upper, top.numel(), top.shape[2], bottom, *lower, bottom.numel(), bottom.shape[2],
+        top.shape[1], top.shape[3], *top.stride(), *upper_strides, *lower_strides, gain,
+        ABOVE=upper_from, BELOW=lower_from, KEPT=KEPT, GIVEN=GIVEN, BLOCK=_BLOCK,
     )  # fmt: skip
 
 

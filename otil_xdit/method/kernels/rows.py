@@ -1,7 +1,7 @@
 """Rows next to a rank's: packed for a message together with moments, and put above and below its map.
 
 `pack_rows` does what the copies of `otil_xdit.exchange.moments` do before a message, `pad_rows` what
-`otil_xdit.exchange.halo` does to extrapolate rows and to keep them and to join them to the map. One launch each.
+`otil_xdit.exchange.halo` does to extrapolate rows, to keep them and to join them to the map. One launch each.
 
 Maps stay in their memory format, channels last or first.
 
@@ -10,6 +10,7 @@ Shapes: B batch, C channels, h rows of this rank, W columns, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,15 +27,23 @@ KEPT, GIVEN, MOVED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
+def place_in_map(index, channels, height, width, LAST: tl.constexpr):
+    """Return image, channel, row and column of the numbers of a map, by their order in memory, channels last or not."""
+    if LAST:
+        channel, line = index % channels, index // channels
+        return line // (width * height), channel, (line // width) % height, line % width
+    line = index // width
+    return line // (height * channels), (line // height) % channels, line % height, index % width
+
+
+@triton.jit
 def _copy_rows(
     rows, out, count, channels, height, width, image_step, channel_step, row_step, column_step, BLOCK: tl.constexpr
 ):
     """Copy a part of rows, [B, C, height, W] of any strides, to `out`, contiguous."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column, line = index % width, index // width
-    row, image = line % height, line // (height * channels)
-    at = image.to(tl.int64) * image_step + (line // height) % channels * channel_step
-    at += row * row_step + column * column_step
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    image, channel, row, column = place_in_map(index, channels, height, width, False)
+    at = image * image_step + channel * channel_step + row * row_step + column * column_step
     tl.store(out + index, tl.load(rows + at, mask=index < count), mask=index < count)
 
 
@@ -114,12 +123,7 @@ def _pad_rows(
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     total = above_height + height + below_height
-    if LAST:
-        channel, line = index % channels, index // channels
-        column, row, image = line % width, (line // width) % total, line // (width * total)
-    else:
-        column, line = index % width, index // width
-        row, channel, image = line % total, (line // total) % channels, line // (total * channels)
+    image, channel, row, column = place_in_map(index, channels, total, width, LAST)
     is_above = inside & (row < above_height)
     is_below = inside & (row >= above_height + height)
     of_map = inside & (row >= above_height) & (row < above_height + height)
@@ -178,6 +182,17 @@ def _(*args: object) -> None:
     """Nothing is returned."""
 
 
+def side_of(
+    last: torch.Tensor, before: torch.Tensor, given: torch.Tensor | None, moves: bool
+) -> tuple[list[torch.Tensor], Sequence[int], tl.constexpr]:
+    """Return what kernels need of the rows on one side of a map: the rows, the strides of those given, and `rows_of`'s
+    source; arguments as of `launch_pad_rows`."""
+    rows = [last, before, last if given is None else given]
+    if given is not None:
+        return rows, given.stride(), GIVEN
+    return rows, [0] * 4, MOVED if moves else KEPT
+
+
 def launch_pad_rows(
     x: torch.Tensor,
     out: torch.Tensor,
@@ -202,19 +217,12 @@ def launch_pad_rows(
         gain: how far rows are moved on.
         moves_above, moves_below: whether they are.
     """
-    sides: list[torch.Tensor] = []
-    strides: list[int] = []
-    sources = []
-    for last, before, given, moves in (
-        (above, above_before, above_given, moves_above),
-        (below, below_before, below_given, moves_below),
-    ):
-        sides += [last, before, last if given is None else given]
-        strides += [0] * 4 if given is None else given.stride()
-        sources.append(GIVEN if given is not None else MOVED if moves else KEPT)
+    upper, upper_strides, upper_from = side_of(above, above_before, above_given, moves_above)
+    lower, lower_strides, lower_from = side_of(below, below_before, below_given, moves_below)
     _pad_rows[(triton.cdiv(out.numel(), _BLOCK),)](
-        x, out, *sides, out.numel(), *x.shape[1:], above.shape[2], below.shape[2], *x.stride(), *strides, gain,
-        LAST=is_channels_last(out), ABOVE=sources[0], BELOW=sources[1], KEPT=KEPT, GIVEN=GIVEN, BLOCK=_BLOCK,
+        x, out, *upper, *lower, out.numel(), *x.shape[1:], above.shape[2], below.shape[2], *x.stride(),
+        *upper_strides, *lower_strides, gain,
+        LAST=is_channels_last(out), ABOVE=upper_from, BELOW=lower_from, KEPT=KEPT, GIVEN=GIVEN, BLOCK=_BLOCK,
     )  # fmt: skip
 
 
