@@ -165,7 +165,7 @@ class KVCoder:
             run: layers.
             is_awaited: whether everybody waits for them at this step.
         """
-        form = self._format_of_all if is_awaited else self._format
+        form = self._format_where(is_awaited)
         first, size = run.start * self.most_bytes, form.size
         payload = self._payload[first : first + (run.stop - run.start) * size].view(-1, size)
         own, gains = self._transform.coded_own(run), self._residuals.gains[run]
@@ -194,12 +194,12 @@ class KVCoder:
             return gains
         return self._agreement.mean([gains], replace(label, layer=f"the first gains of {self._name}"))[0]
 
-    def take(self, run: slice, received: torch.Tensor) -> None:
+    def take(self, run: slice, received: torch.Tensor, is_awaited: bool) -> None:
         """Do what `apply` does, or as much of it as is wanted before `take_own`, `write_predicted` or `settle`."""
         if self._applies_late:
-            self._arrived.take(run, received, self._form_of(received).kernels)
+            self._arrived.take(run, received, self._format_where(is_awaited).kernels)
         else:
-            self.apply(run, received)
+            self.apply(run, received, is_awaited)
 
     def write_predicted(self, layer: int, out: torch.Tensor) -> None:
         """Do what `KVResiduals.write_predicted` does, after what was taken of that layer."""
@@ -210,15 +210,16 @@ class KVCoder:
         """Have all copies follow what was taken, of all layers or of those that `ArrivedPayloads.settle` says."""
         self._arrived.settle(run)
 
-    def apply(self, run: slice, received: torch.Tensor, out: torch.Tensor | None = None) -> None:
+    def apply(self, run: slice, received: torch.Tensor, is_awaited: bool, out: torch.Tensor | None = None) -> None:
         """Carry the copies of a run of layers a step forward with everybody's payloads.
 
         Args:
             run: layers.
             received: uint8 [N, l, size].
+            is_awaited: as everybody said to `pack`.
             out: becomes everybody's values of the one layer that the run is, as of `KVCopies.write`.
         """
-        form = self._form_of(received)
+        form = self._format_where(is_awaited)
         if out is not None and self._applies_late:
             self._arrived.take(run, received, form.kernels)
             self._arrived.write(run.start, out)
@@ -242,9 +243,9 @@ class KVCoder:
         """Tell whether copies follow payloads when they are read: this rank's own when its layer is called."""
         return self._format.kernels.applies_late and self.codes_changes
 
-    def _form_of(self, received: torch.Tensor) -> PayloadFormat:
-        """Return the format of payloads, uint8 [N, l, size]."""
-        return next(one for one in self._formats if one.size == received.shape[-1])
+    def _format_where(self, is_awaited: bool) -> PayloadFormat:
+        """Return the format of payloads that are waited for, or of others; their sizes may be equal."""
+        return self._format_of_all if is_awaited else self._format
 
     def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor, codec: PayloadCodec) -> None:
         layout = codec.layout

@@ -27,7 +27,7 @@ class KVMessages:
         self._received: torch.Tensor | None = None
         self._unsent: list[int] = []
         self._unsent_label = CollectiveLabel("kv", "", None)
-        self._pending: list[tuple[slice, Pending[torch.Tensor]]] = []
+        self._pending: list[tuple[slice, bool, Pending[torch.Tensor]]] = []
 
     def allocate(self, device: torch.device) -> None:
         """Make the buffer of what arrives for all layers."""
@@ -62,7 +62,7 @@ class KVMessages:
         received = self._received[run.start * ranks * self._coder.most_bytes :][: ranks * payload.numel()]
         received = received.view(ranks, *payload.shape)
         pending = self._collectives.all_gather(payload, received, self._label_of(run, label))
-        self._pending.append((run, pending))
+        self._pending.append((run, is_awaited, pending))
 
     def defer(self, layer: int, label: CollectiveLabel, called: int) -> None:
         """Have a layer wait for the rest of its group; the last one sends them all.
@@ -92,8 +92,8 @@ class KVMessages:
     def take_pending(self) -> None:
         """Wait for what is under way, if anything is; of a layer the copies follow by `KVCoder.write_predicted`."""
         pending, self._pending = self._pending, []
-        for run, message in pending:
-            self._coder.take(run, message.wait())
+        for run, is_awaited, message in pending:
+            self._coder.take(run, message.wait(), is_awaited)
 
     def apply_pending(self, out: torch.Tensor | None = None) -> None:
         """Wait for what is under way, if anything is, and have all copies follow it.
@@ -102,14 +102,14 @@ class KVMessages:
             out: becomes everybody's values of the only layer that is under way, as of `KVCopies.write`.
         """
         pending, self._pending = self._pending, []
-        for run, message in pending:
-            self._coder.apply(run, message.wait(), out)
+        for run, is_awaited, message in pending:
+            self._coder.apply(run, message.wait(), is_awaited, out)
 
     def discard(self) -> None:
         """Wait for what is under way, and forget it and what was not sent yet."""
         pending, self._pending = self._pending, []
         self._unsent.clear()
-        for _, message in pending:
+        for *_, message in pending:
             message.wait()
 
     def _label_of(self, run: slice, label: CollectiveLabel) -> CollectiveLabel:

@@ -110,6 +110,32 @@ def test_while_they_wait_they_send_all_sub_blocks_where_these_are_few_more(ranks
         assert found["mixed"]["all"] > found["mixed"]["selected"]
 
 
+def equal_sizes() -> tuple[int, int, float]:
+    """Bytes of a payload of selected sub-blocks and of one of all, and by how much the copies miss what was sent."""
+    settings = {"ratio": 0.82, "block_size": 1, "codec": "int8", "coordinates": "none", "timeout": 20.0}
+    rank = dist.get_rank()
+    alone = [dist.new_group([one]) for one in range(2)][rank]
+    group = PatchGroup(alone, 0, 1, passes=PatchGroup(dist.group.WORLD, rank, 2))
+    run = OtilCommunicator(OtilConfig(fresh_share=1.0, **settings), group)
+    run.begin()
+    run.clock.total = STEPS
+    for step in range(STEPS):
+        run.observe(None, TokenLayout(ROWS, COLS))
+        given = torch.randn(2, 1, HEADS, TOKENS, SIZE, generator=torch.Generator().manual_seed(step))
+        run.gather("a", *given)
+        run.clock.tick()
+    run.end()
+    kv = run.kv.place_of("a")[0]
+    copies = kv.shared_state(0)[0][0].unflatten(-1, (HEADS, SIZE)).transpose(2, 3)
+    return kv._coder.payload_size, kv._coder.most_bytes, (copies - given).abs().max().item()
+
+
+def test_payloads_of_all_sub_blocks_are_told_from_others_of_the_same_size() -> None:
+    """The numbers of many small sub-blocks take as much as the few sub-blocks that are not sent."""
+    for selected, of_all, missed in run_ranks(2, equal_sizes):
+        assert selected == of_all and missed < 0.1
+
+
 @pytest.mark.parametrize("case", ["tolerance", "displaced"])
 def test_nothing_is_waited_for_where_ranks_may_not_meet_or_do_not_wait(ranks: list[dict[str, Any]], case: str) -> None:
     assert not same(ranks, case)
