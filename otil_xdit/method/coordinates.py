@@ -23,6 +23,10 @@ from otil_xdit.method.scratch import ScratchBuffers
 _LEAST = 1e-6
 """Share of the whole error that a direction counts at least, where nothing that reads it sees it."""
 
+_NOTHING, _LEFT_OUT = 2.0**-24, 2.0**-8
+"""Share of the largest feature's size that is as good as 0, and the share that such a feature is taken to have: what 8
+bits leave out is at most that. Divided by what is measured of it, its later values would take all bits."""
+
 
 @dataclass(frozen=True)
 class AttentionWeights:
@@ -103,8 +107,11 @@ class Coordinates:
         Args:
             squares: of all ranks' keys and values, float32 [N, 2, B, S, C].
         """
-        sizes = squares.mean(dim=(0, 2, 3)).sqrt_().clamp_min_(2.0**-60)
-        self.scale(sizes.log2_().round_().exp2_())
+        sizes = squares.mean(dim=(0, 2, 3)).sqrt_()
+        largest = sizes.amax(dim=1, keepdim=True)
+        # Of a feature that is 0 nothing is known but that a coded step has left it out, or that it begins later.
+        sizes = torch.where(sizes > largest * _NOTHING, sizes, largest * _LEFT_OUT)
+        self.scale(sizes.where(largest > 0, 1.0).log2_().round_().exp2_())
 
     def scale(self, sizes: torch.Tensor) -> None:
         """Make every coordinate a feature over its size, float32 [2, C]."""

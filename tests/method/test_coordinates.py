@@ -160,3 +160,17 @@ def test_measured_coordinates_have_features_of_like_size() -> None:
     sizes = out.square().mean(dim=(0, 2, 3)).sqrt()
     assert 0.6 < sizes.min() and sizes.max() < 1.7
     assert torch.equal(found.back(out, ROOM), values)  # powers of 2 are exact
+
+
+def test_a_feature_that_was_0_when_it_was_measured_may_become_as_large_as_any() -> None:
+    """In warm-up's 8 bits a feature is 0 in all tokens where a token's largest is 254 times as large."""
+    values = torch.randn(2, 2, 1, 50, HEADS * SIZE)
+    measured = values.square()
+    measured[..., 3] = 0
+    measured[:, 1] = 0
+    found = Coordinates.unknown(HEADS, SIZE, torch.device("cpu"))
+    found.measure(measured)
+    out = torch.empty_like(values)
+    found.into(values, out, ROOM)
+    assert out.abs().max() < 3000 and out.half().isfinite().all(), "copies of 16 bits hold it"
+    assert torch.equal(found.back(out, ROOM), values)
