@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -40,6 +42,7 @@ CASES: dict[str, OtilConfig] = {
     "LoRA": SYNC,
     "hooked": SYNC,
     "in between": SYNC,
+    "all hooked": SYNC,
 }
 
 
@@ -86,7 +89,8 @@ def drawn(name: str, way: str) -> tuple[torch.Tensor, int]:
         blocks[0].conv1.register_forward_hook(lambda module, given, out: out + blocks[0].nonlinearity(given[0]))
     pipe = pipeline_around(unet)
     pipe.set_progress_bar_config(disable=True)
-    with fused_on("cpu") if way == "kernels" else nullcontext(), counted() as activated:
+    everywhere = seen_by_all() if name == "all hooked" else nullcontext()
+    with fused_on("cpu") if way == "kernels" else nullcontext(), counted() as activated, everywhere:
         pipe = otil_xdit.parallelize(pipe, config=CASES[name])
         draw = torch.Generator().manual_seed(7)
         words = torch.randn(2, 1, 7, unet.config.cross_attention_dim, generator=draw)
@@ -95,6 +99,20 @@ def drawn(name: str, way: str) -> tuple[torch.Tensor, int]:
         made = pipe(**call, **size, num_inference_steps=STEPS, guidance_scale=4.0, output_type="latent").images
         session_of(pipe).detach()
     return made, len(activated)
+
+
+@contextmanager
+def seen_by_all() -> Iterator[None]:
+    """Have a hook on all modules give on tensors that are equal, but not the same."""
+
+    def other(module: nn.Module, given: Any, made: Any) -> Any:
+        return made.clone() if isinstance(made, torch.Tensor) else None
+
+    handle = register_module_forward_hook(other)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 from otil_xdit.exchange.halo import HaloRows, halo_key
 from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
@@ -48,10 +49,14 @@ class NormConvPair:
 
     @property
     def hands_over(self) -> bool:
-        """Tell whether the norm may give its activation what that makes of it, as nothing else is given it."""
+        """Tell whether the norm may give its activation what that makes of it, as nothing else is given it.
+
+        A hook on all modules may put another tensor in its place, which would be activated again.
+        """
         block, activation = self.block, self.activation
         is_own = "forward" not in vars(block) and "forward" not in vars(activation)
-        return is_own and is_swapped(activation) and not block._forward_pre_hooks
+        is_hooked = block._forward_pre_hooks or torch_modules._global_forward_hooks
+        return is_own and is_swapped(activation) and not (is_hooked or torch_modules._global_forward_pre_hooks)
 
     def is_intact(self) -> bool:
         """Tell whether nothing between norm and convolution is random or somebody else's.
