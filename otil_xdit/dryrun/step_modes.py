@@ -10,6 +10,9 @@ from otil_xdit.method.window import AUTO, NONE
 
 WARMUP = "warm-up"
 
+_ENDLESS = 10**6
+"""More steps than any run has."""
+
 STAGED, LAST_STAGED = "staged", "staged, last"
 """Steps in two stages; after the last one of the window nobody wants to know what the first stage gave."""
 
@@ -64,10 +67,14 @@ def is_staged(mode: str) -> bool:
 def steady_config(config: OtilConfig, mode: str) -> OtilConfig:
     """Return settings whose steps are of `mode`, as they are under `config`, after one or two of warm-up.
 
-    The second warm-up step is the first that needs memory for a velocity. There is no window, as nothing is predicted.
+    The second warm-up step is the first that needs memory for a velocity. No window is looked for, as nothing is
+    predicted.
     """
     warmup = min(config.warmup_steps, 2)
     config = config.replace(window=NONE, requires_cfg_parallel=False)
+    if mode == "displaced":
+        # In a window no step waits, whatever the share of those that do, by which passes of guidance agree on gains.
+        return config.replace(warmup_steps=warmup, refresh=0, window=f"{warmup}:{_ENDLESS}")
     if mode == WARMUP or config.freshness == "sync":
         return config.replace(warmup_steps=warmup)
     if mode == "sync":

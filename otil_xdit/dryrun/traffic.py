@@ -7,9 +7,9 @@ that begins during warm-up sends the same, and some of it is then counted under 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -22,6 +22,7 @@ from otil_xdit.dryrun.requests import replay, requests_of
 from otil_xdit.dryrun.segments import Segments, segments_of
 from otil_xdit.dryrun.stand_ins import dry_communicator, patch_group
 from otil_xdit.dryrun.step_modes import STAGED, WARMUP, is_staged, modes_of, steady_config, window_of
+from otil_xdit.exchange.pass_agreement import PassAgreement
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.kernels import fused_on
 from otil_xdit.method.window import AUTO
@@ -71,24 +72,33 @@ class RunTraffic:
         steps: traffic of a step of each mode.
         buffer_bytes: as `otil_xdit.exchange.report.Report` has it.
         once: bytes of each message, by counter, that no step sends by itself.
+        missing: the same of messages that a step sends but for the last of its mode.
     """
 
     modes: tuple[str, ...]
     steps: Mapping[str, StepTraffic]
     buffer_bytes: int
     once: Mapping[CounterKey, Sequence[int]]
+    missing: Mapping[CounterKey, Sequence[int]] = field(default_factory=dict)
 
     @property
     def sent_bytes(self) -> ByKind:
         """Return the bytes of the whole run, as `otil_xdit.exchange.report.Report` has them."""
-        once = {key: sum(sizes) for key, sizes in self.once.items()}
-        return _summed([once, *(self.steps[mode].sent for mode in self.modes)])
+        return self._summed(sum, [self.steps[mode].sent for mode in self.modes])
 
     @property
     def messages(self) -> ByKind:
         """Return the messages of the whole run, likewise."""
-        once = {key: len(sizes) for key, sizes in self.once.items()}
-        return _summed([once, *(self.steps[mode].messages for mode in self.modes)])
+        return self._summed(len, [self.steps[mode].messages for mode in self.modes])
+
+    def _summed(self, of: Callable[[Sequence[int]], int], steps: Sequence[Mapping[CounterKey, int]]) -> ByKind:
+        """Return the sums over all steps, and what is counted of the other messages."""
+        total = Counter[CounterKey]()
+        for count in steps:
+            total.update(count)
+        total.update({key: of(sizes) for key, sizes in self.once.items()})
+        total.subtract({key: of(sizes) for key, sizes in self.missing.items()})
+        return by_kind(total)
 
 
 class Traffic:
@@ -150,15 +160,30 @@ class Traffic:
             steady = steady_config(config, mode)
             # Three displaced steps: payloads arrive in the second, and buffers are used again from the third on.
             # Of other modes the second is like all that follow, also in what it launches.
-            count = steady.warmup_steps + {WARMUP: 0, "displaced": 3}.get(mode, 1 + self._counts_launches)
+            # In the second that waits passes of guidance agree on all gains, and in the first on each by itself.
+            others = 1 + (self._counts_launches or (mode == "fresh" and self._agrees(config)))
+            count = steady.warmup_steps + {WARMUP: 0, "displaced": 3}.get(mode, others)
             found[WARMUP], found[mode], nbytes, sizes = self._replayed(steady, count, mode)
             kept, scratch = max(kept, nbytes), scratch | sizes  # the largest of each name
         total = kept + sum(scratch.values())
         if config.requires_cfg_parallel:
             total += 2 * self._segments.boundary.memory.nbytes
             total += self._segments.prompt if any(map(is_staged, modes)) else 0
-        once = self._once(config, modes, begins)
-        return RunTraffic(modes, {mode: found[mode] for mode in dict.fromkeys(modes)}, total, once)
+        once, gains = self._once(config, modes, begins), self._gains() if self._agrees(config) else []
+        first = next((step for step, mode in enumerate(modes) if mode in ("fresh", "displaced")), len(modes))
+        if gains and first < len(modes):
+            once[CounterKey("kv", "warmup" if first < config.warmup_steps else "steady")] = gains
+        # Of a step that is the last one nobody asks for the gains.
+        missing = {CounterKey("kv", "steady"): [sum(gains)]} if gains and modes[-1] == "fresh" else {}
+        return RunTraffic(modes, {mode: found[mode] for mode in dict.fromkeys(modes)}, total, once, missing)
+
+    def _agrees(self, config: OtilConfig) -> bool:
+        """Tell whether the ranks of either pass of guidance agree on gains."""
+        return self.degrees.cfg > 1 and PassAgreement.serves(config) and config.extrapolation == "fitted"
+
+    def _gains(self) -> list[int]:
+        """Return the bytes of each layer's gains, one of keys and one of values."""
+        return [2 * torch.float32.itemsize for method, _ in self._whole.requests if method == "gather"]
 
     def _replayed(
         self, config: OtilConfig, count: int, mode: str
@@ -245,10 +270,3 @@ def _count(made: Pass) -> int:
 def _discrepancy(config: OtilConfig, done: int) -> CounterKey:
     """Return the counter of the predictions' discrepancy when so many steps are done."""
     return CounterKey("discrepancy", "warmup" if done < config.warmup_steps else "steady")
-
-
-def _summed(counts: Iterable[Mapping[CounterKey, int]]) -> ByKind:
-    total = Counter[CounterKey]()
-    for count in counts:
-        total.update(count)
-    return by_kind(total)

@@ -75,6 +75,11 @@ MORE: dict[str, tuple[int, list[dict[str, Any]]]] = {
             for strategy in ("otil", MIXED, BEFORE, "hybridiff:window=4:6", "hybridiff")
             for model in ("tiny-sd", "tiny-dit")
         ]
+        # What passes agree on: with no step that does not wait, with none that does, and never.
+        + [
+            case("tiny-sd", f"otil:{settings}", cfg=2)
+            for settings in ("quality=high", "window=3:7", "extrapolation=constant", "fresh_share=0")
+        ]
         + [case("tiny-sd", strategy, cfg=2, controlnets=1) for strategy in ("otil", "hybridiff:window=4:6")],
     ),
     "halves of unequal patches": (6, [case("tiny-sd", "hybridiff:window=4:6", (128, 96), cfg=2)]),
