@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -60,7 +60,7 @@ class TensorSpec:
     coded: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     """Vectors of one dtype that are coded one behind another.
 
@@ -131,7 +131,7 @@ class MessageBuffer(ABC):
         self._fit_values(self._values.used)
         last = self._runs[-1] if self._runs else None
         if last is not None and last.dtype == spec.dtype:
-            self._runs[-1] = replace(last, count=last.count + vectors)
+            last.count += vectors
         elif vectors:
             self._runs.append(_Run(spec.dtype, offset, self._vectors, vectors))
         return offset, _CODEC.size(vectors, _VECTOR), 0

@@ -195,9 +195,9 @@ class KVResiduals:
             velocity = None if predictor.velocity is None else predictor.velocity[layer]
             transform.write_others(layer, predictor.value[layer], velocity, **self.extrapolating(layer), out=out)
         elif transform.is_identity:
-            predictor.predict(layer, self.fitted[layer], out)
+            predictor.predict_others(layer, self.fitted[layer], out)
             out[transform.rank] = transform.own_values(layer)
         else:
             predicted = transform.coded_buffer()
-            predictor.predict(layer, self.fitted[layer], predicted)
+            predictor.predict_others(layer, self.fitted[layer], predicted)
             transform.write(layer, predicted, out)

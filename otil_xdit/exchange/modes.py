@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from otil_xdit.comm.collectives import Phase
 from otil_xdit.method.config import OtilConfig, SmallFreshness
 from otil_xdit.method.schedule import Clock, Mode, Schedule
 from otil_xdit.method.window import Window
+
+_MOST_KEPT = 64
+"""Modes that are kept: a few hundred layers ask at a step, and nearly all get the same answer."""
 
 
 class StepModes:
@@ -19,13 +24,13 @@ class StepModes:
 
     def __init__(self, config: OtilConfig, clock: Clock, window: Window) -> None:
         self._clock, self._window, self._warmup_steps = clock, window, config.warmup_steps
-        self._schedule = Schedule.from_config(config)
+        self._mode_of = lru_cache(_MOST_KEPT)(Schedule.from_config(config).mode)
 
     def of_kv(self, num_calls: int) -> Mode:
         """Return the mode of an attention layer that has been called `num_calls` times in this generation."""
         clock, window = self._clock, self._window
         in_window = window.holds(clock.step) if window.exists else None
-        return self._schedule.mode(clock.step, num_calls, clock.total, in_window, clock.draws_noise)
+        return self._mode_of(clock.step, num_calls, clock.total, in_window, clock.draws_noise)
 
     def of_small(self, freshness: SmallFreshness, num_calls: int) -> Mode:
         """Return the mode of halo rows or moments whose setting is `freshness`: never ``fresh``, which is ``sync``."""

@@ -142,10 +142,18 @@ class Predictor:
         square = torch.linalg.vector_norm(velocity, dim=(1, 2, 3)).square_()
         return along.sum(dim=(1, 2, 3)).div_(square.clamp_min_(1e-30)).add_(gain).clamp_(0, _MAX_GAIN)
 
-    def predict(self, layer: int, gain: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the prediction of all ranks' values for this step to `out`, [N, 2, B, S, C]; `gain` is [2]."""
-        velocity = None if self.velocity is None else self.velocity[layer]
-        self._moved(self.value[layer], velocity, gain.view(2, 1, 1, 1), out)
+    def predict_others(self, layer: int, gain: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the prediction of the other ranks' values for this step to `out`, [N, 2, B, S, C].
+
+        Args:
+            layer: of the L.
+            gain: float32 [2].
+            out: of which this rank's part is left as it is.
+        """
+        for others in (slice(0, self._rank), slice(self._rank + 1, len(out))):
+            if others.start < others.stop:
+                velocity = None if self.velocity is None else self.velocity[layer, others]
+                self._moved(self.value[layer, others], velocity, gain.view(2, 1, 1, 1), out[others])
 
     def residual_of(self, run: slice, fresh: torch.Tensor, gains: torch.Tensor, out: torch.Tensor) -> None:
         """Write what the prediction lacks that the other ranks make of this rank's values, fresh - p.

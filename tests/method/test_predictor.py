@@ -39,9 +39,9 @@ def everybody(step: float) -> torch.Tensor:
 
 
 def predicted(predictor: Predictor, gain: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(2, 2, 1, 6, 4)
-    predictor.predict(0, gain, out)
-    return out
+    out = torch.full((2, 2, 1, 6, 4), torch.nan)
+    predictor.predict_others(0, gain, out)
+    return torch.where(out.isnan(), own(predictor, gain), out)
 
 
 def own(predictor: Predictor, gain: torch.Tensor) -> torch.Tensor:

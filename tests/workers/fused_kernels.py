@@ -371,7 +371,7 @@ def own_case(
             (gains[layer], before[layer] if velocity is not None else known[layer] * 0),
         ]
         predicted = torch.empty(ranks, *one)
-        predictor.predict(layer, known[layer], predicted)
+        predictor.predict_others(layer, known[layer], predicted)
         totals = sums.totals[layer] if fitted else None
         velocity = None if predictor.velocity is None else predictor.velocity[layer]
         told = None if velocity is None else before[layer]
