@@ -45,6 +45,7 @@ def requests_of(
     place: int,
     watch: BlockWatch | None = None,
     counts_launches: bool = False,
+    calls_blocks: bool = False,
 ) -> Pass:
     """Return what one rank does in a step.
 
@@ -54,6 +55,7 @@ def requests_of(
         place: the rank's, from the top of the image, among patches x Ulysses.
         watch: sees which block makes which request; attention is then computed, for its operations to be seen.
         counts_launches: whether the kernels are counted as well, without a `watch`.
+        calls_blocks: whether the run has steps in two stages (`otil_xdit.hybridiff`).
 
     Raises:
         ValueError: where so many ranks cannot share the job, or launches are to be counted of a DiT whose call is not
@@ -62,7 +64,7 @@ def requests_of(
     check_size(job.network, job.height, job.width)
     if not job.network.is_unet:
         return _dit_pass(job, degrees, place, watch, counts_launches)
-    return _unet_pass(job, degrees, place, watch, LaunchCounter() if counts_launches else None)
+    return _unet_pass(job, degrees, place, watch, LaunchCounter() if counts_launches else None, calls_blocks)
 
 
 def replay(requests: list[Request], communicator: Communicator, log: Log, counter: LaunchCounter | None = None) -> None:
@@ -105,12 +107,17 @@ def replay(requests: list[Request], communicator: Communicator, log: Log, counte
 
 
 def _unet_pass(
-    job: Job, degrees: ParallelDegrees, place: int, watch: BlockWatch | None, counter: LaunchCounter | None
+    job: Job,
+    degrees: ParallelDegrees,
+    place: int,
+    watch: BlockWatch | None,
+    counter: LaunchCounter | None,
+    calls_blocks: bool,
 ) -> Pass:
     job.cast_network()  # once an image, so nothing that a step launches
     messages: list[Message] = []
     communicator = RecordingCommunicator(degrees, place)
-    session = DryRunSession(communicator)
+    session = DryRunSession(communicator, calls_blocks)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         messages.extend(_ulysses_messages(query, key, value, degrees.ulysses))

@@ -53,7 +53,7 @@ def segments_of(job: Job, degrees: ParallelDegrees, place: int) -> Segments:
         ValueError: for a network that cannot be cut, or whose call is not known here.
     """
     watch = BlockWatch(job.network.module)
-    whole = requests_of(job, degrees, place, watch)
+    whole = requests_of(job, degrees, place, watch, calls_blocks=True)
     prompt = 0
     if job.network.is_unet:
         cut = Cut.of(watch.tracer, _unet_flops(job, degrees, place, watch.tracer))

@@ -125,9 +125,14 @@ class RecordingCommunicator:
 
 
 class OwnPass:
-    """Stands for `CfgController` where a rank computes its own pass alone."""
+    """Stands for `CfgController` where a rank computes its own pass alone.
 
-    calls_blocks = False
+    Args:
+        calls_blocks: whether other steps are in two stages, for which ControlNets compute both passes at every step.
+    """
+
+    def __init__(self, calls_blocks: bool = False) -> None:
+        self.calls_blocks = calls_blocks
 
     def begin_call(self, network: Any) -> bool:
         """Say that no call is computed in two stages."""
@@ -147,6 +152,7 @@ class DryRunSession:
 
     Args:
         communicator: of the U-Net's layers.
+        calls_blocks: as of `OwnPass`.
 
     Attributes:
         layer: name of the attention layer whose call is under way.
@@ -155,9 +161,9 @@ class DryRunSession:
 
     is_active = True
 
-    def __init__(self, communicator: RecordingCommunicator) -> None:
+    def __init__(self, communicator: RecordingCommunicator, calls_blocks: bool = False) -> None:
         self.communicator: Communicator = communicator
-        self.cfg_controller: PassProtocol = OwnPass()
+        self.cfg_controller: PassProtocol = OwnPass(calls_blocks)
         self.layer = ""
         self.kept_keys: torch.Tensor | None = None
 

@@ -128,8 +128,18 @@ class Traffic:
         self.place = min(1, max(degrees.rows - 2, 0)) if place is None else place
         self.degrees = degrees
         self._job, self._cfg_rank, self._counts_launches = job, cfg_rank, counts_launches
-        self._whole = requests_of(job, degrees, self.place, counts_launches=counts_launches)
-        self._known: dict[tuple[OtilConfig, int, str], tuple[StepTraffic, StepTraffic, int, Counter[str]]] = {}
+        self._whole = self._call_of_network(calls_blocks=False)
+        self._known: dict[tuple[OtilConfig, int, str, int], tuple[StepTraffic, StepTraffic, int, Counter[str]]] = {}
+
+    def _call_of_network(self, calls_blocks: bool) -> Pass:
+        return requests_of(
+            self._job, self.degrees, self.place, counts_launches=self._counts_launches, calls_blocks=calls_blocks
+        )
+
+    @cached_property
+    def _whole_beside_stages(self) -> Pass:
+        """A whole call in a run that has steps in two stages, too."""
+        return self._call_of_network(calls_blocks=True) if self._job.network.controls else self._whole
 
     @cached_property
     def _segments(self) -> Segments:
@@ -153,6 +163,7 @@ class Traffic:
         """
         is_unet = self._job.network.is_unet
         modes, begins = modes_of(config, steps, is_unet, window), window_of(config, steps, is_unet, window).start
+        whole = self._whole_beside_stages if config.requires_cfg_parallel else self._whole
         found: dict[str, StepTraffic] = {}
         kept, scratch = 0, Counter[str]()
         # A warm-up step comes before every other, so only a run of nothing else replays it for its own sake.
@@ -163,7 +174,7 @@ class Traffic:
             # In the second that waits passes of guidance agree on all gains, and in the first on each by itself.
             others = 1 + (self._counts_launches or (mode == "fresh" and self._agrees(config)))
             count = steady.warmup_steps + {WARMUP: 0, "displaced": 3}.get(mode, others)
-            found[WARMUP], found[mode], nbytes, sizes = self._replayed(steady, count, mode)
+            found[WARMUP], found[mode], nbytes, sizes = self._replayed(steady, count, mode, whole)
             kept, scratch = max(kept, nbytes), scratch | sizes  # the largest of each name
         total = kept + sum(scratch.values())
         if config.requires_cfg_parallel:
@@ -186,14 +197,15 @@ class Traffic:
         return [2 * torch.float32.itemsize for method, _ in self._whole.requests if method == "gather"]
 
     def _replayed(
-        self, config: OtilConfig, count: int, mode: str
+        self, config: OtilConfig, count: int, mode: str, whole: Pass
     ) -> tuple[StepTraffic, StepTraffic, int, Counter[str]]:
-        """Replay `count` steps, the last of them of `mode`.
+        """Replay `count` steps, the last of them of `mode` and those before it a `whole` call of the network.
 
         Returns:
             The traffic of the first step and of the last; the bytes that layers keep, and those of scratch buffers.
         """
-        if (config, count, mode) not in self._known:
+        known = config, count, mode, id(whole)
+        if known not in self._known:
             log = Log()
             run = dry_communicator(config, self.degrees, self.place, log)
             replica = RecordedCollectives(
@@ -202,9 +214,9 @@ class Traffic:
             run.begin()
             steps, launches = [], dict[int, Launches]()
             in_stages = is_staged(mode)
-            last = self._segments.passes[self._cfg_rank] if in_stages else self._whole
+            last = self._segments.passes[self._cfg_rank] if in_stages else whole
             warmup = max(config.warmup_steps - 1, 0)  # the last one, when all buffers are there
-            for number, made in enumerate([*[self._whole] * (count - 1), last]):
+            for number, made in enumerate([*[whole] * (count - 1), last]):
                 traffic, first = run.collectives.traffic, len(log.messages)
                 traffic.clear()
                 counter = LaunchCounter() if self._counts_launches and number in (warmup, count - 1) else None
@@ -218,20 +230,20 @@ class Traffic:
                 steps.append((Counter(traffic.sent), Counter(traffic.messages), messages))
                 run.clock.tick()
             run.end()
-            coded, share = self._coded(config), self._segments.share if in_stages else 1.0
-            network, none = self._whole.launches, Launches()
+            coded, share = self._coded(config, whole), self._segments.share if in_stages else 1.0
+            network, none = whole.launches, Launches()
             first_launches = launches.get(warmup, none) + Launches(network)
             last_launches = launches.get(count - 1, none) + Launches(round(share * network))
-            first_step = StepTraffic(*steps[0], _count(self._whole), *coded[0], launches=first_launches)
+            first_step = StepTraffic(*steps[0], _count(whole), *coded[0], launches=first_launches)
             last_step = StepTraffic(*steps[-1], _count(last), *coded[1], share, last_launches)
             kept = run.report().buffer_bytes - sum(run.scratch_sizes.values())
-            self._known[config, count, mode] = (first_step, last_step, kept, Counter(run.scratch_sizes))
-        return self._known[config, count, mode]
+            self._known[known] = (first_step, last_step, kept, Counter(run.scratch_sizes))
+        return self._known[known]
 
-    def _coded(self, config: OtilConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _coded(self, config: OtilConfig, made: Pass) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return how many attention layers, and keys and values, predictor and codec handle in a warm-up step and after
         it."""
-        own = [2 * args[1].numel() for method, args in self._whole.requests if method == "gather"]
+        own = [2 * args[1].numel() for method, args in made.requests if method == "gather"]
         whole = len(own), sum(own) * self.degrees.patches
         codes = config.codec != "raw" or config.extrapolation != "none" or config.ratio < 1
         warmup = config.warmup_codec != "raw" and config.freshness != "sync"
