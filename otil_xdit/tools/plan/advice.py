@@ -9,19 +9,19 @@ from otil_xdit.tools.plan.options import CFG, ULYSSES, Option
 
 PSNR: dict[str, dict[str, tuple[float, ...]]] = {
     "U-Net": {
-        "otil high": (68.7, 75.7),
-        "otil": (58.3, 57.9),
+        "otil high": (66.9, 74.3),
+        "otil": (58.8, 57.9),
         "compact-2bit": (54.1, 58.9),
-        "otil draft": (50.1, 54.9),
+        "otil draft": (49.4, 53.7),
         "distrifusion": (46.1, 46.3),
         "otil-paper 1/8": (39.0, 41.4),
         "naive": (29.9, 29.1),
     },
     "DiT": {
-        "otil high": (58.2,),
-        "otil": (49.2,),
+        "otil high": (56.5,),
+        "otil": (49.4,),
         "compact-2bit": (45.6,),
-        "otil draft": (43.3,),
+        "otil draft": (43.1,),
         "distrifusion": (42.6,),
         "otil-paper 1/8": (32.5,),
         "naive": (25.2,),
