@@ -27,7 +27,9 @@ KINDS = {"waiting": slice(3, 8), "displaced": slice(9, STEPS)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--against", type=Path, help="another working tree to compare with")
     parser.add_argument("--images", type=int, default=4, help="of each")
     parser.add_argument("--width", type=int, default=5, help="times the channels of tiny-sd")
