@@ -13,6 +13,7 @@ from otil_xdit.comm.groups import PatchGroup
 from otil_xdit.method.coordinates import Coordinates
 from otil_xdit.method.kernels import is_fused
 from otil_xdit.method.kernels.tiles import Tiles
+from otil_xdit.method.predictor import other_ranks
 from otil_xdit.method.scratch import ScratchBuffers
 
 
@@ -172,9 +173,8 @@ class KVTransform:
         if self.is_identity:
             out.copy_(coded)
         else:
-            for others in (slice(0, self.rank), slice(self.rank + 1, self.ranks)):
-                if others.start < others.stop:
-                    self._coordinates[layer][0].write_back(coded[others], out[others], self._scratch)
+            for others in other_ranks(self.rank, self.ranks):
+                self._coordinates[layer][0].write_back(coded[others], out[others], self._scratch)
         out[self.rank] = self.own_values(layer)
 
     def write_others(

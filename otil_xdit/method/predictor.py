@@ -150,10 +150,9 @@ class Predictor:
             gain: float32 [2].
             out: of which this rank's part is left as it is.
         """
-        for others in (slice(0, self._rank), slice(self._rank + 1, len(out))):
-            if others.start < others.stop:
-                velocity = None if self.velocity is None else self.velocity[layer, others]
-                self._moved(self.value[layer, others], velocity, gain.view(2, 1, 1, 1), out[others])
+        for others in other_ranks(self._rank, len(out)):
+            velocity = None if self.velocity is None else self.velocity[layer, others]
+            self._moved(self.value[layer, others], velocity, gain.view(2, 1, 1, 1), out[others])
 
     def residual_of(self, run: slice, fresh: torch.Tensor, gains: torch.Tensor, out: torch.Tensor) -> None:
         """Write what the prediction lacks that the other ranks make of this rank's values, fresh - p.
@@ -319,6 +318,12 @@ class Predictor:
             largest = torch.finfo(kept.dtype).max  # beyond it they would become infinite
             velocity = velocity.clamp_(-largest, largest)
         kept.copy_(velocity)
+
+
+def other_ranks(rank: int, ranks: int) -> list[slice]:
+    """Return the runs of all ranks but one: those before it and those after it, where there are any."""
+    runs = slice(0, rank), slice(rank + 1, ranks)
+    return [run for run in runs if run.start < run.stop]
 
 
 def storage_dtypes(kv_cache_dtype: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

@@ -19,6 +19,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT
+
 HERE = Path(__file__).resolve()
 CALLS = "gather", "halo", "moments", "norm_halo", "collect", "observe"
 STEPS = 14
@@ -53,8 +55,7 @@ def main() -> None:
 def image_of(tree: Path, width: int) -> dict[str, list[float]]:
     """Return milliseconds of each step, by its kind, of an image that two ranks of a working tree's code make."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE)]
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-    env = {**os.environ, **allocator, "MALLOC_TOP_PAD_": "268435456", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    env = {**os.environ, **CPU_ENVIRONMENT, "PYTHONPATH": str(tree)}
     said = subprocess.run(
         [*command, "--rank", "--width", str(width)], env=env, check=True, stdout=subprocess.PIPE, text=True, timeout=500
     )

@@ -37,6 +37,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from otil_xdit.xdit.launcher.processes import CPU_ENVIRONMENT  # noqa: E402
+
 EVERY, SETTLED, MOST_GROWTH = 10, 40, 0.02
 STRATEGIES = ("otil", "otil-paper", "distrifusion", "compact-2bit", "sync")
 SAMPLERS = ("own", "ddim", "dpm-solver", "unipc", "euler", "euler-a", "heun", "pndm")
@@ -50,10 +52,7 @@ MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks 
 """The fields of glibc's `struct mallinfo2`."""
 
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
+    **CPU_ENVIRONMENT,
     "MALLOC_ARENA_MAX": "1",  # a heap of its own for each thread is as large as the largest that it ever made
 }
 
