@@ -298,7 +298,7 @@ class OtilCommunicator:
 
     def report(self) -> Report:
         """Return the counters of the last (or current) generation, for this rank."""
-        kept = sum(group.nbytes for group in self.kv.groups) + self._small.nbytes
+        kept = self.kv.nbytes + self._small.nbytes
         scratch = sum(buffers.nbytes for buffers in self._scratch_buffers.values())
         return Report.of(
             self.collectives.traffic,

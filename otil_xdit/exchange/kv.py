@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Phase
+from otil_xdit.exchange.gain_trend import GainTrend
 from otil_xdit.exchange.kv_coder import KVCoder
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_messages import KVMessages
@@ -48,6 +49,7 @@ class KVGroup:
         config: the settings.
         selector: says what to send.
         scratch: for intermediate tensors and for results.
+        trend: of the gains of all groups' layers.
         agreement: with the ranks of the other pass, at steps that wait; None where there is nothing to agree on.
     """
 
@@ -60,6 +62,7 @@ class KVGroup:
         config: OtilConfig,
         selector: BlockSelector,
         scratch: ScratchBuffers,
+        trend: GainTrend,
         agreement: PassAgreement | None = None,
     ) -> None:
         self.shape, self.dtype, self.table = shape, dtype, table
@@ -68,7 +71,7 @@ class KVGroup:
         self._config, self._scratch = config, scratch
         self._transform = KVTransform(shape, dtype, collectives.group, scratch)
         self._copies = KVCopies(self._transform, config, scratch)
-        self._coder = KVCoder(self._transform, self._copies, table, config, selector, scratch, agreement)
+        self._coder = KVCoder(self._transform, self._copies, table, config, selector, scratch, trend, agreement)
         self._messages = KVMessages(collectives, self._coder, self.names)
         parts = self._transform, self._copies, self._coder, self._messages
         self._synchronous = SynchronousKV(*parts, table, config, scratch)
@@ -184,7 +187,7 @@ class KVGroup:
         if mode == "sync":
             self._synchronous.gather(layer, (key, value), self.num_calls[layer], by_rank, label)
         else:
-            self._coder.take_own(layer, key, value, by_rank, label)
+            self._coder.take_own(layer, key, value, by_rank, label, step if mode == "fresh" else None)
             if mode == "fresh":
                 self._gather_sent(layer, by_rank, label)
             else:

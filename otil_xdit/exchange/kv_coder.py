@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel
+from otil_xdit.exchange.gain_trend import GainTrend
 from otil_xdit.exchange.kv_arrived import ArrivedPayloads
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_kernels import PayloadKernels
@@ -71,6 +72,7 @@ class KVCoder:
         config: the settings.
         selector: says what to send.
         scratch: for intermediate tensors.
+        trend: of the gains of all layers.
         agreement: with the ranks of the other pass; None where there is nothing to agree on.
     """
 
@@ -82,11 +84,12 @@ class KVCoder:
         config: OtilConfig,
         selector: BlockSelector,
         scratch: ScratchBuffers,
+        trend: GainTrend,
         agreement: PassAgreement | None = None,
     ) -> None:
         self._transform, self._copies, self._table = transform, copies, table
         self._config, self._scratch, self._agreement = config, scratch, agreement
-        self._residuals = KVResiduals(transform, copies, config, scratch)
+        self._residuals = KVResiduals(transform, copies, config, scratch, trend)
         self._selection = KVSelection(transform, self._residuals, table, config, selector, scratch)
         self._format = self._format_of_all = PayloadFormat.of(transform, table, config, scratch)
         self._formats = [self._format]
@@ -170,15 +173,21 @@ class KVCoder:
         payload = self._payload[first : first + (run.stop - run.start) * size].view(-1, size)
         own, gains = self._transform.coded_own(run), self._residuals.gains[run]
         if self.codes_changes:
-            selected = self._selection.select_by_kernel(run, all_sent=not form.codec.layout.count)
+            selected = self._selection.select_by_kernel(run, not form.codec.layout.count, is_awaited)
             form.kernels.encode(own, self._residuals.tile_sizes(run), gains, payload, selected)
         else:
-            self._residuals.settle(run, self._table, None)
+            self._residuals.settle(run, self._table, None, is_awaited)
             self._pack_by_eager(run, own, payload, form.codec)
         return payload
 
     def take_own(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, label: CollectiveLabel
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        label: CollectiveLabel,
+        awaited_at: int | None,
     ) -> None:
         """Do what `KVResiduals.take_own` does, of copies that follow first what was taken of that layer.
 
@@ -186,7 +195,7 @@ class KVCoder:
         """
         following = self._arrived.follow_own(layer) if self._applies_late else {}
         agree = partial(self._agreed_gains, label)
-        self._residuals.take_own(layer, key, value, out, self.codes_changes, following, agree)
+        self._residuals.take_own(layer, key, value, out, self.codes_changes, following, agree, awaited_at)
 
     def _agreed_gains(self, label: CollectiveLabel, gains: torch.Tensor) -> torch.Tensor:
         """Return the mean of a layer's gains of both passes, float32 [2]."""

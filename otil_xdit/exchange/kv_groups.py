@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives
+from otil_xdit.exchange.gain_trend import GainTrend
 from otil_xdit.exchange.kv import KVGroup
 from otil_xdit.exchange.kv_coordinates import LayerCoordinates
 from otil_xdit.exchange.pass_agreement import PassAgreement
@@ -45,12 +46,19 @@ class KVGroups:
         self._places: dict[str, tuple[KVGroup, int]] = {}
         self._called: KVGroup | None = None
         self._fitted_at: int | None = None
+        self._trend = GainTrend()
 
     def begin(self) -> None:
         """Start a generation."""
         self._fitted_at = None
+        self._trend.begin()
         for group in self.groups:
             group.begin()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layers keep on their devices."""
+        return sum(group.nbytes for group in self.groups) + self._trend.nbytes
 
     def clear(self) -> None:
         """Give the buffers back."""
@@ -118,7 +126,8 @@ class KVGroups:
     def _new_group(self, name: str, shape: torch.Size, dtype: torch.dtype, table: torch.Tensor) -> KVGroup:
         self._selector.discard(name)
         scratch = self._scratch_of(table.device)
-        group = KVGroup(self._collectives, shape, dtype, table, self._config, self._selector, scratch, self._agreement)
+        given = self._selector, scratch, self._trend, self._agreement
+        group = KVGroup(self._collectives, shape, dtype, table, self._config, *given)
         self.groups.append(group)
         return group
 

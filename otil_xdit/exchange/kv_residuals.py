@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from otil_xdit.exchange.gain_trend import GainTrend, add, follow
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.method.codecs import CODECS
@@ -33,10 +34,18 @@ class KVResiduals:
         copies: of all ranks' values.
         config: the settings.
         scratch: for intermediate tensors and for results.
+        trend: of the gains of all layers, at steps that wait.
     """
 
-    def __init__(self, transform: KVTransform, copies: KVCopies, config: OtilConfig, scratch: ScratchBuffers) -> None:
-        self._transform, self._copies, self._scratch = transform, copies, scratch
+    def __init__(
+        self,
+        transform: KVTransform,
+        copies: KVCopies,
+        config: OtilConfig,
+        scratch: ScratchBuffers,
+        trend: GainTrend,
+    ) -> None:
+        self._transform, self._copies, self._scratch, self._trend = transform, copies, scratch, trend
         by_copies = config.select == "kv-l2" and config.score_reference == "prediction"
         self._matter = config.extrapolation == "fitted" or (config.ratio < 1 and by_copies)
         self._by_feature = CODECS[config.codec](transform.dtype).by_feature
@@ -73,6 +82,7 @@ class KVResiduals:
         differs: bool,
         following: dict[str, Any],
         agree: Callable[[torch.Tensor], torch.Tensor],
+        awaited_at: int | None,
     ) -> None:
         """Take what this rank's layer is called with, and find what the others' prediction of it lacks.
 
@@ -85,20 +95,25 @@ class KVResiduals:
             differs: whether kernels are to code what their prediction lacks, and not the values.
             following: of `ArrivedPayloads.follow_own`; only where kernels code that.
             agree: makes of the first gains, float32 [2], those that are taken.
+            awaited_at: the step, if everybody waits for the layer's payload at it: then its gains follow the trend, but
+                for the first ones, which are of this step.
         """
-        transform = self._transform
-        if not self._copies.predictor.can_fuse:
+        transform, predictor, trend = self._transform, self._copies.predictor, None
+        if awaited_at is not None and predictor.is_fitted:
+            trend = self._trend.at(awaited_at, key.device)
+        if not predictor.can_fuse:
             transform.set_own(layer, key, value)
-            self._compare_by_eager(layer, transform.code_own(layer), agree)
+            self._compare_by_eager(layer, transform.code_own(layer), agree, trend)
             return
         called_with = key, value
         if not self._is_fitted[layer]:
             self.fitted[layer].zero_()
-            self._take_by_kernel(layer, called_with, None, differs, following)
+            self._take_by_kernel(layer, called_with, None, differs, following, None)
             run, following = slice(layer, layer + 1), {}
-            self._settled(run, None, self.gains.new_empty(1, 0), 0)
+            self._settled(run, None, self.gains.new_empty(1, 0), 0, None)
             self._begin_with(layer, agree(self.fitted[layer]))
-        self._take_by_kernel(layer, called_with, out[transform.rank], differs, following)
+            trend = None
+        self._take_by_kernel(layer, called_with, out[transform.rank], differs, following, trend)
 
     def _take_by_kernel(
         self,
@@ -107,29 +122,41 @@ class KVResiduals:
         out: torch.Tensor | None,
         differs: bool,
         following: dict[str, Any],
+        trend: torch.Tensor | None,
     ) -> None:
         compared: dict[str, Any] = {}
         if self._sums is not None or differs:
             compared["copies"], compared["velocities"] = self._copies.predictor.own_copies(layer)
-            compared["before"], compared["gains"] = self.fitted[layer], self.gains[layer]
+            compared["before"], compared["gains"], compared["trend"] = self.fitted[layer], self.gains[layer], trend
         if self._sums is not None:
             compared["sums"], compared["totals"] = self._sums.tokens[layer], self._sums.totals[layer]
         if differs and self._by_feature:
             compared["sizes"] = self.tile_sizes(slice(layer, layer + 1))[0]
         self._transform.take_own(layer, called_with, out, differs, **compared, **following)
 
-    def _compare_by_eager(self, layer: int, fresh: torch.Tensor, agree: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _compare_by_eager(
+        self,
+        layer: int,
+        fresh: torch.Tensor,
+        agree: Callable[[torch.Tensor], torch.Tensor],
+        trend: torch.Tensor | None,
+    ) -> None:
         predictor, run = self._copies.predictor, slice(layer, layer + 1)
         if not predictor.is_fitted:
             return
-        residual = self._buffer(run)
-        if not self._is_fitted[layer]:
-            at_rest = torch.zeros_like(self.gains[run])
+        residual, before = self._buffer(run), self.fitted[layer]
+        if self._is_fitted[layer]:
+            self.gains[layer].copy_(before if trend is None else follow(trend, before))
+        else:
+            at_rest = self.gains[run].zero_()
             predictor.residual_of(run, fresh[None], at_rest, residual)
             self._begin_with(layer, agree(predictor.fitted_gain(layer, residual[0], at_rest[0])))
-        self.gains[layer].copy_(self.fitted[layer])
+            self.gains[layer].copy_(before)
         predictor.residual_of(run, fresh[None], self.gains[run], residual)
-        self.fitted[layer].copy_(predictor.fitted_gain(layer, residual[0], self.gains[layer]))
+        fitted = predictor.fitted_gain(layer, residual[0], self.gains[layer])
+        if trend is not None:
+            add(trend, fitted, before)
+        self.fitted[layer].copy_(fitted)
 
     def _begin_with(self, layer: int, gains: torch.Tensor) -> None:
         self.fitted[layer].copy_(gains)
@@ -158,29 +185,35 @@ class KVResiduals:
         shape = len(self._is_fitted), tiles.tiles, tiles.images, width
         return self._scratch("sizes of features", shape, torch.float32)[run]
 
-    def settle(self, run: slice, table: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def settle(
+        self, run: slice, table: torch.Tensor, count: int | None, is_awaited: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the next step's gains, where they are fitted, and what is predicted worst, from what kernels have taken.
 
         Args:
             run: layers.
             table: int64 [K, T], the tokens of each sub-block.
             count: how many sub-blocks are selected, the worst ones; None where none are compared.
+            is_awaited: whether everybody waits for them at this step; then it is one layer.
 
         Returns:
             Squared residuals of sub-blocks, float32 [l, K], and those selected, int64 [l, k].
         """
         gains = self.fitted[run]
         scores = gains.new_empty(len(gains), 0 if count is None else len(table))
-        return scores, self._settled(run, table, scores, count or 0)
+        trend = self._trend.sums if is_awaited and self._copies.predictor.is_fitted else None
+        return scores, self._settled(run, table, scores, count or 0, trend)
 
-    def _settled(self, run: slice, table: torch.Tensor | None, scores: torch.Tensor, count: int) -> torch.Tensor:
+    def _settled(
+        self, run: slice, table: torch.Tensor | None, scores: torch.Tensor, count: int, trend: torch.Tensor | None
+    ) -> torch.Tensor:
         from otil_xdit.method.kernels.choices import settle
 
         fits, sums, fitted = self._copies.predictor.is_fitted, self._sums, self.fitted[run]
         if sums is None or not (fits or scores.numel()):
             return torch.empty(len(fitted), 0, dtype=torch.int64, device=fitted.device)
         given = sums.tokens[run], sums.totals[run], self.gains[run], fitted, scores, table
-        return settle(*given, fits, count)
+        return settle(*given, trend, fits, count)
 
     def extrapolating(self, layer: int) -> dict[str, Any]:
         """Return what kernels need that extrapolate a layer's copies for attention: what the gain is fitted by."""

@@ -119,19 +119,20 @@ class KVSelection:
         """Return what all layers send, int64 [1, k], for each of a run."""
         return selected.expand(run.stop - run.start, -1).contiguous()
 
-    def select_by_kernel(self, run: slice, all_sent: bool) -> torch.Tensor | None:
+    def select_by_kernel(self, run: slice, all_sent: bool, is_awaited: bool) -> torch.Tensor | None:
         """Find the next gains, and return what `select` does; None where everything is sent.
 
         Args:
             run: layers.
             all_sent: whether it is.
+            is_awaited: whether everybody waits for it at this step.
         """
         table, shared = self._table, self._shared
         if all_sent or shared is not None:
-            self._residuals.settle(run, table, None)
+            self._residuals.settle(run, table, None, is_awaited)
             return None if all_sent or shared is None else self._shared_of(run, shared)
         # The kernel that compares a layer's sub-blocks says which are sent, too, if it can.
         picks = self._selector.takes_largest and len(table) <= MOST_BLOCKS
         count = blocks_to_send(len(table), self._config.ratio) if picks else 0
-        scores, selected = self._residuals.settle(run, table, count)
+        scores, selected = self._residuals.settle(run, table, count, is_awaited)
         return selected if picks else self._selector.select_scored(self._layers, table, scores, run)

@@ -21,7 +21,7 @@ from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.kernels import is_fused
 from otil_xdit.method.scratch import ScratchBuffers
 
-_MAX_GAIN = 1.25
+MOST_GAIN = 1.25
 """Bound on the fitted gain: beyond it the velocity's noise costs more than the extrapolation wins."""
 
 
@@ -36,8 +36,10 @@ class Predictor:
 
     The gain is 0 (``extrapolation="none"``), a constant (``"constant"``), or fitted (``"fitted"``): the least-squares
     fit of a rank's own change since the last step by its own velocity. So it follows schedulers whose steps differ in
-    size. A payload is coded, and carries, the gain that was fitted at the step before: so one pass over the values
-    gives their residuals, and what fits the next gain. What attention waits for is predicted with this step's.
+    size. A payload is coded with, and carries, the gain that was fitted at the step before: so one pass over the values
+    gives their residuals, and what fits the next gain. Where the payload is waited for, that gain follows what the
+    layers before have found at this step (`otil_xdit.exchange.gain_trend`); where it is not, attention's prediction of
+    the others is made with this step's.
 
     Args:
         like: one rank's keys and values of all layers, [L, 2, B, S, C]; gives shape, dtype and device.
@@ -140,7 +142,7 @@ class Predictor:
         velocity = self._in_float32("velocity", self.velocity[layer, self._rank])
         along = torch.mul(residual, velocity, out=self._scratch("change", tuple(residual.shape), torch.float32))
         square = torch.linalg.vector_norm(velocity, dim=(1, 2, 3)).square_()
-        return along.sum(dim=(1, 2, 3)).div_(square.clamp_min_(1e-30)).add_(gain).clamp_(0, _MAX_GAIN)
+        return along.sum(dim=(1, 2, 3)).div_(square.clamp_min_(1e-30)).add_(gain).clamp_(0, MOST_GAIN)
 
     def predict_others(self, layer: int, gain: torch.Tensor, out: torch.Tensor) -> None:
         """Write the prediction of the other ranks' values for this step to `out`, [N, 2, B, S, C].

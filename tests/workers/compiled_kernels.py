@@ -181,7 +181,7 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
         yield (
             own._take_own,
             dict.fromkeys(("key", "value", "copies", "whole", "taken"), HALF)
-            | dict.fromkeys(("matrices", "before", "gains", "sums", "totals", "numbers"), FLOAT)
+            | dict.fromkeys(("matrices", "before", "gains", "trend", "sums", "totals", "numbers"), FLOAT)
             | {"sizes": FLOAT}
             | dict.fromkeys(("share", "scales"), FLOAT)
             | {"velocities": BYTES}
@@ -190,8 +190,8 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
             | dict.fromkeys(("whole_image", "batch", "tokens", "heads"), "i32")
             | dict.fromkeys(("sent", "scales_at", "codes_at", "key_row", "value_row"), "i32"),
             constants
-            | dict.fromkeys(("COMPARES", "DIFFERS", "SIZES", "ATTENDS"), True)
-            | {"FOLLOWS": follows, "C": width, "FEATURES": 64}
+            | dict.fromkeys(("COMPARES", "DIFFERS", "SIZES", "TRENDS", "ATTENDS"), True)
+            | {"LARGEST": 1.25, "FOLLOWS": follows, "C": width, "FEATURES": 64}
             | {"WIDTH": 3 * size, "BITS_AT": 16, "SIZE_AT": 20, "FITTED": True, "SELECTED": True},
             4,
         )
@@ -222,11 +222,11 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
     )
     yield (
         choices._settle,
-        dict.fromkeys(("sums", "totals", "gains", "fitted", "scores"), FLOAT)
+        dict.fromkeys(("sums", "totals", "gains", "fitted", "trend", "scores"), FLOAT)
         | {"table": LONG, "selected": LONG}
         | dict.fromkeys(("parts", "tokens", "images", "count", "blocks", "sent"), "i32"),
         {"T": 4, "SIDE": 4, "BLOCKS": 1024, "STEP": 256, "LARGEST": 1.25, "PARTS": 512, "BINS": 512}
-        | dict.fromkeys(("FITTED", "SCORES", "PICKS"), True),
+        | dict.fromkeys(("FITTED", "TRENDS", "SCORES", "PICKS"), True),
         8,
     )
 

@@ -26,6 +26,7 @@ from otil_xdit.dryrun.job import ParallelDegrees  # noqa: E402
 from otil_xdit.dryrun.recorder import Log, RecordedCollectives  # noqa: E402
 from otil_xdit.dryrun.stand_ins import patch_group  # noqa: E402
 from otil_xdit.exchange.buckets import Bucketer  # noqa: E402
+from otil_xdit.exchange.gain_trend import add, follow  # noqa: E402
 from otil_xdit.exchange.known_moments import combined_moments  # noqa: E402
 from otil_xdit.exchange.kv_kernels import PayloadKernels  # noqa: E402
 from otil_xdit.exchange.kv_payload import PayloadCodec  # noqa: E402
@@ -185,7 +186,7 @@ def compared_with_own(
     gains = torch.rand(2)
     launch_take_own(
         *fresh, coordinates.matrices[0], None, taken, sums.numbers[0], True, copies, velocities,
-        gains, torch.empty(2), sums.tokens[0], sums.totals[0], **following,
+        gains, torch.empty(2), None, sums.tokens[0], sums.totals[0], **following,
     )  # fmt: skip
     coordinates.into(fresh.transpose(2, 3).flatten(3)[None], coded, ScratchBuffers(torch.device("cpu")))
     expected = torch.empty_like(coded)
@@ -356,34 +357,43 @@ def own_case(
             coordinates.into(fresh[None], expected[None], scratch)
         copies, velocities = predictor.own_copies(slice(layer, layer + 1))
         velocity = None if velocities is None else velocities[0]
+        trend = torch.rand(2, 2) * layers if fitted and layer > 0 else None
+        told = before[layer].clone() if trend is None else follow(trend, before[layer])
         launch_take_own(
             key, value, into, whole[0][:, :, own], taken[layer], sums.numbers[layer], layer > 0, copies[0], velocity,
-            before[layer], gains[layer].zero_(), sums.tokens[layer], sums.totals[layer], sizes[layer],
+            before[layer], gains[layer].zero_(), trend, sums.tokens[layer], sums.totals[layer], sizes[layer],
         )  # fmt: skip
         whole[1][:, :, own] = fresh
-        predictor.residual_of(slice(layer, layer + 1), expected[None], before[layer][None], residual[layer : layer + 1])
-        known[layer] = predictor.fitted_gain(layer, residual[layer], before[layer])
+        predictor.residual_of(slice(layer, layer + 1), expected[None], told[None], residual[layer : layer + 1])
+        known[layer] = predictor.fitted_gain(layer, residual[layer], told)
         coded = residual[layer] if layer > 0 else expected
         squares = residual[layer].square().sum(2).flatten(0, 1)
         pairs += [(taken[layer], coded.to(dtype)), (sums.numbers[layer].sum(), fresh.float().sum())]
         pairs += [
             (sizes[layer].sum(0), squares),
-            (gains[layer], before[layer] if velocity is not None else known[layer] * 0),
+            (gains[layer], told if velocity is not None else known[layer] * 0),
         ]
         predicted = torch.empty(ranks, *one)
         predictor.predict_others(layer, known[layer], predicted)
         totals = sums.totals[layer] if fitted else None
         velocity = None if predictor.velocity is None else predictor.velocity[layer]
-        told = None if velocity is None else before[layer]
-        launch_write_others(predictor.value[layer], velocity, back, totals, told, whole[0], heads, own)
+        known_gains = None if velocity is None else gains[layer]
+        launch_write_others(predictor.value[layer], velocity, back, totals, known_gains, whole[0], heads, own)
         written = coordinates.back(predicted, scratch) if turned else predicted.clone()
         written[own] = fresh.float()
         whole[1].copy_(written.permute(1, 2, 0, 3, 4))
         pairs.append((whole[0], whole[1]))
     scores = torch.empty(layers, len(table))
-    selected = launch_settle(sums.tokens, sums.totals, before, found, scores, table, fitted, count)
+    gains = gains if fitted else before
+    selected = launch_settle(sums.tokens, sums.totals, gains, found, scores, table, None, fitted, count)
     expected = l2_of_difference(residual, table)
     pairs += [(found, known), (scores, expected)]
+    trend, last = torch.rand(2, 2), before[-1:].clone()  # of one layer alone
+    sums_before = trend.clone()
+    given = sums.tokens[-1:], sums.totals[-1:], gains[-1:], last, torch.empty(1, 0), None
+    launch_settle(*given, trend, fitted, 0)
+    add(sums_before, found[-1], before[-1])
+    pairs += [(trend, sums_before), (last, found[-1:])]
     if count:
         pairs.append((selected, scores.topk(count).indices.sort().values))
     error, bound = worst(pairs, dtype)
@@ -396,7 +406,7 @@ def chosen_cases() -> Iterator[tuple[str, float, float]]:
         sums = torch.rand(2, 1, 2, blocks) if distinct else torch.randint(0, 3, (2, 1, 2, blocks)).float()
         table, totals, gains = torch.arange(blocks)[:, None], torch.zeros(2, 2, 1, 2), torch.empty(2, 2)
         scores, before = torch.empty(2, blocks), torch.rand(2, 2)
-        selected = launch_settle(sums, totals, before, gains, scores, table, False, count)
+        selected = launch_settle(sums, totals, before, gains, scores, table, None, False, count)
         expected = sums[:, 0].sum(1)
         order = expected.sort(dim=1, descending=True, stable=True).indices[:, :count].sort().values
         yield f"{count} of {blocks}, {distinct}", max(relative(scores, expected), relative(selected, order)), FLOAT32

@@ -83,7 +83,7 @@ PREDICTOR = faults_of(
     ("the velocity of several steps for one", ".div_(1 if age is None else age[:, None, None, :, None])", ""),
     ("the change of the velocity for the velocity", "velocity.copy_(faster.add_(before))", "velocity.copy_(faster)"),
     ("ages begin at 2", "self._age[layer].fill_(1)", "self._age[layer].fill_(2)"),
-    ("gains up to 2.5", "_MAX_GAIN = 1.25", "_MAX_GAIN = 2.5"),
+    ("gains up to 2.5", "MOST_GAIN = 1.25", "MOST_GAIN = 2.5"),
     ("rank 0's values for this rank's", "self.value[layer, self._rank], out=change)",
      "self.value[layer, 0], out=change)"),
     ("rank 0's velocity for this rank's", 'self._in_float32("velocity", self.velocity[layer, self._rank])',

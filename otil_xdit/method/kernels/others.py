@@ -13,8 +13,9 @@ import triton.language as tl
 
 from otil_xdit.method.kernels.tiles import Tiles
 from otil_xdit.method.kernels.velocities import load_velocity, stored
+from otil_xdit.method.predictor import MOST_GAIN
 
-LARGEST_GAIN: tl.constexpr = tl.constexpr(1.25)
+LARGEST_GAIN: tl.constexpr = tl.constexpr(MOST_GAIN)
 
 _PARTS = 512
 """Sums that are added at once to find a gain."""

@@ -16,27 +16,29 @@ import triton.language as tl
 
 from otil_xdit.method.kernels.adaptive_copies import follow_payload
 from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT
+from otil_xdit.method.kernels.others import LARGEST_GAIN
 from otil_xdit.method.kernels.tiles import Tiles
 from otil_xdit.method.kernels.velocities import load_velocity, stored
 
 
 @triton.jit
 def _take_own(
-    key, value, matrices, copies, velocities, before, gains, whole, taken, sums, totals, sizes, numbers,
+    key, value, matrices, copies, velocities, before, gains, trend, whole, taken, sums, totals, sizes, numbers,
     payload, words, slots, share, scales,
     key_image, key_head, key_token, value_image, value_head, value_token, whole_image, batch, tokens, heads,
     sent, scales_at, codes_at, key_row, value_row, constant, damping,
     D: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     TURNS: tl.constexpr, COMPARES: tl.constexpr, DIFFERS: tl.constexpr, MOVES: tl.constexpr, SIZES: tl.constexpr,
-    ATTENDS: tl.constexpr, FOLLOWS: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
-    BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+    TRENDS: tl.constexpr, LARGEST: tl.constexpr, ATTENDS: tl.constexpr, FOLLOWS: tl.constexpr, C: tl.constexpr,
+    FEATURES: tl.constexpr, WIDTH: tl.constexpr, BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr, FITTED: tl.constexpr,
+    SELECTED: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of some heads of one image's keys, or values.
 
     key, value: [B, H, S, d]; matrices: float32 [2, H, d, d]; copies, velocities, taken: [2, B, S, C]; before, gains:
-    float32 [2]; whole: this rank's part of [2, B, N, S, C]; sums, totals, numbers: one layer's of `ChangeSums`; sizes:
-    float32 [tiles, 2 * B, C]; others of `follow_payload`.
+    float32 [2]; trend: float32 [2, 2]; whole: this rank's part of [2, B, N, S, C]; sums, totals, numbers: one layer's
+    of `ChangeSums`; sizes: float32 [tiles, 2 * B, C]; others of `follow_payload`.
     """
     tile, part, kv_image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv, image = kv_image // batch, (kv_image % batch).to(tl.int64)
@@ -59,6 +61,9 @@ def _take_own(
     gain = 0.0
     if MOVES:
         gain = tl.load(before + kv)
+        if TRENDS:
+            gain *= (1.0 + tl.load(trend + kv)) / (1.0 + tl.load(trend + 2 + kv))
+            gain = tl.minimum(tl.maximum(gain, 0.0), LARGEST)
         if tile == 0 and part == 0 and image == 0:
             tl.store(gains + kv, gain)
     own = (kv_image.to(tl.int64) * tokens + row[:, None]) * (heads * D)
@@ -126,6 +131,7 @@ def launch_take_own(
     velocities: torch.Tensor | None = None,
     before: torch.Tensor | None = None,
     gains: torch.Tensor | None = None,
+    trend: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
     totals: torch.Tensor | None = None,
     sizes: torch.Tensor | None = None,
@@ -152,8 +158,10 @@ def launch_take_own(
         differs: whether `taken` becomes what the others' prediction of them lacks, instead.
         copies, velocities: what the others know, [2, B, S, C], contiguous; None where there is nothing to compare with,
             or nothing is extrapolated.
-        before: the gains of that prediction, float32 [2]; read with velocities.
-        gains: become these, [2]; written with velocities.
+        before: the gains of the step before, float32 [2]; read with velocities.
+        gains: become those of that prediction, [2]; written with velocities.
+        trend: of `otil_xdit.exchange.gain_trend`, float32 [2, 2], which these gains follow; None to take those of the
+            step before as they are.
         sums, totals: become one layer's of `ChangeSums`; None where they are not wanted.
         sizes: becomes sums of squares of what the prediction lacks of each feature, over a tile's tokens, float32
             [tiles, 2 * B, C]; None where they are not wanted.
@@ -166,7 +174,7 @@ def launch_take_own(
     tiles = Tiles.of(batch, tokens)
     constants, strides = tiles.constants(heads, size), (*key.stride()[:3], *value.stride()[:3])
     width, nothing = heads * size, numbers
-    told = [nothing if part is None else part for part in (before, gains)]
+    told = [nothing if part is None else part for part in (before, gains, trend)]
     found = [nothing if part is None else part for part in (sums, totals, sizes)]
     coded = [nothing if part is None else part for part in (received, words, slots, share, scales)]
     _take_own[tiles.grid](
@@ -174,9 +182,9 @@ def launch_take_own(
         taken if velocities is None else stored(velocities), *told, taken if whole is None else whole, taken,
         *found, numbers, *coded, *strides, 0 if whole is None else whole.stride(1), batch, tokens, heads,
         sent, coded_at, coded_at + 2 * batch * sent + 2 * width, *(rows or (0, 0)), constant, damping,
-        **constants, TURNS=matrices is not None, COMPARES=sums is not None,
-        DIFFERS=differs, MOVES=velocities is not None, SIZES=sizes is not None, ATTENDS=whole is not None,
-        FOLLOWS=received is not None,
+        **constants, TURNS=matrices is not None, COMPARES=sums is not None, DIFFERS=differs,
+        MOVES=velocities is not None, SIZES=sizes is not None, TRENDS=trend is not None, LARGEST=LARGEST_GAIN,
+        ATTENDS=whole is not None, FOLLOWS=received is not None,
         C=width, FEATURES=64, WIDTH=constants["UNITS"] // constants["SPLIT"] * size, BITS_AT=BITS_AT, SIZE_AT=SIZE_AT,
         FITTED=fitted, SELECTED=slots is not None and slots.numel() > 0, num_stages=1,
         enable_fp_fusion=False,  # copies are to have the same bits on all ranks

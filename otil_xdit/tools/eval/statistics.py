@@ -12,10 +12,8 @@ from statistics import median
 
 import torch
 
+from otil_xdit.method.predictor import MOST_GAIN
 from otil_xdit.tools.common.tables import markdown
-
-MOST_GAIN = 1.25
-"""Bound on the gain, as `otil_xdit.method.predictor` has it."""
 
 
 @dataclass(frozen=True)
