@@ -222,7 +222,41 @@ KNOWN = faults_of(
     ("a fit of itself", "torch.mul(self._both, self.by,", "torch.mul(self._both, self.fitted,"),
 )
 
-FAULTS = [*SELECTION, *SCORES, *PREDICTOR, *CODEC, *ADAPTIVE, *BIT_PLAN, *HALO, *SMALL, *CONV, *NORM, *MOMENTS, *KNOWN]
+GAIN_TREND = faults_of(
+    "exchange/gain_trend.py",
+    ("exchange/test_gain_trend.py",),
+    ("the first layer decides alone", "trend + 1", "trend"),
+    ("the other way round", "(now / before)", "(before / now)"),
+    ("gains without a bound", ".clamp_(0, MOST_GAIN)", ""),
+    ("steps are added up", "self._sums.zero_()", "pass"),
+    ("the last image's step goes on", "        self._step = None\n\n    @property", "        pass\n\n    @property"),
+    ("old gains are not added", "    trend[1] += before\n", ""),
+)
+
+RESIDUALS = faults_of(
+    "exchange/kv_residuals.py",
+    ("exchange/test_gain_trend.py",),
+    ("gains do not follow", "before if trend is None else follow(trend, before)", "before"),
+    ("nothing is added", "            add(trend, fitted, before)\n", "            pass\n"),
+    ("displaced gains follow, too", "awaited_at is not None and predictor", "predictor"),
+)
+
+FAULTS = [
+    *SELECTION,
+    *SCORES,
+    *PREDICTOR,
+    *GAIN_TREND,
+    *RESIDUALS,
+    *CODEC,
+    *ADAPTIVE,
+    *BIT_PLAN,
+    *HALO,
+    *SMALL,
+    *CONV,
+    *NORM,
+    *MOMENTS,
+    *KNOWN,
+]
 
 
 def main() -> int:
