@@ -52,6 +52,7 @@ class RankWeights:
         of_maps: [R, 1, 1].
         of_moments: [R, 1, 1, 1].
         own: [1, 1].
+        one, zero: the most and the least that any can be, [].
     """
 
     def __init__(self, share: torch.Tensor, own: int) -> None:
@@ -59,6 +60,7 @@ class RankWeights:
         self.of_maps = share[:, None, None]
         self.of_moments = self.of_maps[..., None]
         self.own = self.of_maps[own]
+        self.one, self.zero = share.new_ones(()), share.new_zeros(())
 
 
 class Fit:
@@ -66,24 +68,26 @@ class Fit:
 
     Args:
         like: one rank's means, float32 [B, G].
+        dims: dimensions of [2, B, G], counted from the last, that share a factor.
 
     Attributes:
         fitted, by: [2, B, G], to be filled.
     """
 
-    def __init__(self, like: torch.Tensor) -> None:
-        self._both, self._products = like.new_zeros(2, 2, 2, *like.shape).unbind(0)
+    def __init__(self, like: torch.Tensor, dims: tuple[int, ...]) -> None:
+        self._both, self._dims = like.new_zeros(2, 2, *like.shape), dims
         self.fitted, self.by = self._both.unbind(0)
+        self._sums = self._both.sum(dims, keepdim=True)
+        self._along, self._length = self._sums.unbind(0)
 
     @property
     def nbytes(self) -> int:
-        return self._both.nbytes + self._products.nbytes
+        return self._both.nbytes + self._sums.nbytes
 
-    def factor(self, dims: tuple[int, ...]) -> torch.Tensor:
-        """Return the factor of `by`, from sums over some of the dimensions (counted from the last), which are kept."""
-        sums = torch.mul(self._both, self.by, out=self._products).sum(dims, keepdim=True)
-        along, length = sums.unbind(0)
-        return along.div_(length.clamp_min_(1e-30))
+    def factor(self) -> torch.Tensor:
+        """Return the factors of `by`, [2, B, G] with the dimensions that share one being 1, until the next call."""
+        torch.sum(self._both * self.by, self._dims, keepdim=True, out=self._sums)
+        return self._along.div_(self._length.clamp_min_(1e-30))
 
 
 def combined_moments(
@@ -112,4 +116,5 @@ def mean_and_variance(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both of all ranks' rows together, [B, G], from each rank's, [R, B, G], and weights, [R, 1, 1]."""
     whole = (weights * means).sum(0)
-    return whole, (means - whole).square_().add_(variances).mul_(weights).sum(0)
+    apart = means - whole
+    return whole, torch.addcmul(variances, apart, apart).mul_(weights).sum(0)

@@ -44,13 +44,14 @@ class MomentsLayer(BucketedLayer):
         self.key = moments_key(like)
         self._collectives, self._bucketer, self._gain, self._own = collectives, bucketer, gain, own
         self._sent = like.new_zeros(2, *like.shape)
+        self._sent_mean, self._sent_var = self._sent.unbind(0)
         self._last, self._before = KnownMoments(like, ranks), KnownMoments(like, ranks)
         # All ranks' means and mean squares as the last displaced step assumed them, and the receptions before it.
         self._assumption = KnownMoments(like, ranks)
         self._assumed_at = _NEVER
         # What the eager way computes in: how far all ranks were from what was assumed, and this rank of now.
         self._missed, self._present = KnownMoments(like, ranks), KnownMoments(like, 1)
-        self._error, self._change = Fit(like), Fit(like)
+        self._error, self._change = Fit(like, (-2, -1)), Fit(like, (-1,))
         self._weights: RankWeights | None = None
         # Two ranks are each other's only neighbour: moments travel with the rows.
         direction: Direction = "everybody" if ranks != 2 else "next" if own == 0 else "previous"
@@ -158,18 +159,18 @@ class MomentsLayer(BucketedLayer):
         Mean and mean square of all + weight (own fresh - own stale). Where the variance would be negative, this rank's
         own stands in.
         """
-        torch.stack([mean, var], out=self._sent)
+        self._keep(mean, var)
         weights, assumed, present = self._weights_of(share), self._assumption, self._present
-        weight = self._fitted_weights(weights) if extrapolate and self._gain else 1.0
+        weight = self._fitted_weights(weights) if extrapolate and self._gain else weights.one
         self._assume(extrapolate)
         self._assumed_at = self._receptions
         own = present.of[0].copy_(self._sent)
         present.make_raw()
         missing = own.sub_(assumed.of[self._own])
-        known = torch.mul(assumed.all, weights.of_moments, out=self._missed.all).sum(0)
-        whole, square = known.add_(missing.mul_(weight)).unbind(0)
-        variance = square - whole.square()
-        return whole, torch.where(variance < 0, var, variance)
+        known = (assumed.all * weights.of_moments).sum(0)
+        whole, square = known.addcmul_(missing, weight).unbind(0)
+        variance = square - whole * whole
+        return whole, torch.where(variance < weights.zero, var, variance)
 
     def _corrected_by_kernel(
         self, mean: torch.Tensor, var: torch.Tensor, share: torch.Tensor, extrapolate: bool
@@ -195,23 +196,23 @@ class MomentsLayer(BucketedLayer):
         if not extrapolate or not self._gain or self._receptions < 2:
             assumed.set_raw(last)
             return
-        torch.sub(last.of[self._own], before.of[self._own], out=self._change.by)
-        torch.sub(self._sent, last.of[self._own], out=self._change.fitted)
-        gain = self._change.factor((-1,)).clamp_(0, self._gain)
-        torch.lerp(before.all, last.all, gain.add_(1), out=assumed.all)
-        assumed.squares.clamp_(min=0)
+        change, moved = self._change, torch.sub(last.all, before.all, out=assumed.all)
+        change.by.copy_(assumed.of[self._own])
+        torch.sub(self._sent, last.of[self._own], out=change.fitted)
+        torch.addcmul(last.all, moved, change.factor().clamp_(0, self._gain), out=assumed.all)
+        assumed.squares.clamp_min_(0)
         assumed.make_raw()
 
     def _fitted_weights(self, weights: RankWeights) -> torch.Tensor:
         """Return the weights of this rank's error in means and mean squares, [2, 1, 1] or alike; see the class."""
         if self._receptions != self._assumed_at + 1:  # what came last does not answer what was assumed last
             return weights.own
-        missed, error = self._missed, self._error
-        missed.set_raw(self._last)
-        missed.all.sub_(self._assumption.all)
+        missed, last, error = self._missed, self._last, self._error
+        torch.sub(last.all, self._assumption.all, out=missed.all)
+        missed.squares.addcmul_(last.means, last.means)  # the last are variances, what was assumed mean squares
         error.by.copy_(missed.of[self._own])
-        torch.sum(missed.all.mul_(weights.of_moments), 0, out=error.fitted)
-        return error.factor((-2, -1)).clamp_(max=1).maximum(weights.own)
+        torch.sum(missed.all * weights.of_moments, 0, out=error.fitted)
+        return torch.clamp(error.factor(), weights.own, weights.one)
 
     def _combined(
         self, share: torch.Tensor, came: tuple[int, torch.Tensor] | None = None
@@ -229,8 +230,13 @@ class MomentsLayer(BucketedLayer):
         return self._weights
 
     def _send(self, mean: torch.Tensor, var: torch.Tensor, label: CollectiveLabel) -> Pending[torch.Tensor]:
-        torch.stack([mean, var], out=self._sent)
+        self._keep(mean, var)
         return self._gather(label)
+
+    def _keep(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        """Keep this rank's moments in `_sent`."""
+        self._sent_mean.copy_(mean)
+        self._sent_var.copy_(var)
 
     def _gather(self, label: CollectiveLabel) -> Pending[torch.Tensor]:
         return self._collectives.all_gather(self._sent, self._received, label)
