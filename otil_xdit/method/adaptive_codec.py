@@ -70,7 +70,7 @@ class AdaptiveCodec(Codec):
         parts.mul_(plan.inverse)
         write_scales(torch.linalg.vector_norm(parts, dim=-1).div_(plan.weight), scale_bytes)
         parts.mul_(scales_of(scale_bytes)[..., None].reciprocal_())
-        torch.addcdiv(plan.middle, parts, plan.steps, out=parts)
+        torch.addcmul(plan.middle, parts, plan.density, out=parts)
         torch.clamp(parts, _zero(parts.device), plan.highest, out=parts)
         found = scratch("codec.codes", tuple(parts.shape), torch.uint8)
         cut_off(parts, found, scratch)
@@ -108,7 +108,7 @@ class AdaptiveCodec(Codec):
     def _split(self, coded: torch.Tensor, vectors: int, width: int) -> list[torch.Tensor]:
         """View uint8 [..., size] as scales, [..., 2, v], features' bytes, [..., 2, C], and codes, [..., v, R] twice."""
         sizes, parts = self._sizes(vectors, width), _parts(vectors)
-        scales, spectrum, *codes = coded[..., : sum(sizes)].split(sizes, dim=-1)
+        scales, spectrum, *codes = torch.split_with_sizes(coded[..., : sum(sizes)], sizes, dim=-1)
         rows = [part.unflatten(-1, (vectors // parts, -1)) for part in codes]
         return [scales.unflatten(-1, (parts, -1)), spectrum.unflatten(-1, (parts, width)), *rows]
 
@@ -134,7 +134,7 @@ class AdaptiveCodec(Codec):
         torch.gather(codes, -1, plan.byte.expand(shape), out=found)
         found.bitwise_right_shift_(plan.shift).bitwise_and_(plan.mask)
         numbers = scratch("codec.levels", shape, torch.float32).copy_(found)
-        return numbers.mul_(plan.sizes).sub_(plan.depths).flatten(-3, -2)
+        return torch.addcmul(plan.lowest, numbers, plan.sizes, out=numbers).flatten(-3, -2)
 
 
 def sizes_of(numbers: torch.Tensor, over: tuple[int, ...], scratch: ScratchBuffers) -> torch.Tensor:

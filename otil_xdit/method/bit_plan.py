@@ -3,7 +3,7 @@
 `otil_xdit.method.adaptive_codec` writes and reads codes by it; `otil_xdit.method.kernels.bits` has it for GPUs.
 
 An upgrade's *level* is what it gains: a feature's size, on the scale of its byte, less the upgrade's *fall*. Upgrades
-are bought from the highest level on. How many features have each size tells where a budget ends: nothing is sorted.
+are bought from the highest level on. What those of each level cost tells where a budget ends: nothing is sorted.
 
 Shapes: C features of a vector; ``...`` layers, ranks, and keys and values.
 """
@@ -65,14 +65,14 @@ class BitPlan(NamedTuple):
         return self._of_entry(_tables(self.bits.device).sizes)
 
     @property
-    def depths(self) -> torch.Tensor:
-        """How far its lowest level is below 0, float32 [..., 1, C]."""
-        return self._of_entry(_tables(self.bits.device).depths)
+    def lowest(self) -> torch.Tensor:
+        """Its lowest level, float32 [..., 1, C]."""
+        return self._of_entry(_tables(self.bits.device).lowest)
 
     @property
-    def steps(self) -> torch.Tensor:
-        """The distance of its levels at scale 1, float32 [..., 1, C]; not 0 where there are no bits."""
-        return self._of_bits(_tables(self.bits.device).steps)
+    def density(self) -> torch.Tensor:
+        """How many of its levels lie in a distance of 1 at scale 1, float32 [..., 1, C]; 0 where there are no bits."""
+        return self._of_bits(_tables(self.bits.device).densities)
 
     @property
     def middle(self) -> torch.Tensor:
@@ -90,10 +90,10 @@ class BitPlan(NamedTuple):
         return self._of_bits(_tables(self.bits.device).masks)
 
     def _of_bits(self, table: torch.Tensor) -> torch.Tensor:
-        return torch.take(table, self.bits)[..., None, :]
+        return torch.take(table, self.bits).unsqueeze(-2)
 
     def _of_entry(self, table: torch.Tensor) -> torch.Tensor:
-        return torch.take(table, self.entry)[..., None, :]
+        return torch.take(table, self.entry).unsqueeze(-2)
 
 
 def plan_of(spectrum: torch.Tensor, rows: tuple[int, ...], scratch: ScratchBuffers) -> BitPlan:
@@ -107,27 +107,20 @@ def plan_of(spectrum: torch.Tensor, rows: tuple[int, ...], scratch: ScratchBuffe
     bits = bits_of(spectrum, _budgets(spectrum.device, rows), scratch)
     byte, shift = places_of(bits)
     entry = torch.add(spectrum, bits, alpha=_SIZES)
-    return BitPlan(bits, entry, byte[..., None, :], shift[..., None, :])
+    return BitPlan(bits, entry, byte.unsqueeze(-2), shift.unsqueeze(-2))
 
 
 def bits_of(spectrum: torch.Tensor, budgets: torch.Tensor, scratch: ScratchBuffers) -> torch.Tensor:
     """Return the bits of each feature, int64 [..., C], by features' sizes, uint8 of that shape.
 
     Upgrades are bought by their levels, and on one level in the order of the features, as long as all are within the
-    budgets, int32, of a shape that [..., 1] can be broadcast with.
+    budgets, int64, of a shape that [..., 1] can be broadcast with.
     """
-    falls, costs = upgrade_falls(), [after - before for before, after, _ in _UPGRADES]
-    # How many features there are of each size, from the largest possible on, after room for the falls and for nothing.
-    first = falls[-1] + 1
-    counts = scratch("codec.counts", (*spectrum.shape[:-1], first + _SIZES + falls[-1]), torch.int32).zero_()
-    counts[..., first:].scatter_add_(-1, spectrum.bitwise_not().long(), _one(spectrum.device).expand(spectrum.shape))
-    as_large = counts.cumsum_(dim=-1)
-    # What all upgrades of the first levels cost: of none, of the highest one, of two, ...
-    spent = scratch("codec.spent", (*spectrum.shape[:-1], 1 + _SIZES + falls[-1]), torch.int32)
-    buyers = [as_large[..., falls[-1] - fall :][..., : spent.shape[-1]] for fall in falls]
-    torch.add(buyers[0], buyers[1], out=spent)  # the first two cost a bit each
-    for buying, cost in zip(buyers[2:], costs[2:], strict=True):
-        spent.add_(buying, alpha=cost)
+    # What all upgrades of the first levels cost, from the highest possible on: of none, of the highest one, of two, ...
+    spent = scratch("codec.spent", (*spectrum.shape[:-1], 1 + _SIZES + upgrade_falls()[-1]), torch.int64).zero_()
+    falls, costs = _upgrades_of(spectrum.device, spectrum.shape[-1])
+    levels_of = (spectrum.bitwise_not().unsqueeze(-2) + falls).flatten(-2)
+    spent = spent.scatter_add_(-1, levels_of, costs.expand(levels_of.shape)).cumsum_(dim=-1)
     limits = budgets.expand(spectrum.shape[:-1] + (1,)).contiguous()
     levels = torch.searchsorted(spent, limits, right=True).sub_(1)
     left = limits - spent.gather(-1, levels)
@@ -158,13 +151,19 @@ def upgrade_falls() -> list[int]:
 
 
 @cache
-def _one(device: torch.device) -> torch.Tensor:
-    return torch.ones((), dtype=torch.int32).to(device)
+def _upgrades_of(device: torch.device, features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each of the U upgrades how far it falls and one, [U, 1], and what it costs each feature, [U * C].
+
+    Both int64: a level counted from the highest possible, of which none is bought at first.
+    """
+    costs = torch.tensor([after - before for before, after, _ in _UPGRADES])
+    falls = torch.tensor(upgrade_falls()) + 1
+    return falls[:, None].to(device), costs.repeat_interleave(features).to(device)
 
 
 @cache
 def _budgets(device: torch.device, rows: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor([[8 * row] for row in rows], dtype=torch.int32).to(device)
+    return torch.tensor([[8 * row] for row in rows]).to(device)
 
 
 @cache
@@ -189,15 +188,15 @@ def _lanes(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Tables(NamedTuple):
-    """By bits, [9]: steps, middles and highest codes, these also as uint8; by entries, [9 * 256]: the others."""
+    """By bits, [9]: densities, middles and highest codes, these also as uint8; by entries, [9 * 256]: the others."""
 
-    steps: torch.Tensor
+    densities: torch.Tensor
     middles: torch.Tensor
     highest: torch.Tensor
     masks: torch.Tensor
     inverses: torch.Tensor
     sizes: torch.Tensor
-    depths: torch.Tensor
+    lowest: torch.Tensor
 
 
 @cache
@@ -208,7 +207,7 @@ def _tables(device: torch.device) -> _Tables:
     scales = scale_table(torch.device("cpu"))
     inverses = scales.reciprocal() * (torch.arange(9) > 0)[:, None]
     sizes = steps[:, None] * scales
-    depths = sizes * highest[:, None] * 0.5
-    by_entry = [table.flatten() for table in (inverses, sizes, depths)]
-    by_bits = [steps.clamp_min(1e-9), middles, highest, highest.to(torch.uint8)]
+    lowest = sizes * highest[:, None] * -0.5
+    by_entry = [table.flatten() for table in (inverses, sizes, lowest)]
+    by_bits = [steps.reciprocal().where(steps > 0, 0.0), middles, highest, highest.to(torch.uint8)]
     return _Tables(*(table.to(device) for table in (*by_bits, *by_entry)))

@@ -15,7 +15,7 @@ ROOM = ScratchBuffers(torch.device("cpu"))
 
 
 def limit(bits: int) -> torch.Tensor:
-    return torch.tensor(bits, dtype=torch.int32)
+    return torch.tensor(bits)
 
 
 @settings(deadline=None)
@@ -77,8 +77,8 @@ def test_levels_are_those_of_their_number_of_bits(bits: int, left: float) -> Non
     spectrum = torch.full((1, width), 128, dtype=torch.uint8)
     plan = plan_of(spectrum, (row,), ROOM)
     numbers = torch.randn(4000, width, generator=torch.Generator().manual_seed(0))
-    codes = (numbers / plan.steps + plan.middle).floor().clamp(0).minimum(plan.highest)
-    levels = (codes - plan.highest / 2) * plan.steps
+    codes = (numbers * plan.density + plan.middle).floor().clamp(0).minimum(plan.highest)
+    levels = (codes - plan.highest / 2) / plan.density
     assert (levels - numbers).square().mean() < left
 
 
