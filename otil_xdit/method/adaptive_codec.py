@@ -113,12 +113,12 @@ class AdaptiveCodec(Codec):
         return [scales.unflatten(-1, (parts, -1)), spectrum.unflatten(-1, (parts, width)), *rows]
 
     def _rows(self, codes: list[torch.Tensor], scratch: ScratchBuffers) -> torch.Tensor:
-        """Return room for all codes, uint8 [..., 2, v, R], R being the longer row's, in scratch."""
+        """Return room for all codes, uint8 [..., 2, v, R], in scratch, R being the longer row's in whole words."""
         *leading, count, row = codes[-1].shape
-        return scratch("codec.rows", (*leading, len(codes), count, row), torch.uint8)
+        return scratch("codec.rows", (*leading, len(codes), count, -(-row // 8) * 8), torch.uint8)
 
     def _filled(self, codes: list[torch.Tensor], scratch: ScratchBuffers) -> torch.Tensor:
-        """Return codes, uint8 [..., v, R] twice, as [..., 2, v, R]; the end of a shorter row is undefined."""
+        """Return codes, uint8 [..., v, R] twice, as [..., 2, v, R] of `_rows`; the end of a row is undefined."""
         rows = self._rows(codes, scratch)
         for part, given in enumerate(codes):
             rows[..., part, :, : given.shape[-1]].copy_(given)

@@ -39,6 +39,9 @@ _STEPS = {1: 1.0, 2: (_GAUSSIAN[2][0] + _GAUSSIAN[2][1]) / 2, 8: 1 / 127}
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
 """By bits: the integer that holds as many codes of a byte each as one byte is to hold."""
 
+_UNITS = torch.int64, torch.int32, torch.uint8
+"""What rows of bytes are moved as: fewer, wider elements where they can be."""
+
 _ENTRIES = {1: torch.complex128, 2: torch.complex128, 4: torch.complex64, 8: torch.float32}
 """By bits: the dtype that is as wide as the float32 numbers of one byte (half as wide with 1 bit). One look-up of such
 a number is several times faster on the CPU than one of a row of a table."""
@@ -307,10 +310,11 @@ def scattered_codes(codes: torch.Tensor, rows: torch.Tensor, total: int, scratch
     Bytes are moved, because they are a small part of the numbers that they stand for.
     """
     row = codes.shape[-1]
-    unit = torch.int32 if row % 4 == 0 else torch.uint8  # fewer, wider elements to move
-    packed = scratch("packed", tuple(codes.shape), torch.uint8).copy_(codes).view(-1, row).view(unit)
+    unit = next(kind for kind in _UNITS if row % kind.itemsize == 0)
+    if not codes.is_contiguous() or codes.storage_offset() % unit.itemsize:
+        codes = scratch("packed", tuple(codes.shape), torch.uint8).copy_(codes)
     everywhere = scratch("scattered", (*codes.shape[:-2], total, row), torch.uint8)
-    everywhere.zero_().view(-1, row).view(unit).index_copy_(0, rows, packed)
+    everywhere.zero_().view(-1, row).view(unit).index_copy_(0, rows, codes.view(-1, row).view(unit))
     return everywhere
 
 
