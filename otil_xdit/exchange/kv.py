@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives, Phase
-from otil_xdit.exchange.gain_trend import GainTrend
 from otil_xdit.exchange.kv_coder import KVCoder
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_messages import KVMessages
@@ -18,6 +17,7 @@ from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.exchange.pass_agreement import PassAgreement
 from otil_xdit.method.config import OtilConfig
 from otil_xdit.method.coordinates import Coordinates
+from otil_xdit.method.gain_trend import GainTrend
 from otil_xdit.method.schedule import Mode
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
@@ -122,9 +122,9 @@ class KVGroup:
         return self._transform.numbers(layer)
 
     @property
-    def fitted_gains(self) -> torch.Tensor:
-        """See `KVCoder.fitted_gains`."""
-        return self._coder.fitted_gains
+    def expected_gains(self) -> torch.Tensor:
+        """See `KVCoder.expected_gains`."""
+        return self._coder.expected_gains
 
     @property
     def is_allocated(self) -> bool:

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel
-from otil_xdit.exchange.gain_trend import GainTrend
 from otil_xdit.exchange.kv_arrived import ArrivedPayloads
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_kernels import PayloadKernels
@@ -26,6 +25,7 @@ from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.exchange.pass_agreement import ALL_FROM, PassAgreement
 from otil_xdit.method.codecs import make_codec
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.gain_trend import GainTrend
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
 
@@ -141,9 +141,9 @@ class KVCoder:
         return float("inf") if self._errors is None else float(self._errors[layer].max())
 
     @property
-    def fitted_gains(self) -> torch.Tensor:
-        """The gains of all layers' next payloads, float32 [L, 2], to be replaced where ranks agree on others."""
-        return self._residuals.fitted
+    def expected_gains(self) -> torch.Tensor:
+        """What is expected of all layers' next gains, float32 [L, 2], to be replaced where ranks agree on others."""
+        return self._residuals.expected
 
     @property
     def keeps_previous(self) -> bool:
@@ -171,10 +171,10 @@ class KVCoder:
         form = self._format_where(is_awaited)
         first, size = run.start * self.most_bytes, form.size
         payload = self._payload[first : first + (run.stop - run.start) * size].view(-1, size)
-        own, gains = self._transform.coded_own(run), self._residuals.gains[run]
+        own, gains = self._transform.coded_own(run), (self._residuals.gains[run], self._residuals.fitted[run])
         if self.codes_changes:
             selected = self._selection.select_by_kernel(run, not form.codec.layout.count, is_awaited)
-            form.kernels.encode(own, self._residuals.tile_sizes(run), gains, payload, selected)
+            form.kernels.encode(own, self._residuals.tile_sizes(run), *gains, payload, selected)
         else:
             self._residuals.settle(run, self._table, None, is_awaited)
             self._pack_by_eager(run, own, payload, form.codec)
@@ -258,7 +258,7 @@ class KVCoder:
 
     def _pack_by_eager(self, run: slice, fresh: torch.Tensor, payload: torch.Tensor, codec: PayloadCodec) -> None:
         layout = codec.layout
-        codec.pack_gains(payload, self._residuals.gains[run])
+        codec.pack_gains(payload, self._residuals.gains[run], self._residuals.fitted[run])
         tokens, residual, sizes = fresh, None, None
         if codec.of_residuals or layout.has_error or self._selection.compares_with_prediction:
             residual = self._residuals.of(run)
@@ -279,7 +279,7 @@ class KVCoder:
         gains = found.gains
         if gains is None:
             constant = self._config.extrapolation_gain if self._config.extrapolation == "constant" else 0.0
-            gains = torch.full((*received.shape[:2], 2), constant, device=received.device)
+            gains = torch.full((*received.shape[:2], 2, 2), constant, device=received.device)
         if found.errors is not None:
             if self._errors is None:
                 shape = len(self._residuals.gains), self._transform.ranks

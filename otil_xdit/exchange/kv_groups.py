@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from otil_xdit.comm.collectives import CollectiveLabel, Collectives
-from otil_xdit.exchange.gain_trend import GainTrend
 from otil_xdit.exchange.kv import KVGroup
 from otil_xdit.exchange.kv_coordinates import LayerCoordinates
 from otil_xdit.exchange.pass_agreement import PassAgreement
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.gain_trend import GainTrend
 from otil_xdit.method.schedule import Mode
 from otil_xdit.method.scratch import ScratchBuffers
 from otil_xdit.method.selection import BlockSelector
@@ -82,7 +82,7 @@ class KVGroups:
         return group, layer
 
     def agree_on_gains(self, mode: Mode, label: CollectiveLabel) -> None:
-        """Have both passes of guidance go on with the mean of the gains that they have fitted at the step before.
+        """Have both passes of guidance go on with the mean of what they expect of their gains.
 
         They wait for each other at the first layer of a step that follows one whose payloads were waited for.
 
@@ -93,8 +93,8 @@ class KVGroups:
         if self._agreement is None or self._config.extrapolation != "fitted":
             return
         if self._fitted_at is not None and self._fitted_at != label.step:
-            fitted = [group.fitted_gains for group in self.groups if group.is_allocated]
-            torch._foreach_copy_(fitted, self._agreement.mean(fitted, replace(label, layer="the gains of all layers")))
+            gains = [group.expected_gains for group in self.groups if group.is_allocated]
+            torch._foreach_copy_(gains, self._agreement.mean(gains, replace(label, layer="the gains of all layers")))
             self._fitted_at = None
         if mode == "fresh":
             self._fitted_at = label.step

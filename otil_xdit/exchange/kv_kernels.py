@@ -77,6 +77,7 @@ class PayloadKernels:
         residuals: torch.Tensor,
         sizes: torch.Tensor,
         gains: torch.Tensor,
+        fitted: torch.Tensor,
         payload: torch.Tensor,
         selected: torch.Tensor | None,
         kernel: Callable[..., None] | None = None,
@@ -87,14 +88,17 @@ class PayloadKernels:
             residuals: what the others' prediction lacks, [l, 2, B, S, C].
             sizes: of their features, as of `KVResiduals.tile_sizes`; read by codecs that go by feature.
             gains: of that prediction, float32 [l, 2].
+            fitted: of tokens that are not sent, float32 [l, 2].
             payload: uint8 [l, size].
             selected: sub-blocks that are sent, int64 [l, k]; None for all tokens.
             kernel: that does it, where it is not CUDA's.
         """
         layout, codec = self.layout, self._codec
         assert codec.kernels is not None, "see `can_fuse`"
-        places = {"indices_at": layout.error, "coded_at": layout.coded, "fitted": layout.has_gains}
-        own = {"residuals": residuals, "gains": gains, **({"sizes": sizes} if codec.by_feature else {})}
+        places = {"indices_at": layout.error, "coded_at": layout.coded, "travels": layout.has_gains}
+        own = {"residuals": residuals, "gains": gains, "fitted": fitted}
+        if codec.by_feature:
+            own["sizes"] = sizes
         arguments, _ = codec.kernel_arguments(residuals.device, layout.vectors, self._shape[-1])
         encode = kernel or kernel_of(codec.kernels[0])
         encode(**own, payload=payload, selected=selected, table=self._table, **places, **arguments)

@@ -73,7 +73,8 @@ class Unpacked:
     """The payloads of a run of layers from all ranks.
 
     Attributes:
-        gains: every sender's, float32 [l, N, 2]; None where they do not travel.
+        gains: every sender's, float32 [l, N, 2, 2], of tokens that were sent and of others; None where they do not
+            travel.
         errors: of every sender's prediction, float32 [l, N]; None where they do not travel.
         rows: int64 [l * N * 2 * B * m], where each sent token goes of the l * N * 2 * B * S; None where all are sent.
         sent: float32 [l, N, S], 1 where a token was sent and 0 elsewhere; None where all are.
@@ -131,10 +132,18 @@ class PayloadCodec:
         rows = layers * ranks * 2 * self._shape[1]
         self._first_rows = torch.arange(rows, device=self._table.device) * self._shape[2]
 
-    def pack_gains(self, payload: torch.Tensor, gains: torch.Tensor) -> None:
-        """Write gains, float32 [l, 2], to payloads, uint8 [l, size], where they travel."""
+    def pack_gains(self, payload: torch.Tensor, gains: torch.Tensor, fitted: torch.Tensor) -> None:
+        """Write gains to payloads, uint8 [l, size], where they travel.
+
+        Args:
+            payload: uint8 [l, size].
+            gains: that the residuals of tokens were found with, float32 [l, 2], rounded to float16.
+            fitted: of tokens that are not sent, float32 [l, 2].
+        """
         if self.layout.has_gains:
-            payload[:, : self.layout.gains].view(torch.float32).copy_(gains)
+            written = payload[:, : self.layout.gains].view(torch.float16)
+            written[:, :2].copy_(gains)
+            written[:, 2:].copy_(fitted)
 
     def pack_error(self, payload: torch.Tensor, fresh: torch.Tensor, residual: torch.Tensor) -> None:
         """Write the prediction's relative error |residual| / |fresh|; both are [l, 2, B, S, C]."""
@@ -172,7 +181,7 @@ class PayloadCodec:
         """Read everybody's payloads, uint8 [l, N, size]."""
         layout, gains, errors, rows, sent = self.layout, None, None, None, None
         if layout.has_gains:
-            gains = received[..., : layout.gains].view(torch.float32)
+            gains = received[..., : layout.gains].view(torch.float16).float().unflatten(-1, (2, 2))
         if layout.has_error:
             errors = received[..., layout.gains : layout.error].view(torch.float32).squeeze(-1)
         if layout.count:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from otil_xdit.exchange.gain_trend import GainTrend, add, follow
 from otil_xdit.exchange.kv_copies import KVCopies
 from otil_xdit.exchange.kv_transform import KVTransform
 from otil_xdit.method.codecs import CODECS
 from otil_xdit.method.config import OtilConfig
+from otil_xdit.method.gain_trend import SHARE, GainTrend, add, follow
 from otil_xdit.method.kernels.tiles import ChangeSums, Tiles
 from otil_xdit.method.scratch import ScratchBuffers
 
@@ -26,8 +26,10 @@ class KVResiduals:
     """Compares what this rank's layers are called with with the prediction that all ranks make of it.
 
     Attributes:
-        gains: that the others are told to predict this rank's values of this step with, float32 [L, 2].
-        fitted: that fit this step best, float32 [L, 2]: those of the next step, and what is predicted with meanwhile.
+        gains: that the others are told to predict what is sent of this rank's values of this step with, float32 [L, 2].
+        fitted: that fit this step best, float32 [L, 2]; what is not sent is predicted with these, and what is waited
+            for no payload.
+        expected: of the next step, float32 [L, 2], as far as this one tells.
 
     Args:
         transform: has this rank's fresh values, and the layers' shape.
@@ -56,7 +58,9 @@ class KVResiduals:
         """Make the buffers of L layers, of which there are copies."""
         predictor = self._copies.predictor
         self.gains = torch.full((layers, 2), predictor.constant_gain, device=self._scratch.device)
-        self.fitted = self.gains.clone()
+        self.fitted, self.expected = self.gains.clone(), self.gains.clone()
+        if predictor.is_fitted:
+            self._trend.allocate(self._scratch.device)
         self._is_fitted = [not predictor.is_fitted] * layers
         if predictor.can_fuse and self._matter:
             _, batch, tokens, _ = self._transform.shape
@@ -71,7 +75,7 @@ class KVResiduals:
     def nbytes(self) -> int:
         """Bytes that are kept on the device."""
         sums = 0 if self._sums is None else self._sums.nbytes
-        return self.gains.nbytes + self.fitted.nbytes + sums if self._is_fitted else 0
+        return self.gains.nbytes + self.fitted.nbytes + self.expected.nbytes + sums if self._is_fitted else 0
 
     def take_own(
         self,
@@ -100,14 +104,14 @@ class KVResiduals:
         """
         transform, predictor, trend = self._transform, self._copies.predictor, None
         if awaited_at is not None and predictor.is_fitted:
-            trend = self._trend.at(awaited_at, key.device)
+            trend = self._trend.at(awaited_at)
         if not predictor.can_fuse:
             transform.set_own(layer, key, value)
             self._compare_by_eager(layer, transform.code_own(layer), agree, trend)
             return
         called_with = key, value
         if not self._is_fitted[layer]:
-            self.fitted[layer].zero_()
+            self.expected[layer].zero_()
             self._take_by_kernel(layer, called_with, None, differs, following, None)
             run, following = slice(layer, layer + 1), {}
             self._settled(run, None, self.gains.new_empty(1, 0), 0, None)
@@ -127,12 +131,13 @@ class KVResiduals:
         compared: dict[str, Any] = {}
         if self._sums is not None or differs:
             compared["copies"], compared["velocities"] = self._copies.predictor.own_copies(layer)
-            compared["before"], compared["gains"], compared["trend"] = self.fitted[layer], self.gains[layer], trend
+            compared["expected"], compared["gains"], compared["trend"] = self.expected[layer], self.gains[layer], trend
+            compared["fitted"] = self._copies.predictor.is_fitted
         if self._sums is not None:
             compared["sums"], compared["totals"] = self._sums.tokens[layer], self._sums.totals[layer]
         if differs and self._by_feature:
             compared["sizes"] = self.tile_sizes(slice(layer, layer + 1))[0]
-        self._transform.take_own(layer, called_with, out, differs, **compared, **following)
+        self._transform.take_own(layer, called_with, out, differs, **(compared | following))
 
     def _compare_by_eager(
         self,
@@ -144,22 +149,22 @@ class KVResiduals:
         predictor, run = self._copies.predictor, slice(layer, layer + 1)
         if not predictor.is_fitted:
             return
-        residual, before = self._buffer(run), self.fitted[layer]
-        if self._is_fitted[layer]:
-            self.gains[layer].copy_(before if trend is None else follow(trend, before))
-        else:
-            at_rest = self.gains[run].zero_()
-            predictor.residual_of(run, fresh[None], at_rest, residual)
-            self._begin_with(layer, agree(predictor.fitted_gain(layer, residual[0], at_rest[0])))
-            self.gains[layer].copy_(before)
+        residual, gains, expected = self._buffer(run), self.gains[layer], self.expected[layer]
+        told = expected
+        if not self._is_fitted[layer]:
+            predictor.residual_of(run, fresh[None], self.gains[run].zero_(), residual)
+            self._begin_with(layer, agree(predictor.fitted_gain(layer, residual[0], gains)))
+        elif trend is not None:
+            told = follow(trend, expected)
+        gains.copy_(told.half())  # as they travel
         predictor.residual_of(run, fresh[None], self.gains[run], residual)
-        fitted = predictor.fitted_gain(layer, residual[0], self.gains[layer])
+        self.fitted[layer].copy_(predictor.fitted_gain(layer, residual[0], gains))
         if trend is not None:
-            add(trend, fitted, before)
-        self.fitted[layer].copy_(fitted)
+            add(trend, self.fitted[layer], expected)
+        torch.lerp(gains, self.fitted[layer], SHARE, out=expected)
 
     def _begin_with(self, layer: int, gains: torch.Tensor) -> None:
-        self.fitted[layer].copy_(gains)
+        self.expected[layer].copy_(gains)
         self._is_fitted[layer] = True
 
     def of(self, run: slice) -> torch.Tensor:
@@ -212,7 +217,7 @@ class KVResiduals:
         fits, sums, fitted = self._copies.predictor.is_fitted, self._sums, self.fitted[run]
         if sums is None or not (fits or scores.numel()):
             return torch.empty(len(fitted), 0, dtype=torch.int64, device=fitted.device)
-        given = sums.tokens[run], sums.totals[run], self.gains[run], fitted, scores, table
+        given = sums.tokens[run], sums.totals[run], self.gains[run], fitted, self.expected[run], scores, table
         return settle(*given, trend, fits, count)
 
     def extrapolating(self, layer: int) -> dict[str, Any]:

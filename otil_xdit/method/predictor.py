@@ -38,7 +38,7 @@ class Predictor:
     fit of a rank's own change since the last step by its own velocity. So it follows schedulers whose steps differ in
     size. A payload is coded with, and carries, the gain that was fitted at the step before: so one pass over the values
     gives their residuals, and what fits the next gain. Where the payload is waited for, that gain follows what the
-    layers before have found at this step (`otil_xdit.exchange.gain_trend`); where it is not, attention's prediction of
+    layers before have found at this step (`otil_xdit.method.gain_trend`); where it is not, attention's prediction of
     the others is made with this step's.
 
     Args:
@@ -195,13 +195,13 @@ class Predictor:
 
         Args:
             run: layers.
-            gains: of the senders, float32 [l, N, 2].
+            gains: of the senders, float32 [l, N, 2, 2]: of keys and values of tokens that were sent, and of others.
             levels, scales: float32 [l, N, 2, B, S, C] and [l, N, 2, B, S, 1], whose product is the residuals,
                 0 where nothing was sent; without scales the levels are.
             sent: float32 [l, N, S], 1 for tokens that were sent and 0 for others; None where all were.
         """
         value, velocity = self._floats(run)
-        moved = gains.view(*gains.shape, 1, 1, 1)
+        moved = self._by_token(gains, sent)
         if velocity is not None:
             value.addcmul_(velocity, moved)
         scales = levels.new_ones(1) if scales is None else scales
@@ -255,13 +255,19 @@ class Predictor:
             return
         value, velocity = self._floats(run)
         assert velocity is not None, "see above"
-        moved = gains[:, :, :, None, None, None]
+        moved = self._by_token(gains, sent)
         value.addcmul_(velocity, moved)
         change = self._scratch("change", tuple(value.shape), torch.float32).copy_(value).neg_()
         self._put(value, values, rows)
         kept, share = self._kept(run, sent)
         velocity.mul_(moved * kept).addcmul_(change.add_(value), share)
         self._store(run, value, velocity)
+
+    @staticmethod
+    def _by_token(gains: torch.Tensor, sent: torch.Tensor | None) -> torch.Tensor:
+        """Return each token's gain, float32 [l, N, 2, 1, S, 1], or [l, N, 2, 1, 1, 1] where all tokens were sent."""
+        of_sent, of_others = (one[..., None, None, None] for one in gains.unbind(2))
+        return of_sent if sent is None else torch.where(sent[:, :, None, None, :, None] > 0, of_sent, of_others)
 
     def _put(self, value: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None) -> None:
         if rows is None:

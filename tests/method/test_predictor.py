@@ -99,7 +99,7 @@ def test_a_residual_corrects_value_and_velocity_by_its_age() -> None:
     predictor.set_values(0, everybody(0))
     predictor.set_values(0, everybody(1))
     slope = everybody(1) - everybody(0)
-    gains = torch.ones(1, 2, 2)
+    gains = torch.ones(1, 2, 2, 2)
     predictor.apply_residuals(ALL, gains, *ones_at([0, 1]))
     value, velocity = everybody(2), slope.clone()
     value[..., :2, :] += 1
@@ -117,12 +117,26 @@ def test_a_residual_corrects_value_and_velocity_by_its_age() -> None:
     torch.testing.assert_close(predictor.velocity[0], velocity)
 
 
+def test_tokens_that_were_not_sent_have_a_gain_of_their_own() -> None:
+    predictor = make_predictor(ratio=0.5, velocity_damping=1.0)
+    predictor.set_values(0, everybody(0))
+    predictor.set_values(0, everybody(1))
+    slope = everybody(1) - everybody(0)
+    gains = torch.tensor([[0.5, 0.25], [1.0, 0.75]]).expand(1, 2, 2, 2)  # of what was sent and of others
+    levels, scales, sent = ones_at([0, 1])
+    predictor.apply_residuals(ALL, gains, 0 * levels, scales, sent)
+    moved = slope * torch.tensor([1.0, 0.75]).view(2, 1, 1, 1)
+    moved[..., :2, :] = (slope * torch.tensor([0.5, 0.25]).view(2, 1, 1, 1))[..., :2, :]
+    torch.testing.assert_close(predictor.value[0], everybody(1) + moved)
+    torch.testing.assert_close(predictor.velocity[0], moved)
+
+
 def test_a_synchronous_step_brings_the_velocity_of_one_step() -> None:
     """After a step without news of some tokens, their change is that of two steps; news makes them one step old."""
     predictor = make_predictor(ratio=0.5, velocity_damping=1.0)
     for step in (0, 1):
         predictor.set_values(0, everybody(step))
-    slope, gains = everybody(1) - everybody(0), torch.zeros(1, 2, 2)
+    slope, gains = everybody(1) - everybody(0), torch.zeros(1, 2, 2, 2)
     bend = torch.randn(2, 2, 1, 6, 4, generator=torch.Generator().manual_seed(3))
     levels, scales, sent = ones_at([0, 1])
     predictor.velocity[0].copy_(slope)
@@ -167,7 +181,7 @@ def test_a_layer_of_many_moves_as_one_by_itself() -> None:
         many.set_values(1, everybody(step))
     before = [tensor.clone() for tensor in many.tensors]
     for run, predictor in ((ALL, alone), (slice(1, 2), many)):
-        predictor.apply_residuals(run, torch.ones(1, 2, 2), *ones_at([0, 5]))
+        predictor.apply_residuals(run, torch.ones(1, 2, 2, 2), *ones_at([0, 5]))
     for one, other, old in zip(alone.tensors, many.tensors, before, strict=True):
         assert torch.equal(one[0], other[1]) and not torch.equal(other[1], old[1])
         assert torch.equal(other[[0, 2]], old[[0, 2]])
@@ -176,7 +190,7 @@ def test_a_layer_of_many_moves_as_one_by_itself() -> None:
 def test_values_replace_the_prediction() -> None:
     predictor = make_predictor(ratio=1.0)
     predictor.set_values(0, everybody(0))
-    predictor.apply_values(ALL, torch.ones(1, 2, 2), everybody(1)[None], None, None)
+    predictor.apply_values(ALL, torch.ones(1, 2, 2, 2), everybody(1)[None], None, None)
     torch.testing.assert_close(predictor.value[0], everybody(1))
     torch.testing.assert_close(predictor.velocity[0], everybody(1) - everybody(0))
 
@@ -188,7 +202,7 @@ def test_some_values_replace_their_predictions(extrapolation: str) -> None:
     predictor.set_values(0, everybody(0))
     sent = ones_at(tokens)[2]
     rows = (torch.arange(2 * 2 * 1)[:, None] * 6 + torch.tensor(tokens)).flatten()
-    predictor.apply_values(ALL, torch.ones(1, 2, 2), everybody(1)[None][..., tokens, :], rows, sent)
+    predictor.apply_values(ALL, torch.ones(1, 2, 2, 2), everybody(1)[None][..., tokens, :], rows, sent)
     value = everybody(0)
     value[..., 4, :] = everybody(1)[..., 4, :]
     assert torch.equal(predictor.value[0], value)
@@ -203,7 +217,7 @@ def test_values_of_some_tokens_leave_the_others_on_their_way() -> None:
     slope, value = everybody(1) - everybody(0), everybody(2)
     value[..., 4, :] += 1
     rows = torch.arange(2 * 2 * 1) * 6 + 4
-    predictor.apply_values(ALL, torch.ones(1, 2, 2), value[None][..., [4], :], rows, ones_at([4])[2])
+    predictor.apply_values(ALL, torch.ones(1, 2, 2, 2), value[None][..., [4], :], rows, ones_at([4])[2])
     slope[..., 4, :] += 1
     torch.testing.assert_close(predictor.value[0], value)
     torch.testing.assert_close(predictor.velocity[0], slope)
@@ -232,7 +246,7 @@ def test_a_velocity_beyond_8_bits_is_the_largest_there_is() -> None:
         predictor.set_values(0, torch.full((2, *SHAPE), size))
         assert predictor.velocity.float().isfinite().all()
     levels, scales, sent = ones_at([0])
-    predictor.apply_residuals(ALL, torch.ones(1, 2, 2), -1e6 * levels, scales, sent)
+    predictor.apply_residuals(ALL, torch.ones(1, 2, 2, 2), -1e6 * levels, scales, sent)
     assert predictor.velocity.float().min() == -57344
 
 

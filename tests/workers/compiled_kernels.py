@@ -83,13 +83,13 @@ def kernels(width: int) -> Iterator[Kernel]:
     for of_number in (1, 2, 4, 8):
         yield (
             payloads._encode,
-            {"residuals": HALF, "gains": FLOAT, "scales": FLOAT, "borders": FLOAT}
+            {"residuals": HALF, "gains": FLOAT, "fitted": FLOAT, "scales": FLOAT, "borders": FLOAT}
             | {"payload": BYTES, "selected": LONG, "table": LONG}
             | dict.fromkeys(("batch", "tokens", "size", "indices_at", "coded_at", "count"), "i32")
             | dict.fromkeys(("octave", "zero", "width_root", "step", "middle", "highest"), "fp32"),
             {"C": width, "T": 16, "BITS": of_number, "BYTES": columns * of_number // 8}
             | {"R": width * of_number // 8}
-            | {"FITTED": True, "SELECTED": True},
+            | {"TRAVELS": True, "SELECTED": True},
             4,
         )
     yield (
@@ -181,7 +181,7 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
         yield (
             own._take_own,
             dict.fromkeys(("key", "value", "copies", "whole", "taken"), HALF)
-            | dict.fromkeys(("matrices", "before", "gains", "trend", "sums", "totals", "numbers"), FLOAT)
+            | dict.fromkeys(("matrices", "expected", "gains", "trend", "sums", "totals", "numbers"), FLOAT)
             | {"sizes": FLOAT}
             | dict.fromkeys(("share", "scales"), FLOAT)
             | {"velocities": BYTES}
@@ -222,10 +222,11 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
     )
     yield (
         choices._settle,
-        dict.fromkeys(("sums", "totals", "gains", "fitted", "trend", "scores"), FLOAT)
+        dict.fromkeys(("sums", "totals", "gains", "fitted", "expected", "trend", "scores"), FLOAT)
         | {"table": LONG, "selected": LONG}
         | dict.fromkeys(("parts", "tokens", "images", "count", "blocks", "sent"), "i32"),
         {"T": 4, "SIDE": 4, "BLOCKS": 1024, "STEP": 256, "LARGEST": 1.25, "PARTS": 512, "BINS": 512}
+        | {"SHARE": 0.6, "FADING": 0.8}
         | dict.fromkeys(("FITTED", "TRENDS", "SCORES", "PICKS"), True),
         8,
     )
@@ -233,7 +234,7 @@ def of_coordinates(width: int) -> Iterator[Kernel]:
 
 def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:
     """Yield the adaptive codec's kernels."""
-    given = {"residuals": HALF, "gains": FLOAT, "payload": BYTES, "selected": LONG}
+    given = {"residuals": HALF, "gains": FLOAT, "fitted": FLOAT, "payload": BYTES, "selected": LONG}
     sizes = dict.fromkeys(("batch", "tokens", "size", "sent", "count"), "i32")
     places = dict.fromkeys(("codes_at", "scales_at", "key_row", "value_row"), "i32")
     word = {"BITS_AT": 16, "SIZE_AT": 20}
@@ -253,7 +254,9 @@ def of_adaptive(width: int, columns: int) -> Iterator[Kernel]:
         | sizes
         | places
         | {"octave": "fp32", "zero": "fp32"},
-        {"C": width, "COLUMNS": 512, "ROW": width // 4, "BYTES": 64, "VECTORS": 4, "T": 4} | word | coded,
+        {"C": width, "COLUMNS": 512, "ROW": width // 4, "BYTES": 64, "VECTORS": 4, "T": 4}
+        | word
+        | {"TRAVELS": True, "SELECTED": True},
         4,
     )
     tiles, size = Tiles.of(2, 512), 64 if width < 2048 else 128

@@ -26,7 +26,6 @@ from otil_xdit.dryrun.job import ParallelDegrees  # noqa: E402
 from otil_xdit.dryrun.recorder import Log, RecordedCollectives  # noqa: E402
 from otil_xdit.dryrun.stand_ins import patch_group  # noqa: E402
 from otil_xdit.exchange.buckets import Bucketer  # noqa: E402
-from otil_xdit.exchange.gain_trend import add, follow  # noqa: E402
 from otil_xdit.exchange.known_moments import combined_moments  # noqa: E402
 from otil_xdit.exchange.kv_kernels import PayloadKernels  # noqa: E402
 from otil_xdit.exchange.kv_payload import PayloadCodec  # noqa: E402
@@ -35,6 +34,7 @@ from otil_xdit.method.codec import Quantised  # noqa: E402
 from otil_xdit.method.codecs import make_codec  # noqa: E402
 from otil_xdit.method.config import OtilConfig  # noqa: E402
 from otil_xdit.method.coordinates import Coordinates  # noqa: E402
+from otil_xdit.method.gain_trend import SHARE, add, follow  # noqa: E402
 from otil_xdit.method.kernels import group_norm as norm_kernels  # noqa: E402
 from otil_xdit.method.kernels import moments as moments_kernels  # noqa: E402
 from otil_xdit.method.kernels.adaptive import launch_encode_adaptive  # noqa: E402
@@ -183,7 +183,7 @@ def compared_with_own(
     fresh = torch.randn(2, batch, heads, tokens, width // heads).to(dtype)
     sums = ChangeSums.make(1, batch, tokens, torch.device("cpu"))
     taken, coded = torch.empty(copies.shape), torch.empty(1, *copies.shape)
-    gains = torch.rand(2)
+    gains = torch.rand(2).half().float()
     launch_take_own(
         *fresh, coordinates.matrices[0], None, taken, sums.numbers[0], True, copies, velocities,
         gains, torch.empty(2), None, sums.tokens[0], sums.totals[0], **following,
@@ -248,8 +248,8 @@ def gathered_case(
             last = fused.own_copies(slice(0, 1))[0] if fused.is_known(0) else None
             change = coded[own] if last is None else coded[own] - last[0].float()
             launch_encode_residuals(
-                change[None], None, sent, None, torch.arange(tokens)[:, None], indices_at=0,
-                coded_at=0, fitted=False, **encoding,
+                change[None], None, None, sent, None, torch.arange(tokens)[:, None], indices_at=0,
+                coded_at=0, travels=False, **encoding,
             )  # fmt: skip
             differ = max(differ, (sent[0] != received[own]).float().mean().item())
             numbers, scales = codec.decode(received, vectors, one[-1], scratch)
@@ -292,7 +292,8 @@ def payloads_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig
     uneven = torch.randn(width).mul(1.5).exp()
     for tensor in predictor.tensors:
         tensor.copy_(torch.randn(tensor.shape) * (uneven if tensor.shape[-1] == width else 1))
-    fresh, gains = (torch.randn(layers, *one) * uneven).to(dtype), torch.rand(layers, 2)
+    fresh = (torch.randn(layers, *one) * uneven).to(dtype)
+    gains, fitted = torch.rand(2, layers, 2)
     fresh[0, 0, 0, 3] = predictor.value[0, own, 0, 0, 3]  # with no gain, nothing to send
     expected, found = (torch.zeros(layers, codec.layout.size, dtype=torch.uint8) for _ in range(2))
     residual = torch.empty(layers, *one)
@@ -302,8 +303,8 @@ def payloads_case(shape: tuple[int, ...], dtype: torch.dtype, config: OtilConfig
     encode = launch_encode_adaptive if config.uses_coordinates else launch_encode_residuals
     sizes = residual.square().unflatten(3, (2, -1)).sum(4).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
     kernels = PayloadKernels(codec.layout, make_codec(config.codec, dtype), one, table)
-    kernels.encode(residual, sizes, gains, found, selected, encode)
-    codec.pack_gains(expected, gains)
+    kernels.encode(residual, sizes, gains, fitted, found, selected, encode)
+    codec.pack_gains(expected, gains, fitted)
     tokens_sent = residual if selected is None else codec.pack_selected(expected, selected, residual)
     codec.pack_tokens(expected, tokens_sent.clone(), codec.sizes(residual) if codec.by_feature else None)
     # A number beside a border may fall to its other side.
@@ -357,11 +358,13 @@ def own_case(
             coordinates.into(fresh[None], expected[None], scratch)
         copies, velocities = predictor.own_copies(slice(layer, layer + 1))
         velocity = None if velocities is None else velocities[0]
-        trend = torch.rand(2, 2) * layers if fitted and layer > 0 else None
+        trend = torch.tensor([0.4, -0.7, 1.8]) if fitted and layer > 0 else None
         told = before[layer].clone() if trend is None else follow(trend, before[layer])
+        told = told.half().float() if fitted else told
         launch_take_own(
             key, value, into, whole[0][:, :, own], taken[layer], sums.numbers[layer], layer > 0, copies[0], velocity,
             before[layer], gains[layer].zero_(), trend, sums.tokens[layer], sums.totals[layer], sizes[layer],
+            fitted=fitted,
         )  # fmt: skip
         whole[1][:, :, own] = fresh
         predictor.residual_of(slice(layer, layer + 1), expected[None], told[None], residual[layer : layer + 1])
@@ -384,16 +387,16 @@ def own_case(
         whole[1].copy_(written.permute(1, 2, 0, 3, 4))
         pairs.append((whole[0], whole[1]))
     scores = torch.empty(layers, len(table))
-    gains = gains if fitted else before
-    selected = launch_settle(sums.tokens, sums.totals, gains, found, scores, table, None, fitted, count)
+    gains, expecting = gains if fitted else before, torch.empty(layers, 2)
+    selected = launch_settle(sums.tokens, sums.totals, gains, found, expecting, scores, table, None, fitted, count)
     expected = l2_of_difference(residual, table)
-    pairs += [(found, known), (scores, expected)]
-    trend, last = torch.rand(2, 2), before[-1:].clone()  # of one layer alone
-    sums_before = trend.clone()
-    given = sums.tokens[-1:], sums.totals[-1:], gains[-1:], last, torch.empty(1, 0), None
+    pairs += [(found, known), (scores, expected), (expecting, torch.lerp(gains, known, SHARE))]
+    trend, last = torch.rand(3), before[-1:].clone()  # of one layer alone
+    added = trend.clone()
+    given = sums.tokens[-1:], sums.totals[-1:], gains[-1:], torch.empty(1, 2), last, torch.empty(1, 0), None
     launch_settle(*given, trend, fitted, 0)
-    add(sums_before, found[-1], before[-1])
-    pairs += [(trend, sums_before), (last, found[-1:])]
+    add(added, found[-1], before[-1])
+    pairs += [(trend, added), (last, expecting[-1:])]
     if count:
         pairs.append((selected, scores.topk(count).indices.sort().values))
     error, bound = worst(pairs, dtype)
@@ -406,7 +409,7 @@ def chosen_cases() -> Iterator[tuple[str, float, float]]:
         sums = torch.rand(2, 1, 2, blocks) if distinct else torch.randint(0, 3, (2, 1, 2, blocks)).float()
         table, totals, gains = torch.arange(blocks)[:, None], torch.zeros(2, 2, 1, 2), torch.empty(2, 2)
         scores, before = torch.empty(2, blocks), torch.rand(2, 2)
-        selected = launch_settle(sums, totals, before, gains, scores, table, None, False, count)
+        selected = launch_settle(sums, totals, before, gains, gains.clone(), scores, table, None, False, count)
         expected = sums[:, 0].sum(1)
         order = expected.sort(dim=1, descending=True, stable=True).indices[:, :count].sort().values
         yield f"{count} of {blocks}, {distinct}", max(relative(scores, expected), relative(selected, order)), FLOAT32
@@ -417,7 +420,7 @@ def payloads(codec: PayloadCodec, ranks: int, layers: int, one: torch.Size, dtyp
     layout = codec.layout
     received = torch.zeros(ranks, layers, layout.size, dtype=torch.uint8)
     for payload in received:
-        codec.pack_gains(payload, torch.rand(layers, 2))
+        codec.pack_gains(payload, *torch.rand(2, layers, 2))
         residual = 0.3 * torch.randn(layers, *one) * torch.randn(one[-1]).mul(1.5).exp()  # features of 0 to 8 bits
         if layout.count:
             blocks = codec._table.shape[0]
@@ -429,7 +432,7 @@ def payloads(codec: PayloadCodec, ranks: int, layers: int, one: torch.Size, dtyp
 
 def constant_gains(layers: int, ranks: int, config: OtilConfig) -> torch.Tensor:
     constant = config.extrapolation_gain if config.extrapolation == "constant" else 0.0
-    return torch.full((layers, ranks, 2), constant)
+    return torch.full((layers, ranks, 2, 2), constant)
 
 
 def group_norm_cases() -> Iterator[tuple[str, float, float]]:

@@ -94,6 +94,7 @@ PREDICTOR = faults_of(
     ("the velocity gets all of a correction", "addcmul_(levels, scales * share)", "addcmul_(levels, scales)"),
     ("what was sent is damped, too", "(sent * (1 - self._damping)).add_(self._damping)",
      "torch.full_like(sent, self._damping)"),
+    ("what was not sent has the gain of what was", "> 0, of_sent, of_others)", "> 0, of_sent, of_sent)"),
     ("what was sent grows old", "age.mul_(1 - sent).add_(1)", "age.add_(1)"),
     ("rank 0's prediction for this rank's",
      "self._moved(self.value[run, self._rank], velocity, gains.view(*gains.shape, 1, 1, 1), out)",
@@ -224,23 +225,25 @@ KNOWN = faults_of(
 )
 
 GAIN_TREND = faults_of(
-    "exchange/gain_trend.py",
+    "method/gain_trend.py",
     ("exchange/test_gain_trend.py",),
-    ("the first layer decides alone", "trend + 1", "trend"),
-    ("the other way round", "(now / before)", "(before / now)"),
+    ("the first layer decides alone", "/ (1 + trend[2])", "/ trend[2].clamp(min=0.01)"),
+    ("the other way round", "fitted - expected", "expected - fitted"),
     ("gains without a bound", ".clamp_(0, MOST_GAIN)", ""),
-    ("steps are added up", "self._sums.zero_()", "pass"),
+    ("nothing fades", "    trend.mul_(FADING)\n", ""),
+    ("steps are added up", "self.sums.zero_()", "pass"),
     ("the last image's step goes on", "        self._step = None\n\n    @property", "        pass\n\n    @property"),
-    ("old gains are not added", "    trend[1] += before\n", ""),
 )
 
 RESIDUALS = faults_of(
     "exchange/kv_residuals.py",
     ("exchange/test_gain_trend.py",),
-    ("gains do not follow", "before if trend is None else follow(trend, before)", "before"),
-    ("nothing is added", "            add(trend, fitted, before)\n", "            pass\n"),
+    ("gains do not follow", "told = follow(trend, expected)", "pass"),
+    ("nothing is added", "            add(trend, self.fitted[layer], expected)\n", "            pass\n"),
     ("displaced gains follow, too", "awaited_at is not None and predictor", "predictor"),
-)
+    ("all that was found is expected", "torch.lerp(gains, self.fitted[layer], SHARE,",
+     "torch.lerp(gains, self.fitted[layer], 1,"),
+)  # fmt: skip
 
 FAULTS = [
     *SELECTION,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT, read_plans, step_of
-from otil_xdit.method.kernels.payloads import scale_byte
+from otil_xdit.method.kernels.payloads import scale_byte, write_gains
 
 _FEATURES = 32
 """Features of a program that adds up what is known of them."""
@@ -53,10 +53,10 @@ def _measure_features(
 
 @triton.jit
 def _encode_adaptive(
-    residuals, gains, payload, selected, table, words, entries, scales,
+    residuals, gains, fitted, payload, selected, table, words, entries, scales,
     batch, tokens, size, sent, count, indices_at, scales_at, codes_at, key_row, value_row, octave, zero,
     C: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, BYTES: tl.constexpr, VECTORS: tl.constexpr,
-    T: tl.constexpr, BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr, FITTED: tl.constexpr, SELECTED: tl.constexpr,
+    T: tl.constexpr, BITS_AT: tl.constexpr, SIZE_AT: tl.constexpr, TRAVELS: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """Some vectors of a payload, of one layer's keys, or values, of one image."""
     kv_image, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -64,9 +64,9 @@ def _encode_adaptive(
     slot = tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)
     there = slot < sent
     out = payload + layer * size
-    if FITTED:
+    if TRAVELS:
         if tl.program_id(0) == 0 and kv_image % batch == 0:
-            tl.store(out.to(tl.pointer_type(tl.float32)) + kv, tl.load(gains + layer * 2 + kv))
+            write_gains(out, gains, fitted, layer, kv)
     token = _token_of(slot, there, selected, table, layer, count, T, SELECTED)
     if SELECTED:
         if kv_image == 0:
@@ -120,13 +120,14 @@ def launch_encode_adaptive(
     residuals: torch.Tensor,
     sizes: torch.Tensor,
     gains: torch.Tensor,
+    fitted: torch.Tensor,
     payload: torch.Tensor,
     selected: torch.Tensor | None,
     table: torch.Tensor,
     scales: torch.Tensor,
     indices_at: int,
     coded_at: int,
-    fitted: bool,
+    travels: bool,
     upgrades: list[int],
     rows: list[int],
     octave: float,
@@ -142,12 +143,13 @@ def launch_encode_adaptive(
             contiguous.
         sizes: sums of its squares over some tokens each, float32 [l, tiles, 2 * B, C].
         gains: of that prediction, float32 [l, 2].
+        fitted: of tokens that are not sent, float32 [l, 2].
         payload: uint8 [l, size].
         selected: sub-blocks that are sent, int64 [l, k], contiguous; None for all tokens.
         table: the tokens of each sub-block, int64 [K, T].
         scales: what the bytes of scales stand for, float32 [256].
         indices_at, coded_at: where in a payload the sub-blocks' numbers and the coded tokens begin.
-        fitted: whether gains travel.
+        travels: whether gains do.
         upgrades, rows, octave, zero: of the codec; see `AdaptiveCodec.kernel_arguments`.
     """
     layers, _, batch, tokens, width = residuals.shape
@@ -161,12 +163,12 @@ def launch_encode_adaptive(
     )  # fmt: skip
     words, entries, _, _ = read_plans(payload[None], upgrades, sizes_at, rows, width, True, None, None, 0, 0, tokens)
     _encode_adaptive[(triton.cdiv(sent, _VECTORS), 2 * batch, layers)](
-        residuals, gains, payload, table if selected is None else selected, table, words, entries, scales, batch,
-        tokens, size, sent, count, indices_at, coded_at,
+        residuals, gains, fitted, payload, table if selected is None else selected, table, words, entries, scales,
+        batch, tokens, size, sent, count, indices_at, coded_at,
         sizes_at + 2 * width, *rows, octave, zero,
         C=width, COLUMNS=min(512, triton.next_power_of_2(width)), ROW=entries.shape[3] // 8,
         BYTES=min(64, triton.next_power_of_2(max(rows))), VECTORS=_VECTORS, T=side, BITS_AT=BITS_AT, SIZE_AT=SIZE_AT,
-        FITTED=fitted, SELECTED=selected is not None,
+        TRAVELS=travels, SELECTED=selected is not None,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from otil_xdit.method.kernels.bits import BITS_AT, SIZE_AT, read_plans, step_of
 from otil_xdit.method.kernels.copies import advance_copies
 from otil_xdit.method.kernels.others import LARGEST_GAIN, fitted_gain, write_turned
+from otil_xdit.method.kernels.payloads import read_gains
 from otil_xdit.method.kernels.tiles import Tiles
 from otil_xdit.method.kernels.velocities import stored
 
@@ -44,9 +45,10 @@ def follow_payload(
     value, velocity: [2, B, S, C]; payload: uint8 [size]; words: int32 [2, C]; slots, share: [S].
     """
     there = token < tokens
-    gain = constant
+    gain, gain_of_others = constant, constant
     if FITTED:
-        gain = tl.load(payload.to(tl.pointer_type(tl.float32)) + kv)
+        gain, gain_of_others = read_gains(payload, kv)
+    moved = tl.full((TOKENS,), 0.0, tl.float32) + gain
     slot = token
     given = tl.full((TOKENS,), 1.0, tl.float32)
     kept = tl.full((TOKENS,), 1.0, tl.float32)
@@ -56,6 +58,7 @@ def follow_payload(
         given = tl.load(share + token, mask=there, other=0.0)
         is_sent = slot >= 0
         kept = tl.where(is_sent, 1.0, damping)
+        moved = tl.where(is_sent, gain, gain_of_others)
     vector = kv_image * sent + tl.where(is_sent, slot, 0)
     byte = tl.load(payload + scales_at + vector, mask=is_sent, other=0).to(tl.int32)
     scale = tl.where(is_sent, tl.load(scales + byte), 0.0)
@@ -76,7 +79,9 @@ def follow_payload(
         code = (packed >> (place & 7)[None, :]) & highest[None, :]
         level = code.to(tl.float32) * step[None, :] - (step * highest.to(tl.float32) * 0.5)[None, :]
         at = row[:, None] + feature[None, :]
-        advance_copies(value, velocity, at, inside, level, scale[:, None], gain, kept[:, None], given[:, None], MOVES)
+        advance_copies(
+            value, velocity, at, inside, level, scale[:, None], moved[:, None], kept[:, None], given[:, None], MOVES
+        )
 
 
 @triton.jit

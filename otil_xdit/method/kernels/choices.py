@@ -1,6 +1,6 @@
 """What a rank decides before it sends: its gains, and which sub-blocks changed most.
 
-`settle` does what the second half of `Predictor.fitted_gain`, `otil_xdit.exchange.gain_trend.add`, `l2_of_difference`
+`settle` does what the second half of `Predictor.fitted_gain`, `otil_xdit.method.gain_trend.add`, `l2_of_difference`
 and `TopKSelector.select` do, from the sums that `otil_xdit.method.kernels.own` leaves.
 
 Shapes: l layers of a run; B batch, S tokens of this rank, K sub-blocks of T tokens, k sent.
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from otil_xdit.method.gain_trend import FADING, SHARE
 from otil_xdit.method.kernels.others import LARGEST_GAIN, fitted_gain
 
 _PARTS = 512
@@ -48,28 +49,31 @@ def _largest(bits, valid, count, BINS: tl.constexpr):
 
 @triton.jit
 def _settle(
-    sums, totals, gains, fitted, trend, table, scores, selected, parts, tokens, images, count, blocks, sent,
+    sums, totals, gains, fitted, expected, trend, table, scores, selected, parts, tokens, images, count, blocks, sent,
     T: tl.constexpr, SIDE: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr, LARGEST: tl.constexpr,
-    PARTS: tl.constexpr, BINS: tl.constexpr, FITTED: tl.constexpr, TRENDS: tl.constexpr,
+    PARTS: tl.constexpr, BINS: tl.constexpr, SHARE: tl.constexpr, FADING: tl.constexpr,
+    FITTED: tl.constexpr, TRENDS: tl.constexpr,
     SCORES: tl.constexpr, PICKS: tl.constexpr,
 ):  # fmt: skip
     """One layer.
 
-    sums, totals: of `ChangeSums`; gains, fitted: float32 [l, 2]; trend: float32 [2, 2]; scores: float32 [l, K];
+    sums, totals: of `ChangeSums`; gains, fitted, expected: float32 [l, 2]; trend: float32 [3]; scores: float32 [l, K];
     selected: int64 [l, k].
     """
     layer = tl.program_id(0).to(tl.int64)
-    keys, values = tl.load(gains + layer * 2), tl.load(gains + layer * 2 + 1)
+    told_keys, told_values = tl.load(gains + layer * 2), tl.load(gains + layer * 2 + 1)
+    keys, values = told_keys, told_values
     if FITTED:
         keys = fitted_gain(totals + layer * 4 * count, gains + layer * 2, 0, count, LARGEST, PARTS)
         values = fitted_gain(totals + layer * 4 * count, gains + layer * 2, 1, count, LARGEST, PARTS)
     if TRENDS:  # of one layer: nobody else adds to it
-        tl.store(trend, tl.load(trend) + keys)
-        tl.store(trend + 1, tl.load(trend + 1) + values)
-        tl.store(trend + 2, tl.load(trend + 2) + tl.load(fitted + layer * 2))
-        tl.store(trend + 3, tl.load(trend + 3) + tl.load(fitted + layer * 2 + 1))
+        tl.store(trend, tl.load(trend) * FADING + keys - tl.load(expected + layer * 2))
+        tl.store(trend + 1, tl.load(trend + 1) * FADING + values - tl.load(expected + layer * 2 + 1))
+        tl.store(trend + 2, tl.load(trend + 2) * FADING + 1.0)
     tl.store(fitted + layer * 2, keys)
     tl.store(fitted + layer * 2 + 1, values)
+    tl.store(expected + layer * 2, told_keys + (keys - told_keys) * SHARE)
+    tl.store(expected + layer * 2 + 1, told_values + (values - told_values) * SHARE)
     if SCORES:
         size = parts * images * tokens
         for start in range(0, blocks, STEP):
@@ -97,6 +101,7 @@ def launch_settle(
     totals: torch.Tensor,
     gains: torch.Tensor,
     fitted: torch.Tensor,
+    expected: torch.Tensor,
     scores: torch.Tensor,
     table: torch.Tensor | None,
     trend: torch.Tensor | None,
@@ -108,12 +113,13 @@ def launch_settle(
     Args:
         sums, totals: the layers' of `ChangeSums`.
         gains: that these were found with, of keys and values, float32 [l, 2].
-        fitted: of the step before; become those that fit, [l, 2].
+        fitted: become those that fit, [l, 2].
+        expected: what was expected of them, [l, 2]; become what is expected of the next step's.
         scores: become each sub-block's squared distance from what the others predict, float32 [l, K]; without numbers
             where nothing is compared.
         table: the tokens of each sub-block, int64 [K, T]; None where nothing is compared.
-        trend: of `otil_xdit.exchange.gain_trend`, float32 [2, 2], which both are added to, of one layer; None where
-            they are not.
+        trend: of `otil_xdit.method.gain_trend`, float32 [3], which what one layer has found is added to; None where it
+            is not.
         fits: whether gains are fitted; otherwise they stay.
         count: how many of the most changed are selected, k of `MOST_BLOCKS` at most, in the order of their numbers; 0
             for none.
@@ -127,16 +133,19 @@ def launch_settle(
     lanes = triton.next_power_of_2(side)
     step = min(triton.next_power_of_2(blocks), max(1, _TOKENS // lanes))
     _settle[(layers,)](
-        sums, totals, gains, fitted, sums if trend is None else trend, selected if table is None else table, scores,
-        selected, parts, tokens, images, totals.shape[2], blocks, count,
+        sums, totals, gains, fitted, expected, sums if trend is None else trend, selected if table is None else table,
+        scores, selected, parts, tokens, images, totals.shape[2], blocks, count,
         T=side, SIDE=lanes, BLOCKS=triton.next_power_of_2(blocks), STEP=step, LARGEST=LARGEST_GAIN, PARTS=_PARTS,
-        BINS=512, FITTED=fits, TRENDS=trend is not None, SCORES=scores.numel() > 0, PICKS=count > 0,
+        BINS=512, SHARE=SHARE, FADING=FADING, FITTED=fits, TRENDS=trend is not None, SCORES=scores.numel() > 0,
+        PICKS=count > 0,
         num_warps=8,
     )  # fmt: skip
     return selected
 
 
-settle = torch.library.custom_op("otil_xdit::settle", launch_settle, mutates_args=("fitted", "scores", "trend"))
+settle = torch.library.custom_op(
+    "otil_xdit::settle", launch_settle, mutates_args=("fitted", "expected", "scores", "trend")
+)
 """`launch_settle`, as an operator of torch."""
 
 
@@ -146,6 +155,7 @@ def _(
     totals: torch.Tensor,
     gains: torch.Tensor,
     fitted: torch.Tensor,
+    expected: torch.Tensor,
     scores: torch.Tensor,
     table: torch.Tensor | None,
     trend: torch.Tensor | None,

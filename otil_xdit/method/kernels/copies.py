@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from otil_xdit.method.kernels.payloads import read_gains
 from otil_xdit.method.kernels.velocities import load_velocity, store_velocity, stored
 
 _COLUMNS = 1024
@@ -87,12 +88,13 @@ def _correct(
     ranks = tl.num_programs(2) // layers
     layer, rank = layer_rank // ranks, layer_rank % ranks
     payload = received + (rank * layers + layer).to(tl.int64) * size
-    gain = constant
+    gain, gain_of_others = constant, constant
     if FITTED:
-        gain = tl.load(payload.to(tl.pointer_type(tl.float32)) + kv_image // batch)
+        gain, gain_of_others = read_gains(payload, kv_image // batch)
     slot, given, kept = token, 1.0, 1.0
     if SELECTED:
         slot = tl.load(slots + layer_rank.to(tl.int64) * tokens + token)
+        gain = tl.where(slot >= 0, gain, gain_of_others)
         given = tl.load(share + layer_rank.to(tl.int64) * tokens + token)
         kept = tl.where(slot >= 0, 1.0, damping)
     is_sent = slot >= 0

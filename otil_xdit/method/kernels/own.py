@@ -23,7 +23,7 @@ from otil_xdit.method.kernels.velocities import load_velocity, stored
 
 @triton.jit
 def _take_own(
-    key, value, matrices, copies, velocities, before, gains, trend, whole, taken, sums, totals, sizes, numbers,
+    key, value, matrices, copies, velocities, expected, gains, trend, whole, taken, sums, totals, sizes, numbers,
     payload, words, slots, share, scales,
     key_image, key_head, key_token, value_image, value_head, value_token, whole_image, batch, tokens, heads,
     sent, scales_at, codes_at, key_row, value_row, constant, damping,
@@ -36,8 +36,8 @@ def _take_own(
 ):  # fmt: skip
     """Some tokens of some heads of one image's keys, or values.
 
-    key, value: [B, H, S, d]; matrices: float32 [2, H, d, d]; copies, velocities, taken: [2, B, S, C]; before, gains:
-    float32 [2]; trend: float32 [2, 2]; whole: this rank's part of [2, B, N, S, C]; sums, totals, numbers: one layer's
+    key, value: [B, H, S, d]; matrices: float32 [2, H, d, d]; copies, velocities, taken: [2, B, S, C]; expected, gains:
+    float32 [2]; trend: float32 [3]; whole: this rank's part of [2, B, N, S, C]; sums, totals, numbers: one layer's
     of `ChangeSums`; sizes: float32 [tiles, 2 * B, C]; others of `follow_payload`.
     """
     tile, part, kv_image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -60,10 +60,12 @@ def _take_own(
         tl.debug_barrier()  # the program's other threads read what it has written
     gain = 0.0
     if MOVES:
-        gain = tl.load(before + kv)
+        gain = tl.load(expected + kv)
         if TRENDS:
-            gain *= (1.0 + tl.load(trend + kv)) / (1.0 + tl.load(trend + 2 + kv))
+            gain += tl.load(trend + kv) / (1.0 + tl.load(trend + 2))
             gain = tl.minimum(tl.maximum(gain, 0.0), LARGEST)
+        if FITTED:  # as it travels
+            gain = gain.to(tl.float16).to(tl.float32)
         if tile == 0 and part == 0 and image == 0:
             tl.store(gains + kv, gain)
     own = (kv_image.to(tl.int64) * tokens + row[:, None]) * (heads * D)
@@ -129,7 +131,7 @@ def launch_take_own(
     differs: bool,
     copies: torch.Tensor | None = None,
     velocities: torch.Tensor | None = None,
-    before: torch.Tensor | None = None,
+    expected: torch.Tensor | None = None,
     gains: torch.Tensor | None = None,
     trend: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
@@ -158,23 +160,23 @@ def launch_take_own(
         differs: whether `taken` becomes what the others' prediction of them lacks, instead.
         copies, velocities: what the others know, [2, B, S, C], contiguous; None where there is nothing to compare with,
             or nothing is extrapolated.
-        before: the gains of the step before, float32 [2]; read with velocities.
-        gains: become those of that prediction, [2]; written with velocities.
-        trend: of `otil_xdit.exchange.gain_trend`, float32 [2, 2], which these gains follow; None to take those of the
-            step before as they are.
+        expected: what is expected of the gains of that prediction, float32 [2]; read with velocities.
+        gains: become these, [2]; written with velocities.
+        trend: of `otil_xdit.method.gain_trend`, float32 [3], which they follow; None to take what was expected.
         sums, totals: become one layer's of `ChangeSums`; None where they are not wanted.
         sizes: becomes sums of squares of what the prediction lacks of each feature, over a tile's tokens, float32
             [tiles, 2 * B, C]; None where they are not wanted.
         received: this rank's payload, which the copies follow first, uint8 [size]; None where they have.
         words, slots, share: this rank's of `otil_xdit.method.kernels.adaptive_copies.launch_read_adaptive`.
-        scales, coded_at, sent, fitted, constant, damping, rows: as for `launch_advance_adaptive` there.
+        fitted: whether gains are fitted, and so travel.
+        scales, coded_at, sent, constant, damping, rows: as for `launch_advance_adaptive` there.
     """
     batch, heads, tokens, size = key.shape
     key, value = (one if one.stride(3) == 1 else one.contiguous() for one in (key, value))
     tiles = Tiles.of(batch, tokens)
     constants, strides = tiles.constants(heads, size), (*key.stride()[:3], *value.stride()[:3])
     width, nothing = heads * size, numbers
-    told = [nothing if part is None else part for part in (before, gains, trend)]
+    told = [nothing if part is None else part for part in (expected, gains, trend)]
     found = [nothing if part is None else part for part in (sums, totals, sizes)]
     coded = [nothing if part is None else part for part in (received, words, slots, share, scales)]
     _take_own[tiles.grid](

@@ -27,20 +27,34 @@ def scale_byte(spread, octave, zero, UPWARDS: tl.constexpr):
 
 
 @triton.jit
+def write_gains(payload, gains, fitted, layer, kv):
+    """Write the gains of a layer's keys, or values: of tokens that are sent, and of others, float32 [l, 2]."""
+    at = payload.to(tl.pointer_type(tl.float16)) + kv
+    tl.store(at, tl.load(gains + layer * 2 + kv).to(tl.float16))
+    tl.store(at + 2, tl.load(fitted + layer * 2 + kv).to(tl.float16))
+
+
+@triton.jit
+def read_gains(payload, kv):
+    """Return the gain of a payload's keys, or values, of tokens that were sent, and the one of others."""
+    at = payload.to(tl.pointer_type(tl.float16)) + kv
+    return tl.load(at).to(tl.float32), tl.load(at + 2).to(tl.float32)
+
+
+@triton.jit
 def _encode(
-    residuals, gains, payload, selected, table, scales, borders,
+    residuals, gains, fitted, payload, selected, table, scales, borders,
     batch, tokens, size, indices_at, coded_at, count, octave, zero, width_root,
     step, middle, highest,
     C: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, R: tl.constexpr,
-    FITTED: tl.constexpr, SELECTED: tl.constexpr,
+    TRAVELS: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
     """One vector of a payload: payload, uint8 [l, size]; selected, int64 [l, k]."""
     slot, kv_image, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     out = payload + layer.to(tl.int64) * size
-    if FITTED:
+    if TRAVELS:
         if slot == 0 and kv_image % batch == 0:
-            gain = tl.load(gains + layer * 2 + kv_image // batch)
-            tl.store(out.to(tl.pointer_type(tl.float32)) + kv_image // batch, gain)
+            write_gains(out, gains, fitted, layer, kv_image // batch)
     token = slot.to(tl.int64)
     if SELECTED:
         block = tl.load(selected + layer * count + slot // T)
@@ -78,6 +92,7 @@ def _encode(
 def launch_encode_residuals(
     residuals: torch.Tensor,
     gains: torch.Tensor | None,
+    fitted: torch.Tensor | None,
     payload: torch.Tensor,
     selected: torch.Tensor | None,
     table: torch.Tensor,
@@ -85,7 +100,7 @@ def launch_encode_residuals(
     borders: torch.Tensor,
     indices_at: int,
     coded_at: int,
-    fitted: bool,
+    travels: bool,
     bits: int,
     octave: float,
     zero: float,
@@ -98,13 +113,14 @@ def launch_encode_residuals(
     Args:
         residuals: what the others' prediction of this rank's values lacks, [l, 2, B, S, C], contiguous.
         gains: of that prediction, float32 [l, 2]; None where they do not travel.
+        fitted: of tokens that are not sent, float32 [l, 2]; None as gains.
         table: the tokens of each sub-block, int64 [K, T].
         payload: uint8 [l, size].
         selected: sub-blocks that are sent, int64 [l, k], contiguous; None for all tokens.
         scales: what the bytes of scales stand for, float32 [256].
         borders: between codes of 4 bits, float32 [15].
         indices_at, coded_at: where in a payload the sub-blocks' numbers and the coded tokens begin.
-        fitted: whether gains travel.
+        travels: whether gains do.
         bits, octave, zero, step, middle, highest: of the codec; see `otil_xdit.method.codec.Quantised`.
     """
     layers, _, batch, tokens, width = residuals.shape
@@ -112,12 +128,12 @@ def launch_encode_residuals(
     side = table.shape[1]
     row = -(-width * bits // 8)
     _encode[(count * side or tokens, 2 * batch, layers)](
-        residuals, scales if gains is None else gains, payload,
+        residuals, scales if gains is None else gains, scales if fitted is None else fitted, payload,
         table if selected is None else selected, table, scales, borders,
         batch, tokens, payload.shape[1], indices_at, coded_at, count, octave, zero, width**0.5,
         step, middle, highest,
         C=width, T=side, BITS=bits, BYTES=triton.next_power_of_2(row), R=row,
-        FITTED=fitted, SELECTED=selected is not None,
+        TRAVELS=travels, SELECTED=selected is not None,
     )  # fmt: skip
 
 
