@@ -154,7 +154,7 @@ class SynchronousKV:
         encoding, decoding = codec.kernel_arguments(payload.device, vectors, width)
         changes = transform.coded_own(slice(layer, layer + 1))
         kernel_of(codec.kernels[0])(
-            changes, None, payload[None], None, self._table, indices_at=0, coded_at=0, fitted=False,
+            changes, None, None, payload[None], None, self._table, indices_at=0, coded_at=0, travels=False,
             **encoding,
         )  # fmt: skip
         coded = self._messages.gather_now(layer, payload, received, label)

@@ -119,7 +119,8 @@ def bits_of(spectrum: torch.Tensor, budgets: torch.Tensor, scratch: ScratchBuffe
     # What all upgrades of the first levels cost, from the highest possible on: of none, of the highest one, of two, ...
     spent = scratch("codec.spent", (*spectrum.shape[:-1], 1 + _SIZES + upgrade_falls()[-1]), torch.int64).zero_()
     falls, costs = _upgrades_of(spectrum.device, spectrum.shape[-1])
-    levels_of = (spectrum.bitwise_not().unsqueeze(-2) + falls).flatten(-2)
+    levels_of = scratch("codec.levels", (*spectrum.shape[:-1], len(falls), spectrum.shape[-1]), torch.int64)
+    levels_of = torch.add(spectrum.bitwise_not().unsqueeze(-2), falls, out=levels_of).flatten(-2)
     spent = spent.scatter_add_(-1, levels_of, costs.expand(levels_of.shape)).cumsum_(dim=-1)
     limits = budgets.expand(spectrum.shape[:-1] + (1,)).contiguous()
     levels = torch.searchsorted(spent, limits, right=True).sub_(1)

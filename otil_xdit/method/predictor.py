@@ -263,11 +263,13 @@ class Predictor:
         velocity.mul_(moved * kept).addcmul_(change.add_(value), share)
         self._store(run, value, velocity)
 
-    @staticmethod
-    def _by_token(gains: torch.Tensor, sent: torch.Tensor | None) -> torch.Tensor:
+    def _by_token(self, gains: torch.Tensor, sent: torch.Tensor | None) -> torch.Tensor:
         """Return each token's gain, float32 [l, N, 2, 1, S, 1], or [l, N, 2, 1, 1, 1] where all tokens were sent."""
         of_sent, of_others = (one[..., None, None, None] for one in gains.unbind(2))
-        return of_sent if sent is None else torch.where(sent[:, :, None, None, :, None] > 0, of_sent, of_others)
+        if sent is None:
+            return of_sent
+        out = self._scratch("gains", (*sent.shape[:2], 2, 1, sent.shape[2], 1), torch.float32)
+        return torch.lerp(of_others, of_sent, sent[:, :, None, None, :, None], out=out)
 
     def _put(self, value: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None) -> None:
         if rows is None:

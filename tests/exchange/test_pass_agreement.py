@@ -18,7 +18,8 @@ from tests.support.ranks import run_ranks
 HEADS, ROWS, COLS, SIZE = 2, 8, 8, 4
 TOKENS, STEPS = ROWS * COLS, 6
 GAINS = 8
-"""Bytes of the gains of keys and values, with which a payload begins."""
+"""Bytes of gains of keys and values: of four in 16 bits with which a payload begins, of two in 32 that passes agree on.
+"""
 
 CASES: dict[str, dict[str, Any]] = {
     "alone": {"passes": False},
@@ -42,8 +43,17 @@ class Seen(Collectives):
         return super().all_gather(payload, output, label)
 
 
+def as_sent(gains: torch.Tensor) -> list[float]:
+    return gains.half().tolist()
+
+
+def said(payload: bytes) -> list[float]:
+    """The gains of a payload: of what is sent, and of what is not."""
+    return torch.frombuffer(bytearray(payload[:GAINS]), dtype=torch.float16).tolist()
+
+
 def run_of(passes: bool = True, text: str = "none", steps: int = STEPS, **settings: Any) -> dict[str, Any]:
-    """The gains and sizes of the payloads after warm-up, the gains that fit, and the bytes of keys and values."""
+    """What payloads after warm-up say of a layer, the gains that fit and are expected, and bytes of keys and values."""
     rank, Seen.payloads = dist.get_rank(), []
     alone = [dist.new_group([one]) for one in range(2)][rank]
     group = PatchGroup(alone, 0, 1, passes=PatchGroup(dist.group.WORLD, rank, 2) if passes else None)
@@ -51,20 +61,24 @@ def run_of(passes: bool = True, text: str = "none", steps: int = STEPS, **settin
     run = OtilCommunicator(OtilConfig(**given, timeout=20.0), group, Seen)
     run.begin()
     run.clock.total = steps
-    fitted = []
+    fitted, expected = [], []
     state, velocity = torch.randn(2, 2, 1, HEADS, TOKENS, SIZE, generator=torch.Generator().manual_seed(rank))
     for step in range(steps):
         run.observe(None, TokenLayout(ROWS, COLS, text=text))  # type: ignore[arg-type]  # a literal
         run.gather("a", *(state + (step + 0.3 * rank * step**1.5) * velocity))
         if step >= OtilConfig.warmup_steps:
-            fitted.append(run.kv.place_of("a")[0].fitted_gains[0].tolist())
+            residuals = run.kv.place_of("a")[0]._coder._residuals
+            fitted.append(as_sent(residuals.fitted[0]))
+            expected.append(as_sent(residuals.expected[0]))
         run.clock.tick()
     run.end()
     coder = run.kv.place_of("a")[0]._coder
     return {
-        "gains": [torch.frombuffer(bytearray(one[:GAINS]), dtype=torch.float32).tolist() for one in Seen.payloads],
+        "gains": [said(one)[:2] for one in Seen.payloads],
+        "of others": [said(one)[2:] for one in Seen.payloads],
         "sizes": [len(payload) for payload in Seen.payloads],
         "fitted": fitted,
+        "expected": expected,
         "kv": run.report().sent_bytes["kv"]["steady"],
         "selected": coder.payload_size,
         "all": coder.most_bytes,
@@ -87,16 +101,19 @@ def same(ranks: list[dict[str, Any]], case: str) -> bool:
 
 
 @pytest.mark.parametrize("case", ["alone", "displaced"])
-def test_a_payload_carries_the_gain_of_the_step_before(ranks: list[dict[str, Any]], case: str) -> None:
+def test_a_payload_carries_what_was_expected_and_of_what_is_not_sent_what_was_found(
+    ranks: list[dict[str, Any]], case: str
+) -> None:
     for found in (rank[case] for rank in ranks):
-        assert found["gains"][1:] == found["fitted"][:-1] and len({tuple(gains) for gains in found["gains"]}) > 1
+        assert found["gains"][1:] == found["expected"][:-1] and len({tuple(gains) for gains in found["gains"]}) > 1
+        assert found["of others"] == found["fitted"] != found["gains"]
 
 
 @pytest.mark.parametrize("case", ["both", "text"])
 def test_both_passes_have_the_mean_of_their_gains(ranks: list[dict[str, Any]], case: str) -> None:
     assert same(ranks, case)
-    mean = torch.tensor([rank[case]["fitted"] for rank in ranks]).mean(dim=0)
-    assert torch.tensor(ranks[0][case]["gains"][1:]).equal(mean[:-1])
+    mean = torch.tensor([rank[case]["expected"] for rank in ranks]).mean(dim=0)
+    torch.testing.assert_close(torch.tensor(ranks[0][case]["gains"][1:]), mean[:-1], rtol=1e-3, atol=0)
     assert ranks[0][case]["fitted"] != ranks[1][case]["fitted"]
 
 

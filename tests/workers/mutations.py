@@ -94,7 +94,7 @@ PREDICTOR = faults_of(
     ("the velocity gets all of a correction", "addcmul_(levels, scales * share)", "addcmul_(levels, scales)"),
     ("what was sent is damped, too", "(sent * (1 - self._damping)).add_(self._damping)",
      "torch.full_like(sent, self._damping)"),
-    ("what was not sent has the gain of what was", "> 0, of_sent, of_others)", "> 0, of_sent, of_sent)"),
+    ("what was not sent has the gain of what was", "torch.lerp(of_others, of_sent,", "torch.lerp(of_sent, of_sent,"),
     ("what was sent grows old", "age.mul_(1 - sent).add_(1)", "age.add_(1)"),
     ("rank 0's prediction for this rank's",
      "self._moved(self.value[run, self._rank], velocity, gains.view(*gains.shape, 1, 1, 1), out)",
