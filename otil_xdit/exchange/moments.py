@@ -159,7 +159,8 @@ class MomentsLayer(BucketedLayer):
         Mean and mean square of all + weight (own fresh - own stale). Where the variance would be negative, this rank's
         own stands in.
         """
-        self._keep(mean, var)
+        self._sent_mean.copy_(mean)
+        self._sent_var.copy_(var)
         weights, assumed, present = self._weights_of(share), self._assumption, self._present
         weight = self._fitted_weights(weights) if extrapolate and self._gain else weights.one
         self._assume(extrapolate)
@@ -230,13 +231,8 @@ class MomentsLayer(BucketedLayer):
         return self._weights
 
     def _send(self, mean: torch.Tensor, var: torch.Tensor, label: CollectiveLabel) -> Pending[torch.Tensor]:
-        self._keep(mean, var)
+        torch.stack([mean, var], out=self._sent)
         return self._gather(label)
-
-    def _keep(self, mean: torch.Tensor, var: torch.Tensor) -> None:
-        """Keep this rank's moments in `_sent`."""
-        self._sent_mean.copy_(mean)
-        self._sent_var.copy_(var)
 
     def _gather(self, label: CollectiveLabel) -> Pending[torch.Tensor]:
         return self._collectives.all_gather(self._sent, self._received, label)

@@ -100,7 +100,7 @@ Of SDXL's displaced step with `otil` on 2 ranks, bytes a number (2026-11-27):
 
 *Before* is commit 7957ddd. What went since:
 
-- A payload is coded with the gain that was fitted at the step before. So what the others lack is known in the pass that
+- A payload is coded with the gain that the steps before let expect. So what the others lack is known in the pass that
   compares values with their copies, features are measured there, too, and velocities are not read again (3.0 on two
   ranks).
 - Velocities take 8 bits where layers have 16 (3.0; `--otil_kv_cache_dtype same` keeps 16).

@@ -9,17 +9,17 @@ from otil_xdit.tools.plan.options import CFG, ULYSSES, Option
 
 PSNR: dict[str, dict[str, tuple[float, ...]]] = {
     "U-Net": {
-        "otil high": (66.9, 74.3),
-        "otil": (58.8, 57.9),
+        "otil high": (68.4, 75.4),
+        "otil": (58.3, 58.0),
         "compact-2bit": (54.1, 58.9),
-        "otil draft": (49.4, 53.7),
+        "otil draft": (50.3, 54.5),
         "distrifusion": (46.1, 46.3),
         "otil-paper 1/8": (39.0, 41.4),
         "naive": (29.9, 29.1),
     },
     "DiT": {
-        "otil high": (56.5,),
-        "otil": (49.4,),
+        "otil high": (57.4,),
+        "otil": (50.0,),
         "compact-2bit": (45.6,),
         "otil draft": (43.1,),
         "distrifusion": (42.6,),
