@@ -94,7 +94,7 @@ class HaloLayer(BucketedLayer):
         if is_fused(x):
             is_moved = mode == "displaced" and self._gain > 0 and self._receptions >= 2
             return self._padded_by_kernel(x, (None, None), is_moved, room)
-        return self._padded(x, self._extrapolated() if mode == "displaced" else self._received, room)
+        return self._padded(x, self._extrapolated() if mode == "displaced" else self._received)
 
     def set_halo(self, x: torch.Tensor, precomputed: HaloRows, room: Room = None) -> torch.Tensor:
         """Return `x` padded with rows that are known on every rank alike, without a message.
@@ -109,7 +109,7 @@ class HaloLayer(BucketedLayer):
         for kept, rows in zip(self._received, precomputed, strict=True):
             if rows is not None:
                 kept.copy_(rows)
-        return self._padded(x, self._received, room)
+        return self._padded(x, self._received)
 
     def request(self, x: torch.Tensor, label: CollectiveLabel) -> Pending[Neighbours]:
         """Start exchanging rows of another map of this shape; `requested_rows` returns them after the wait.
@@ -167,12 +167,8 @@ class HaloLayer(BucketedLayer):
         scratch, dtype = self._scratch, above.dtype
         return scratch("rows above", tuple(above.shape), dtype), scratch("rows below", tuple(below.shape), dtype)
 
-    def _padded(self, x: torch.Tensor, halo: Neighbours, room: Room) -> torch.Tensor:
-        if room is None:
-            return torch.cat([halo[0], x, halo[1]], dim=2, out=self._wide(x))
-        room.top.copy_(halo[0])
-        room.bottom.copy_(halo[1])
-        return room.whole
+    def _padded(self, x: torch.Tensor, halo: Neighbours) -> torch.Tensor:
+        return torch.cat([halo[0], x, halo[1]], dim=2, out=self._wide(x))
 
     def _padded_by_kernel(self, x: torch.Tensor, given: HaloRows, is_moved: bool, room: Room) -> torch.Tensor:
         """Keep rows that are given, move the others on if they are to be, and return `_padded`, in one launch."""

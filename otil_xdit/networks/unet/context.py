@@ -72,7 +72,7 @@ class LayerExchange(Protocol):
             x: its input, [B, C, h, W].
 
         Returns:
-            [B, C, h, W]; None where something else than the pair's convolution may read it.
+            [B, C, h, W]; None where something else than the pair's convolution may read it, or kernels cannot write it.
         """
         ...
 

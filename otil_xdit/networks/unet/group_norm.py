@@ -65,12 +65,9 @@ def patched_group_norm(kind: type) -> type:
         room = None if context.pair is None else context.exchange.room_for(context, input)
         if room is None or context.pair is None or (self.weight is None) != (self.bias is None):
             return normalise(input)
-        if is_fused(input):
-            from otil_xdit.method.kernels.group_norm import activate_into
+        from otil_xdit.method.kernels.group_norm import activate_into
 
-            activate_into(input, mean, var, self.weight, self.bias, self.eps, room)
-        else:
-            torch.ops.aten.silu.out(normalise(input), out=room)
+        activate_into(input, mean, var, self.weight, self.bias, self.eps, room)
         return give_activated(context.pair.activation, room)
 
     return subclass_of(kind, {"forward": forward, CONTEXT: None})

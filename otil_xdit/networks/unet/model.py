@@ -26,6 +26,7 @@ from otil_xdit.comm.groups import UnetGroups
 from otil_xdit.exchange.halo import HaloRows, halo_key
 from otil_xdit.exchange.protocol import Communicator
 from otil_xdit.method.grid import TokenLayout
+from otil_xdit.method.kernels import is_fused
 from otil_xdit.networks.class_swap import is_swapped, subclass_of, swap_class
 from otil_xdit.networks.compatibility import check_adapter, check_no_gradients
 from otil_xdit.networks.compiled import CompiledCalls
@@ -184,7 +185,7 @@ class PatchedNetwork:
     def room_for(self, context: LayerContext, x: torch.Tensor) -> torch.Tensor | None:
         """Return where the activated output of a norm may be written."""
         pair = context.pair
-        if pair is None or not pair.is_intact() or not pair.hands_over:
+        if pair is None or not is_fused(x) or not pair.is_intact() or not pair.hands_over:
             return None
         return self.session.communicator.room_for(self._call_name(pair.conv_name), x, *halo_rows(pair.conv))
 
