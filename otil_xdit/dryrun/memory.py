@@ -77,5 +77,5 @@ def memory_of(layers: Sequence[Layer], ranks: int, batch: int, dtype: torch.dtyp
         values_of, *velocities = (count * tensor.nbytes for tensor in kv_group.shared_state(0))
         kept["values"] += values_of
         kept["velocities"] += sum(velocities)
-        kept["buffers"] += kv_group.nbytes - values_of - sum(velocities)
+    kept["buffers"] = run.kv.nbytes - kept["values"] - kept["velocities"]
     return Memory(largest, kept["values"], kept["velocities"], kept["buffers"], run.scratch_sizes)
