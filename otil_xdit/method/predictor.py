@@ -32,14 +32,14 @@ class Predictor:
 
     With value v, velocity u and gain g of a patch, the prediction for a step is ``p = v + g u``. A payload carries q,
     the residual fresh - p as its codec rounds it. Where a token was sent, ``v' = p + q`` and ``u' = g u + q / age``,
-    age being the number of steps since it was last sent. Elsewhere ``v' = p`` and ``u' = velocity_damping g u``.
+    age being the number of steps since it was last sent. Elsewhere ``v' = p`` and ``u' = velocity_damping g u``, with
+    another gain.
 
     The gain is 0 (``extrapolation="none"``), a constant (``"constant"``), or fitted (``"fitted"``): the least-squares
     fit of a rank's own change since the last step by its own velocity. So it follows schedulers whose steps differ in
-    size. A payload is coded with, and carries, the gain that was fitted at the step before: so one pass over the values
-    gives their residuals, and what fits the next gain. Where the payload is waited for, that gain follows what the
-    layers before have found at this step (`otil_xdit.method.gain_trend`); where it is not, attention's prediction of
-    the others is made with this step's.
+    size. A payload is coded with the gain that is expected (`otil_xdit.method.gain_trend`): so one pass over the values
+    gives their residuals, and what fits this step. It carries both gains: tokens that were not sent move by the latter,
+    and so does what attention takes of the others where no payload is waited for.
 
     Args:
         like: one rank's keys and values of all layers, [L, 2, B, S, C]; gives shape, dtype and device.
